@@ -1,4 +1,4 @@
-"""What every test has: this tree importable as `shoestring`, fixed seeds, and a reason where a GPU is missing."""
+"""Setup for every test: this tree importable as `shoestring`, fixed seeds, and a skip reason where a GPU is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Stop at once, with the remedy, when `import shoestring` would not give this tree."""
+    """Stop with a hint when `import shoestring` would not load this tree."""
     spec = importlib.util.find_spec("shoestring")
     found = Path(spec.origin).resolve().parent if spec is not None and spec.origin is not None else None
     if found != ROOT:
@@ -39,7 +39,7 @@ def _fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    """A launcher that was stopped ignores further signals, and children inherit that: no test leaves it behind."""
+    """Restore signal handlers: a stopped launcher ignores further signals, and children would inherit that."""
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -1,4 +1,4 @@
-"""A disk that takes no more than so many bytes of a file, by the kernel's own limit."""
+"""A disk that rejects the bytes of a file past a size, by the kernel's own limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writes of this process behind byte `size` of a file fail; one across it writes a part."""
+    """Make writes of this process past byte `size` of a file fail; a write across it stores only the first part."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Run a function in several processes joined by gloo, and never hang: the harness of tests with more than one rank.
+"""Run a function in several processes joined by gloo, never hanging: the harness of tests with more than one rank.
 
     def total(world: World, value: float) -> float:
         x = torch.tensor(value * world.rank)
@@ -52,17 +52,17 @@ PRELOADED = (
 
 # When one rank fails, others often fail of the same cause a moment later. Their tracebacks are worth this many seconds.
 SECONDS_FOR_OTHERS = 0.5
-# A signalled rank prints its stack at once, from the signal handler; this is for a machine with too much to do.
+# A signaled rank prints its stack immediately, from the signal handler; this is for a busy machine.
 SECONDS_FOR_STACKS = 5.0
 
 
 class RanksFailed(Exception):  # noqa: N818 -- says what happened
-    """At least one rank raised, died or hung. The message holds their tracebacks and stacks."""
+    """One or more ranks raised, died or hung. The message holds their tracebacks and stacks."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where a rank stands. The default process group, gloo over a FileStore at `store`, is already open."""
+    """The rank's place. The default process group, gloo over a FileStore at `store`, is open."""
 
     rank: int
     size: int
@@ -71,7 +71,7 @@ class World:
 
 @dataclass(frozen=True)
 class Task:
-    """What every rank runs. The arguments travel pickled: multiprocessing would share tensors by file descriptor."""
+    """The call that every rank runs. The arguments are pickled: multiprocessing would share tensors by descriptor."""
 
     module: str
     name: str
@@ -81,7 +81,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Rank:
-    """The parent's end of one rank. `stack` is the file it prints its Python stack to when it crashes or is told to."""
+    """The parent's end of one rank. A rank prints its Python stack to the file `stack` on a crash or on request."""
 
     number: int
     process: ForkServerProcess
@@ -89,7 +89,7 @@ class Rank:
     stack: Path
 
     def receive(self) -> tuple[bytes | None, str]:
-        """The pickled result and "", or None and the traceback."""
+        """Return the pickled result and "", or None and the traceback."""
         try:
             result, failure = pickle.loads(self.outcome.recv_bytes())
         except EOFError:
@@ -120,7 +120,7 @@ def run_processes(
 
 
 def _address(function: Callable[..., object]) -> tuple[str, str]:
-    """Module and name under which another process finds `function`, whatever name pytest gave to its module."""
+    """Return module and name under which another process finds `function`, whatever pytest calls its module."""
     path = Path(inspect.getfile(function)).resolve()
     name = function.__qualname__
     if "." in name or not path.is_relative_to(ROOT):
@@ -136,7 +136,7 @@ def _context() -> ForkServerContext:
 
 
 def _start(number: int, ranks: int, task: Task, folder: Path, cleanup: contextlib.ExitStack) -> Rank:
-    """Start one rank and note in `cleanup` how to end it: killed, because it may hang, or wait for exactly that."""
+    """Start one rank and note in `cleanup` how to end it: by SIGKILL, because it may hang."""
     ours, theirs = _context().Pipe()
     cleanup.enter_context(ours)
     stack = folder / f"stack_{number}"
@@ -151,7 +151,7 @@ def _start(number: int, ranks: int, task: Task, folder: Path, cleanup: contextli
 
 
 def _work(world: World, task: Task, outcome: Connection[Any, Any], stack: Path) -> None:
-    """A rank's whole life. Its process group ends with it."""
+    """Run the task, from the process group's start to its end."""
     with stack.open("w") as file:
         faulthandler.enable(file)
         # chain: after printing, the signal takes its usual effect and ends the process, so the parent sees it is done.
@@ -180,7 +180,7 @@ def _work(world: World, task: Task, outcome: Connection[Any, Any], stack: Path) 
 
 
 def _collect(members: list[Rank], timeout: float) -> dict[int, bytes]:
-    """The pickled result of every rank."""
+    """Return the pickled result of every rank."""
     __tracebackhide__ = True
     deadline = time.monotonic() + timeout
     waiting = {member.outcome: member for member in members}
@@ -207,7 +207,7 @@ def _collect(members: list[Rank], timeout: float) -> dict[int, bytes]:
 
 
 def _describe_hang(hung: Iterable[Rank], returned: list[int], timeout: float) -> str:
-    """End the hung ranks, each with its stack."""
+    """End the hung ranks; return a report with the stack of each."""
     running = {member.process.sentinel: member for member in hung}
     for member in running.values():
         if member.process.is_alive() and member.process.pid is not None:

@@ -119,7 +119,7 @@ LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that a clone has, and a stand-in for its .venv: this environment, with the clone as `shoestring`."""
+    """Return a directory with a clone's files and a stand-in for .venv: this environment with the clone in it."""
     root = tmp_path_factory.mktemp("clean").resolve() / "clone"
     for file in tree_files():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +139,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(clone: Path) -> Path:
-    """The clone after README's first command."""
-    run(clone, next(command for command in COMMANDS if command.words == QUICKSTART))
+    """Return the clone after README's first command."""
+    check_run(clone, next(command for command in COMMANDS if command.words == QUICKSTART))
     return clone
 
 
-def run(clone: Path, command: Command) -> None:
+def check_run(clone: Path, command: Command) -> None:
     """Run the command as written; it must exit with the code that the page states."""
     bins = (clone / ".venv" / "bin", Path(sys.executable).parent)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "NNODES")}
@@ -170,7 +170,7 @@ def run(clone: Path, command: Command) -> None:
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS, ids=lambda each: each.words)
 def test_a_quick_command_runs(clone: Path, command: Command) -> None:
-    run(clone, command)
+    check_run(clone, command)
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_quick_command_runs(clone: Path, command: Command) -> None:
 def test_the_commands_of_a_page_run_in_their_order(trained: Path, page: str) -> None:
     for command in commands_of(page):
         if command.words not in PARSED and command.words != QUICKSTART:
-            run(trained, command)
+            check_run(trained, command)
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.words in PARSED], ids=lambda each: each.words)
@@ -219,7 +219,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", LINKED)
 def test_paths_that_are_named_exist(page: str) -> None:
-    """Check paths below the tree's own folders; `CHANGELOG.md` also names places of the past."""
+    """The paths lie below the tree's own folders. `CHANGELOG.md` is exempt: it also names places of the past."""
     text = "" if page == "CHANGELOG.md" else (ROOT / page).read_text()
     folders = "launch|trainer|parallelism|comm|conf|tests|benchmarks|docs"
     named = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text))

@@ -1,4 +1,4 @@
-"""The process harness keeps its promises: order, tracebacks, stacks instead of hangs, cheap starts."""
+"""The process harness: ordered results, tracebacks, stacks instead of hangs, cheap starts."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def scaled_total(world: World, scale: float, x: torch.Tensor) -> tuple[int, torc
 def fail_on(world: World, rank: int) -> None:
     if world.rank == rank:
         raise ValueError(f"bad luck on {world.rank}")
-    wait_for_ever(world)
+    wait_without_end(world)
 
 
 def die_on(world: World, rank: int) -> None:
     if world.rank == rank:
         os._exit(7)
-    wait_for_ever(world)
+    wait_without_end(world)
 
 
-def wait_for_ever(world: World) -> None:
+def wait_without_end(world: World) -> None:
     threading.Event().wait()
 
 
 def hang_in_a_collective(world: World) -> None:
     if world.rank == 0:
-        wait_for_ever(world)
+        wait_without_end(world)
     dist.barrier()
 
 
@@ -89,7 +89,7 @@ def test_a_hang_ends_with_the_stack_of_every_rank() -> None:
         run_processes(2, hang_in_a_collective, timeout=2)
     before, rank_0, rank_1 = str(failure.value).replace("rank 1 was here", "rank 0 was here").split("rank 0 was here")
     assert "returned: []" in before
-    assert "in wait_for_ever" in rank_0
+    assert "in wait_without_end" in rank_0
     assert "in barrier" in rank_1
     assert "in hang_in_a_collective" in rank_1
 

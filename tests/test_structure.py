@@ -1,4 +1,4 @@
-"""The tree keeps its shape: imports point down, everything ships, everything is pinned, nothing names one machine."""
+"""The tree's rules: imports point down, everything ships, everything is pinned, nothing names one machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRACES = re.compile(
 
 
 def trespass(path: Path, name: tuple[str, ...]) -> str | None:
-    """Why the file `path` must not import `name`, or None."""
+    """Return why the file `path` must not import `name`, or None."""
     dotted = ".".join(name)
     if name[0] in (*LAYERS, *OUTSIDE):
         return (
@@ -60,7 +60,7 @@ def trespass(path: Path, name: tuple[str, ...]) -> str | None:
 
 
 def python_packages() -> set[str]:
-    """The dotted name of every folder of the package that holds Python files."""
+    """Return the dotted name of every folder of the package that holds Python files."""
     folders = {path.parent for path in tree_files(".py") if path.parts[0] not in SCRIPTS}
     return {".".join(("shoestring", *folder.parts)) for folder in folders}
 
@@ -143,7 +143,7 @@ def test_no_file_names_a_machine_or_a_package_index() -> None:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command; its words are in the failure when it fails."""
+    """Run a command; return its standard output. A failure shows all its output."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -19,19 +19,19 @@ MOST_LOOSE_FILES = {"trainer": 5, "launch": 5}
 
 
 def modules() -> list[Path]:
-    """Python files of the package, relative to the root, without `__init__`."""
+    """Return the package's Python files, relative to the root, without `__init__`."""
     return [path for path in tree_files(".py") if path.parts[0] in PACKAGE and path.stem != "__init__"]
 
 
 def mirrored_tests() -> list[Path]:
-    """Test modules that stand for a module or a folder, relative to `tests/`."""
+    """Return test modules that stand for a module or a folder, relative to `tests/`."""
     tests = [path.relative_to("tests") for path in tree_files(".py") if path.parts[0] == "tests"]
     tests = [test for test in tests if test.name.startswith("test_") and len(test.parts) > 1]
     return [test for test in tests if test.parts[0] not in ACROSS]
 
 
 def subject_of(test: Path) -> Path | None:
-    """Return what a test is of, by the longest part of its name: a module, a script, a folder or its own folder."""
+    """Return the subject of a test by the longest part of its name: a module, a script, a folder or its own folder."""
     words = test.stem.removeprefix("test_").split("_")
     for count in range(len(words), 0, -1):
         subject = test.parent / "_".join(words[:count])
@@ -44,7 +44,7 @@ def subject_of(test: Path) -> Path | None:
 
 @cache
 def named_in(path: Path) -> frozenset[Path]:
-    """Files of this tree that a file imports, or names: as a module to run, or as a file beside it."""
+    """Return the tree's files that a file imports or names: as a module to run, or as a file in its folder."""
     source = (ROOT / path).read_text()
     names = {name[1:] for name in imports(source, path) if name[0] == "shoestring"}
     names |= {tuple(name.split(".")[1:]) for name in re.findall(r"shoestring(?:\.\w+)+", source)}
@@ -54,7 +54,7 @@ def named_in(path: Path) -> frozenset[Path]:
 
 
 def reached(path: Path) -> set[Path]:
-    """Files that a file names, directly or through others."""
+    """Return the files that a file names, directly or through others."""
     found, waiting = {path}, [path]
     while waiting:
         new = named_in(waiting.pop()) - found
@@ -83,7 +83,7 @@ def test_the_rule_itself(test: str, subject: str | None) -> None:
 
 def test_no_test_imports_from_another() -> None:
     found = [
-        f"tests/{path}: imports `{'.'.join(name)}`; what tests share is in a module beside them that is no test_*.py"
+        f"tests/{path}: imports `{'.'.join(name)}`; what tests share belongs in a module that is not a test_*.py"
         for path in (path.relative_to("tests") for path in tree_files(".py") if path.parts[0] == "tests")
         for name in imports((ROOT / "tests" / path).read_text(), "tests" / path)
         if name[:2] == ("shoestring", "tests") and any(part.startswith("test_") for part in name[2:])
@@ -121,5 +121,5 @@ def test_no_folder_is_crowded(folder: Path) -> None:
     count = sum(path.parent == folder for path in modules())
     most = MOST_LOOSE_FILES.get(str(folder), MOST_FILES)
     assert count <= most, (
-        f"{folder}/: {count} Python files beside __init__.py, of {most} at most; make a folder of some"
+        f"{folder}/: {count} Python files without __init__.py, at most {most}; move some into a folder"
     )

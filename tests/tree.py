@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tree_files(suffix: str = "") -> list[Path]:
-    """Every file that git does not ignore, relative to the root. Read from .gitignore, so a plain copy works too."""
+    """Return every file that git does not ignore, relative to the root. Plain copies work too: it reads .gitignore."""
     lines = (ROOT / ".gitignore").read_text().split()
     anchored = {line.strip("/") for line in lines if line.startswith("/")}
     anywhere = {line.rstrip("/") for line in lines if not line.startswith("/")} | {".git"}

@@ -1,4 +1,4 @@
-"""benchmarks/bring_up.py on a CPU: its rows, and what it says of what is missing, wrong or broken."""
+"""benchmarks/bring_up.py on a CPU: its rows, and what it reports as missing, wrong or broken."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PIPELINES = {f"pipeline of two, {schedule.name}" for schedule in SCHEDULES}
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """What the script sets in its process ends with the test."""
+    """Restore the environment variables that the script sets."""
     with patch.dict(os.environ):
         yield
 
@@ -112,7 +112,7 @@ def test_a_failing_row_is_a_finding() -> None:
 
 
 def test_a_row_without_end_is_killed_and_the_next_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """So is one that takes its process along; what works stays in one process."""
+    """A row that kills its process is handled alike. Rows that work share one process."""
     checks = [
         Check("first", endless.fine, mandatory=True),
         Check("second", endless.fine, mandatory=True),
@@ -141,7 +141,7 @@ def test_a_mandatory_failure_fails_the_script_after_all_rows(
 
 
 def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows behind it do not wait for it again. Here rank 0 of two looks for a store that nobody opened."""
+    """Later rows do not wait for it again. Here rank 0 of two waits for a rendezvous store that does not exist."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     process = RowProcess(Rank.read(), start_seconds=0.5)
@@ -150,7 +150,7 @@ def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPa
     process.close()
 
 
-def test_pypis_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pypis_apex_is_distinguished_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)

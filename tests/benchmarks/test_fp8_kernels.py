@@ -1,4 +1,4 @@
-"""The benchmark of FP8 kernels on a machine without a GPU: it works, and says that there is nothing to measure."""
+"""The benchmark of FP8 kernels on a machine without a GPU: it runs, and reports that there is nothing to measure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_what_is_asked_of_our_kernels_is_the_traces_rate_on_all_processors() -> 
     assert shapes["o_proj dgrad"].asked(132) == pytest.approx(1038 * 132 / 112)
     assert shapes["o_proj wgrad"].asked(132) == pytest.approx(0.9 * 642 * 132 / 112)
     row = fp8_kernels.Row("o_proj fwd", trace=1068, triton=1258.0, torch=2000.0, bf16=700.0, error=1e-3, asked=1258.7)
-    assert fp8_kernels.verdicts(row) == ["BELOW"]  # ours alone count
+    assert fp8_kernels.verdicts(row) == ["BELOW"]  # only our kernels count
     assert fp8_kernels.verdicts(replace(row, triton=1259.0)) == ["reached"]
     assert fp8_kernels.verdicts(replace(row, triton=1259.0, error=0.02)) == ["reached", "WRONG"]
     assert fp8_kernels.verdicts(replace(row, triton=None, error=float("nan"))) == ["WRONG"]
 
 
 class Event:
-    """Of a GPU that works only when the host waits for it, or, `awake`, at once; a millisecond an event."""
+    """An event of a GPU that starts work when the host waits for it, or immediately if `awake`; 1 ms per event."""
 
     clock, awake = 0.0, 0
 

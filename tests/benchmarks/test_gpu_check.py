@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.sh without a GPU and with no time: what it says of its parts, and its exit code."""
+"""benchmarks/gpu_check.sh without a GPU and with no time: what it reports for each part, and its exit code."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_arguments_that_it_does_not_know(arguments: tuple[str, ...]) -> None:
 
 
 def test_every_import_of_a_command_is_looked_for() -> None:
-    """With these and torch alone the commands of the script start: nothing else may come in from outside."""
+    """The script's commands start with these packages and torch alone; other imports are an error."""
     code = (
         "import sys, torch; before = set(sys.modules)\n"
         "import shoestring.launch.cli, shoestring.launch.run.train\n"

@@ -1,4 +1,4 @@
-"""Rows of benchmarks/bring_up.py that compare: each sees what it is there to find."""
+"""The rows of benchmarks/bring_up.py that compare: each detects the errors it is meant to find."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = Machine(torch.device("cpu"), ALONE, ALONE, ALONE)
 
 @dataclass(frozen=True)
 class SlightlyOff(ReferenceBackend):
-    """One value of each tensor of tiles is the next number; products are off by 2 %."""
+    """One value of each quantized tensor is the next larger number; products are off by 2 %."""
 
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         return _off(super().quantize_rowwise(x_XD, scales))
@@ -87,7 +87,7 @@ def test_a_cpu_is_as_a_cpu(row: Callable[[Machine], Figures]) -> None:
 
 
 def test_attention_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a scale that is 5 % wrong."""
+    """The scale is 5 % wrong."""
     assert attention.attention("auto", CPU)["backend"] == "blocks"
     monkeypatch.setattr(attention, "SCALE", 1.05 * attention.SCALE)
     plain = attention._plain
@@ -97,7 +97,7 @@ def test_attention_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`accumulate_grouped_wgrad`, which only training's own backward calls."""
+    """`accumulate_grouped_wgrad` is called only by training's own backward."""
     assert compute.grouped_empty(CPU)
     monkeypatch.setattr(experts, "accumulate_grouped_wgrad", lambda weight, grad, x, rows: None)
     with pytest.raises(Wrong, match="weight gradient in FP32"):
@@ -105,7 +105,7 @@ def test_experts_that_add_other_gradients_are_seen(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_step_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the oracle takes one without multi-token prediction."""
+    """The reference takes a step without multi-token prediction."""
     other = replace(training.SETTINGS, mtp_loss_scaling_factor=0.0)
     settings = iter((other, other))
     step = training._Trainer.step

@@ -18,7 +18,7 @@ from shoestring.trainer.precision.reference import ReferenceBackend
 
 @dataclass(frozen=True)
 class Counting(ReferenceBackend):
-    """Counts what it does."""
+    """A module that counts its calls."""
 
     times: Counter[str] = field(default_factory=Counter)
 
@@ -53,7 +53,7 @@ def test_the_layer_is_run_phase_by_phase_as_in_training() -> None:
 
 
 def test_launches_are_counted_by_the_phase_that_they_begin_in() -> None:
-    """On any thread of the host; what the GPU does has the same names and is left out."""
+    """Launches count on any host thread. GPU events have the same names and do not count."""
 
     def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
         return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device)

@@ -1,4 +1,4 @@
-"""Streams on a CPU whose copies happen at once, or as late as a GPU may make them: when the host waits for them."""
+"""CPU streams whose copies run immediately, or as late as a GPU may run them: when the host waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOST = "computing"
 
 
 class _Later(TorchFunctionMode):
-    """Puts `copy_` into a queue."""
+    """A tensor whose `copy_` is queued."""
 
     def __init__(self, queue: list[Callable[[], object]]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class LateStream:
 
 @dataclass
 class LateStreams:
-    """`log` has every event as it is recorded or waited for, in order."""
+    """Streams that log every event in order, when it is recorded and when it is waited for."""
 
     late: bool = True
     log: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """NCCL's rules on CPUs: stand-ins for CUDA streams and NCCL communicators over gloo.
 
-With these the classes that GPUs use (`StreamChannel`, `StreamCommunicator`) run in tests. The rules:
+With these the classes that GPUs use (`NcclP2PChannel`, `StreamCommunicator`) run in tests. The rules:
 
 * A pair's first message, and a group's first collective of each algorithm, block the calling thread until all members
   have made the matching call (NCCL 2.30: `ncclTransportP2pSetup` in transport.cc, `ncclCollPreconnect` in group.cc).
@@ -47,60 +47,60 @@ FIRST_CONTACT, TRUNCATED = "first contact", "message truncated"
 
 @dataclass(frozen=True)
 class QueuedEvent:
-    """A point in a stream: the ends of communications that it comes after."""
+    """A point in a stream: the communications that must end before it."""
 
     parts: tuple[Future[None], ...]
 
     def synchronize(self) -> None:
-        """Block the calling thread until all of them have ended; raise what one has raised."""
+        """Block the calling thread until they have ended; raise the error that one of them raised."""
         for part in self.parts:
             part.result()
 
 
 class QueuedStream:
-    """A queue of communications. Computing leaves nothing in it, for that is done when the host gets there."""
+    """A queue of communications. Compute adds nothing: it is done by the time the host continues."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._last: tuple[Future[None], ...] = ()
 
     def record_event(self) -> QueuedEvent:
-        """See `Stream`."""
+        """Record an event, see `Stream`."""
         return QueuedEvent(self._last)
 
     def wait_event(self, event: QueuedEvent) -> None:
-        """See `Stream`."""
+        """Wait for an event, see `Stream`."""
         self._last = tuple(dict.fromkeys((*self._last, *event.parts)))
 
     def queue(self, communication: Future[None]) -> None:
-        """What is queued from here on comes after `communication`, which itself comes after all before it."""
+        """Queue everything that follows on the stream behind `communication`."""
         self._last = (communication,)
 
     def synchronize(self) -> None:
-        """See `Stream`."""
+        """Wait for the stream, see `Stream`."""
         self.record_event().synchronize()
         self._last = ()
 
 
 class QueuedStreams:
-    """`Streams` of a CPU."""
+    """The `DeviceStreams` of a CPU."""
 
     def __init__(self) -> None:
         self._main = QueuedStream("main")
         self._thread = threading.local()
 
     def create_stream(self, name: str) -> QueuedStream:
-        """See `Streams`."""
+        """Create a stream, see `DeviceStreams`."""
         return QueuedStream(name)
 
     def current_stream(self) -> QueuedStream:
-        """See `Streams`."""
+        """Return the current stream, see `DeviceStreams`."""
         stream: QueuedStream = getattr(self._thread, "stream", self._main)
         return stream
 
     @contextmanager
     def use_stream(self, stream: Stream) -> Iterator[None]:
-        """See `Streams`."""
+        """Make a stream current, see `DeviceStreams`."""
         before = self.current_stream()
         self._thread.stream = stream
         try:
@@ -109,11 +109,11 @@ class QueuedStreams:
             self._thread.stream = before
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Streams`: a communication keeps what it moves."""
+        """Do nothing: a communication keeps the tensors that it moves, see `DeviceStreams`."""
 
 
 class Eager(TorchDispatchMode):
-    """Holds the host at each tensor operation until the current stream is empty: the operation is queued behind it.
+    """Blocks the host at each tensor operation until the current stream is empty: the operation is queued behind it.
 
     What only describes a tensor (views, empty ones) is the host's alone, on a GPU too.
     """
@@ -130,7 +130,7 @@ class Eager(TorchDispatchMode):
 
 
 class Reading(TorchFunctionMode):
-    """The same for `tolist`, which reads a tensor of a CPU without an operation."""
+    """Blocks the host at `tolist`, which reads a CPU tensor without an operation."""
 
     def __init__(self, streams: QueuedStreams) -> None:
         super().__init__()
@@ -145,34 +145,34 @@ class Reading(TorchFunctionMode):
 
 @contextmanager
 def computing_behind(streams: QueuedStreams) -> Iterator[None]:
-    """Tensor operations of this thread come behind what its current stream holds."""
+    """Queue this thread's tensor operations behind its current stream."""
     with Eager(streams), Reading(streams):
         yield
 
 
 class NeverConnected(RuntimeError):  # noqa: N818 -- says what happened
-    """A first contact for which a peer did not come, or came with another number of channels."""
+    """A first contact whose peer never came, or came with another number of channels."""
 
 
 @dataclass
 class Connections:
-    """Of one rank in one communicator. All of it blocks the calling thread."""
+    """The connections of one rank in one communicator. Every method blocks the calling thread."""
 
     handle: dist.ProcessGroup
     ranks: tuple[int, ...]
     rank: int
     patience: timedelta
-    """For a peer to come."""
+    """Longest wait for a peer."""
     _targets: set[int] = field(default_factory=set)
     _sources: set[int] = field(default_factory=set)
     _algorithms: set[int] = field(default_factory=set)
     _posted: list[tuple[Any, Tensor]] = field(default_factory=list)
-    """Sent to peers that may take it at any time later."""
+    """Sends whose peers may receive them at any later time."""
 
     def pairs(self, targets: Iterable[int], sources: Iterable[int]) -> None:
-        """Connect the ranks that this one sends to and receives from, those which it has not met before.
+        """Connect to the ranks that this one sends to and receives from for the first time.
 
-        As NCCL does: peers at distance 1, 2, … in turn, each told how many channels are to connect.
+        Peers at distance 1, 2, … come one after the other, as in NCCL; each gets the number of channels to connect.
         """
         here, size = self.ranks.index(self.rank), len(self.ranks)
         new_targets = set(targets) - self._targets - {self.rank}
@@ -195,7 +195,7 @@ class Connections:
             self._meet([(rank, 1) for rank in self.ranks if rank != self.rank], COLLECT + algorithm)
 
     def _meet(self, peers: Sequence[tuple[int, int]], tag: int) -> None:
-        """Tell each peer how many channels connect here, and wait until it has told the same."""
+        """Send each peer the number of channels that connect here, and wait until it has sent the same number."""
         coming = [(peer, channels) for peer, channels in peers if channels]
         for peer, channels in coming:
             word = torch.tensor([channels])
@@ -213,7 +213,7 @@ class Connections:
 
 
 class RulesCommunicator:
-    """NCCL's rules around gloo's collectives, which run in a thread of their own, one after the other."""
+    """Gloo's collectives under NCCL's rules, run one after the other in a separate thread."""
 
     def __init__(
         self,
@@ -232,12 +232,12 @@ class RulesCommunicator:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="communicator")
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Collectives`."""
+        """Sum over the ranks, see `Collectives`."""
         self._connections.collective(tensor.nbytes)
         self._queue(lambda: self._gloo.all_reduce(tensor, operation))
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Collectives`. A message to each rank, and none of no row."""
+        """Send rows to every rank, see `Collectives`. A message without rows is not sent."""
         self._connections.pairs(
             [rank for rank, rows in zip(self._ranks, sent_M, strict=True) if rows],
             [rank for rank, rows in zip(self._ranks, received_M, strict=True) if rows],
@@ -245,22 +245,22 @@ class RulesCommunicator:
         self._queue(lambda: self._gloo.all_to_all(arrived, sent, received_M, sent_M))
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Collectives`."""
+        """Sum and scatter, see `Collectives`."""
         self._connections.collective(shards_GN.nbytes)
         self._queue(lambda: self._gloo.reduce_scatter(own_N, shards_GN))
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Collectives`."""
+        """Gather from all ranks, see `Collectives`."""
         self._connections.collective(shards_GN.nbytes)
         self._queue(lambda: self._gloo.all_gather(shards_GN, own_N))
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
-        """See `Collectives`."""
+        """Send to and receive from peers, see `Collectives`."""
         self._connections.pairs([peer for _, peer in sends], [peer for _, peer in receives])
         self._queue(lambda: self._gloo.send_and_receive(sends, receives))
 
     def _queue(self, work: Callable[[], None]) -> None:
-        """Run `work` behind what the current stream holds and behind earlier calls; the stream goes on behind it."""
+        """Run `work` behind the current stream and earlier calls; the stream then waits for it."""
         stream = self._streams.current_stream()
         computed = stream.record_event()
 
@@ -273,21 +273,21 @@ class RulesCommunicator:
 
 
 class RulesGroups(GlooGroupFactory):
-    """Makes groups whose communicators follow NCCL's rules; but for that of tensors on the host, which is gloo's."""
+    """A factory of groups whose communicators follow NCCL's rules; the group of host tensors is gloo's."""
 
     def __init__(self, rank: int, limit: timedelta, streams: QueuedStreams, patience: timedelta) -> None:
-        """`patience`: how long a first contact may take; `limit`: a communication."""
+        """Set `patience`, the longest first contact, and `limit`, the longest communication."""
         super().__init__(rank, limit)
         self._streams, self._patience = streams, patience
 
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`."""
+        """Create the group of host tensors, see `GroupFactory`."""
         communicator = super().split_group("control", [ranks], None)
         assert communicator is not None
         return communicator
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        """See `OpenGroups`."""
+        """Split the default group, see `GroupFactory`."""
         own = super().split_group(name, parts, max_ctas)
         if own is None:
             return None

@@ -1,4 +1,4 @@
-"""What stands in for CUDA where memory is pinned."""
+"""Stand-ins for CUDA where memory is pinned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class StandInPages:
-    """Refuses what CUDA would: memory that is pinned twice, or taken back and was not."""
+    """A pinner that refuses what CUDA refuses: pinning memory twice, or unpinning memory that is not pinned."""
 
     error: int = 0
     pinned: dict[int, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA streams on a CPU: work is done at once, and written down is what it would have waited for."""
+"""Stand-ins for CUDA streams on a CPU: work runs immediately, and what it would have waited for is recorded."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ REST = "rest of "
 
 
 class RecordedEvent:
-    """Has happened when all of `behind` has run."""
+    """An event that completes when all of `behind` has run."""
 
     def __init__(self, behind: frozenset[str], streams: RecordedStreams) -> None:
         self.behind = behind
         self._streams = streams
 
     def synchronize(self) -> None:
-        """Write down that the host waits, for what, and which function makes it wait."""
+        """Record that the host waits: for what, and in which function."""
         self._streams.diary.append(HOST_WAITS)
         self._streams.host_waits_for.append(self.behind)
         self._streams.places[sys._getframe(1).f_code.co_qualname] += 1
 
 
 class RecordedStream:
-    """Knows all that has run when its queue is empty."""
+    """A stream that knows all work that has run when its queue is empty."""
 
     def __init__(self, streams: RecordedStreams) -> None:
         self._streams = streams
         self.behind: frozenset[str] = frozenset()
 
     def record_event(self) -> RecordedEvent:
-        """See `Stream`."""
+        """Record an event, see `Stream`."""
         return RecordedEvent(self.behind, self._streams)
 
     def wait_event(self, event: RecordedEvent) -> None:
-        """See `Stream`."""
+        """Wait for an event, see `Stream`."""
         self.behind |= event.behind
 
     def synchronize(self) -> None:
-        """See `Stream`."""
+        """Wait for the stream, see `Stream`."""
 
 
 class RecordedStreams:
-    """The `Streams` of a run, and its `SpanRecorder`, whose spans are the work on the streams."""
+    """The `DeviceStreams` of a run and its `SpanRecorder`, whose spans are the work on the streams."""
 
     def __init__(self) -> None:
         self._current = RecordedStream(self)
         self.diary: list[str] = []
-        """What the host queued and launched, and where it waited, in its order."""
+        """The host's queued work, launches and waits, in order."""
         self.needs: dict[str, frozenset[str]] = {}
-        """Of each work, what runs before it."""
+        """All work that runs before each work, by name."""
         self.host_waits_for: list[frozenset[str]] = []
         self.places: Counter[str] = Counter()
         """Functions in which the host waits."""
 
     def create_stream(self, name: str) -> RecordedStream:
-        """See `Streams`."""
+        """Create a stream, see `DeviceStreams`."""
         return RecordedStream(self)
 
     def current_stream(self) -> RecordedStream:
-        """See `Streams`."""
+        """Return the current stream, see `DeviceStreams`."""
         return self._current
 
     @contextmanager
     def use_stream(self, stream: Stream) -> Iterator[None]:
-        """See `Streams`."""
+        """Make a stream current, see `DeviceStreams`."""
         assert isinstance(stream, RecordedStream)
         before, self._current = self._current, stream
         try:
@@ -81,10 +81,10 @@ class RecordedStreams:
             self._current = before
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Streams`."""
+        """Do nothing, see `DeviceStreams`."""
 
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """Work of a layer, or a part of an exchange. An exchange that comes again comes with its second part."""
+        """Record the work of a layer or a part of an exchange. The second span of an exchange is its second part."""
         if track is TimelineTrack.EXCHANGE:
             return self.queue(REST + name if name in self.needs else name)
         if track is TimelineTrack.COMPUTE and name != EXPOSED_ALL_TO_ALL:
@@ -92,11 +92,11 @@ class RecordedStreams:
         return nullcontext()
 
     def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
-        """See `SpanRecorder`."""
+        """Record an instant, see `SpanRecorder`."""
 
     @contextmanager
     def queue(self, name: str) -> Iterator[None]:
-        """Work on the stream that is current inside; events in there have happened when it has run."""
+        """Queue work on the stream that is current inside; events recorded there complete when the work has run."""
         self._current.behind |= {name}
         yield
         self.diary.append(name)

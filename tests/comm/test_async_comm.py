@@ -1,4 +1,4 @@
-"""Exchanges advance without being waited on, in one order on all ranks; what fails says who, what and with whom."""
+"""Exchanges progress before they are waited on, in one order on all ranks; errors name rank, call and peers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_second_part_runs_when_it_is_asked_for() -> None:
         assert done == ["first", "second"] * 2
 
 
-def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
+def test_a_thread_runs_the_second_part_unasked() -> None:
     worker, done = ThreadCommunicator(), threading.Event()
     pending = worker.submit_two_part(CALL, lambda: done.set, ())
     assert done.wait(timeout=30)
@@ -110,7 +110,7 @@ def test_a_thread_goes_on_with_the_second_part_by_itself() -> None:
 
 
 def test_nothing_comes_between_two_parts() -> None:
-    """Else a thread, which runs both at once, and a stream would have their collectives in two orders."""
+    """A thread runs both parts together; with a call between them, its collectives would differ from a stream's."""
     for worker in (ThreadCommunicator(), InlineCommunicator(), on_streams()[0]):
         pending = worker.submit_two_part(CALL, lambda: lambda: 1, ())
         for submit in (worker.submit, worker.submit_two_part):
@@ -164,14 +164,14 @@ def test_every_tensor_of_a_result_is_found() -> None:
 
 
 def slowest(seconds: float) -> float:
-    """Of all ranks, which then try again together or not at all."""
+    """Return the largest value of all ranks, so that all of them retry or none."""
     of_all = torch.tensor(seconds)
     torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX)
     return of_all.item()
 
 
 def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
-    """How long `wait` takes when the caller has computed for twice the time that the exchange needs."""
+    """Return the seconds that `wait` takes after the caller has computed for twice the time of the exchange."""
     topology = Topology(ep=world.size, gpus_per_node=1)
     exchange, _, worker = open_on(topology, world.rank, ExchangeConfig(name=name))
     batch = batch_of(CASES[3], topology, world.rank, torch.float32)
@@ -189,7 +189,7 @@ def seconds_of_waiting(world: World, name: str) -> dict[str, float]:
         start().wait()
         wire = time.perf_counter() - began
         shortest = float("inf")
-        for _ in range(50):  # the machine has other work, too
+        for _ in range(50):  # other processes disturb the timing
             if slowest(shortest) < QUICK:
                 break
             pending, began = start(), time.perf_counter()
@@ -222,7 +222,7 @@ def other_order(world: World) -> str:
     return str(failure.value)
 
 
-def test_ranks_that_disagree_on_the_order_are_told_so() -> None:
+def test_ranks_that_disagree_on_the_order_raise() -> None:
     for rank, message in enumerate(run_processes(2, other_order)):
         assert message == (
             f"rank {rank}: the ranks disagree on the order of exchanges: rank 0 runs number 2, dispatch of layer_01, "
@@ -231,7 +231,7 @@ def test_ranks_that_disagree_on_the_order_are_told_so() -> None:
 
 
 def absent_peer(world: World, name: str) -> str:
-    """Rank 1 never takes part: rank 0 must not wait for ever."""
+    """Rank 1 never takes part: rank 0 must not hang."""
     topology = Topology(ep=2, gpus_per_node=1)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=1))
     if world.rank == 1:

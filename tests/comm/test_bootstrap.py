@@ -1,4 +1,4 @@
-"""The environment variables of a rank: each that means nothing is refused by name."""
+"""The environment variables of a rank: each invalid one is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-ins for NCCL do what NCCL does, where it differs from gloo."""
+"""The stand-ins for NCCL follow NCCL where it differs from gloo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL, LARGE = 1, RING_BYTES
 
 
 def batch_of(world: World, sends: bool, receives: bool) -> float:
-    """One batch with the other of two ranks, as a first contact; what was received, or 0."""
+    """Post one batch with the other of two ranks as a first contact; return the received value, or 0."""
     streams = QueuedStreams()
     group, peer = open_group(world, streams, patience=5), 1 - world.rank
     arrived = torch.zeros(1)
@@ -52,7 +52,7 @@ def test_of_two_ranks_a_receive_alone_does_not_connect_with_a_send_and_a_receive
 
 
 def collect(world: World, sizes: list[list[int]]) -> None:
-    """All-reduces of so many bytes, by rank."""
+    """All-reduce tensors of this rank's byte sizes."""
     streams = QueuedStreams()
     group = open_group(world, streams, patience=2)
     for size in sizes[world.rank]:
@@ -67,12 +67,12 @@ def test_a_small_collective_does_not_connect_what_a_large_one_uses() -> None:
         run_processes(2, collect, [[SMALL, LARGE], [SMALL]])
 
 
-def test_a_collective_that_is_connected_blocks_nobody() -> None:
+def test_a_collective_that_is_connected_blocks_no_rank() -> None:
     run_processes(2, collect, [[LARGE], [LARGE, LARGE]])
 
 
-def talk_in_turns(world: World) -> float:
-    """Rank 0 waits for an answer before it posts the question: the wait holds one stream, and not the host."""
+def answer_before_question(world: World) -> float:
+    """Rank 0 waits for an answer before it posts the question: the wait blocks one stream, not the host."""
     streams = QueuedStreams()
     down, up = (NcclP2PChannel(open_group(world, streams), StreamCommunicator(streams)) for _ in range(2))
     peer, side = 1 - world.rank, streams.create_stream("side")
@@ -81,9 +81,9 @@ def talk_in_turns(world: World) -> float:
         return torch.empty(1)
 
     with computing_behind(streams):
-        for lane in (down, up):
-            lane.post([P2PSend("first", torch.zeros(1), peer)], [P2PReceive("first", one, peer)])
-            lane.wait_for_sends()
+        for channel in (down, up):
+            channel.post([P2PSend("first", torch.zeros(1), peer)], [P2PReceive("first", one, peer)])
+            channel.wait_for_sends()
         if world.rank == 0:
             (answer,) = down.post([], [P2PReceive("answer", one, peer)])
             with streams.use_stream(side):
@@ -98,11 +98,11 @@ def talk_in_turns(world: World) -> float:
 
 
 def test_waiting_holds_a_stream_and_computing_behind_it_the_host() -> None:
-    assert run_processes(2, talk_in_turns) == [4.0, 3.0]
+    assert run_processes(2, answer_before_question) == [4.0, 3.0]
 
 
 def launch_two(world: World) -> list[bool]:
-    """Of one communicator: a call whose stream is held by another one, and a later call on a free stream."""
+    """Launch on one communicator a call whose stream is blocked by another, then a call on a free stream."""
     streams = QueuedStreams()
     held, group = open_group(world, streams), open_group(world, streams)
     for each in (held, group):

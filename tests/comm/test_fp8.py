@@ -1,4 +1,4 @@
-"""The quantizer: its stated error bound, the smallest power of two for each tile, and faults that stay faults."""
+"""The quantizer: its stated error bound, the smallest power of two for each tile, and NaN and infinity that stay."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("exponent", [-100, -8, 0, 1, 40, 100])
 def test_what_comes_back_is_the_number_times_its_scale(dtype: torch.dtype, exponent: int) -> None:
-    """Small scales and large ones take different ways on a CPU; every E4M3 number is among the values."""
+    """Small and large scales take different code paths on a CPU; the values include every E4M3 number."""
     values_XD = torch.arange(256, dtype=torch.int64).to(torch.uint8).view(torch.float8_e4m3fn).float()
     values_XD = values_XD.nan_to_num(1.0).view(2, 128).to(torch.float8_e4m3fn)
     exponents_XQ = torch.full((2, 1), 127 + exponent, dtype=torch.uint8)

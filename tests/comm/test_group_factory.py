@@ -1,4 +1,4 @@
-"""How a library makes groups: NCCL by one split of the default group."""
+"""Creation of groups with NCCL: one split of the default group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT = timedelta(seconds=1)
 
 
 class Splitting:
-    """torch's default group over NCCL, as far as a split looks at it."""
+    """torch's default group over NCCL, as far as a split uses it."""
 
     def __init__(self) -> None:
         self.options = SimpleNamespace(config=SimpleNamespace(max_ctas=None))

@@ -1,4 +1,4 @@
-"""How process groups are made: few calls where a library can split, the right ranks in each."""
+"""Creation of process groups: few calls where the library can split, and the right ranks in each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = timedelta(seconds=1)
 
 
 class Drawn:
-    """`OpenGroups` that only notes what it is asked for; a communicator is the ranks that it joins."""
+    """A `GroupFactory` that records its calls; a communicator is the tuple of its ranks."""
 
     def __init__(self, rank: int) -> None:
         self.creation_calls = 1
@@ -86,7 +86,7 @@ def test_every_rank_makes_the_same_groups_in_the_same_order() -> None:
 
 
 def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:
-    """The watchdog sees the making of groups, too: a split waits for all ranks of the parent."""
+    """The watchdog covers the creation of groups: a split waits for all ranks of the parent."""
     now, ends = [0.0], list[int]()
     told = (tmp_path / "told").open("w")
     watchdog = Watchdog(0, timedelta(seconds=5), tmp_path, clock=lambda: now[0], exit_process=ends.append, output=told)

@@ -1,4 +1,4 @@
-"""Pinned memory of the size that is asked for, against a stand-in for the CUDA runtime."""
+"""Pinned memory of the requested size, against a stand-in for the CUDA runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that a thread reads beside the training: the bits, the order of copies and waits, and the memory between."""
+"""Tensors that a thread reads during training: the bits, the order of copies and waits, and the memory between."""
 
 from __future__ import annotations
 

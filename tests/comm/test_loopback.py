@@ -1,4 +1,4 @@
-"""This machine's own address, and ports that no other machine reaches."""
+"""This machine's loopback address, and ports that no other machine reaches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_this_machine_is_reached_by_an_address_and_not_by_a_name(monkeypatch: py
     assert resolve_to_loopback("localhost") is None
 
 
-def test_a_machine_that_cannot_reach_itself_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopback, "_ADDRESSES", ("192.0.2.1", "2001:db8::1"))  # of no machine
     with pytest.raises(ConfigError, match=r"localhost = .*cannot reach itself .*192.0.2.1: .*ip link set lo up"):
         find_loopback_address()

@@ -1,4 +1,4 @@
-"""Processes that are not the same are refused together, with the first thing that differs."""
+"""Processes that differ are refused together, with the first difference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def facts(**values: str) -> dict[str, Fingerprint]:
 
 
 def compare(all_facts: Sequence[Fingerprints]) -> list[str]:
-    """What each rank was refused with; empty where it was not."""
+    """Return each rank's refusal; empty where it was accepted."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=20))
 
@@ -40,7 +40,7 @@ def compare(all_facts: Sequence[Fingerprints]) -> list[str]:
         return list(threads.map(rank, range(len(all_facts))))
 
 
-def test_ranks_that_are_the_same_go_on() -> None:
+def test_ranks_that_are_the_same_continue() -> None:
     assert compare([facts(seed="1", code="a")] * 3) == ["", "", ""]
     assert compare([facts(seed="1")]) == [""]
 

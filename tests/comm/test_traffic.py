@@ -16,9 +16,9 @@ def test_bytes_are_added_by_operation_kind_and_link() -> None:
         traffic.count_payload("dispatch", group, [1, 2, 4, 8])
     traffic.count_metadata("combine", group, [16, 0, 0, 32])
     payload = {LinkType.LOOPBACK: 2, LinkType.NVLINK: 4, LinkType.INFINIBAND: 24}
-    beside = {LinkType.LOOPBACK: 16, LinkType.NVLINK: 0, LinkType.INFINIBAND: 32}
+    metadata = {LinkType.LOOPBACK: 16, LinkType.NVLINK: 0, LinkType.INFINIBAND: 32}
     assert traffic.bytes_by_link(TrafficKind.PAYLOAD) == traffic.bytes_by_link(operation="dispatch") == payload
-    assert traffic.bytes_by_link(TrafficKind.METADATA) == traffic.bytes_by_link(operation="combine") == beside
-    assert traffic.bytes_by_link() == {link: payload[link] + beside[link] for link in LinkType}
+    assert traffic.bytes_by_link(TrafficKind.METADATA) == traffic.bytes_by_link(operation="combine") == metadata
+    assert traffic.bytes_by_link() == {link: payload[link] + metadata[link] for link in LinkType}
     traffic.reset()
     assert not any(traffic.bytes_by_link().values())

@@ -1,4 +1,4 @@
-"""A first collective connects a group for those of its size, so that none of them waits for another rank."""
+"""A first collective connects a group for all of the same size, so that none of them waits for another rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoestring.tests.processes import RanksFailed, World, run_processes
 
 
 def sum_on_one_rank(world: World, warm_bytes: int) -> None:
-    """All-reduce on rank 0 alone, which is queued where the group is connected."""
+    """All-reduce on rank 0 alone: it is queued without waiting if the group is connected."""
     group = open_group(world, QueuedStreams(), patience=2)
     warm_up_all_reduce(group, torch.zeros(warm_bytes, dtype=torch.uint8))
     if world.rank == 0:

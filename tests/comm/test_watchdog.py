@@ -1,4 +1,4 @@
-"""A call into the communication library that does not return is named, and ends its rank."""
+"""A call into the communication library that does not return is reported, and ends its rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Bench:
-    """A watchdog of rank 3 with a limit of 10 s, a clock that is set by hand, and an end that is only noted."""
+    """A watchdog of rank 3 with a limit of 10 s, a manual clock, and an exit that is only recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.clock, self.ends = Clock(), list[int]()
@@ -102,7 +102,7 @@ def test_the_limit_may_change_while_a_call_is_under_way(bench: Bench) -> None:
     ],
     ids=["recorded", "empty", "broken"],
 )
-def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, recorded: bytes, words: str) -> None:
+def test_the_flight_recorder_is_written_or_the_reason_is_printed(bench: Bench, recorded: bytes, words: str) -> None:
     with bench.watchdog.watch_call("first all-reduce", (0, 3)), patch(DUMP, lambda: lambda: recorded):
         bench.clock.now = 11
         bench.watchdog.exit_if_overdue()
@@ -112,8 +112,8 @@ def test_the_flight_recorder_is_written_or_it_is_said_why_not(bench: Bench, reco
     assert bench.ends == [1]
 
 
-def wait_for_nobody(world: World, folder: Path) -> None:
-    """Rank 0 makes a first all-reduce that rank 1 never makes."""
+def hang_alone(world: World, folder: Path) -> None:
+    """Start a first all-reduce on rank 0 that rank 1 never starts."""
     limit, streams = timedelta(seconds=60), QueuedStreams()
     with (folder / f"said_{world.rank}").open("w") as said:
         watchdog = Watchdog(world.rank, timedelta(seconds=0.2), folder, output=said)
@@ -124,9 +124,9 @@ def wait_for_nobody(world: World, folder: Path) -> None:
             groups.world.all_reduce_sum(torch.zeros(1), "count of valid targets")
 
 
-def test_a_rank_that_hangs_in_a_first_contact_ends_by_itself(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_a_first_contact_ends(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"rank 0 of 2 failed:\ndied with exit code 1"):
-        run_processes(2, wait_for_nobody, tmp_path)
+        run_processes(2, hang_alone, tmp_path)
     said = (tmp_path / "said_0").read_text()
     assert said.startswith("shoestring: rank 0: count of valid targets with ranks 1 has not returned")
     assert " in _meet" in said

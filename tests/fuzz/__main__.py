@@ -13,6 +13,6 @@ if __name__ == "__main__":
     counted = Lines()
     counted.install()
 
-    from .command import main  # it imports the readers, whose lines are counted from their import on
+    from .command import main  # it imports the readers, whose lines count from the import on
 
     sys.exit(main(counted))

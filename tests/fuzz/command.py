@@ -1,4 +1,4 @@
-"""The command line of the fuzzer: the inputs that are asked for, several at a time, and what became of them.
+"""The command line of the fuzzer: runs the requested inputs, several in parallel, and reports their results.
 
 Imports what verbs import when they run, so that no fork has to.
 
@@ -41,7 +41,7 @@ from .trial import run_trial
 
 
 def main(lines: Lines) -> int:
-    """Run what is asked for; return the exit code. `lines` counts those of the readers."""
+    """Run the requested inputs; return the exit code. `lines` counts the lines of the readers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=200, help="inputs of each kind (default 200)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first (default 0)")
@@ -67,7 +67,7 @@ def main(lines: Lines) -> int:
 
 
 def _start(root: Path, number: int, inputs: Sequence[tuple[str, int]], lines: Lines) -> int:
-    """A fork that runs `inputs` one after the other; return its pid."""
+    """Fork a process that runs `inputs` one after the other; return its pid."""
     pid = os.fork()
     if pid:
         return pid

@@ -7,11 +7,11 @@ from random import Random
 from typing import Any
 
 Edit = Callable[[Random, Any], object]
-"""Changes a tree in place; `Random` chooses where."""
+"""A function that changes a tree in place; `Random` chooses where."""
 
 
 def edit(random: Random, tree: Any, edits: Sequence[Edit]) -> Any:
-    """`tree` with one of `edits` that changes it."""
+    """Return `tree` after one of `edits` that changes it."""
     before = repr(tree)
     while repr(tree) == before:
         random.choice(edits)(random, tree)
@@ -19,7 +19,7 @@ def edit(random: Random, tree: Any, edits: Sequence[Edit]) -> Any:
 
 
 def setting(*keys: Any, to: Any) -> Edit:
-    """An edit that gives the value under `keys` another value, or, of a function, what it makes of the old one."""
+    """Return an edit that replaces the value under `keys`; a function `to` is applied to the old value."""
 
     def change(random: Random, tree: Any) -> None:
         for key in keys[:-1]:
@@ -30,7 +30,7 @@ def setting(*keys: Any, to: Any) -> Edit:
 
 
 def leaving_out(*keys: Any) -> Edit:
-    """An edit that removes the key, and nothing where it is not there."""
+    """Return an edit that removes the key, if it is there."""
 
     def change(random: Random, tree: Any) -> None:
         for key in keys[:-1]:
@@ -53,7 +53,7 @@ def _set(index: int, value: Any) -> Edit:
 
 
 def _piece(index: int, to: Callable[[Any], Any]) -> Edit:
-    """An edit of the file, begin, first element, elements or hash of a tensor's first piece."""
+    """Return an edit of a tensor's first piece: its file, first byte, first element, elements or hash."""
 
     def change(random: Random, tensor: list[Any]) -> None:
         tensor[2][0][index] = to(tensor[2][0][index])
@@ -62,7 +62,7 @@ def _piece(index: int, to: Callable[[Any], Any]) -> Edit:
 
 
 def _halves(random: Random, tensor: list[Any]) -> None:
-    """Two pieces that are whole, but for their hashes."""
+    """Split a tensor into two pieces that are whole, except for their hashes."""
     (piece,) = tensor[2]
     file, begin, first, elements, sha256 = piece
     half = elements // 2
@@ -215,7 +215,7 @@ CONFIG: tuple[Edit, ...] = (
 
 
 def _entry(**values: Any) -> Edit:
-    """An edit of a tensor in a safetensors header."""
+    """Return an edit of a tensor in a safetensors header."""
 
     def change(random: Random, tree: Any) -> None:
         name = random.choice([name for name in tree if name != "__metadata__"])
@@ -230,27 +230,27 @@ def _rename(random: Random, tree: Any) -> None:
 
 
 def _flatten(random: Random, tree: Any) -> None:
-    """Another shape of as many elements."""
+    """Change the shape, but not the number of elements."""
     entry = tree[random.choice([name for name in tree if name != "__metadata__"])]
     entry["shape"] = random.choice([[*entry["shape"], 1], [1, *entry["shape"]], entry["shape"][::-1], [0]])
 
 
 def _other_dtype(random: Random, tree: Any) -> None:
-    """Another dtype of as many bytes."""
+    """Change the dtype, but not the number of bytes."""
     same = {"F32": ["I32"], "BF16": ["F16", "I16"], "F8_E4M3": ["U8", "BOOL", "F8_E8M0", "F8_E5M2"]}
     entry = tree[random.choice([name for name in tree if name != "__metadata__"])]
     entry["dtype"] = random.choice(same.get(entry["dtype"], ["I64"]))
 
 
 def _shift(random: Random, tree: Any) -> None:
-    """Data that overlap, or leave a hole."""
+    """Move the data so that they overlap or leave a hole."""
     entry = tree[random.choice([name for name in tree if name != "__metadata__"])]
     by = random.choice([-2, 2, 64, 10**6])
     entry["data_offsets"] = [max(0, offset + by) for offset in entry["data_offsets"]]
 
 
 def _scale(change: Callable[[dict[str, Any], str], object]) -> Edit:
-    """An edit of the scales of an FP8 weight, where there are any."""
+    """Return an edit of the scales of an FP8 weight, if there are any."""
 
     def edit_one(random: Random, tree: Any) -> None:
         names = [name for name in tree if name.endswith("_scale_inv")]
@@ -272,7 +272,7 @@ HEADER: tuple[Edit, ...] = (
 
 
 def _record(of: str, /, **values: Any) -> Edit:
-    """An edit of all ledger records of a kind."""
+    """Return an edit of all ledger records of a kind."""
 
     def change(random: Random, tree: Any) -> None:
         for record in tree:

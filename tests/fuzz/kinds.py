@@ -1,4 +1,4 @@
-"""Kinds of inputs: what of the seeds is damaged, and which verb then reads it."""
+"""Kinds of inputs: which seed file is damaged, and which command then reads it."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from . import edits
 from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
 
 FILE_SHARE = 0.08
-"""Of inputs in which a file is no longer a file."""
+"""Share of inputs in which a file is replaced by something that is not a regular file."""
 
 
 def data_overrides(root: Path) -> list[str]:
-    """Of the corpus and the prepared data under `root`."""
+    """Return overrides for the corpus and the prepared data under `root`."""
     data = [f"data.corpus={root / 'corpus'}", f"data.prepared={root / 'prepared'}", "data.validation=[v]"]
     return [*data, "data.vocab_size=300", "model.vocab_size=300"]
 
 
 @dataclass(frozen=True)
 class Input:
-    """A command on files that lie in its folder."""
+    """A command on files in its folder."""
 
     arguments: tuple[str, ...]
     codes: frozenset[int]
-    """Exit codes that the verb's documentation knows of."""
+    """Exit codes that the command's documentation lists."""
     made: Path | None = None
-    """What must not be there when the command has refused."""
+    """A path that must not exist after a refusal."""
 
 
 def reads(*arguments: object, codes: tuple[int, ...] = (0, 2), made: Path | None = None) -> Input:
-    """An input whose verb ends with one of `codes`."""
+    """Return an input whose command ends with one of `codes`."""
     return Input(tuple(map(str, arguments)), frozenset(codes), made)
 
 
 def copy(seeds: Path, folder: Path, name: str) -> Path:
-    """A seed of one's own."""
+    """Copy a seed into the folder."""
     source, target = seeds / name, folder / name
     return Path(shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target))
 
 
 def overrides(random: Random, seeds: Path, folder: Path) -> Input:
-    """Keys and values of the command line, or of a file in a directory of one's own."""
+    """Damage keys and values of the command line, or of a file in a user's configuration directory."""
     if random.random() < 0.3:
         own = copy(seeds, folder, "own")
         path = own / "experiment" / "mine.yaml"
@@ -109,7 +109,7 @@ def _yaml(random: Random, raw: bytes) -> bytes:
 
 
 def config_json(random: Random, seeds: Path, folder: Path) -> Input:
-    """The configuration, and files that are carried, of released weights."""
+    """Damage the configuration and the other small files of released weights."""
     hf = copy(seeds, folder, "hf")
     made = folder / "made"
     if random.random() < 0.5:
@@ -125,7 +125,7 @@ def config_json(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def headers(random: Random, seeds: Path, folder: Path) -> Input:
-    """The index and the headers of released weights, and their data."""
+    """Damage the index and the headers of released weights, and their data."""
     hf = copy(seeds, folder, random.choice(["hf", "hf_sharded"]))
     files = sorted(hf.glob("model*"))
     path = random.choice(files)
@@ -176,7 +176,7 @@ def _damage_json(random: Random, path: Path) -> None:
 
 
 def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
-    """The manifest of prepared data, half of them with a fingerprint that fits, or a file beside it."""
+    """Damage the manifest of prepared data, half of the time with a matching fingerprint, or another file there."""
     prepared = copy(seeds, folder, "prepared")
     path = prepared / "manifest.json"
     if random.random() < 0.2:
@@ -205,7 +205,7 @@ def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
-    """One reads every byte first, the other what it needs to see whether anything is left to do."""
+    """Open prepared data: one command reads every byte, the other only what shows whether work is left."""
     if random.random() < 0.6:
         return reads("data", "inspect", *data_overrides(folder))
     copy(seeds, folder, "corpus")
@@ -213,7 +213,7 @@ def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def _other_array(random: Random, raw: bytes) -> bytes:
-    """Another array of numpy's, or none."""
+    """Return another NumPy array, or no array."""
     if random.random() < 0.5:
         return mutate_bytes(random, raw)
     arrays = [np.zeros(11, "<f8"), np.zeros((11, 1), "<i8"), np.arange(11)[::-1], np.array(["x"] * 11), np.arange(12)]
@@ -230,7 +230,7 @@ def _damage_any(random: Random, path: Path) -> None:
 
 
 def _flip(random: Random, path: Path) -> None:
-    """Change a bit, half of the time near the beginning; the size stays."""
+    """Flip a bit, half of the time near the beginning; the size stays."""
     raw = bytearray(path.read_bytes())
     place = random.randrange(len(raw) if random.random() < 0.5 else min(len(raw), 2000))
     raw[place] ^= 1 << random.randrange(8)
@@ -242,7 +242,7 @@ def _cut(random: Random, path: Path) -> None:
 
 
 def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
-    """The manifest of a checkpoint, resealed, or a file beside it."""
+    """Damage a checkpoint's manifest and reseal it, or damage another file there."""
     saved = copy(seeds, folder, "saved")
     step = saved / "checkpoints" / "step_00000004"
     path, action = step / "manifest.json", random.random()
@@ -277,7 +277,7 @@ def checkpoint_manifest(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def ledger(random: Random, seeds: Path, folder: Path) -> Input:
-    """Records of the ledger with hashes that fit, or other bytes, or the heartbeat."""
+    """Damage ledger records and rehash them, damage their bytes, or damage the heartbeat."""
     run = copy(seeds, folder, "run")
     if random.random() < 0.1:
         return _project(random, seeds, folder, run)
@@ -295,7 +295,7 @@ def ledger(random: Random, seeds: Path, folder: Path) -> Input:
         if random.random() < 0.5:
             path.write_bytes(_chained(edits.edit(random, records, edits.RECORDS)))
             return _looks_at(random, seeds, run, folder)
-        kind = random.choice(sorted({record["kind"] for record in records}))  # of steps there are most
+        kind = random.choice(sorted({record["kind"] for record in records}))  # most records are steps
         index = random.choice([place for place, record in enumerate(records) if record["kind"] == kind])
         changed = mutate_tree(random, records[index])
         records[index : index + 1] = random.choice([[changed]] * 5 + [[], [changed, changed]])
@@ -304,7 +304,7 @@ def ledger(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def _project(random: Random, seeds: Path, folder: Path, run: Path) -> Input:
-    """A run of a project goes on from a record that may be in another, whose ledger may be anything."""
+    """Make a run continue from a record that may belong to another run, whose ledger may be damaged."""
     other, work = folder / "other", run / "ledger" / "work.jsonl"
     shutil.copytree(run, other)
     records = [json.loads(line) for line in work.read_bytes().splitlines()]
@@ -319,7 +319,7 @@ def _project(random: Random, seeds: Path, folder: Path, run: Path) -> Input:
 
 
 def _totals(random: Random, raw: bytes) -> bytes:
-    """Saved totals, half of them with a hash that fits."""
+    """Damage saved totals, half of the time with a matching hash."""
     tree = json.loads(raw)
     if random.random() < 0.3:
         return mutate_json(random, raw)
@@ -361,7 +361,7 @@ def _looks_at(random: Random, seeds: Path, run: Path, folder: Path) -> Input:
 
 
 def metrics(random: Random, seeds: Path, folder: Path) -> Input:
-    """Lines of the event stream."""
+    """Damage lines of the event stream."""
     run = copy(seeds, folder, "run")
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -382,7 +382,7 @@ def metrics(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
-    """The tokenizer of prepared data, of released weights, or of a checkpoint, each with the hash that fits."""
+    """Damage the tokenizer of prepared data, released weights or a checkpoint, each with a matching hash."""
     where = random.choice(["prepared", "hf", "saved"])
     base = copy(seeds, folder, where)
     path = base / "tokenizer.json"
@@ -392,7 +392,7 @@ def tokenizer(random: Random, seeds: Path, folder: Path) -> Input:
     tree = json.loads(raw)
     if random.random() < 0.4:
         new = dumps(edits.edit(random, tree, edits.TOKENIZER))
-    elif random.random() < 0.5:  # near the root: the vocabulary has most of all values
+    elif random.random() < 0.5:  # near the root: most values are in the vocabulary
         short = {key: value for key, value in tree.items() if key != "model"}
         changed = mutate_tree(random, short)
         new = dumps({**changed, "model": tree["model"]} if isinstance(changed, dict) else changed)
@@ -424,7 +424,7 @@ DOCUMENTS = (b'{"text": "\\ud800"}', b'{"text": " "}', b'{"text": 5}', b"", b"\x
 
 
 def corpus(random: Random, seeds: Path, folder: Path) -> Input:
-    """Works of a corpus."""
+    """Damage files of a corpus."""
     base = copy(seeds, folder, "corpus")
     path = random.choice(sorted(base.iterdir()))
     action = random.random()
@@ -468,7 +468,7 @@ def corpus(random: Random, seeds: Path, folder: Path) -> Input:
 
 
 def _strange_corpus(random: Random, base: Path) -> None:
-    """Works that are all there and no corpus."""
+    """Write files that exist and are not a corpus."""
     action = random.randrange(5)
     if action == 0:
         for path in base.iterdir():
@@ -484,7 +484,7 @@ def _strange_corpus(random: Random, base: Path) -> None:
 
 
 def small_files(random: Random, seeds: Path, folder: Path) -> Input:
-    """Plans, timelines, tables, invoices, accounts, projects, and the configuration that a run has left."""
+    """Damage plans, timelines, tables, invoices, account files, projects, and the configuration saved by a run."""
     run, what = copy(seeds, folder, "run"), random.randrange(7)
     if what == 0:
         (run / "metrics.jsonl").unlink()

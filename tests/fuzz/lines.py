@@ -1,4 +1,4 @@
-"""Which lines of the readers were run."""
+"""The lines of the readers that were run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READERS = (
         "trainer/structured_config.py",
     ),
 )
-"""Files that read what others may have written."""
+"""Files that read what other programs may have written."""
 _NO_READERS = (
     # These write, for runs that resume.
     *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
@@ -41,11 +41,11 @@ _NO_READERS = (
     *("_header", "_check_whole", "_tensor_tree", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
     *("train_tokenizer", "source_fingerprint", "to_config_json", "_unknown_there"),
 )
-"""Beginnings of functions in these files that write, or make a file and read none of others."""
+"""Prefixes of functions in these files that write, or create a file, and read none of others."""
 
 
 def lines_of(path: Path) -> set[int]:
-    """First lines of the statements in the functions of a file."""
+    """Return the first lines of the statements in a file's functions."""
     return {
         statement.lineno
         for body in _bodies(ast.parse(path.read_text()), _NO_READERS)
@@ -76,18 +76,18 @@ class Lines:
         sys.meta_path.insert(0, _Finder({module: self.run[name] for module, name in names.items()}))
 
     def clear(self) -> None:
-        """Forget what has run so far."""
+        """Forget the lines that have run so far."""
         for lines in self.run.values():
             lines.clear()
 
     @property
     def seen(self) -> set[tuple[str, int]]:
-        """Each file and line that has run."""
+        """Return each file and line that has run."""
         return {(name, line) for name, lines in self.run.items() for line in lines}
 
 
 class _Finder(MetaPathFinder):
-    """Finds the readers where they are, and loads them with notes."""
+    """An import hook that finds the readers in place and loads them with notes."""
 
     def __init__(self, lines: Mapping[str, set[int]]) -> None:
         self._lines = lines
@@ -108,7 +108,7 @@ class _Loader(SourceFileLoader):
         self._run = lines
 
     def get_code(self, fullname: str) -> CodeType:
-        """The module with its notes; never from a cache, and never put into one."""
+        """Return the module's code with its notes; never read from a cache or written to one."""
         path = self.get_filename(fullname)
         tree = ast.parse(self.get_data(path), path)
         for body in _bodies(tree):
@@ -130,7 +130,7 @@ def _note(line: int) -> ast.stmt:
 
 
 def _bodies(tree: ast.AST, left_out: tuple[str, ...] = (), name: str = "", *, inside: bool = False) -> Iterator[Any]:
-    """Lists of statements in the functions of a module, without functions whose names begin like one `left_out`."""
+    """Yield lists of statements in the functions of a module, without functions whose names start with a `left_out`."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             full = f"{name}{child.name}"
@@ -147,7 +147,7 @@ def _bodies(tree: ast.AST, left_out: tuple[str, ...] = (), name: str = "", *, in
 
 
 def coverage(seen: set[tuple[str, int]]) -> dict[str, tuple[int, int, list[int]]]:
-    """Of each reader: lines run, lines there, and those that were not run."""
+    """Return, for each reader, the lines run, the lines there, and the line numbers that were not run."""
     found = {}
     for name in READERS:
         lines = lines_of(ROOT / name)

@@ -1,4 +1,4 @@
-"""Seeded damage to JSON, text, bytes and files: each call changes one thing, as a disk, an editor or an enemy would."""
+"""Seeded damage to JSON, text, bytes and files: each call changes one thing, like a disk, an editor or an attacker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Place = tuple[Any, Any]
 
 
 class Twice(str):
-    """A key that stands beside an equal one in a mapping, so that `dumps` writes both."""
+    """A key that is in a mapping twice, so that `dumps` writes both."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ class Twice(str):
 
 
 def nasty(random: Random, old: object = None) -> Any:
-    """A value that a reader may not have been made for; often one that is close to `old`."""
+    """Return a value that a reader may not handle; often one close to `old`."""
     values: list[Any] = [
         None, True, False, 0, 1, -1, 2**31, 2**53, 2**63, 2**64, 10**30, 10**400, -(10**18), 0.5, 1.0, -0.0, 1e308,
         1e-320, float("nan"), float("inf"), float("-inf"), "", " ", "0", "1", "null", "NaN", "é\u2028", "\ud800",
@@ -70,7 +70,7 @@ def nasty(random: Random, old: object = None) -> Any:
 
 
 def deep(depth: int) -> Any:
-    """Lists in lists."""
+    """Return nested lists."""
     tree: Any = []
     for _ in range(depth):
         tree = [tree]
@@ -78,7 +78,7 @@ def deep(depth: int) -> Any:
 
 
 def places(tree: Any) -> list[Place]:
-    """All of a tree, without the root."""
+    """Return all places of a tree, without the root."""
     found: list[Place] = []
     waiting = [tree]
     while waiting:
@@ -91,7 +91,7 @@ def places(tree: Any) -> list[Place]:
 
 
 def mutate_tree(random: Random, tree: Any) -> Any:
-    """`tree` with one to three changes, in place where it can be; keys near the root are as likely as all others."""
+    """Return `tree` with one to three changes, in place if possible; keys near the root are as likely as all others."""
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         found = places(tree)
         if not found or random.random() < 0.02:
@@ -117,7 +117,7 @@ def keys_of(container: Any) -> Any:
 
 
 def shorten(value: Any) -> Any:
-    """A copy, so that no tree holds itself."""
+    """Return a copy, so that no tree contains itself."""
     return json.loads(json.dumps(value)) if not isinstance(value, float) else value
 
 
@@ -128,7 +128,7 @@ def nasty_key(random: Random, old: str) -> str:
 
 
 def dumps(tree: Any) -> bytes:
-    """JSON of a damaged tree: NaN as Python writes it, and a key marked `Twice` as often as it says."""
+    """Return the JSON of a damaged tree: NaN as Python writes it, and each `Twice` key repeated."""
     if isinstance(tree, dict):
         pairs = [f"{json.dumps(str(key))}:".encode() + dumps(value) for key, value in tree.items()]
         return b"{" + b",".join(pairs) + b"}"
@@ -138,7 +138,7 @@ def dumps(tree: Any) -> bytes:
 
 
 def mutate_bytes(random: Random, raw: bytes) -> bytes:
-    """`raw` with a few bytes, or its whole form, changed."""
+    """Return `raw` with a few bytes, or its whole form, changed."""
     place = random.randrange(len(raw)) if raw else 0
     changes: list[Callable[[], bytes]] = [
         lambda: b"",
@@ -163,20 +163,20 @@ def mutate_bytes(random: Random, raw: bytes) -> bytes:
 
 
 def mutate_json(random: Random, raw: bytes) -> bytes:
-    """Mostly another tree, sometimes other bytes."""
+    """Damage the parsed tree most of the time, the bytes otherwise."""
     if random.random() < 0.2:
         return mutate_bytes(random, raw)
     return dumps(mutate_tree(random, json.loads(raw)))
 
 
 def large(path: Path) -> None:
-    """A file of a terabyte that takes no room."""
+    """Make a sparse file of 1 TB."""
     path.touch()
     os.truncate(path, 2**40)
 
 
 def mutate_file(random: Random, path: Path) -> None:
-    """What lies at `path` is no longer a file, or another one."""
+    """Replace the file at `path` by another kind of file, or by another file."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

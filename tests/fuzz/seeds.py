@@ -1,4 +1,4 @@
-"""Valid files of every kind, made once; each input of the fuzzer is a damaged copy of some."""
+"""Valid files of every kind, created once; each input of the fuzzer is a damaged copy of some."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROJECT = "gpu_hours:\n  pre_train: 100\n  context_extension: 5.5\nruns:\n  - ru
 
 
 def quietly(*arguments: str) -> str:
-    """Run a verb that must not fail; return what it prints."""
+    """Run a command that must not fail; return its output."""
     output = io.StringIO()
     code: object = None
     with contextlib.redirect_stdout(output):
@@ -59,7 +59,7 @@ def quietly(*arguments: str) -> str:
 
 
 def make_seeds(root: Path, *, with_plan: bool) -> None:
-    """corpus, prepared, checkpoints, hf and hf_sharded, run with its trace, and small files. A plan takes seconds."""
+    """Write corpus, prepared, checkpoints, hf, hf_sharded, run (traced) and small files. A plan takes seconds."""
     (root / "corpus").mkdir(parents=True)
     (root / "corpus" / "a.txt").write_text(TEXT)
     (root / "corpus" / "v.txt").write_text(TEXT[:400])

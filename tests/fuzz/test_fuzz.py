@@ -1,4 +1,4 @@
-"""Damaged files and command lines end in exit code 0, a refusal, or what the verb's documentation says."""
+"""Damaged files and command lines end in exit code 0, a refusal, or another documented exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .mutate import dumps, mutate_tree, places
 
 
 def fuzz(tmp_path: Path, *options: object) -> tuple[dict[str, float], str]:
-    """Run the fuzzer in a process of its own: it forks, and pytest has threads. Returns its summary and its words."""
+    """Run the fuzzer in another process, because it forks and pytest has threads. Return its summary and its output."""
     summary = tmp_path / "summary.json"
     command = [sys.executable, "-m", "shoestring.tests.fuzz", "--json", summary, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=900)
@@ -43,8 +43,8 @@ def test_two_thousand_inputs_and_the_lines_of_the_readers(tmp_path: Path) -> Non
     assert found["covered"] >= 0.9, words
 
 
-def test_a_trial_that_goes_wrong_is_told(tmp_path: Path) -> None:
-    """A traceback, another exit code, something left behind, a process without an end: each is seen."""
+def test_a_trial_that_goes_wrong_is_reported(tmp_path: Path) -> None:
+    """A traceback, another exit code, a leftover file and a hang are each detected."""
     code = """
 import sys, time
 from pathlib import Path
@@ -56,7 +56,7 @@ root = Path(sys.argv[1])
 
 def act(arguments):
     if arguments[0] == "raise":
-        raise ValueError("nobody expected this")
+        raise ValueError("an unexpected error")
     if arguments[0] == "spin":
         while True:
             pass

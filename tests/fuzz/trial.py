@@ -1,4 +1,4 @@
-"""One input run by a fork of this process, which has imported everything, within limits of time and memory."""
+"""One input, run by a fork of this process, which has imported everything, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .kinds import KINDS, Input
 from .lines import Lines
 
 CPU_SECONDS = 10
-"""Of one input: more is a hang."""
+"""CPU time of one input; more is a hang."""
 IDLE_SECONDS = 10
-"""Of an input that uses no CPU: it waits for what never comes, since no verb waits for anything else that long."""
+"""Seconds without CPU use after which an input counts as hung; no command waits that long for anything."""
 _MEMORY = 24 * 2**30
 """Bytes of addresses: torch alone maps several GB."""
 _RAISED = 70
@@ -30,20 +30,20 @@ _RAISED = 70
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of an input."""
+    """The result of one input."""
 
     kind: str
     seed: int
     arguments: tuple[str, ...]
     code: int
     seconds: float
-    """Of CPU."""
+    """CPU seconds."""
     words: str
-    """What it has printed, the end of it."""
+    """The end of the output."""
     wrong: str
-    """Empty where all is as it must be."""
+    """Description of the failure; empty if there is none."""
     lines: tuple[tuple[str, int], ...]
-    """Of the readers, unless it came to no end."""
+    """The lines of the readers that ran; empty if it hung."""
 
 
 def run_trial(kind: str, seed: int, seeds: Path, folder: Path, lines: Lines) -> Trial:
@@ -91,7 +91,7 @@ def _fork(made: Input, out: Path, lines: Lines) -> tuple[int, float, str, tuple[
 
 
 def _wait(child: int) -> int:
-    """Its status. On a loaded machine a process may need minutes for seconds of CPU: it is idle when it sleeps."""
+    """Return the exit status. On a busy machine CPU seconds take minutes: a process is idle when it sleeps."""
     busy, pause = time.monotonic(), 0.005
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)

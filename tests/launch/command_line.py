@@ -1,4 +1,4 @@
-"""The `shoestring` command, run in this process: its exit code, and what it prints."""
+"""The `shoestring` command, run in this process: exit code and output."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def exit_code(*arguments: object) -> int:
 
 
 def shoestring(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
+    """Return exit code, output and errors."""
     code = exit_code(*arguments)
     output, errors = capsys.readouterr()
     return code, output, errors
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """Return the output of a command that ends with `code`, or its errors where that is not 0."""
+    """Return the output of a command that ends with `code`, or its errors if that is not 0."""
     ended, output, errors = shoestring(capsys, *arguments)
     assert ended == code, errors
     return errors if code else output

@@ -1,4 +1,4 @@
-"""For tests with pretended machines: when to skip them, and what of them is still there."""
+"""Helpers for tests with simulated machines: a skip condition, and the processes that are left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_machines = pytest.mark.skipif(bool(MISSING), reason=f"no simulated cluster
 
 
 def descendants(pid: int) -> set[int]:
-    """Every process that `pid` or one of its own has started. Those of a machine all are: none can leave its `cat`."""
+    """Return every direct or indirect child of `pid`. A machine's processes are all below its `cat`."""
     found = set()
     with contextlib.suppress(OSError):  # it has ended meanwhile
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -27,7 +27,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those that run. A zombie whose new parent never asks for it does not."""
+    """Return the processes that run; zombies do not count."""
     found = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -37,7 +37,7 @@ def alive(pids: set[int]) -> set[int]:
 
 
 def wait_until(what: Callable[[], bool], seconds: float) -> None:
-    """Look again and again; what is looked at is the kernel's or another process's."""
+    """Poll until `what` is true; another process or the kernel changes it."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, f"not so after {seconds} s"

@@ -1,4 +1,4 @@
-"""`shoestring train` as real processes, and what can be seen of them from outside."""
+"""`shoestring train` as real processes, observed from outside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(overrides: Sequence[str], run_dir: Path, *more: str) -> subprocess.Com
 
 
 def lines_as_they_come(path: Path, process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """Lines of a file that a process is still writing, without a pause between looks but the scheduler's own."""
+    """Yield lines of a file that a process is still writing; between polls only the scheduler pauses."""
     position = 0
     while process.poll() is None:
         if path.exists():
@@ -44,7 +44,7 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen[str], step: int = 1) 
 
 
 def processes_of(run_dir: Path) -> dict[int, str]:
-    """Launcher, torchrun and ranks: every process whose command line names the run directory, as a line."""
+    """Return every process whose command line names the run directory: launcher, torchrun and ranks."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

@@ -1,4 +1,4 @@
-"""What a configuration is refused for, by field."""
+"""The problems that a configuration is refused for, by field."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from shoestring.comm.errors import ConfigError, Problem
 
 
 def refused(call: Callable[..., object], *arguments: object) -> dict[str, str]:
-    """Field to value and remedy of every problem that `call(*arguments)` names; fails when it refuses nothing."""
+    """Return value and hint by field for all problems that `call(*arguments)` names; fail if it refuses nothing."""
     with pytest.raises(ConfigError) as caught:
         call(*arguments)
     return by_field(caught.value.problems)
 
 
 def by_field(problems: Iterable[Problem]) -> dict[str, str]:
-    """Field to value and remedy; two problems of one field stand one after the other."""
+    """Return value and hint by field; two problems of one field are joined."""
     found: dict[str, str] = {}
     for problem in problems:
         text = f"{problem.value!r}: {problem.hint}"

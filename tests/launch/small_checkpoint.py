@@ -1,4 +1,4 @@
-"""A small checkpoint with a tokenizer, and harm that is done to its files."""
+"""A small checkpoint with a tokenizer, and damage to its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of seconds on a corpus of two short works, for tests that start real processes."""
+"""A run of seconds on a corpus of two short files, for tests that start real processes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SMALL = (
     "training.evaluate_every=0",
     "training.sample_tokens=0",
     "training.device=cpu",
-    "budget.stop_at=null",  # runs that never end by themselves must not be stopped for what they would cost
+    "budget.stop_at=null",  # endless runs must not be stopped for their projected cost
     "schedule.micro_batch_size=2",
 )
 
 
 def small_run(root: Path, steps: int) -> list[str]:
-    """Overrides of a run of `steps` on two ranks, but for its directory; its data is prepared under `root`."""
+    """Return the overrides of a run of `steps` on two ranks, except its directory; prepare its data under `root`."""
     corpus = root / "corpus"
     corpus.mkdir(parents=True)
     packaged = compose_run_config(["experiment=quickstart"]).data.corpus_directory
@@ -40,7 +40,7 @@ def small_run(root: Path, steps: int) -> list[str]:
 
 
 def free_port() -> int:
-    """Of this machine, for a rendezvous that starts at once."""
+    """Return a free port of this machine, for a rendezvous that starts immediately."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The real parser: overrides wherever they stand, and nothing swallowed."""
+"""The real parser: overrides at any place, and no argument ignored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from shoestring.launch import cli
 from shoestring.launch.cli import main, parse_arguments
 from shoestring.launch.run import node
-from shoestring.launch.run.signals import STOP_SIGNALS, ignore_late_stop_signals, raise_on_early_stop
+from shoestring.launch.run.signals import STOP_SIGNALS, ignore_late_stop_signals
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.run.exit import HaltReason
 
@@ -34,8 +34,8 @@ def test_both_reach_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  seed: 7\n" in capsys.readouterr().out
 
 
-def test_a_bill_is_shown_without_torch() -> None:
-    """Importing it takes seconds and 200 MB, which a look at a run must not."""
+def test_a_budget_is_shown_without_torch() -> None:
+    """Importing torch takes seconds and 200 MB, too much for a look at a run."""
     program = "import sys, shoestring.launch.cli, shoestring.launch.verbs.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -81,10 +81,21 @@ def test_a_signal_in_the_first_seconds_ends_with_a_line_and_its_code(
 
 
 @pytest.mark.usefixtures("former_handlers")
-def test_a_signal_after_the_ranks_have_ended_changes_no_exit_code() -> None:
-    with raise_on_early_stop():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_after_the_ranks_have_ended_changes_no_exit_code(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_signaled_late(options: argparse.Namespace) -> int:
         ignore_late_stop_signals()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
+        return 3
+
+    late = argparse.Namespace(verb="train", run=be_signaled_late)
+    monkeypatch.setattr(cli, "parse_arguments", lambda arguments: late)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_the_version_is_known_at_run_time(capsys: pytest.CaptureFixture[str]) -> None:

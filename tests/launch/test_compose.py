@@ -1,4 +1,4 @@
-"""Groups, overrides and directories of one's own become one configuration, or one list of what is wrong with them."""
+"""Groups, overrides and user directories compose to one configuration, or to one list of its problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*
 PARTS = [file for file in FILES if file[0] != "experiment"]
 EXPERIMENTS = [choice for group, choice in FILES if group == "experiment"]
 MODELS = [choice for group, choice in FILES if group == "model"]
-# A group's file alone beside the default model: what the two must agree on follows it.
+# A group's file alone with the default model: the values that must agree follow it.
 COMPANIONS = {
     "model": "data.vocab_size=${model.vocab_size}",
     "data": "model.vocab_size=${data.vocab_size}",
@@ -44,7 +44,7 @@ def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
 
 
 REFUSED = {"deepseek_v3_h800_published"}
-"""Experiments that are there to say why they cannot be."""
+"""Experiments that exist to report why they cannot run."""
 RUNS = [name for name in EXPERIMENTS if name not in REFUSED]
 
 
@@ -130,7 +130,7 @@ def test_values_of_many_kinds() -> None:
         ("hydra/launcher=basic", "hydra/launcher", "no effect here"),
     ],
 )
-def test_an_override_that_means_nothing_is_named_with_its_remedy(override: str, field: str, hint: str) -> None:
+def test_an_override_that_means_nothing_is_named_with_a_hint(override: str, field: str, hint: str) -> None:
     problems = refused(compose_run_config, [override])
     assert list(problems) == [field]
     assert_says(problems[field], hint)
@@ -233,7 +233,7 @@ def test_unreadable_and_impossible_values_are_refused_together(overrides: str, f
         ("model=large data.vocab_size=4096", "model"),
     ],
 )
-def test_a_default_in_place_of_an_unreadable_value_accuses_nobody(overrides: str, field: str) -> None:
+def test_a_default_in_place_of_an_unreadable_value_causes_no_other_error(overrides: str, field: str) -> None:
     assert list(refused(compose_run_config, overrides.split())) == [field]
 
 
@@ -251,7 +251,7 @@ def test_what_is_written_inside_a_doubtful_group_counts(tmp_path: Path) -> None:
     assert problems.keys() == {"--config-dir", "experiment", "topology.ep", "model.n_group", "training.device"}
 
 
-def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
+def test_a_users_experiment(tmp_path: Path) -> None:
     directory = own_file(
         tmp_path / "it's (mine), v2",
         "experiment/long.yaml",
@@ -268,11 +268,11 @@ def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
     assert_says(problems["model"], ", ".join(sorted([*MODELS, "wide"])))
 
 
-def test_a_directory_of_ones_own_that_is_not_there(tmp_path: Path) -> None:
+def test_a_users_directory_that_is_not_there(tmp_path: Path) -> None:
     assert refused(compose_run_config, [], tmp_path / "nowhere").keys() == {"--config-dir"}
 
 
-def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
+def test_a_users_file_that_could_never_be_chosen(tmp_path: Path) -> None:
     directory = own_file(tmp_path, "model/tiny.yaml", "hidden_size: 256\n")
     problems = refused(compose_run_config, ["model=tiny"], directory)
     assert_says(problems["--config-dir"], r"tiny\.yaml.*rename")
@@ -295,7 +295,7 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
     ],
     ids=["not-yaml", "unknown-choice", "unknown-key", "no-package", "key-twice", "NUL", "digits"],
 )
-def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str, hint: str) -> None:
+def test_a_users_file_that_is_wrong(tmp_path: Path, text: str, field: str, hint: str) -> None:
     directory = own_file(tmp_path, "experiment/mine.yaml", text)
     problems = refused(compose_run_config, ["experiment=mine"], directory)
     assert [name.rpartition("/")[2] for name in problems] == [field]
@@ -304,7 +304,7 @@ def test_a_file_of_ones_own_that_is_wrong(tmp_path: Path, text: str, field: str,
 
 
 def awkward() -> RunConfig:
-    """Values that YAML could take for something else."""
+    """Return values that YAML could read as another type."""
     config = compose_run_config([])
     return replace(
         config,

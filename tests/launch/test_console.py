@@ -1,4 +1,4 @@
-"""Words that cannot be shown throw no work away."""
+"""Output that cannot be printed does not fail the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoestring.tests.launch.two_machines import losses
 
 SAY = "from shoestring.launch.console import print_to_stdout as p; p('one'); p('two'); p('three'); open({done!r}, 'w')"
 CLOSED = {
-    "a pipe that nobody reads": "{command} | true; exit ${{PIPESTATUS[0]}}",
+    "a pipe without a reader": "{command} | true; exit ${{PIPESTATUS[0]}}",
     "a full disk": "{command} > /dev/full",
     "closed": "{command} >&-",
     "closed, and standard error too": "{command} >&- 2>&-",
@@ -31,7 +31,7 @@ def bash(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("how", CLOSED)
-def test_a_program_whose_words_go_nowhere_ends_as_it_should(how: str, tmp_path: Path) -> None:
+def test_a_program_without_an_output_ends_normally(how: str, tmp_path: Path) -> None:
     done = str(tmp_path / "done")
     command = f'{sys.executable} -c "{SAY.format(done=done)}"'
     ended = bash(CLOSED[how].format(command=command), tmp_path)
@@ -53,7 +53,7 @@ def shoestring(*arguments: object) -> str:
     ],
 )
 def test_a_verb_that_only_shows(view: str, code: int, tmp_path: Path) -> None:
-    """Who has left has read what it wanted; a disk that does not take what was asked for is a failure."""
+    """A closed pipe is no failure: its reader has read enough. A full disk is one."""
     ended = bash(f"{shoestring('params', *SMALL)} {view}", tmp_path)
     assert ended.returncode == code, ended.stderr
     words = ["refused", "standard output = None: cannot be written (No space left on device)"] if code else []
@@ -65,7 +65,7 @@ VIEWS = {"closed": ">&-", "full": "> /dev/full", "pipe": "| true; exit ${PIPESTA
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, whose words went nowhere."""
+    """Train two steps with an output that is closed early."""
     folder = tmp_path_factory.mktemp("trained")
     overrides = [*small_run(folder / "data", 2), "telemetry.wandb.mode=disabled"]
     ended = bash(f"{shoestring('train', *overrides, 'training.run_dir=run')} | head -n 1", folder)
@@ -75,7 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=[] if how == "full" else pytest.mark.slow) for how in VIEWS])
-def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path: Path) -> None:
+def test_files_are_written_even_if_the_output_is_closed(how: str, trained: Path, tmp_path: Path) -> None:
     made: dict[str, list[object]] = {
         "hf/config.json": ["export", trained, "hf"],
         "imported": ["import", "hf", "imported"],
@@ -92,7 +92,7 @@ def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", VIEWS)
-def test_a_run_goes_on_without_its_view(how: str, trained: Path, tmp_path: Path) -> None:
+def test_a_run_continues_without_its_output(how: str, trained: Path, tmp_path: Path) -> None:
     overrides = [*small_run(tmp_path / "data", 2), "telemetry.wandb.mode=disabled", "training.run_dir=run"]
     ended = bash(f"{shoestring('train', *overrides)} {VIEWS[how]}", tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""A launch has one instant, and text of the environment reaches no file."""
+"""A launch has one start time, and text of the environment is written to no file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_back_the_same(override: str, tmp_path: Path) ->
     assert config_to_yaml(read_config(tmp_path / "config.yaml")) == config_to_yaml(config)
 
 
-def test_a_file_of_ones_own_may_hold_the_instant(tmp_path: Path) -> None:
+def test_a_users_file_may_hold_the_instant(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\ntraining:\n  run_dir: r/${now:%Y}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
@@ -93,7 +93,7 @@ def test_numbers_and_choices_of_the_environment_are_written() -> None:
 def test_what_the_environment_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MISSING" in str(refused(compose_run_config, ["training.run_dir=${oc.env:MISSING}"]))
     (tmp_path / "config.yaml").write_text(config_to_yaml(compose_run_config(["training.run_dir=${oc.env:TEAM}"])))
-    monkeypatch.delenv("TEAM")  # as on a machine where it is not set
+    monkeypatch.delenv("TEAM")  # on a machine where it is not set
     with pytest.raises(ConfigError, match="TEAM"):
         read_config(tmp_path / "config.yaml")
     for text in ("a: [", "training: 3", "\0", "training: {seed: x}"):

@@ -1,4 +1,4 @@
-"""launch/quickstart.sh: what it hands to which verb, by a stand-in for `shoestring` that writes down its arguments."""
+"""launch/quickstart.sh: the arguments of each command, recorded by a stand-in for `shoestring`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def calls(clone: Path, *arguments: str, code: int = 0) -> list[str]:
-    """What was called, in order; the script must end with the code of the training."""
+    """Return the recorded calls in order; the script must end with the exit code of the training."""
     script = [str(clone / "launch" / "quickstart.sh"), *arguments]
     done = subprocess.run(
         script, env=os.environ | {"TRAIN_CODE": str(code)}, capture_output=True, timeout=30, check=False
@@ -55,6 +55,6 @@ def test_what_describes_the_run_goes_to_both_verbs(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "has_bill"), [(0, True), (1, True), (2, False), (3, True), (75, True)])
-def test_a_run_that_was_refused_has_no_bill(clone: Path, code: int, has_bill: bool) -> None:
+def test_a_run_that_was_refused_has_no_budget(clone: Path, code: int, has_bill: bool) -> None:
     (clone / "runs" / "quickstart").mkdir(parents=True)  # of an earlier run
     assert ("budget|runs/quickstart|" in calls(clone, code=code)) == has_bill

@@ -1,4 +1,4 @@
-"""`data prepare`, `import` and `export` at a signal, and after an earlier one of them was killed."""
+"""`data prepare`, `import` and `export` at a signal, and after an earlier one was killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prepare(root: Path) -> int:
 
 
 def killing(number: signal.Signals, words: str) -> Callable[[str], None]:
-    """A stand-in of `tell` that sends a signal, and again, when the words are said."""
+    """Return a stand-in for `tell` that sends a signal, and a second one, when `words` are printed."""
 
     def tell(line: str) -> None:
         if re.search(words, line):
@@ -107,7 +107,7 @@ def test_a_second_signal_does_not_cut_the_cleaning_short(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_export_or_import_has_left_goes_with_a_word(
+def test_what_a_killed_export_or_import_has_left_is_removed_with_a_message(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left = tmp_path / ".out.exporting-7-ab"

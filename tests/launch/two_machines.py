@@ -1,4 +1,4 @@
-"""Two machines of one launch as real processes on this one: launch/torchrun.sh twice, in a session each."""
+"""Two machines of one launch as real processes on this one: launch/torchrun.sh twice, each in its own session."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ ONE_RANK_EACH = "topology.gpus_per_node=1"
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of this process, with none but these of the variables that launch/torchrun.sh reads."""
+    """Return this process's environment with only these of the variables that launch/torchrun.sh reads."""
     return {key: value for key, value in os.environ.items() if key not in OWN} | {"PYTHON": sys.executable} | variables
 
 
 @dataclass
 class Launch:
-    """Two launchers, and what each prints into a file of its own."""
+    """Two launchers; each prints into its own file."""
 
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
-    """Beside those that say which machine it is; they win over the usual ones."""
+    """Further variables; they override those that say which machine it is."""
     machines: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,12 +68,12 @@ class Launch:
         wait_for_step(run_dir, self.machines[0], step)
 
     def processes(self, number: int) -> list[int]:
-        """Launcher, torchrun and rank of one machine."""
+        """Return launcher, torchrun and rank of one machine."""
         (torchrun,) = children_of(launcher := self.machines[number].pid)
         return [launcher, torchrun, *children_of(torchrun)]
 
     def codes(self, seconds: float = 90) -> list[int]:
-        """Exit codes by machine, once all have ended."""
+        """Return exit codes by machine, once all have ended."""
         deadline = time.monotonic() + seconds
         for machine in self.machines.values():
             try:
@@ -85,7 +85,7 @@ class Launch:
 
 @contextmanager
 def launch(folder: Path, **variables: str) -> Iterator[Launch]:
-    """Two machines; nothing of them outlives the context."""
+    """Yield two machines; none of their processes outlives the context."""
     both = Launch(folder, variables)
     try:
         yield both
@@ -97,7 +97,7 @@ def launch(folder: Path, **variables: str) -> Iterator[Launch]:
 
 
 def losses(run_dir: Path) -> list[tuple[int, object, object]]:
-    """Step, loss and gradient norm of every step that counts."""
+    """Return step, loss and gradient norm of every retained step."""
     events = [event for event in read_metrics(run_dir / "metrics.jsonl") if event.kind == "step"]
     return [(event.step, event.values["loss"], event.values["grad_norm"]) for event in events]
 

@@ -1,4 +1,4 @@
-"""Runs a layout under NCCL's rules, with the classes that GPUs use and as much of the warm-up as is asked for.
+"""Runs a layout under NCCL's rules, with the classes that GPUs use and any part of the warm-up.
 
 `python -m shoestring.tests.parallelism.nccl_runs` prints how every schedule ends without it.
 """
@@ -32,7 +32,7 @@ from shoestring.tests.comm.nccl_rules import (
 from shoestring.tests.parity.layouts import SEQUENCE_LENGTH, Layout, Padding
 from shoestring.tests.parity.outcome import Errors, Outcome, compare
 from shoestring.tests.parity.runner import build, outcome, take_step
-from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.parity.single_process import run_single_process
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.trainer.build import build_engine, build_stage_layout
 from shoestring.trainer.data.samples import TokenBatch
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 class Start(StrEnum):
-    """What connects before the first step."""
+    """The connections made before the first step."""
 
     WARM = "everything"
     PAIRS = "pairs"  # neighbors and the token exchange, and no group that reduces gradients
@@ -63,7 +63,7 @@ def connect(start: Start, stepper: Stepper, worker: AsyncCommunicator, layout: L
 def sends_after_the_listener(
     executor: PipelineExecutor, stages: Sequence[PipelineStage], listener: InstructionListener | None = None
 ) -> None:
-    """`PipelineExecutor.run` with an instruction's sends behind its listener."""
+    """Run `PipelineExecutor.run` with an instruction's sends after its listener."""
     run = _Run(executor, stages)
     for index, instruction in enumerate(executor.program.instructions[executor.pp_rank]):
         run.post(executor.p2p_batches[index])
@@ -77,7 +77,7 @@ def sends_after_the_listener(
 
 
 def run_rank(world: World, layout: Layout, start: Start, late_sends: bool, patience: float) -> Outcome:
-    """One rank's training under the rules. A first contact that takes longer than `patience` seconds is an error."""
+    """Train one rank under the rules. A first contact that takes longer than `patience` seconds is an error."""
     streams, limit = QueuedStreams(), timedelta(seconds=60)
     make = RulesGroups(world.rank, limit, streams, timedelta(seconds=patience))
     stages = layout.stages
@@ -101,13 +101,13 @@ MATRIX = [layout_of(each.name, pp, mtp) for pp, each, mtp in product((2, 4), SCH
 
 
 def errors_of(layout: Layout) -> Errors:
-    """How far a run with the whole warm-up is from its twin."""
+    """Return the differences between a run with the whole warm-up and the reference."""
     ranks = run_processes(layout.topology.world_size, run_rank, layout, Start.WARM, False, 60.0)
-    return compare(ranks, run_twin(layout, STEPS))
+    return compare(ranks, run_single_process(layout, STEPS))
 
 
 def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patience: float = 3) -> str:
-    """The first error that says where a run stopped, or nothing. A first contact may take `patience` seconds."""
+    """Return the first error that says where a run stopped, or "". A first contact may take `patience` seconds."""
     try:
         run_processes(layout.topology.world_size, run_rank, layout, start, late_sends, patience)
     except RanksFailed as failed:
@@ -117,7 +117,7 @@ def failure_of(layout: Layout, start: Start, *, late_sends: bool = False, patien
 
 
 def open_and_step(world: World, overrides: Sequence[str]) -> float:
-    """The loss of one step of a configured run, whose engine connects by itself what it communicates over."""
+    """Return the loss of one step of a configured run, whose engine connects its own communicators."""
     config, streams, limit = compose_run_config(overrides), QueuedStreams(), timedelta(seconds=60)
     make = RulesGroups(world.rank, limit, streams, timedelta(seconds=10))
     groups = ProcessGroups.create(
@@ -137,7 +137,7 @@ def open_and_step(world: World, overrides: Sequence[str]) -> float:
 
 
 def main() -> None:
-    """Print how each row of the matrix ends without a warm-up, and with an instruction's sends behind its listener."""
+    """Print how each row of the matrix ends without a warm-up, and with an instruction's sends after its listener."""
     for layout in MATRIX:
         row = f"{layout.schedule:12} pp {layout.pp} MTP {layout.mtp}"
         cold = failure_of(layout, Start.COLD, late_sends=True)

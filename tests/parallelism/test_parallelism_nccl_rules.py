@@ -1,4 +1,4 @@
-"""Every schedule trains under NCCL's rules, with the classes that GPUs use, and equals the plain twin."""
+"""Every schedule trains under NCCL's rules, with the classes that GPUs use, and equals the plain reference."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_a_schedule_trains_under_the_rules(layout: Layout) -> None:
     assert not errors.over(layout.tolerance), errors
 
 
-def test_without_a_warm_up_a_receive_ahead_waits_for_ever() -> None:
+def test_without_a_warm_up_a_receive_ahead_hangs() -> None:
     failure = failure_of(SHARED_EMBEDDING, Start.COLD)
     assert "of micro-batch 0 from rank" in failure
     assert FIRST_CONTACT in failure
 
 
-def test_with_pairs_alone_sends_behind_the_listener_wait_for_ever() -> None:
+def test_with_pairs_alone_sends_after_the_listener_hang() -> None:
     failure = failure_of(SHARED_EMBEDDING, Start.PAIRS, late_sends=True)
     assert failure.startswith("rank 1: sum of gradients, dense of stage 0 and 1 with ranks 0 failed")
     assert FIRST_CONTACT in failure
@@ -53,9 +53,9 @@ def test_with_pairs_alone_sends_before_the_listener_do_not() -> None:
 
 
 def pairs(program: PipelineProgram) -> set[tuple[Direction, int, int]]:
-    """Who sends to whom, each way."""
-    sent = (edge for commits in derive_p2p_batches(program) for commit in commits for edge in commit.sends)
-    return {(edge.direction, edge.source.rank, edge.target.rank) for edge in sent}
+    """Return the ranks that send to each other, by direction."""
+    sent = (op for commits in derive_p2p_batches(program) for commit in commits for op in commit.sends)
+    return {(op.direction, op.source.rank, op.target.rank) for op in sent}
 
 
 @pytest.mark.parametrize(("schedule", "pp"), [(each.name, pp) for each in SCHEDULES for pp in (2, 4)])

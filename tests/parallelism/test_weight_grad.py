@@ -1,4 +1,4 @@
-"""Gradients of weights, put off: the same as autograd's, left where the forward said, done when asked."""
+"""Delayed weight gradients: equal to autograd's, left where the forward left them, computed when flushed."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
     out.backward(grad)
     assert weight.grad is None
     left.flush()
-    twin = grouped_mm_reference(x, weight, ROWS)
-    expected = torch.autograd.grad(twin, (x, weight), grad)
-    torch.testing.assert_close(out, twin)
+    reference = grouped_mm_reference(x, weight, ROWS)
+    expected = torch.autograd.grad(reference, (x, weight), grad)
+    torch.testing.assert_close(out, reference)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(weight.grad, expected[1])
     outer = grouped_wgrad(grad, x.detach(), ROWS)
@@ -99,7 +99,7 @@ def test_grouped_products_are_those_of_each_expert(dtype: torch.dtype) -> None:
 
 
 def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
-    """Without another of its size; a gradient of a wider dtype takes the sum of the products."""
+    """No other tensor of its size is allocated; a gradient of a wider dtype takes the sum of the products."""
     weight = torch.randn(len(ROWS), 8, 8, requires_grad=True)
     grad, x = torch.randn(sum(ROWS), 8), torch.randn(sum(ROWS), 8)
     weight.grad = torch.randn_like(weight)
@@ -113,7 +113,7 @@ def test_products_of_experts_are_added_to_the_gradient_that_is_there() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation makes anew."""
+    """Records the largest number of elements of a tensor that an operation creates."""
 
     elements = 0
 
@@ -128,7 +128,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lowest", [0, 3], ids=["with token 0", "without"])
 def test_rows_of_tokens_are_added_without_a_gradient_of_the_whole_table(dtype: torch.dtype, lowest: int) -> None:
-    """To the last bit what the sum over each token's rows gives, added as one."""
+    """The result equals, to the last bit, the sum over each token's rows, added as one."""
     wide = torch.promote_types(dtype, torch.float32)
     table = torch.zeros(1000, 4, dtype=dtype, requires_grad=True)
     table.grad_dtype = wide

@@ -1,4 +1,4 @@
-"""Apex's GEMM for gradients of weights: when it is called, before a stand-in that demands what Apex does."""
+"""Apex's GEMM for weight gradients: when it is called, with a stand-in that checks what Apex requires."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """What Apex was called with, of a module that serves the CPU."""
+    """Return the shapes of the calls to Apex, of a module that works on the CPU."""
     recorded: list[torch.Size] = []
 
     def wgrad_gemm_accum_fp32(x_RK: Tensor, grad_RN: Tensor, sum_NK: Tensor) -> None:
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def accumulate(dtype: torch.dtype, into: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a weight after one product more, and that product's factors."""
+    """Return the gradient of a weight after one more product, and that product's factors."""
     x_RK, grad_RN = torch.randn(K, R).T.to(dtype), torch.randn(1, N).expand(R, N).to(dtype)  # as strided as they come
     weight = torch.randn(N, K, dtype=dtype, requires_grad=True)
     weight.grad_dtype = torch.float32
@@ -67,8 +67,8 @@ def test_bf16_products_are_added_to_an_fp32_sum(calls: list[torch.Size]) -> None
 
 def test_everything_else_goes_the_plain_way(calls: list[torch.Size]) -> None:
     before = torch.randn(N, K)
-    turned = torch.randn(K, N).T
-    for dtype, into in ((torch.float32, before), (torch.bfloat16, None), (torch.bfloat16, turned)):
+    strided = torch.randn(K, N).T
+    for dtype, into in ((torch.float32, before), (torch.bfloat16, None), (torch.bfloat16, strided)):
         found, grad_RN, x_RK = accumulate(dtype, into)
         product = (grad_RN.T @ x_RK).float()
         torch.testing.assert_close(found, product if into is None else into + product)
@@ -89,7 +89,7 @@ def test_without_apex_there_is_the_plain_way(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(found, before + (grad_RN.T @ x_RK).float())
 
 
-def test_what_is_missing_is_said(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(weight_grad.missing_apex_requirements(on_gpu=True))
     assert list(weight_grad.missing_apex_requirements(on_gpu=False)) == ["it needs a GPU"]
     vars(sys.modules[weight_grad._MODULE]).pop("wgrad_gemm_accum_fp32")

@@ -15,25 +15,25 @@ from shoestring.tests.parity.runner import run_layout
 
 
 def print_layout(layout: Layout) -> bool:
-    """Run one row and print its line; whether it is right."""
+    """Run one row and print its line; return whether it is right."""
     errors = run_layout(layout, STEPS)
     wrong = errors.over(layout.tolerance)
-    verdict = f"  WRONG: {', '.join(sorted(wrong))}" if wrong else ""
-    print(f"{layout.name}  {errors.line()}{verdict}", flush=True)
+    note = f"  WRONG: {', '.join(sorted(wrong))}" if wrong else ""
+    print(f"{layout.name}  {errors.line()}{note}", flush=True)
     return not wrong
 
 
 def print_break(name: str) -> bool:
-    """Run one break and print where it was seen; whether that is where it must be."""
+    """Run one break and print where it was seen; return whether that is the expected place."""
     case = BREAKS[name]
     wrong = run_layout(case.layout, 1, name).over(case.layout.tolerance)
-    verdict = "" if wrong == case.wrong else f"  EXPECTED {', '.join(sorted(case.wrong))}"
-    print(f"broken: {name:31} seen in {', '.join(sorted(wrong)) or 'nothing'}{verdict}", flush=True)
+    note = "" if wrong == case.wrong else f"  EXPECTED {', '.join(sorted(case.wrong))}"
+    print(f"broken: {name:31} seen in {', '.join(sorted(wrong)) or 'nothing'}{note}", flush=True)
     return wrong == case.wrong
 
 
 def main(words: list[str]) -> int:
-    """Exit code."""
+    """Run the rows and breaks whose names hold `words`; return the exit code."""
     began = time.monotonic()
     right = [print_layout(layout) for layout in (*QUICK, *SLOW) if set(words) <= set(layout.name.split())]
     right += [print_break(name) for name in BREAKS if not words]

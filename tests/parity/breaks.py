@@ -45,15 +45,15 @@ class Break:
 
     apply: Callable[[], Patch]
     layout: Layout
-    """Where it shows."""
+    """A layout in which the break is visible."""
     wrong: frozenset[str]
     """Exactly the quantities of `Errors` that differ after one step."""
     margin: float = 1e6
-    """By how much they stand above the tolerance: what is barely seen in a test is not seen in a run."""
+    """Factor by which they must exceed the tolerance: an error barely seen in a test is not seen in a run."""
 
 
 def average_gradients() -> Patch:
-    """The mean over replicas instead of the sum: dense gradients shrink by dp, those of experts by edp."""
+    """Average over replicas instead of summing: dense gradients shrink by dp, those of experts by edp."""
     reduce = Group.reduce_scatter_sum
 
     def averaged(self: Group, shards_GN: Tensor, what: str) -> None:
@@ -64,7 +64,7 @@ def average_gradients() -> Patch:
 
 
 def reduce_in_bf16() -> Patch:
-    """Gradients are rounded to BF16 before they travel, as some libraries do where weights are BF16."""
+    """Round gradients to BF16 before they are sent, as some libraries do where weights are BF16."""
     reduce = Group.reduce_scatter_sum
 
     def rounded(self: Group, shards_GN: Tensor, what: str) -> None:
@@ -74,12 +74,12 @@ def reduce_in_bf16() -> Patch:
 
 
 def forget_the_mirror() -> Patch:
-    """Under DualPipe each of the two ranks that hold a stage keeps the gradients of its own half of the batch."""
+    """Keep, on each of the two DualPipe ranks of a stage, the gradients of its own half of the batch."""
     return patch.object(Group, "reduce_scatter_sum", lambda self, shards_GN, what: None)
 
 
 def reduce_after_the_first_backward() -> Patch:
-    """A gradient is sent off when the first instruction that adds to it has run, not the last."""
+    """Reduce a gradient after the first instruction that adds to it instead of the last."""
 
     def first_backward(program: PipelineProgram, rank: int, stages: Iterable[int]) -> int:
         wanted, placement = set(stages), program.placement
@@ -89,8 +89,8 @@ def reduce_after_the_first_backward() -> Patch:
     return patch.object(rank_module, "last_use", first_backward)
 
 
-def keep_weights_to_oneself() -> Patch:
-    """Each rank has the new weights of its own shards, and the old ones of all others."""
+def skip_all_gather() -> Patch:
+    """Update the weights of the rank's own shards only; all others stay old."""
 
     def keep(self: ShardedOptimizer, number: int) -> None:
         self.reducer.buckets[number].cast_masters_to_weights()
@@ -99,7 +99,7 @@ def keep_weights_to_oneself() -> Patch:
 
 
 def sum_experts_over_every_rank() -> Patch:
-    """Gradients of different experts are added as if they were replicas."""
+    """Add gradients of different experts as if they were replicas."""
 
     def start(self: GradientReducer, bucket: Bucket) -> None:
         dist.all_reduce(bucket.grads_N)
@@ -109,7 +109,7 @@ def sum_experts_over_every_rank() -> Patch:
 
 
 def count_squares_once_a_replica() -> Patch:
-    """The norm sums squares of everything that each rank holds, so that a parameter counts once a replica."""
+    """Sum the squares of everything that each rank holds, so that a parameter counts once per replica."""
 
     def sum_of_squares(self: GradientReducer) -> Tensor:
         return gradients_module._sum_of_squares([bucket.grads_N for bucket in self.buckets])
@@ -118,7 +118,7 @@ def count_squares_once_a_replica() -> Patch:
 
 
 def leave_out_other_shards() -> Patch:
-    """The norm takes what this rank owns for the whole model."""
+    """Take the norm of this rank's shards for the norm of the whole model."""
 
     def own_squares(share: RankStepTotals, routers: Sequence[str], experts: int, world: Group) -> StepTotals:
         own = float(share.grad_square_sum)  # the sum replaces it
@@ -128,7 +128,7 @@ def leave_out_other_shards() -> Patch:
 
 
 def count_padding() -> Patch:
-    """The load counts padded tokens too: they are routed, after all."""
+    """Count padded tokens in the load, since they are routed."""
     forward = Router.forward
 
     def padded(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
@@ -142,7 +142,7 @@ def count_padding() -> Patch:
 
 
 def count_own_tokens() -> Patch:
-    """The load is that of this rank's tokens alone."""
+    """Count this rank's tokens only."""
 
     def own_counts(share: RankStepTotals, routers: Sequence[str], experts: int, world: Group) -> StepTotals:
         return replace(
@@ -153,7 +153,7 @@ def count_own_tokens() -> Patch:
 
 
 def flip_bias() -> Patch:
-    """Overloaded experts become more attractive."""
+    """Make overloaded experts more attractive."""
 
     def flipped(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
         update_router_bias(bias_E, counts_E, -speed)
@@ -162,7 +162,7 @@ def flip_bias() -> Patch:
 
 
 def put_bias_into_gates() -> Patch:
-    """Gates come from affinity + bias, by which experts were chosen, instead of the affinity alone (eq. 13-16)."""
+    """Compute gates from affinity + bias, by which experts were chosen, instead of the affinity alone (eq. 13-16)."""
     forward = Router.forward
 
     def biased(self: Router, x_BSD: Tensor, valid_BS: Tensor) -> RouterOutput:
@@ -176,7 +176,7 @@ def put_bias_into_gates() -> Patch:
 
 
 def scale_balance_by_ranks() -> Patch:
-    """Each rank divides the balance loss by its own sequences, so that the sum over ranks is too large by dp."""
+    """Divide the balance loss by the rank's own sequences, so that the sum over ranks is too large by dp."""
 
     def scales(main_loss: float, mtp_loss: float, balance_loss: float) -> LossNormalizers:
         return LossNormalizers(main_loss, mtp_loss, balance_loss * torch.distributed.get_world_size())
@@ -185,7 +185,7 @@ def scale_balance_by_ranks() -> Patch:
 
 
 def forget_mtp_depth() -> Patch:
-    """The weight of MTP is not divided by its depth (eq. 25)."""
+    """Do not divide the weight of MTP by its depth (eq. 25)."""
     step = Stepper.step
 
     def undivided(
@@ -198,7 +198,7 @@ def forget_mtp_depth() -> Patch:
 
 
 def divide_mtp_by_own_targets() -> Patch:
-    """The MTP loss of depth 1 is a mean over its own targets, of which a sequence that ends early has one fewer."""
+    """Average the MTP loss of depth 1 over its own targets; a sequence that ends early has one fewer."""
     step = Stepper.step
 
     def own_mean(
@@ -221,7 +221,7 @@ def divide_mtp_by_own_targets() -> Patch:
 
 
 def average_each_micro_batch() -> Patch:
-    """Each micro-batch's loss is its own mean, and these means are averaged: a short one's tokens weigh more."""
+    """Average each micro-batch's loss, then average these: tokens of a short one weigh more."""
     forward = StageRunner.forward
 
     def averaged(self: StageRunner, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
@@ -252,7 +252,7 @@ _PADDED = Layout(2, 1, MICRO_BATCHES, 1, Padding.RAGGED)
 _TWO_DEPTHS = Layout(4, 1, 1, 2, Padding.RAGGED, Load.IDLE)
 _PIPELINE = Layout(1, 2, 3, 1, Padding.EMPTY, pp=2, schedule="1f1b")
 _MIRRORED = Layout(1, 1, 8, 1, Padding.RAGGED, pp=4, layers=5, schedule="dualpipe")
-# With one routed layer, other gates cannot change what a later router does.
+# With one routed layer, different gates cannot change a later router's choice.
 _ONE_ROUTER = Layout(2, 1, 1, 0, Padding.RAGGED, layers=2)
 
 BREAKS: Mapping[str, Break] = MappingProxyType(
@@ -262,7 +262,7 @@ BREAKS: Mapping[str, Break] = MappingProxyType(
         "gradients rounded to BF16": Break(reduce_in_bf16, _TWO_RANKS, _GRADIENT, margin=1e4),
         "half of a mirrored stage": Break(forget_the_mirror, _MIRRORED, _GRADIENT),
         "unfinished gradient reduced": Break(reduce_after_the_first_backward, _PIPELINE, _GRADIENT),
-        "weights not handed out": Break(keep_weights_to_oneself, _TWO_RANKS, frozenset({"weights"})),
+        "weights not all-gathered": Break(skip_all_gather, _TWO_RANKS, frozenset({"weights"})),
         "squares counted by replica": Break(count_squares_once_a_replica, _TWO_REPLICAS, _NORM),
         "squares of other ranks left out": Break(leave_out_other_shards, _TWO_RANKS, _NORM),
         "loss averaged by micro-batch": Break(average_each_micro_batch, _PADDED, _GRADIENT),

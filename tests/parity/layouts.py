@@ -1,4 +1,4 @@
-"""The layouts under test, and the weights, tokens and constants that a layout and its twin both start from.
+"""The layouts under test, and the weights, tokens and constants that a layout and its reference start from.
 
 Letters: B batch (of a global batch, or of one micro-batch), S sequence, W window (S + 1 + MTP depth), E experts.
 """
@@ -29,12 +29,12 @@ BIAS_SPEED = 0.05
 ADAM_EPS = 1e-2
 # Where sequence after sequence ends, as the end of a slice of its window: None is all of it, -1 all but the last token.
 RAGGED_ENDS = (None, 9, 0, 5, -1, 2, 7, 1)
-# Far below any affinity (0 to 1): an expert with this bias is chosen by nobody.
+# Far below any affinity (0 to 1): an expert with this bias is never chosen.
 NEVER = -100.0
 
 
 class Padding(StrEnum):
-    """Which positions are no tokens."""
+    """Positions that are not tokens."""
 
     NONE = "full"
     RAGGED = "ragged"  # sequences end at different places, one in eight has no token at all
@@ -42,12 +42,12 @@ class Padding(StrEnum):
 
 
 class Load(StrEnum):
-    """Which experts are chosen."""
+    """The expert load."""
 
     EVEN = "even"
     IDLE = "idle"  # the last rank of each expert-parallel group receives no row
     BUSY = "busy"  # the last rank of each expert-parallel group receives every row
-    UNUSED = "unused"  # every second expert is chosen by nobody
+    UNUSED = "unused"  # every second expert is never chosen
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,28 @@ class Layout:
     load: Load = Load.EVEN
     dtype: torch.dtype = torch.float64
     layers: int = 3
-    """Of the main model. The first is dense."""
+    """Layers of the main model. The first is dense."""
     exchange: str = "flat"
     node_size: int = 8
-    """GPUs of a node."""
+    """GPUs per node."""
     pp: int = 1
     schedule: str = "1f1b"
     overlap: bool = True
-    """Of the two halves of an FB."""
+    """Overlap the two halves of an FB."""
     recompute: frozenset[RecomputeModule] = frozenset()
-    """What the backward makes again."""
+    """Modules that the backward recomputes."""
     fp8: bool = False
-    """In every Linear but the head, by the reference provider."""
+    """Compute every Linear except the head in FP8, with the reference backend."""
     wire: WireFormat = WireFormat.NATIVE
-    """Of what goes to the experts."""
+    """Wire format of tokens on their way to the experts."""
     growth: int = 0
-    """Micro-batches that each step has more than the one before."""
+    """Micro-batches that each step adds to the one before."""
     block: int | None = None
-    """Rows that the experts of a rank compute at once."""
+    """Rows that the experts of a rank compute together; None for all."""
 
     @property
     def name(self) -> str:
-        """What a person reads, and pytest's -k takes."""
+        """The name shown in output and matched by pytest's -k."""
         dtype = "fp64" if self.dtype == torch.float64 else "fp32"
         parts = (
             f"pp{self.pp}",
@@ -102,8 +102,8 @@ class Layout:
                 dtype,
                 place,
                 self.schedule,
-                *([] if self.overlap else ["in turn"]),
-                *(["remade", "+".join(sorted(self.recompute))] if self.recompute else []),
+                *([] if self.overlap else ["serial"]),
+                *(["recompute", "+".join(sorted(self.recompute))] if self.recompute else []),
                 *(["fp8"] if self.fp8 else []),
                 *([] if self.wire is WireFormat.NATIVE else [f"wire {self.wire}"]),
                 *([f"growing by {self.growth}"] if self.growth else []),
@@ -113,7 +113,7 @@ class Layout:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative error of any floating point quantity."""
+        """Largest relative error of any floating-point quantity."""
         return 1e-10 if self.dtype == torch.float64 else 5e-6
 
     @property
@@ -123,7 +123,7 @@ class Layout:
 
     @property
     def stages(self) -> StageLayout:
-        """Of the pipeline."""
+        """The layers of each pipeline stage."""
         return StageLayout.build(model_config(self.config), SEQUENCE_LENGTH, self.schedule, self.pp)
 
     @property
@@ -137,26 +137,26 @@ class Layout:
         return 4 if self.topology.dp * self.micro_batches == 1 else 2
 
     def micro_batches_of(self, step: int) -> int:
-        """Of one rank in this step, from 0."""
+        """Return the micro-batches per rank in `step`, from 0."""
         return self.micro_batches + step * self.growth
 
     def sequences_of(self, step: int) -> int:
-        """B of the global batch of this step."""
+        """Return B of the global batch of this step."""
         return self.topology.dp * self.micro_batches_of(step) * self.sequences_per_micro_batch
 
 
 def learning_rate(step: int) -> float:
-    """Another one each step, from 0."""
+    """Return a different rate for each step, from 0."""
     return 0.01 * (step + 1)
 
 
 def clip_norm(step: int) -> float:
-    """Below the norm of the first two steps, so that an error in the norm moves the weights; then above it."""
+    """Return a limit below the norms of the first two steps, so that an error of the norm moves weights; then above."""
     return 0.5 if step < 2 else 1000.0
 
 
 def start_params(layout: Layout) -> dict[str, Tensor]:
-    """Initial parameters by released name, in the layout's dtype; routing biases are FP32 and make the load."""
+    """Return initial parameters by released name, in the layout's dtype; routing biases are FP32 and set the load."""
     params = random_params(layout.config, seed=17, dtype=layout.dtype)
     experts = layout.config.n_routed_experts
     of_last_rank_E = torch.arange(experts) >= experts - experts // layout.ep
@@ -173,7 +173,7 @@ def start_params(layout: Layout) -> dict[str, Tensor]:
 
 
 def global_batch(layout: Layout, step: int) -> tuple[Tensor, Tensor]:
-    """Tokens and valid positions of one step, each [B, W]. Padding holds random tokens: nothing may depend on them."""
+    """Return tokens and valid positions of one step, each [B, W]. Padding is random tokens that must have no effect."""
     window = SEQUENCE_LENGTH + 1 + layout.mtp
     generator = torch.Generator().manual_seed(100 + step)
     tokens_BW = torch.randint(0, layout.config.vocab_size, (layout.sequences_of(step), window), generator=generator)
@@ -205,7 +205,7 @@ QUICK = (
     Layout(2, 2, 1, 1, _RAGGED),
     Layout(4, 1, 1, 2, _RAGGED, _IDLE),
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop", node_size=2),
-    # Each schedule once. The last stage of a one-way pipeline has an embedding of its own for MTP.
+    # Each schedule once. The last stage of a unidirectional pipeline has another embedding for MTP.
     Layout(1, 1, 4, 1, _RAGGED, pp=2, schedule="gpipe"),
     Layout(1, 2, 3, 1, _EMPTY, pp=2, schedule="1f1b"),
     Layout(1, 1, 4, 2, _RAGGED, pp=2, layers=5, schedule="interleaved"),
@@ -214,16 +214,16 @@ QUICK = (
     Layout(2, 1, 5, 1, _EMPTY, pp=2, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1),
     Layout(1, 1, 8, 1, _RAGGED, pp=4, layers=5, schedule="dualpipe"),
     Layout(2, 1, 4, 2, _RAGGED, _IDLE, pp=2, schedule="dualpipe", dtype=_FP32),
-    # Optimizer state over replicas in a pipeline: two a stage, then the four of two mirrored stages, idle experts too.
+    # Optimizer state over replicas in a pipeline: two per stage, then four of two mirrored stages, idle experts too.
     Layout(1, 2, 4, 1, _RAGGED, pp=2, schedule="zb_h1", dtype=_FP32),
     Layout(1, 2, 4, 1, _RAGGED, _UNUSED, pp=2, layers=4, schedule="dualpipev"),
     Layout(1, 2, 4, 1, _EMPTY, _UNUSED, pp=2, schedule="dualpipe"),
-    # One rank receives every row, and computes them in blocks.
+    # One rank receives every row and computes them in blocks.
     Layout(4, 1, 2, 1, _EMPTY, _BUSY, block=128),
-    # The backward makes activations again: with FB, and with I apart from W.
+    # The backward recomputes activations: with FB, and with I separate from W.
     Layout(2, 1, 5, 1, _RAGGED, layers=4, schedule="dualpipev", exchange="two_hop", node_size=1, recompute=REPORT),
     Layout(1, 1, 4, 1, _EMPTY, pp=2, schedule="zb_h1", recompute=EVERYTHING),
-    # The batch grows from step to step, so each step runs a program of its own.
+    # The batch grows from step to step, so each step runs another program.
     Layout(1, 2, 2, 1, _RAGGED, pp=2, schedule="1f1b", growth=1),
     Layout(2, 1, 4, 1, _EMPTY, pp=2, schedule="dualpipe", growth=2),
     Layout(1, 1, 2, 0, _RAGGED, pp=2, layers=4, schedule="interleaved", growth=2, dtype=_FP32),
@@ -234,7 +234,7 @@ _GRIDS = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))
 
 
 def _pipelines() -> Iterator[Layout]:
-    """Every schedule on every grid, with and without MTP, in FP64 and FP32; padding in turn."""
+    """Yield every schedule on every grid, with and without MTP, in FP64 and FP32; padding alternates."""
     paddings = cycle(Padding)
     for schedule in (each.name for each in SCHEDULES):
         for (pp, ep, edp), mtp, dtype in product(_GRIDS, (0, 1), (torch.float64, _FP32)):
@@ -245,7 +245,7 @@ def _pipelines() -> Iterator[Layout]:
 
 
 def _recomputed() -> Iterator[Layout]:
-    """Every schedule with both exchanges under the report's policy and under the largest one; loads in turn."""
+    """Yield every schedule with both exchanges, the report's policy and the largest policy; loads alternate."""
     loads = cycle(Load)
     for schedule in (each.name for each in SCHEDULES):
         stages = build_placement(schedule, 2).num_stages
@@ -289,7 +289,7 @@ SLOW = (
     Layout(4, 1, 2, 1, _RAGGED, exchange="two_hop"),
     Layout(2, 2, 2, 1, _RAGGED, _UNUSED, exchange="two_hop", node_size=1),
     Layout(4, 1, 2, 2, _RAGGED, dtype=_FP32, exchange="two_hop", node_size=2),
-    # One rank receives every row, and computes them in blocks: FB, and I apart from W.
+    # One rank receives every row and computes them in blocks: FB, and I separate from W.
     Layout(4, 1, 4, 1, _RAGGED, _BUSY, layers=4, schedule="dualpipev", recompute=REPORT, block=128),
     Layout(4, 1, 4, 1, _RAGGED, _BUSY, pp=2, schedule="zb_h1", dtype=_FP32, block=128),
     # Eight processes.

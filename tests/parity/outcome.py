@@ -1,4 +1,4 @@
-"""What a run leaves behind, and by how much two runs differ."""
+"""The results of a run, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class StepOutcome:
     total: float
     main: float
     mtp: float
-    """With its weight λ."""
+    """Weighted by λ."""
     balance: float
-    """With its weight α."""
+    """Weighted by α."""
     norm: float
-    """Of the gradient, before clipping."""
+    """Gradient norm before clipping."""
     gradients: dict[str, Tensor]
-    """Before clipping, by released name. A rank holds those of its own experts only."""
+    """Gradients before clipping, by released name. A rank has those of its own experts only."""
     counts_E: dict[int, Tensor]
-    """int64 load by released layer number."""
+    """Load by released layer number, int64."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest differences over all steps, ranks and parameters: relative ones, but for `bias` and `counts`."""
+    """Largest differences over all steps, ranks and parameters: relative, except `bias` and `counts`."""
 
     total: float
     main: float
@@ -54,16 +54,16 @@ class Errors:
     bias: float
     """Absolute; must be 0."""
     counts: float
-    """In tokens; must be 0."""
+    """Tokens; must be 0."""
 
     def over(self, tolerance: float) -> set[str]:
-        """Names of the quantities that are wrong. Not a number is wrong."""
+        """Return the names of the quantities that are wrong. NaN is wrong."""
         exact = {"bias", "counts"}
         limits = {field.name: 0.0 if field.name in exact else tolerance for field in fields(self)}
         return {name for name, limit in limits.items() if not vars(self)[name] <= limit}
 
     def line(self) -> str:
-        """All of it in one line."""
+        """Return all quantities in one line."""
         loss = worst((self.total, self.main, self.mtp, self.balance))
         floats = f"loss {loss:.1e}  grad {self.grad:.1e}  norm {self.norm:.1e}  weights {self.weights:.1e}"
         bias = "exact" if self.bias == 0 else f"off by {self.bias:.2g}"
@@ -71,12 +71,12 @@ class Errors:
         return f"{floats}  bias {bias}  counts {counts}"
 
 
-def compare(ranks: Sequence[Outcome], twin: Outcome) -> Errors:
-    """Every rank of a layout against its twin. Between them the ranks must hold every parameter."""
+def compare(ranks: Sequence[Outcome], reference: Outcome) -> Errors:
+    """Compare every rank of a layout with the reference. Together the ranks must hold every parameter."""
     for kind in ("weights", "biases"):
         held = {name for rank in ranks for name in vars(rank)[kind]}
-        assert held == vars(twin)[kind].keys()
-    steps = [pair for rank in ranks for pair in zip(rank.steps, twin.steps, strict=True)]
+        assert held == vars(reference)[kind].keys()
+    steps = [pair for rank in ranks for pair in zip(rank.steps, reference.steps, strict=True)]
     for ours, theirs in steps:
         assert ours.counts_E.keys() == theirs.counts_E.keys()
     for rank in ranks:
@@ -88,14 +88,14 @@ def compare(ranks: Sequence[Outcome], twin: Outcome) -> Errors:
         balance=worst(_scalar_error(ours.balance, theirs.balance) for ours, theirs in steps),
         grad=worst(_relative_error(ours.gradients, theirs.gradients) for ours, theirs in steps),
         norm=worst(_scalar_error(ours.norm, theirs.norm) for ours, theirs in steps),
-        weights=worst(_relative_error(rank.weights, twin.weights) for rank in ranks),
-        bias=worst(_largest_difference(rank.biases, twin.biases) for rank in ranks),
+        weights=worst(_relative_error(rank.weights, reference.weights) for rank in ranks),
+        bias=worst(_largest_difference(rank.biases, reference.biases) for rank in ranks),
         counts=worst(_largest_difference(ours.counts_E, theirs.counts_E) for ours, theirs in steps),
     )
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest; not a number is larger than any (`max` would pass over it)."""
+    """Return the largest error; NaN is larger than any number (`max` would skip it)."""
     return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
@@ -104,7 +104,7 @@ def _scalar_error(ours: float, theirs: float) -> float:
 
 
 def _relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Maximum over the parameters of `ours` of ‖ours - theirs‖ / ‖theirs‖; the plain ‖ours‖ where theirs is zero."""
+    """Return the maximum over `ours` of ‖ours - theirs‖ / ‖theirs‖; ‖ours‖ where theirs is zero."""
     return worst(
         float((tensor.double() - theirs[name]).norm()) / (float(theirs[name].norm()) or 1.0)
         for name, tensor in ours.items()
@@ -116,7 +116,7 @@ def _largest_difference(ours: Mapping[Key, Tensor], theirs: Mapping[Key, Tensor]
 
 
 def results(outcome: Outcome) -> dict[str, torch.Tensor]:
-    """Everything that three steps leave behind."""
+    """Return every result of three steps by name."""
     kept = {**outcome.weights, **outcome.biases}
     for number, step in enumerate(outcome.steps):
         kept |= {f"{number} gradient {name}": grad for name, grad in step.gradients.items()}

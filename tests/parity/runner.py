@@ -1,4 +1,4 @@
-"""Runs one layout in real processes, through the real stepper and optimizer, and compares it with its twin.
+"""Runs one layout in real processes, through the real stepper and optimizer, and compares it with the reference.
 
 Letters: B batch of one micro-batch, W window of tokens, E experts.
 """
@@ -31,7 +31,7 @@ from shoestring.tests.parity.layouts import (
     start_params,
 )
 from shoestring.tests.parity.outcome import Errors, Outcome, StepOutcome, compare
-from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.parity.single_process import run_single_process
 from shoestring.tests.processes import World, run_processes
 from shoestring.tests.trainer.model.released import (
     load_released,
@@ -50,13 +50,13 @@ from shoestring.trainer.run.step import Stepper, StepSettings
 
 
 def run_layout(layout: Layout, steps: int, break_name: str | None = None) -> Errors:
-    """How far the first `steps` steps of `layout` are from its twin, with one deliberate break or none."""
+    """Return how far the first `steps` steps of `layout` are from the reference, with one deliberate break or none."""
     ranks = run_processes(layout.topology.world_size, run_rank, layout, steps, break_name)
-    return compare(ranks, run_twin(layout, steps))
+    return compare(ranks, run_single_process(layout, steps))
 
 
 def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -> Outcome:
-    """One rank's whole training."""
+    """Train one rank; return its outcome."""
     broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
@@ -69,7 +69,7 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
 
 
 def outcome(records: tuple[StepOutcome, ...], gradients: RecordingReducer) -> Outcome:
-    """What the steps of one rank left behind."""
+    """Return the outcome of one rank's steps."""
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(
         records,
@@ -105,7 +105,7 @@ def build(
     compute: torch.dtype | None = None,
     streams: DeviceStreams | None = None,
 ) -> tuple[Stepper, RecordingReducer]:
-    """What `trainer.build.build_rank` makes, with the twin's weights, and without data and checkpoints.
+    """Build what `trainer.build.build_rank_resources` builds, with the reference's weights, no data and no checkpoints.
 
     It computes in the layout's dtype, unless `compute` is another. Communication is queued on `streams`, if any.
     """
@@ -162,7 +162,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
 
 
 def _micro_batches(layout: Layout, step: int, rank: int) -> Iterator[TokenBatch]:
-    """This rank's share of the global batch: each round of micro-batches takes neighboring sequences."""
+    """Yield this rank's share of the global batch: each round of micro-batches takes neighboring sequences."""
     tokens_BW, valid_BW = global_batch(layout, step)
     size, ranks = layout.sequences_per_micro_batch, layout.topology.dp
     for index in range(layout.micro_batches_of(step)):

@@ -29,7 +29,7 @@ LAYOUTS = [
     ONE,
     Layout(2, 1, 1, 1, Padding.RAGGED, layers=2, fp8=True),
     Layout(1, 2, 2, 0, Padding.RAGGED, layers=2, fp8=True),
-    Layout(1, 1, 3, 0, pp=2, schedule="zb_h1", layers=3, fp8=True),  # weight gradients in instructions of their own
+    Layout(1, 1, 3, 0, pp=2, schedule="zb_h1", layers=3, fp8=True),  # separate instructions for weight gradients
     Layout(2, 1, 2, 1, schedule="dualpipev", layers=2, exchange="two_hop", node_size=1, fp8=True),
     Layout(2, 1, 1, 0, layers=2, fp8=True, wire=WireFormat.FP8),
 ]
@@ -67,7 +67,7 @@ def test_rows_that_cross_in_fp8_change_no_bit(native: Layout) -> None:
 
 @dataclass(frozen=True)
 class Quantizing(ReferenceBackend):
-    """Counts how often it makes tiles with powers of two for scales."""
+    """Counts quantizations with power-of-two scales."""
 
     times: Counter[str] = field(default_factory=Counter)
 
@@ -77,7 +77,7 @@ class Quantizing(ReferenceBackend):
 
 
 def quantized(world: World, layout: Layout) -> int:
-    """How often one step of this rank does so."""
+    """Return the count of one step of this rank."""
     groups, quantizing = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60)), Quantizing()
     with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, layout.stages, groups, worker)
@@ -89,7 +89,7 @@ def quantized(world: World, layout: Layout) -> int:
 @pytest.mark.parametrize("layout", CROSSING[:3], ids=lambda layout: layout.name.replace(" ", "-"))
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
 def test_rows_that_came_in_fp8_are_not_quantized_again(exchange: str, layout: Layout) -> None:
-    """Without a wire in FP8 each routed layer quantizes what it receives, once a micro-batch, in blocks or not."""
+    """Without a wire in FP8 each routed layer quantizes what it receives, once per micro-batch, in blocks or not."""
     native = replace(layout, exchange=exchange, node_size=1)
     received = native.micro_batches * (native.layers - native.config.first_k_dense_replace + native.mtp)
     ours = run_processes(2, quantized, replace(native, wire=WireFormat.FP8))
@@ -99,7 +99,7 @@ def test_rows_that_came_in_fp8_are_not_quantized_again(exchange: str, layout: La
 
 @dataclass(frozen=True)
 class Counting(ReferenceBackend):
-    """Counts how often each weight is quantized."""
+    """Counts quantizations of each weight."""
 
     times: Counter[int] = field(default_factory=Counter)
 

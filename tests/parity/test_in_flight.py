@@ -1,4 +1,4 @@
-"""Activations of as many chunks are in memory as the program says, at the start and the end of each instruction."""
+"""The activations in memory at the start and end of each instruction are of as many chunks as the program says."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from shoestring.trainer.run.stage_runner import StageRunner
 
 @dataclass
 class Watch(NullRecorder):
-    """Records, of each instruction, of how many forwards the activations are in memory before it and after it."""
+    """Records, per instruction, how many forwards have activations in memory before it and after it."""
 
     forwards: list[tuple[Census, int]] = field(default_factory=list)
-    """Those that have run, and what they kept, in bytes."""
+    """Finished forwards, and the bytes that each kept."""
     seen: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def alive(self) -> int:
-        """What remains of the others is what they have to tell, losses and loads, and a gradient that one began."""
+        """Number of forwards that keep over 10 % of their memory; the others keep losses, loads and a gradient."""
         return sum(census.bytes > kept // 10 for census, kept in self.forwards)
 
     @contextmanager
@@ -46,7 +46,7 @@ class Watch(NullRecorder):
             self.seen.append((before, self.alive))
 
     def forward(self, stage: StageRunner, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
-        """The stage's own forward, of which a census is taken while it runs: not while it waits for its turn."""
+        """Run the stage's own forward under a census that excludes the time in which it is suspended."""
         census, steps = Census(), FORWARD(stage, micro_batch, received)
         while True:
             with census:
@@ -66,13 +66,13 @@ FORWARD = StageRunner.forward
 
 
 def watched(world: World, layout: Layout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Of each instruction of this rank: chunks in memory before and after, as measured and as the program says."""
+    """Return, per instruction, the chunks in memory before and after: measured, and by the program."""
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     watch = Watch()
     with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:
         stepper, gradients = build(layout, stages, groups, worker, watch)
-        take_step(stepper, gradients, layout, 0, world.rank)  # makes what later steps use
+        take_step(stepper, gradients, layout, 0, world.rank)  # creates buffers of later steps
         watch.seen.clear()
         with patch.object(StageRunner, "forward", lambda *arguments: watch.forward(*arguments)):
             take_step(stepper, gradients, layout, 1, world.rank)

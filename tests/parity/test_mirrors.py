@@ -19,7 +19,7 @@ LAYOUT = Layout(1, 1, 4, 1, Padding.RAGGED, Load.EVEN, dtype=torch.float32, laye
 
 
 def twenty_steps(world: World) -> dict[str, Tensor]:
-    """Every parameter and routing bias of this rank after them."""
+    """Return every parameter and routing bias of this rank after twenty steps."""
     stages = LAYOUT.stages
     groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     with closing(build_async_communicator(groups.ep, torch.device("cpu"))) as worker:

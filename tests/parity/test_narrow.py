@@ -1,4 +1,4 @@
-"""Weights kept in BF16 beside FP32 masters give what FP32 weights that are cast at each use give, to the last bit."""
+"""BF16 weights with FP32 masters give the bits of FP32 weights that are cast at each use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUT = Layout(2, 1, 2, 1, Padding.RAGGED, dtype=torch.float32)
 
 
 def three_steps(world: World, kept_wide: bool) -> tuple[list[StepOutcome], dict[str, torch.dtype]]:
-    """And what the weights are kept in."""
+    """Return the outcomes of three steps, and the dtype of each weight."""
     stages = LAYOUT.stages
     groups = ProcessGroups.create(LAYOUT.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     everything = patch.object(Model, "fp32_parameter_names", lambda self: {name for name, _ in self.named_parameters()})
@@ -34,14 +34,16 @@ def three_steps(world: World, kept_wide: bool) -> tuple[list[StepOutcome], dict[
 
 
 def test_bf16_weights_change_no_bit() -> None:
-    """The second step's gradients hold the first step's update, the third's both."""
+    """The gradients of the second step contain the first step's update, those of the third both."""
     narrow, wide = (run_processes(2, three_steps, kept_wide) for kept_wide in (False, True))
     for (ours, dtypes), (theirs, all_wide) in zip(narrow, wide, strict=True):
         assert set(all_wide.values()) == {torch.float32}
         kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
         assert kept == {name for name in dtypes if "norm" in name or "router" in name}
         assert all(dtypes[name] == torch.bfloat16 for name in dtypes.keys() - kept)
-        for step, twin in zip(ours, theirs, strict=True):
-            assert step.total == twin.total
+        for step, reference in zip(ours, theirs, strict=True):
+            assert step.total == reference.total
             assert all(gradient.dtype == torch.float32 for gradient in step.gradients.values())
-            assert not [name for name, grad in step.gradients.items() if not torch.equal(grad, twin.gradients[name])]
+            assert not [
+                name for name, grad in step.gradients.items() if not torch.equal(grad, reference.gradients[name])
+            ]

@@ -1,4 +1,4 @@
-"""The order in which a forward and a backward take turns, against the published trace of DeepSeek-V3's training."""
+"""The order in which a forward and a backward alternate, against the published trace of DeepSeek-V3's training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OURS = {
 
 
 def published_order() -> list[str]:
-    """Computing in its order; each communication right behind what had to end before it could start."""
+    """Return the compute in order; each communication directly after the phase that had to end before it."""
     computed = sorted((name for name in PUBLISHED if name[:4] in ("attn", "mlp(")), key=lambda name: PUBLISHED[name])
     order = list(computed)
     for name in ("dispatch(F)", "dispatch(B)", "combine(F)"):
@@ -54,7 +54,7 @@ def published_order() -> list[str]:
 
 
 def recorded(world: World, layout: Layout, on_streams: bool) -> list[str]:
-    """What the computing thread did in one FB of the steady state; on a stand-in for streams as a GPU's would."""
+    """Return the operations of the computing thread in one FB of the steady state; with stand-in streams like a GPU."""
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     trace = TraceRecorder(nvtx=False)
@@ -92,7 +92,7 @@ def test_one_layer_pair_is_in_the_published_order_on_all_ranks(on_streams: bool)
     assert first[begin + 9 : begin + 11] == ["combine(B)", "attn(W)"]
 
 
-def test_without_turns_a_forward_is_over_before_the_backward_begins() -> None:
+def test_without_overlap_a_forward_is_over_before_the_backward_begins() -> None:
     for order in run_processes(2, recorded, replace(LAYOUT, overlap=False), False):
         forward, backward = order[: order.index("combine(B)")], order[order.index("combine(B)") :]
         assert {name[-2] for name in forward} == {"F"}

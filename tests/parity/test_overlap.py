@@ -1,4 +1,4 @@
-"""What changes no number, to the last bit: a forward and a backward in turns, and activations made again."""
+"""Overlap of a forward and a backward, and recomputed activations, change no bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICIES = (REPORT, EVERYTHING)
 
 
 def every_layout() -> Iterator[Layout]:
-    """Both schedules with FB on two pipeline ranks, both exchanges, with and without MTP."""
+    """Yield both schedules with FB on two pipeline ranks, both exchanges, with and without MTP."""
     for schedule, exchange, mtp in product(("dualpipev", "dualpipe"), ("flat", "two_hop"), (0, 1)):
         yield Layout(
             2, 1, 6, mtp, Padding.RAGGED, pp=2, schedule=schedule, layers=5, dtype=FP32, exchange=exchange, node_size=1
@@ -36,7 +36,7 @@ def every_layout() -> Iterator[Layout]:
 
 
 def run(layout: Layout) -> list[dict[str, torch.Tensor]]:
-    """Of every rank."""
+    """Return every rank's results."""
     return list(map(results, run_processes(layout.topology.world_size, run_rank, layout, STEPS, None)))
 
 
@@ -51,7 +51,7 @@ def identifier(value: Layout | frozenset[RecomputeModule]) -> str:
 
 
 @pytest.mark.parametrize(("layout", "recompute"), [*zip(LAYOUTS, cycle(POLICIES), strict=False)], ids=identifier)
-def test_neither_turns_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[RecomputeModule]) -> None:
+def test_neither_overlap_nor_recomputing_change_a_bit(layout: Layout, recompute: frozenset[RecomputeModule]) -> None:
     serial = run(replace(layout, overlap=False))
     assert_equal_bits(run(layout), serial)
     assert_equal_bits(run(replace(layout, recompute=recompute)), serial)

@@ -1,4 +1,4 @@
-"""Every layout does what one process does, and every broken convention is seen.
+"""Every layout gives the results of one process, and every broken convention is detected.
 
 `python -m shoestring.tests.parity` prints the same tables.
 """
@@ -17,7 +17,7 @@ from shoestring.tests.parity.breaks import BREAKS
 from shoestring.tests.parity.layouts import QUICK, SLOW, STEPS, Layout, Load, Padding, clip_norm, global_batch
 from shoestring.tests.parity.outcome import compare
 from shoestring.tests.parity.runner import run_layout
-from shoestring.tests.parity.twin import run_twin
+from shoestring.tests.parity.single_process import run_single_process
 
 
 def identifier(layout: Layout) -> str:
@@ -46,12 +46,12 @@ def test_a_broken_convention_is_seen_where_it_must_be_and_nowhere_else(name: str
 
 def test_not_a_number_is_wrong() -> None:
     layout = QUICK[0]
-    twin = run_twin(layout, 1)
-    assert not compare([twin], twin).over(0.0)
-    (step,) = twin.steps
+    reference = run_single_process(layout, 1)
+    assert not compare([reference], reference).over(0.0)
+    (step,) = reference.steps
     name, gradient = next(iter(step.gradients.items()))
-    spoilt = replace(step, gradients=step.gradients | {name: gradient * math.nan}, norm=math.nan)
-    assert compare([replace(twin, steps=(spoilt,))], twin).over(layout.tolerance) == {"grad", "norm"}
+    damaged = replace(step, gradients=step.gradients | {name: gradient * math.nan}, norm=math.nan)
+    assert compare([replace(reference, steps=(damaged,))], reference).over(layout.tolerance) == {"grad", "norm"}
 
 
 def test_the_table_holds_every_pair_of_values() -> None:
@@ -71,7 +71,7 @@ def test_the_table_holds_every_pair_of_values() -> None:
         for first, second in product(values[one], values[other])
         if not any(row[one] == first and row[other] == second for row in rows)
     ]
-    # A rank that holds every expert can be neither idle nor busier than others.
+    # A rank that holds every expert cannot be idle or busier than others.
     assert all(pair in ({"ep": 1, "load": Load.IDLE}, {"ep": 1, "load": Load.BUSY}) for pair in missing), missing
     assert len(rows) == len({layout.name for layout in (*QUICK, *SLOW)}) >= 24
 
@@ -79,7 +79,7 @@ def test_the_table_holds_every_pair_of_values() -> None:
 @pytest.mark.parametrize("load", Load)
 def test_the_load_is_as_uneven_as_the_row_says(load: Load) -> None:
     layout = Layout(4, 1, 1, 2, Padding.RAGGED, load)
-    steps = run_twin(layout, STEPS).steps
+    steps = run_single_process(layout, STEPS).steps
     assert [step.norm > clip_norm(number) for number, step in enumerate(steps)] == [True, True, False]
     for step in steps:
         for counts_E in step.counts_E.values():

@@ -1,4 +1,4 @@
-"""Gradients are reduced behind the instruction that is the last to touch them, in one order, with one verdict."""
+"""Gradients are reduced after the last instruction that touches them, in one order, with one decision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALONE = "squares of other ranks left out"
 
 
 def reductions(world: World, layout: Layout) -> tuple[list[str], list[str]]:
-    """The buckets in the order in which their reduction was started: before the last instruction began, and all."""
+    """Return the buckets in the order of their reductions: those before the last instruction began, and all."""
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=60), stages.replica_pp_groups())
     trace = TraceRecorder(nvtx=False)
@@ -61,13 +61,13 @@ def test_a_bucket_is_reduced_while_the_program_still_runs(layout: Layout) -> Non
 
 
 def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float]:
-    """What each rank did with a step in which one rank has one NaN; whether its weights moved; and the next norm."""
+    """Return each rank's decision in a step where one rank has a NaN, whether its weights moved, and the next norm."""
     layout = Layout(2, 1, 1, 1)
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=3), stages.replica_pp_groups())
     after = GradientReducer.after_instruction
 
-    def spoilt(self: GradientReducer, instruction: int) -> None:
+    def damaged(self: GradientReducer, instruction: int) -> None:
         if world.rank == 1 and instruction == 0:
             self.buckets[0].grads_N[0] = torch.nan  # of the shard that rank 0 owns; the backward is still to come
         after(self, instruction)
@@ -76,7 +76,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
         stepper, reducer = build(layout, stages, groups, worker)
         before = [bucket.weights_N.clone() for bucket in reducer.buckets]
         broken = nullcontext() if break_name is None else BREAKS[break_name].apply()
-        with broken, patch.object(GradientReducer, "after_instruction", spoilt):
+        with broken, patch.object(GradientReducer, "after_instruction", damaged):
             try:
                 take_step(stepper, reducer, layout, 0, world.rank)
                 stepper.optimizer.wait_for_weights()  # for the other rank's weights
@@ -90,7 +90,7 @@ def with_one_nan(world: World, break_name: str | None) -> tuple[str, bool, float
     return did, moved, norm
 
 
-def test_one_nan_on_one_rank_is_one_verdict_for_all_and_leaves_nothing_behind() -> None:
+def test_one_nan_on_one_rank_is_one_decision_for_all_and_leaves_nothing_behind() -> None:
     first, second = run_processes(2, with_one_nan, None)
     assert first == second
     assert first[:2] == ("refused", False)
@@ -103,7 +103,7 @@ def test_ranks_that_judge_alone_wait_for_each_other() -> None:
 
 
 def idle_steps(world: World) -> list[float]:
-    """Norms of three steps in which the last rank's experts receive no token."""
+    """Return the norms of three steps in which the last rank's experts receive no token."""
     layout = Layout(2, 2, 1, 1, load=Load.IDLE, dtype=torch.float32)
     stages = layout.stages
     groups = ProcessGroups.create(layout.topology, world.rank, timedelta(seconds=20), stages.replica_pp_groups())
@@ -116,6 +116,6 @@ def idle_steps(world: World) -> list[float]:
     return norms
 
 
-def test_experts_without_a_token_take_part_and_nobody_waits_for_ever() -> None:
+def test_experts_without_a_token_take_part_and_no_rank_hangs() -> None:
     first, *others = run_processes(4, idle_steps)
     assert all(norms == first for norms in others)

@@ -40,7 +40,7 @@ def global_norm(gradients: Mapping[str, Tensor]) -> float:
 def adamw_step(
     params: Mapping[str, Tensor], gradients: Mapping[str, Tensor], moments: Moments, settings: AdamW
 ) -> float:
-    """One step, in place on `params` and `moments`, for each parameter that has a gradient. Returns the unclipped norm.
+    """Step in place on `params` and `moments`, for each parameter that has a gradient. Return the unclipped norm.
 
     Only parameters with two or more dimensions decay: norms do not. Moments have the dtype of their parameter.
     """

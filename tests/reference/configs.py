@@ -12,7 +12,7 @@ from shoestring.tests.reference.rotary import Yarn
 
 
 def reference_configs() -> dict[str, ReferenceConfig]:
-    """Small configurations which between them turn each switch of the model on and off.
+    """Return small configurations which between them turn each switch of the model on and off.
 
     `balance_alpha` and `mtp_weight` are large, so that an error in the small terms of the loss is seen.
     """
@@ -73,7 +73,7 @@ def reference_configs() -> dict[str, ReferenceConfig]:
 
 
 def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
-    """Name in the released checkpoint and shape of each parameter, routing biases included, in layer order."""
+    """Return each parameter's shape by released name, routing biases included, in layer order."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_width = config.qk_nope_head_dim + config.qk_rope_head_dim
 
@@ -115,7 +115,7 @@ def parameter_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_params(config: ReferenceConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters with logits of standard deviation about 1, and norms and routing biases that are not trivial.
+    """Return parameters whose logits have a standard deviation of about 1; norms and routing biases are not trivial.
 
     The values are drawn in FP64, so those of two dtypes differ by rounding only. Routing biases are FP32 in every
     dtype, as in the released checkpoint.

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and its training loss in one process: plain functions over a dict of tensors, and ordinary autograd.
 
-This is the oracle which the real model and every parallel layout are compared with, so it shares no code with them,
+The real model and every parallel layout are compared with this reference, so it shares no code with them,
 takes no shortcut and loops over experts. Equations are those of the DeepSeek-V3 technical report (arXiv 2412.19437).
 
 Parameters are named as in the released checkpoint. Module k of multi-token prediction (MTP) is layer `layers + k - 1`
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shoestring.tests.reference.rotary import Yarn, rotate, softmax_factor
 
-# The norms of the compressed latents keep this epsilon whatever `rms_eps` says, as in transformers' DeepSeek-V3.
+# The norms of the compressed latents keep this epsilon whatever `rms_norm_eps` says, as in transformers' DeepSeek-V3.
 LATENT_NORM_EPS = 1e-6
 BIAS = "mlp.gate.e_score_correction_bias"
 
@@ -67,7 +67,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router of one layer decided, each [B, S, E]: all scores, the choice, and its gates (0 elsewhere)."""
+    """The router's decision in one layer, each [B, S, E]: all scores, the choice, and its gates (0 elsewhere)."""
 
     scores: Tensor
     gates: Tensor
@@ -89,29 +89,29 @@ Params = Mapping[str, Tensor]
 
 
 def is_trained(name: str) -> bool:
-    """Whether the parameter `name` moves by its gradient: all but the routing biases."""
+    """Return whether gradients move the parameter `name`: all but the routing biases."""
     return not name.endswith(BIAS)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in FP32, or unchanged where it is more precise already."""
+    """Return `x` in FP32, or unchanged where it is more precise already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension."""
+    """Apply the root-mean-square norm over the last dimension."""
     wide = at_least_float32(x)
     return weight * (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
 def swiglu(params: Params, prefix: str, x: Tensor) -> Tensor:
-    """`down(silu(gate(x)) * up(x))` with the three matrices found under `prefix`."""
+    """Return `down(silu(gate(x)) * up(x))` with the three matrices found under `prefix`."""
     inner = F.silu(F.linear(x, params[f"{prefix}.gate_proj.weight"])) * F.linear(x, params[f"{prefix}.up_proj.weight"])
     return F.linear(inner, params[f"{prefix}.down_proj.weight"])
 
 
 def attention(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -> Tensor:
-    """Multi-head latent attention with a causal mask (eq. 1-11). Returns [B, S, D]."""
+    """Apply multi-head latent attention with a causal mask (eq. 1-11). Return [B, S, D]."""
     batch, length, _ = x_BSD.shape
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
 
@@ -170,7 +170,7 @@ def route(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -
 
 
 def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor) -> tuple[Tensor, Routing]:
-    """The shared expert plus the gated sum of the chosen experts (eq. 12). No token is dropped."""
+    """Return the shared expert plus the gated sum of the chosen experts (eq. 12). No token is dropped."""
     routing = route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
     out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD)
@@ -182,7 +182,7 @@ def mixture(params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor)
 
 
 def block(params: Params, layer: int, config: ReferenceConfig, x_BSD: Tensor) -> tuple[Tensor, Routing | None]:
-    """One Transformer layer; the routing is None for a dense one."""
+    """Apply one Transformer layer; the routing is None for a dense one."""
     prefix = f"model.layers.{layer}"
     normed = rms_norm(x_BSD, params[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
     x_BSD = x_BSD + attention(params, f"{prefix}.self_attn", config, normed)
@@ -194,7 +194,7 @@ def block(params: Params, layer: int, config: ReferenceConfig, x_BSD: Tensor) ->
 
 
 def main_model(params: Params, config: ReferenceConfig, tokens_BS: Tensor) -> tuple[Tensor, dict[int, Routing]]:
-    """The main model's output after its final norm [B, S, D], and the routing of each MoE layer."""
+    """Return the main model's output after its final norm [B, S, D], and the routing of each MoE layer."""
     x_BSD = F.embedding(tokens_BS, params["model.embed_tokens.weight"])
     routings: dict[int, Routing] = {}
     for layer in range(config.num_hidden_layers):
@@ -207,7 +207,7 @@ def main_model(params: Params, config: ReferenceConfig, tokens_BS: Tensor) -> tu
 def mtp_module(
     params: Params, depth: int, config: ReferenceConfig, previous_BSD: Tensor, tokens_BS: Tensor
 ) -> tuple[Tensor, Routing]:
-    """MTP module `depth` = 1, 2, ... (eq. 21-23): `tokens_BS` lie `depth` positions after the main inputs.
+    """Apply MTP module `depth` = 1, 2, ... (eq. 21-23): `tokens_BS` lie `depth` positions after the main inputs.
 
     `previous_BSD` is normed already: by the main model's final norm, or by the shared-head norm of the module before.
     Returns the state after this module's own shared-head norm, which feeds the head and the next module.
@@ -224,19 +224,19 @@ def mtp_module(
 
 
 def logits(params: Params, config: ReferenceConfig, tokens_BS: Tensor) -> Tensor:
-    """Scores of the next token by the main model, [B, S, V]."""
+    """Return scores of the next token by the main model, [B, S, V]."""
     hidden_BSD, _ = main_model(params, config, tokens_BS)
     return F.linear(hidden_BSD, params["lm_head.weight"])
 
 
 def summed_cross_entropy(params: Params, hidden_BSD: Tensor, targets_BS: Tensor, counted_BS: Tensor) -> Tensor:
-    """Cross-entropy of the head's prediction, in nats, summed over the positions where `counted_BS` holds."""
+    """Return the head's cross-entropy, in nats, summed over the positions where `counted_BS` holds."""
     logits_TV = at_least_float32(F.linear(hidden_BSD[counted_BS], params["lm_head.weight"]))
     return F.cross_entropy(logits_TV, targets_BS[counted_BS], reduction="sum")
 
 
 def summed_balance(config: ReferenceConfig, routing: Routing, valid_BS: Tensor) -> Tensor:
-    """The sequence-wise balance loss of one layer (eq. 17-20), summed over sequences. Only P carries a gradient."""
+    """Return one layer's sequence-wise balance loss (eq. 17-20), summed over sequences. Only P carries a gradient."""
     scores_BSE, valid_BS1 = routing.scores, valid_BS[..., None]
     # A sequence without valid tokens has f = P = 0: the clamp only avoids 0 / 0.
     tokens_B1 = valid_BS.sum(1).clamp(min=1)[:, None].to(scores_BSE.dtype)
@@ -253,7 +253,7 @@ def losses(
     total_tokens: int | None = None,
     total_sequences: int | None = None,
 ) -> Losses:
-    """The training loss of windows of S + 1 + mtp_depth tokens.
+    """Return the training loss of windows of S + 1 + mtp_depth tokens.
 
     A target counts where it and its main input position are valid. Main and MTP sums are divided by `total_tokens`, the
     balance loss by `total_sequences`; None takes the valid main targets and the sequences of this very batch. Passing
@@ -291,7 +291,7 @@ def losses(
 
 
 def bias_update(bias_E: Tensor, counts_E: Tensor, gamma: float) -> Tensor:
-    """The routing bias after a step (§2.1.2): up by `gamma` where an expert got less than the mean, down where more.
+    """Return the routing bias after a step (§2.1.2): `gamma` up where an expert got less than the mean, down for more.
 
     The sign is that of `total - E * count`, exact in int64; `counts_E` are those of the whole global batch.
     """

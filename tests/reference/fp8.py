@@ -1,8 +1,8 @@
 """FP8 from its definition, in NumPy: numbers by looking through all there are, tiles one at a time, sums in FP64.
 
-The oracle of `trainer/precision`, with which it shares no code. A matrix is quantized in tiles of `high` x `wide`, from
-its upper left corner; a product's sum is exact within 128 neighbors, rounded to FP32, scaled, and added in FP32 from
-left to right (report §3.3.2).
+The reference of `trainer/precision`, with which it shares no code. A matrix is quantized in tiles of `high` x `wide`,
+from its upper left corner; a product's sum is exact within 128 neighbors, rounded to FP32, scaled, and added in FP32
+from left to right (report §3.3.2).
 
 Letters: X, Y rows of two factors, K what is summed over.
 """
@@ -19,7 +19,7 @@ TILE = 128
 
 
 def minifloat(exponent_bits: int, mantissa_bits: int, largest: float) -> Array:
-    """Every number that is not negative up to `largest`, ascending: the even places have an even last bit."""
+    """Return every number that is not negative up to `largest`, ascending: the even places have an even last bit."""
     bias = 2 ** (exponent_bits - 1) - 1
     fractions = np.arange(2**mantissa_bits) / 2**mantissa_bits
     normal = [2.0 ** (e - bias) * (1 + fractions) for e in range(1, 2**exponent_bits)]
@@ -32,7 +32,7 @@ E5M6 = minifloat(5, 6, 65024.0)
 
 
 def nearest(x: Array, numbers: Array) -> Array:
-    """Of `numbers`, with the sign of x; a tie goes to the one with an even last bit."""
+    """Return the nearest of `numbers`, with the sign of x; a tie goes to the one with an even last bit."""
     size = np.abs(x.astype(np.float64))
     above = np.clip(np.searchsorted(numbers, size), 1, len(numbers) - 1)
     to_below, to_above = size - numbers[above - 1], numbers[above] - size
@@ -41,7 +41,7 @@ def nearest(x: Array, numbers: Array) -> Array:
 
 
 def quantize(x: Array, high: int, wide: int, power_of_two: bool, numbers: Array = E4M3) -> tuple[Array, Array]:
-    """The numbers, in FP64, and the scale of each, in FP32, both in the shape of `x`."""
+    """Return the numbers, in FP64, and the scale of each, in FP32, both in the shape of `x`."""
     x = x.astype(np.float32)
     values, scales = np.zeros(x.shape, np.float64), np.ones(x.shape, np.float32)
     for top in range(0, x.shape[0], high):
@@ -62,13 +62,13 @@ def _scale(largest: np.float32, limit: float, power_of_two: bool) -> np.float32:
 
 
 def dequantize(quantized: tuple[Array, Array]) -> Array:
-    """FP32."""
+    """Return the numbers in FP32."""
     values, scales = quantized
     return values.astype(np.float32) * scales
 
 
 def product(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    """a bᵀ, FP32 [X, Y]; every scale holds for 128 neighbors of a row."""
+    """Return a bᵀ, FP32 [X, Y]; every scale holds for 128 neighbors of a row."""
     total = np.zeros((len(a[0]), len(b[0])), np.float32)
     for start in range(0, a[0].shape[1], TILE):
         part = slice(start, start + TILE)

@@ -27,7 +27,7 @@ _PLAIN = ("lm_head.weight", "mlp.gate.weight")
 
 @contextmanager
 def in_fp8(params: Params, tokens_apart: int) -> Iterator[None]:
-    """Inside, `deepseek_v3.losses` of these very tensors computes in FP8.
+    """Compute `deepseek_v3.losses` of these very tensors in FP8 inside.
 
     So many tokens are on one rank: no tile of a weight's gradient holds tokens of two but an expert's.
     """
@@ -57,7 +57,7 @@ def in_fp8(params: Params, tokens_apart: int) -> Iterator[None]:
 def linear(
     x: Tensor, weight: Tensor, after_attention: bool = False, of_expert: bool = False, apart: int | None = None
 ) -> Tensor:
-    """x Wᵀ. `apart`: after so many rows a tile of the weight's gradient ends."""
+    """Return x Wᵀ. A tile of the weight's gradient ends after every `apart` rows."""
     flat = x.flatten(0, -2)
     out: Tensor = _Linear.apply(flat, weight, after_attention, of_expert, apart)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        grad_x = fp8.product(quantize(grad), turned(ctx.blocks))
+        grad_x = fp8.product(quantize(grad), transposed(ctx.blocks))
         grad_weight = weight_gradient(grad, ctx.kept, ctx.power, ctx.apart)
         return torch.from_numpy(grad_x).to(grad.dtype), grad_weight, None, None, None
 
@@ -88,7 +88,7 @@ def activation(gate_up: Tensor, gates: Tensor) -> Tensor:
 
 
 class _Down(torch.autograd.Function):
-    """SwiGLU, times the gates, and the projection down."""
+    """SwiGLU, times the gates, and the down projection."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gates: Tensor, weight: Tensor, of_expert: bool, apart: int | None) -> Tensor:
@@ -107,12 +107,12 @@ class _Down(torch.autograd.Function):
         tiles = quantize(grad, ctx.of_expert)
         received = torch.from_numpy(fp8.dequantize(tiles)) if ctx.of_expert else grad
         grad_weight = weight_gradient(received.to(grad.dtype), inner, power_of_two=False, apart=ctx.apart)
-        grad_inner = torch.from_numpy(fp8.product(tiles, turned(ctx.blocks))).to(grad.dtype)
+        grad_inner = torch.from_numpy(fp8.product(tiles, transposed(ctx.blocks))).to(grad.dtype)
         return *torch.autograd.grad(inner, (gate_up, gates), grad_inner), grad_weight, None, None
 
 
 def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | None) -> Tensor:
-    """gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
+    """Return gradᵀ x in the dtype of `grad`, the sum of FP32 products over `apart` rows each."""
     size = apart or max(1, len(x))
     products = [
         torch.from_numpy(fp8.product(quantize(ours.T), quantize(theirs.T, power_of_two))).to(grad.dtype)
@@ -122,16 +122,16 @@ def weight_gradient(grad: Tensor, x: Tensor, power_of_two: bool, apart: int | No
 
 
 def quantize(x: Tensor, power_of_two: bool = False) -> tuple[fp8.Array, fp8.Array]:
-    """Rows in tiles of 1 x 128."""
+    """Quantize rows in tiles of 1 x 128."""
     return fp8.quantize(x.detach().double().numpy(), 1, 128, power_of_two)
 
 
-def turned(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
+def transposed(blocks: tuple[fp8.Array, fp8.Array]) -> tuple[fp8.Array, fp8.Array]:
     return blocks[0].T, blocks[1].T
 
 
 def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None, apart: int | None = None) -> Tensor:
-    """As `deepseek_v3.swiglu`; with gates, of an expert."""
+    """Replace `deepseek_v3.swiglu`; with gates it is an expert's."""
     of_expert = gates is not None
     fused = torch.cat((params[f"{prefix}.gate_proj.weight"], params[f"{prefix}.up_proj.weight"]))
     gate_up = linear(x, fused, of_expert=of_expert, apart=apart)
@@ -144,7 +144,7 @@ def swiglu(params: Params, prefix: str, x: Tensor, gates: Tensor | None = None, 
 def mixture(
     params: Params, prefix: str, config: ReferenceConfig, x_BSD: Tensor, tokens_apart: int
 ) -> tuple[Tensor, Routing]:
-    """As `deepseek_v3.mixture`."""
+    """Replace `deepseek_v3.mixture`."""
     routing = deepseek_v3.route(params, prefix, config, x_BSD)
     x_TD, gates_TE, chosen_TE = x_BSD.flatten(0, 1), routing.gates.flatten(0, 1), routing.chosen.flatten(0, 1)
     out_TD = swiglu(params, f"{prefix}.shared_experts", x_TD, apart=tokens_apart)

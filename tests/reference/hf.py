@@ -1,4 +1,4 @@
-"""The way to and from transformers' DeepSeek-V3, the outside oracle."""
+"""Conversion to and from transformers' DeepSeek-V3, the outside reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoestring.tests.reference.deepseek_v3 import ReferenceConfig
 
 
 def transformers_config(config: ReferenceConfig) -> DeepseekV3Config:
-    """The same model in transformers' words. Loss weights have no place there."""
+    """Return the same model as a transformers config. It has no loss weights."""
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn is not None:
         yarn = config.yarn
@@ -77,7 +77,7 @@ def precision_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def fused(params: Mapping[str, Tensor], config: ReferenceConfig) -> dict[str, Tensor]:
-    """From the naming on disk to transformers' in memory, where the experts of a layer are two stacked tensors."""
+    """Convert released names to transformers' in-memory names, where a layer's experts are two stacked tensors."""
     state = {name: value for name, value in params.items() if ".mlp.experts." not in name}
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -93,7 +93,7 @@ def fused(params: Mapping[str, Tensor], config: ReferenceConfig) -> dict[str, Te
 
 
 def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `fused`."""
+    """Convert back: the inverse of `fused`."""
     params = {}
     for name, value in state.items():
         prefix, experts, matrix = name.partition(".mlp.experts.")
@@ -110,19 +110,19 @@ def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layer_of(name: str) -> int:
-    """The layer index in a name on disk, -1 for embedding, final norm and head."""
+    """Return the layer index in a released name, -1 for embedding, final norm and head."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
 def _disk_name(name: str, config: ReferenceConfig) -> str:
-    """What the parameter of an MTP module that transformers' MtpModel calls `name` is called on disk."""
+    """Return the released name of a parameter that transformers' MtpModel calls `name`."""
     _, module, rest = name.split(".", 2)
     rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
     return f"model.layers.{config.num_hidden_layers + int(module)}.{rest}"
 
 
 def to_transformers(config: ReferenceConfig, params: Mapping[str, Tensor]) -> DeepseekV3ForCausalLM:
-    """The main model with these parameters, in their dtype (FP32 or FP64). Parameters of MTP modules are left out."""
+    """Return the main model with these parameters, in their dtype (FP32 or FP64), without those of MTP modules."""
     dtype = params["model.embed_tokens.weight"].dtype
     with precision_of(dtype):
         model = DeepseekV3ForCausalLM(transformers_config(config))
@@ -135,7 +135,7 @@ def to_transformers(config: ReferenceConfig, params: Mapping[str, Tensor]) -> De
 
 
 def to_transformers_mtp(config: ReferenceConfig, params: Mapping[str, Tensor], main: DeepseekV3ForCausalLM) -> MtpModel:
-    """The MTP modules with these parameters; embedding, head and rotary tables are those of `main`."""
+    """Return the MTP modules with these parameters; embedding, head and rotary tables are those of `main`."""
     with precision_of(main.dtype):
         model = MtpModel(main, config.num_nextn_predict_layers)
         model.to(main.dtype)  # type: ignore[arg-type]  # their wrapper hides the signature of Module.to
@@ -150,12 +150,12 @@ def to_transformers_mtp(config: ReferenceConfig, params: Mapping[str, Tensor], m
 
 
 def gradients_of(model: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
-    """The gradients of the main model after a backward pass, under the names on disk."""
+    """Return the gradients of the main model after a backward pass, by released name."""
     return unfused({name: _gradient(parameter) for name, parameter in model.named_parameters()})
 
 
 def mtp_gradients_of(config: ReferenceConfig, model: MtpModel) -> dict[str, Tensor]:
-    """The gradients of the MTP modules, under the names on disk; shared tensors are in `gradients_of(main)`."""
+    """Return the gradients of the MTP modules, by released name; shared tensors are in `gradients_of(main)`."""
     own = {name: parameter for name, parameter in model.named_parameters() if name.startswith("layers.")}
     return unfused({_disk_name(name, config): _gradient(parameter) for name, parameter in own.items()})
 

@@ -1,4 +1,4 @@
-"""The rotary embedding of DeepSeek-V3 and its YaRN stretching, plainly: tables are made in FP64 for every dtype.
+"""The rotary embedding of DeepSeek-V3 and its YaRN scaling, written plainly: tables are made in FP64 for every dtype.
 
 Shape suffixes: B batch, S sequence, H heads, Y rotary width of a head.
 """
@@ -25,24 +25,24 @@ class Yarn:
 
 
 def magnitude(factor: float, mscale: float) -> float:
-    """YaRN's correction of magnitudes for a context stretched by `factor`: 0.1 mscale ln(factor) + 1."""
+    """Return YaRN's correction of magnitudes for a context stretched by `factor`: 0.1 mscale ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def softmax_factor(yarn: Yarn | None) -> float:
-    """What the attention logits are multiplied by beside 1 / sqrt(width)."""
+    """Return the factor on attention logits in addition to 1 / sqrt(width)."""
     return 1.0 if yarn is None else magnitude(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
 def frequencies(width: int, theta: float, yarn: Yarn | None) -> Tensor:
-    """Radians a token of each rotary pair, FP64 [width / 2]."""
+    """Return radians per token of each rotary pair, FP64 [width / 2]."""
     pair = torch.arange(width // 2, dtype=torch.float64)
     frequency = theta ** (-2.0 * pair / width)
     if yarn is None:
         return frequency
 
     def pair_that_turns(times: float) -> float:
-        """The (fractional) index of the pair that turns so many times within the original length."""
+        """Return the (fractional) index of the pair that turns `times` times within the original length."""
         return width * math.log(yarn.original_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     # Fast pairs keep their frequency, slow ones are stretched by `factor`, those between are mixed linearly.
@@ -53,7 +53,7 @@ def frequencies(width: int, theta: float, yarn: Yarn | None) -> Tensor:
 
 
 def rotate(x_BSHY: Tensor, theta: float, yarn: Yarn | None) -> Tensor:
-    """Turn each pair (2j, 2j+1) of the last dimension by position times frequency: weights hold interleaved pairs."""
+    """Rotate each pair (2j, 2j+1) of the last dimension by position times frequency: weights hold interleaved pairs."""
     positions_S = torch.arange(x_BSHY.shape[1], dtype=torch.float64)
     angle = torch.outer(positions_S, frequencies(x_BSHY.shape[-1], theta, yarn))[:, None, :].to(x_BSHY.device)
     gain = 1.0

@@ -1,4 +1,4 @@
-"""The reference against transformers' DeepSeek-V3, and what transformers lacks against formulas and differences."""
+"""The reference against transformers' DeepSeek-V3, and its other parts against formulas and finite differences."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def detached(params: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def worst_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest relative error of a parameter; where both are zero (an expert no token chose) they agree."""
+    """Return the largest relative error of a parameter; it is 0 where both are zero (an expert no token chose)."""
     assert ours.keys() == theirs.keys()
     tiny = 1e-300
     return max(float((ours[name] - theirs[name]).norm() / (theirs[name].norm() + tiny)) for name in ours)

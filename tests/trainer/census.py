@@ -1,4 +1,4 @@
-"""Which memory is held of all that has been allocated."""
+"""A census of live memory among allocations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Census(TorchDispatchMode):
-    """Every piece of memory that has been allocated inside, as long as somebody holds it."""
+    """Tracks every storage that is allocated inside, until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,7 +26,7 @@ class Census(TorchDispatchMode):
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Count the memory of this one no more."""
+        """Stop counting this tensor's memory."""
         self._storages.pop(tensor.untyped_storage(), None)
 
     @property

@@ -1,4 +1,4 @@
-"""On a CPU, which tensors would lie on the device of a GPU run, and where the host would have to wait for it."""
+"""Simulates on a CPU which tensors would be on the device of a GPU run, and where the host would wait for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Python looks at the numbers.
+# Python reads the numbers.
 LOOKS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
 # The shape of the result depends on the numbers.
 SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
@@ -59,14 +59,14 @@ class PretendedDevice(TorchFunctionMode):
         return result
 
     def _count(self, waits: bool) -> None:
-        """Under the function of this package that asked."""
+        """Count under the calling function of this package."""
         if waits:
             frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
             self.waits[next(f.name for f in reversed(frames) if f.filename != __file__)] += 1
 
 
 def _is_masked(name: str, args: Any) -> bool:
-    """Whether a tensor is indexed by a mask."""
+    """Return whether a tensor is indexed by a mask."""
     if name not in ("__getitem__", "__setitem__"):
         return False
     return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1]))

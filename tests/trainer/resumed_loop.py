@@ -1,4 +1,4 @@
-"""Small runs that are trained on one layout and go on on another, and the state that they have then."""
+"""Small runs that are trained on one layout and resumed on another, and their state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
 
 SEED = 1
-"""With 0 two experts are so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""
+"""Seed 0 makes two experts so nearly equal for one token that rounding decides, which moves a loss by 5e-5."""
 Share = list[tuple[str, tuple[int, ...], torch.dtype, int, bytes]]
 """Pieces that a rank holds: name, shape and dtype of the tensor, the piece's first element and its bytes."""
 LAYOUTS: dict[str, tuple[Topology, str]] = {
@@ -76,7 +76,7 @@ def share_of(pieces: Iterable[TensorPiece]) -> Share:
 
 
 def train_on(world: World, tree: dict[str, Any]) -> Share:
-    """Train to the end; the state of this rank there."""
+    """Train to the end; return this rank's state."""
     config, ranks = build_dataclass(RunConfig, tree), []
 
     def build_and_keep(*arguments: Any) -> RankResources:
@@ -84,7 +84,7 @@ def train_on(world: World, tree: dict[str, Any]) -> Share:
         return ranks[-1]
 
     with patch.object(loop, "build_rank_resources", build_and_keep):
-        attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch has as many ranks to its end
+        attempt = f"{world.size} ranks to {config.training.tokens}"  # a launch keeps its number of ranks
         loop.train(config, groups_of(world, config), torch.device("cpu"), attempt)
     return share_of(ranks[0].local_checkpoint_pieces())
 
@@ -94,7 +94,7 @@ State = dict[str, str]
 
 
 def whole(shares: list[Share]) -> dict[str, Tensor]:
-    """Of all ranks, flattened; what several hold is the same on all of them."""
+    """Merge the shares of all ranks, flattened; pieces that several hold are equal on all of them."""
     found: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, int] = {}
     for share in shares:

@@ -23,7 +23,7 @@ STEPS, LENGTH, BATCH = 3, 16, 8
 
 
 def run_config(root: Path) -> dict[str, Any]:
-    """A run small enough for seconds, whose small terms are large enough to be seen."""
+    """Return a run small enough for seconds, whose small terms are large enough to be seen."""
     return {
         "model": {
             "hidden_size": 16,
@@ -58,7 +58,7 @@ def run_config(root: Path) -> dict[str, Any]:
 
 
 def prepared_root(folder: Path, words: int) -> Path:
-    """`folder` with a corpus of so many words for runs in it, prepared."""
+    """Prepare a corpus of `words` words for runs in `folder`; return the folder."""
     (folder / "corpus").mkdir()
     text = [f"word{index * 7919 % 211}" for index in range(words)]
     (folder / "corpus" / "train.txt").write_text(" ".join(text))

@@ -1,4 +1,4 @@
-"""Every value that no run can have is refused with its key and what to write instead."""
+"""Every invalid value is refused with its key and a hint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 @pytest.fixture(scope="module")
 def tree() -> dict[str, object]:
-    """A run without fault, every optional part in it: tiny, on one rank."""
+    """Return a valid run with every optional part: tiny, on one rank."""
     return changed(config_to_dict(compose_run_config([])), {"model.rope_scaling": YARN, "cluster.peak_tflops": 1.0})
 
 
 def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
-    """A copy of a nested tree with other values at some dotted keys."""
+    """Return a copy of a nested tree with other values at some dotted keys."""
     copy = {key: changed(item, {}) if isinstance(item, Mapping) else item for key, item in tree.items()}
     for path, value in values.items():
         key, _, rest = path.partition(".")
@@ -33,7 +33,7 @@ def changed(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[st
 
 
 OF_THREE = {"topology.gpus_per_node": 3, "training.global_batch_size": 15}
-"""Beside ep = 3: what that fits into."""
+"""Hint for ep = 3: the sizes that fit."""
 
 
 def problems(tree: Mapping[str, object], values: Mapping[str, object]) -> dict[str, str]:
@@ -156,7 +156,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ),
         ({"telemetry.wandb.mode": "on"}, "telemetry.wandb.mode", "offline, online, disabled"),
         ({"telemetry.wandb.project": ""}, "telemetry.wandb.project", "must not be empty"),
-        # What two parts of a run must agree on.
+        # Values that two parts of a run must agree on.
         ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.n_routed_experts = 16"),
         ({"topology.ep": 3, "training.global_batch_size": 15}, "topology.ep", "must divide gpus_per_node = 8"),
         ({"data.vocab_size": 4096}, "data.vocab_size", "must equal model.vocab_size = 2048"),

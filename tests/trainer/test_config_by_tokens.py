@@ -28,7 +28,7 @@ def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: floa
 
 
 @pytest.mark.parametrize(
-    ("schedule", "remedies"),
+    ("schedule", "hints"),
     [
         ({0: 0.0}, []),
         (MTP_WEIGHT, []),
@@ -39,9 +39,9 @@ def test_the_value_in_force(schedule: dict[int, float], tokens: int, value: floa
     ],
     ids=str,
 )
-def test_what_no_schedule_can_be(schedule: dict[int, float], remedies: list[str]) -> None:
+def test_what_no_schedule_can_be(schedule: dict[int, float], hints: list[str]) -> None:
     problems = list(value_schedule_problems("weight", schedule))
-    assert len(problems) == len(remedies)
-    for problem, hint in zip(problems, remedies, strict=True):
+    assert len(problems) == len(hints)
+    for problem, hint in zip(problems, hints, strict=True):
         assert problem.field == "weight"
         assert hint in problem.hint

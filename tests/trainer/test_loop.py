@@ -1,4 +1,4 @@
-"""The loop with everything that a run wires together: data, order, model, gradients, optimizer, checkpoint, ledger."""
+"""The whole loop: data, order, model, gradients, optimizer, checkpoint, ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at seeded moments, half of them in the middle of a save: nothing is lost and nothing is different.
+"""Twenty SIGKILLs at seeded moments, half of them during a save: nothing is lost and nothing changes.
 
 `tests/launch/run/test_train.py` kills a run under a real torchrun once.
 """
@@ -40,7 +40,7 @@ EXACT = (
 
 
 def dying(function: Callable[..., Any], call: int, later: float) -> Callable[..., Any]:
-    """`function`, but this process dies so many seconds after that call of it has begun, wherever it then is."""
+    """Return `function`, but this process dies `later` seconds after the given call began, wherever it then is."""
     calls = iter(range(1, call + 1))
 
     def die() -> None:
@@ -57,12 +57,13 @@ def dying(function: Callable[..., Any], call: int, later: float) -> Callable[...
     return wrapped
 
 
-def train_until_killed(world: World, tree: dict[str, Any], life: int) -> None:
-    """An even life ends after a step, each other one in a save: while ranks write, or while the first one commits."""
-    moments = random.Random(life)
-    target: Any = [loop, saver, loop, CheckpointStore][life % 4]
-    name = ["poll_save", "write_share", "poll_save", "commit"][life % 4]
-    call = 2 if life % 2 else moments.randint(EVERY + 1, 2 * EVERY + 1)  # so that a life gets two or four steps on
+def train_until_killed(world: World, tree: dict[str, Any], attempt: int) -> None:
+    """Train; even attempts die after a step, odd ones in a save: while ranks write, or while the first one commits."""
+    moments = random.Random(attempt)
+    target: Any = [loop, saver, loop, CheckpointStore][attempt % 4]
+    name = ["poll_save", "write_share", "poll_save", "commit"][attempt % 4]
+    # An attempt then advances by two or four steps.
+    call = 2 if attempt % 2 else moments.randint(EVERY + 1, 2 * EVERY + 1)
     with patch.object(target, name, dying(getattr(target, name), call, moments.uniform(0, 0.02))):
         train_on(world, tree)
 
@@ -78,12 +79,12 @@ def test_twenty_kills_leave_the_losses_of_an_undisturbed_run(tmp_path: Path) -> 
     root = prepared_root(tmp_path, words=4000)
     tree = tree_of(root, tmp_path / "run", "ep2", STEPS, checkpoint_every=EVERY)
     store, halves = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2), 0
-    for life in range(KILLS):
-        for leftover in store.directory.glob("*.partial"):  # of an earlier life: the next save would remove it
+    for attempt in range(KILLS):
+        for leftover in store.directory.glob("*.partial"):  # of an earlier attempt: the next save would remove it
             shutil.rmtree(leftover)
         with pytest.raises(RanksFailed, match="died with exit code -9"):
-            run_processes(2, train_until_killed, tree, life)
-        halves += life % 2 == 1 and any(store.directory.glob("*.partial"))
+            run_processes(2, train_until_killed, tree, attempt)
+        halves += attempt % 2 == 1 and any(store.directory.glob("*.partial"))
         for step in store.steps():
             assert list(store.open(step).find_damage()) == []
     assert halves >= 2 * KILLS // 5, "too few kills hit a save"

@@ -1,4 +1,4 @@
-"""A run that goes on, on whatever layout, and in spite of checkpoints that are damaged or cannot be written."""
+"""A resumed run, on any layout, despite damaged checkpoints and failed saves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["FP8", "FP64"])
-def test_a_run_in_other_numbers_goes_on_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
+def test_a_run_in_other_precisions_resumes_to_the_last_bit(precision: str, root: Path, tmp_path: Path) -> None:
     layout = f"ep2 in {precision}"
     undisturbed = run(root, tmp_path / "undisturbed", layout, 4)
     run(root, tmp_path / "run", layout, 2)
@@ -56,7 +56,7 @@ def test_a_run_in_other_numbers_goes_on_to_the_last_bit(precision: str, root: Pa
 
 
 def started_on(world: World, tree: dict[str, Any]) -> Share:
-    """The state that a new run begins with."""
+    """Return the state that a new run begins with."""
     config = build_dataclass(RunConfig, tree)
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
     assert load_latest_checkpoint(rank, None) is None
@@ -96,7 +96,7 @@ GROWING = {
 """Steps of 8, 8, 12, 12, 16 and 16 sequences, and so on."""
 
 
-def test_a_run_goes_on_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_the_middle_of_a_batch_ramp(root: Path, tmp_path: Path) -> None:
     whole_run = GROWING | {"tokens": 72 * LENGTH}
     first, again = tmp_path / "first", tmp_path / "again"
     run(root, first, "pp2 mirrored", 0, **GROWING, tokens=28 * LENGTH)
@@ -143,7 +143,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(root: Path,
 
 
 def train_where_files_cannot_be_opened(world: World, tree: dict[str, Any]) -> str:
-    """On the last rank, which has too many open, say."""
+    """The last rank, for example, has too many files open."""
     real = read_tensor_at
 
     def read(path: Path, *what: Any) -> Tensor:
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(root: Path, 
 
 @contextmanager
 def full_disk(steps: tuple[int, ...]) -> Iterator[None]:
-    """The disk of the last rank is full while these steps are saved."""
+    """Fill the disk of the last rank while these steps are saved."""
     real = saver.write_rank_file
 
     def write(directory: Path, name: str, pieces: Any) -> None:
@@ -188,7 +188,7 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], steps: tuple[int, .
     return None
 
 
-def test_a_disk_that_is_full_is_told_and_training_goes_on(root: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_reported_and_training_continues(root: Path, tmp_path: Path) -> None:
     tree = tree_of(root, tmp_path / "run", "ep2", 6, checkpoint_every=2)
     assert run_processes(2, train_on_a_full_disk, tree, (4,)) == [None] * 2
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")

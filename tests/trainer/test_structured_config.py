@@ -1,4 +1,4 @@
-"""Plain values become the types that a dataclass names, or problems that name every place that does not fit."""
+"""Plain values become the types that a dataclass names; every value that does not fit is a problem."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_optional_field_takes_its_kind_or_nothing() -> None:
     assert problems == {"gears": "'many': must be a whole number", "spare": "3: must be a group of keys"}
 
 
-def test_everything_that_is_wrong_is_named_at_once_by_its_path() -> None:
+def test_everything_that_is_wrong_is_named_together_by_its_path() -> None:
     tree = {
         "onwer": "Ada",
         "wheel": {"spoks": 36, "width": "wide"},

@@ -4,10 +4,10 @@ Signatures, shapes, dtypes and checks follow DeepEP 2.1.0 at commit dd758ca: dee
 csrc/elastic/buffer.hpp, deep_ep/include/deep_ep/impls/*.cuh. Only the expanded layout without padding is here, which is
 all that the adapter asks for. Stricter than the original, so that a test sees what hardware would punish by luck:
 
-* results are NaN, or exponents of NaN, until somebody waits for the event;
+* results are NaN, or exponents of NaN, until a stream waits for the event;
 * the rows of an expert come in descending order of their source.
 
-Letters: T tokens, D width, K experts a token, R rows received, P ranks, L experts on a rank, S packed scales.
+Letters: T tokens, D width, K experts per token, R rows received, P ranks, L experts per rank, S packed scales.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class EPHandle:
     topk_idx: Tensor
     num_recv_tokens_per_expert_list: list[int]
     sources: tuple[tuple[int, int, int], ...]
-    """Of each row: rank, token, place among the token's choices."""
+    """One triple per row: rank, token, index among the token's choices."""
 
 
 class EventOverlap:
-    """An event that has happened when somebody waits for it; until then the results are not there."""
+    """An event that completes when a stream waits for it; the results do not exist before."""
 
     def __init__(self, happens: Callable[[], None]) -> None:
         self.event: Callable[[], None] | None = happens
@@ -57,9 +57,9 @@ class EventOverlap:
 
 
 class ElasticBuffer:
-    """Collective over a gloo group; keeps what it was called with."""
+    """A collective over a gloo group; keeps the arguments of its calls."""
 
-    log: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 -- of the process, whoever opened the buffer
+    log: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 -- shared by all buffers of the process
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class ElasticBuffer:
     def _route(
         self, rows_TD: Tensor, topk_idx: Tensor, num_experts: int, num_max_tokens_per_rank: int | None, num_sms: int
     ) -> EPHandle:
-        """Who gets what, from everyone's choices."""
+        """Return which rank receives which tokens, from the choices of all ranks."""
         ranks, most = self._group.size(), num_max_tokens_per_rank or self._tokens
         assert topk_idx.dtype == topk_idx_t
         assert topk_idx.is_contiguous()
@@ -262,7 +262,7 @@ topk_idx_t = torch.int64
 
 
 def install() -> list[tuple[str, dict[str, Any]]]:
-    """Let `import deep_ep` find the stand-in in this process; the calls that it will get."""
+    """Make `import deep_ep` find the stand-in in this process; return the log of its calls."""
     module = ModuleType("deep_ep")
     module.__spec__ = ModuleSpec("deep_ep", None)
     module.__dict__.update(

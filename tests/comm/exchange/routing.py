@@ -1,6 +1,6 @@
 """Routings that an exchange must survive, and a small layer of experts to send through it.
 
-Letters: T tokens, D width, E experts, K experts a token, L experts of a rank, R rows.
+Letters: T tokens, D width, E experts, K experts per token, L experts per rank, R rows.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ LABEL = ExchangeLabel("layer_01", 2)
 
 @dataclass(frozen=True)
 class Case:
-    """Who sends what where."""
+    """A routing: which rank sends which tokens where."""
 
     top_k: int
     groups: int | None = None
-    """How many of the nodes' groups of experts a token may visit; None for all."""
+    """Number of expert groups (nodes) that a token may visit; None for all."""
     empty: bool = False
-    """Every second rank has no token."""
+    """Give every second rank no token."""
     overload: bool = False
-    """Every token goes to the first K experts alone: some ranks receive everything, others nothing."""
+    """Send every token to the first K experts: some ranks receive everything, others nothing."""
 
     @property
     def name(self) -> str:
-        """What a person reads."""
+        """The case's name in test IDs and messages."""
         limit = "" if self.groups is None else f" in {self.groups} nodes"
         return f"top {self.top_k}{limit}{' empty' * self.empty}{' overload' * self.overload}"
 
@@ -58,17 +58,17 @@ CASES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank sends."""
+    """The tokens that one rank sends, with their experts and weights."""
 
     tokens_TD: Tensor
     weights_TK: Tensor
     experts_TK: Tensor
     grad_TD: Tensor
-    """Gradient of what comes back."""
+    """Gradient of the combined tokens."""
 
 
 def batch_of(case: Case, topology: Topology, rank: int, dtype: torch.dtype) -> Batch:
-    """The same numbers in every dtype, up to their rounding."""
+    """Return the rank's batch; the numbers are equal in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(1000 * case.top_k + rank)
     count = 0 if case.empty and rank % 2 else 5 + 3 * rank
     score_TE = torch.rand(count, EXPERTS, generator=generator)
@@ -85,7 +85,7 @@ def batch_of(case: Case, topology: Topology, rank: int, dtype: torch.dtype) -> B
 
 
 def expert_scales(dtype: torch.dtype) -> Tensor:
-    """[E, D]: an expert multiplies by its own vector."""
+    """Return one scale vector per expert, [E, D]."""
     generator = torch.Generator().manual_seed(7)
     return torch.randn(EXPERTS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -93,7 +93,7 @@ def expert_scales(dtype: torch.dtype) -> Tensor:
 def open_on(
     topology: Topology, rank: int, config: ExchangeConfig, groups: ProcessGroups | None = None
 ) -> tuple[TokenExchange[object], TrafficCounter, AsyncCommunicator]:
-    """An exchange of `rank`, with what counts its bytes and what runs it."""
+    """Build the exchange of `rank`; return it with its traffic counter and its communicator."""
     groups = groups or ProcessGroups.create(topology, rank, timedelta(seconds=30))
     traffic, worker = TrafficCounter(topology, rank), build_async_communicator(groups.ep, torch.device("cpu"))
     return build_token_exchange(config, groups, EXPERTS, worker, traffic), traffic, worker
@@ -102,7 +102,7 @@ def open_on(
 def through_experts(
     exchange: TokenExchange[object], batch: Batch, topology: Topology, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a layer of experts gives and takes: results and gradients, by name."""
+    """Yield every input and output of an expert layer by name: results and gradients."""
     received = exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
     local = EXPERTS // topology.ep
     first = topology.ep_rank(rank) * local

@@ -1,4 +1,4 @@
-"""DeepEP's adapter against a stand-in: the numbers of `flat`, the published signatures, and who is refused."""
+"""DeepEP's adapter against a stand-in: the numbers of `flat`, the published signatures, and refused configurations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GRIDS = [(1, 2), (2, 2), (2, 1)]
 FP8 = ExchangeConfig(name="deepep", dispatch="fp8", combine="bf16", combine_backward="fp8", dispatch_backward="bf16")
 BF16 = replace(FP8, dispatch="bf16", combine_backward="bf16")
 FORMATS = {"bf16": (torch.bfloat16, BF16), "fp8": (torch.bfloat16, FP8), "fp8 of fp32": (torch.float32, FP8)}
-# Both round alike towards the experts. On the way back DeepEP rounds the sum of a rank and the result, flat each copy
+# Both round alike towards the experts. On combine DeepEP rounds each rank's sum and the result, flat each copy
 # and, in BF16, the result: by 2^-9 each at most.
 BOUND = 4 * 2**-9
 
@@ -45,7 +45,7 @@ BOUND = 4 * 2**-9
 def opened(
     world: World, gpus_per_node: int, config: ExchangeConfig
 ) -> tuple[TokenExchange[Any], TrafficCounter, Topology]:
-    """Collective. The exchange that `config` names, over all ranks, for rows of this file's width."""
+    """Build the exchange that `config` names, over all ranks, for rows of this file's width. Collective."""
     routing.WIDTH = WIDTH
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
@@ -56,21 +56,21 @@ def opened(
 
 
 def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], float]:
-    """Relative error against flat for every format, case and tensor. What both say of the routing must be equal."""
+    """Return the relative error against flat for each format, case and tensor. Both routings must be equal."""
     deep_ep_stand_in.install()
     errors = {}
     for form, (dtype, config) in FORMATS.items():
         ours, traffic, topology = opened(world, gpus_per_node, config)
-        oracle, _, _ = opened(world, gpus_per_node, replace(config, name="flat"))
+        reference, _, _ = opened(world, gpus_per_node, replace(config, name="flat"))
         for case in CASES:
             batch = batch_of(case, topology, world.rank, dtype)
-            theirs = dict(through_experts(oracle, batch, topology, world.rank))
+            theirs = dict(through_experts(reference, batch, topology, world.rank))
             for name, tensor in through_experts(ours, batch, topology, world.rank):
                 assert tensor.dtype == theirs[name].dtype
                 errors[form, case.name, name] = relative_error(tensor, theirs[name])
             one, other = (
                 exchange.dispatch(batch.tokens_TD, batch.weights_TK, batch.experts_TK, LABEL).wait()
-                for exchange in (ours, oracle)
+                for exchange in (ours, reference)
             )
             assert one.rows_per_expert_L == other.rows_per_expert_L
             assert one.token_counts == other.token_counts
@@ -84,7 +84,7 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
                 rows_RD = dequantize(in_fp8.quantized_rows.values_XD, in_fp8.quantized_rows.exponents_XQ, dtype)
                 assert torch.equal(rows_RD.sort(dim=0).values, one.rows_RD.sort(dim=0).values)  # in any order
                 assert in_fp8.rows_RD.isnan().all()
-        assert not traffic.bytes_sent  # what is not known is not counted
+        assert not traffic.bytes_sent  # unknown counts are not counted
     return errors
 
 
@@ -97,7 +97,7 @@ def test_equals_flat(nodes: int, gpus_per_node: int) -> None:
 
 
 def calls(world: World, config: ExchangeConfig) -> list[tuple[str, dict[str, str]]]:
-    """What one layer asks of DeepEP, tensors as dtype and shape, without what was left to its default."""
+    """Return one layer's calls to DeepEP: tensors as dtype and shape, default arguments left out."""
     log = deep_ep_stand_in.install()
     exchange, _, topology = opened(world, 2, config)
     dict(through_experts(exchange, batch_of(CASES[3], topology, world.rank, torch.bfloat16), topology, world.rank))
@@ -105,7 +105,7 @@ def calls(world: World, config: ExchangeConfig) -> list[tuple[str, dict[str, str
 
 
 def log_of(log: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """With tensors made true, since they have no truth of their own."""
+    """Yield the log with tensors wrapped in tuples, because the truth value of a tensor is undefined."""
     for name, arguments in log:
         yield name, {key: (value,) if isinstance(value, Tensor) else value for key, value in arguments.items()}
 
@@ -117,7 +117,7 @@ def described(value: object) -> str:
 
 
 def test_what_deep_ep_is_asked_for() -> None:
-    """Rank 0 sends 5 tokens to 4 experts each. The handle carries the layout of all that follow its dispatch."""
+    """Rank 0 sends 5 tokens to 4 experts each. The handle carries the layout to every call after its dispatch."""
     opening, dispatch, combine, combine_backward, dispatch_backward = run_processes(2, calls, FP8)[0]
     assert opening == (
         "open",
@@ -204,7 +204,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return package
 
 
-def remedies(**changed: Any) -> str:
+def hints(**changed: Any) -> str:
     problems = list(deepep_problems(**{**FITS, **changed}))
     assert {(problem.field, problem.value) for problem in problems} <= {("exchange.name", "deepep")}
     assert all(problem.hint.endswith(", or write exchange=two_hop") for problem in problems)
@@ -212,23 +212,23 @@ def remedies(**changed: Any) -> str:
 
 
 def test_what_fits_is_not_refused(hopper: Path) -> None:
-    assert remedies() == ""
+    assert hints() == ""
 
 
 def test_what_is_impossible_everywhere(hopper: Path) -> None:
-    assert "nothing to exchange; write exchange=flat" in remedies(ranks=1)
-    assert "whole 256 elements and these have 160" in remedies(shape=DeepEPBufferShape(4096, 160, 8))
-    assert "at most 32 experts and these go to 33" in remedies(shape=DeepEPBufferShape(4096, 7168, 33))
-    assert "gates in FP32" in remedies(dtype=torch.float64)
+    assert "nothing to exchange; write exchange=flat" in hints(ranks=1)
+    assert "whole 256 elements and these have 160" in hints(shape=DeepEPBufferShape(4096, 160, 8))
+    assert "at most 32 experts and these go to 33" in hints(shape=DeepEPBufferShape(4096, 7168, 33))
+    assert "gates in FP32" in hints(dtype=torch.float64)
 
 
 def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "each of 2 ranks needs a Hopper GPU and training.device is cpu" in remedies(device="cpu")
-    assert "each of 3 ranks needs a Hopper GPU and this machine has 2" in remedies(local_ranks=3)
+    assert "each of 2 ranks needs a Hopper GPU and training.device is cpu" in hints(device="cpu")
+    assert "each of 3 ranks needs a Hopper GPU and this machine has 2" in hints(local_ranks=3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
     monkeypatch.setattr(deepep, "loaded_nccl_version", lambda: (2, 28, 9))
     (hopper / "buffers" / "elastic.py").unlink()
-    found = remedies()
+    found = hints()
     assert "has no ElasticBuffer; build version 2 of github.com/deepseek-ai/DeepEP" in found
     assert "needs a Hopper GPU (compute capability 9.0) and a GPU here has 8.0" in found
     assert "needs NCCL 2.30.4 and 2.28.9 is here" in found
@@ -238,7 +238,7 @@ def test_what_a_machine_lacks(hopper: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_its_import_asserts_is_said(hopper: Path) -> None:
     assert "deep_ep" not in sys.modules
     (hopper / "__init__.py").write_text("assert False, 'Duplicate NCCL runtime found'\n")
-    found = remedies()
+    found = hints()
     assert "importing deep_ep fails: AssertionError: Duplicate NCCL runtime found; run pip install --no-deps" in found
     assert '"nvidia-nccl-cu13>=2.30.4"' in found
     assert "deep_ep" not in sys.modules
@@ -246,7 +246,7 @@ def test_what_its_import_asserts_is_said(hopper: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_this_machine_is_refused() -> None:
-    found = remedies()
+    found = hints()
     assert "deep_ep is not installed; build version 2" in found
     assert "each of 2 ranks needs a Hopper GPU and this machine has 0" in found
     assert deepep.loaded_nccl_version() == ()

@@ -1,4 +1,4 @@
-"""The size of DeepEP's buffer against sizes that were worked out by hand from its source."""
+"""The size of DeepEP's buffer against sizes derived by hand from its source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The child process that imports DeepEP, against packages that stand in for it and, to be quick, for torch."""
+"""The child process that imports DeepEP, against small packages that stand in for DeepEP and torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that stay in FP8: the numbers and scales that crossed, in the order that rows have."""
+"""Rows that stay in FP8: the numbers and scales that were sent, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def received(exchange: TokenExchange[object], batch: Batch, *, as_tiles: bool) -
 
 
 def both_ways(world: World, name: str, dtype: torch.dtype) -> int:
-    """How many rows have come. Tiles hold what the same dispatch gives as rows, to the last bit."""
+    """Return the number of received rows. The quantized rows must equal the plain ones to the last bit."""
     topology = Topology(ep=world.size, gpus_per_node=2)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     exchange, traffic, _ = open_on(topology, world.rank, replace(FP8, name=name), groups)
@@ -60,8 +60,8 @@ def test_tiles_are_the_rows_as_they_crossed(name: str, dtype: torch.dtype) -> No
     assert sum(run_processes(4, both_ways, name, dtype)) > 100
 
 
-def asked_in_vain(world: World, name: str) -> list[bool]:
-    """Whether nothing but rows comes of it, in the compute dtype and in BF16."""
+def rows_stay_plain(world: World, name: str) -> list[bool]:
+    """Return, for the compute dtype and BF16, whether only plain rows arrive."""
     topology = Topology(ep=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     formats = ("native", "bf16") if world.size > 1 else ("native", "fp8")
@@ -77,8 +77,8 @@ def asked_in_vain(world: World, name: str) -> list[bool]:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["flat", "two_hop"])
 def test_rows_that_do_not_cross_in_fp8_are_rows(name: str, ranks: int) -> None:
-    """A single rank has no wire, whatever the format."""
-    assert run_processes(ranks, asked_in_vain, name) == [[True, True]] * ranks
+    """A single rank sends nothing, in any wire format."""
+    assert run_processes(ranks, rows_stay_plain, name) == [[True, True]] * ranks
 
 
 @pytest.mark.parametrize("rows", [0, 5])

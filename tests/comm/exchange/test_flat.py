@@ -31,7 +31,7 @@ def exchange_of(ranks: int, rank: int) -> tuple[TokenExchange[object], TrafficCo
 
 
 def round_trip(world: World, counts: list[int]) -> dict[str, Tensor]:
-    """Each row comes back as expert_number * row; backward sends token gradients forth and doubles them back."""
+    """Return one round trip: expert_number * row comes back; the backward sends token gradients and doubles them."""
     exchange, _ = exchange_of(world.size, world.rank)
     tokens_TD, weights_TK, experts_TK = tokens_of(world.rank, counts[world.rank])
     received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
@@ -74,8 +74,10 @@ def bytes_sent(world: World) -> tuple[dict[str, int], dict[str, int], tuple[int,
     tokens_TD, weights_TK, _ = tokens_of(world.rank, 4)
     experts_TK = torch.tensor([[0, EXPERTS - 1]] * 4)  # ranks 0 and 3 of four
     received = exchange.dispatch(tokens_TD, weights_TK, experts_TK, LABEL).wait()
-    payload, beside = ({str(link): size for link, size in traffic.bytes_by_link(kind).items()} for kind in TrafficKind)
-    return payload, beside, received.token_counts.as_tuple()
+    payload, metadata = (
+        {str(link): size for link, size in traffic.bytes_by_link(kind).items()} for kind in TrafficKind
+    )
+    return payload, metadata, received.token_counts.as_tuple()
 
 
 def test_bytes_are_counted_by_kind_and_link() -> None:
@@ -86,4 +88,4 @@ def test_bytes_are_counted_by_kind_and_link() -> None:
     assert first[1] == {"loopback": 4 * gate + sizes, "nvlink": sizes, "infiniband": 4 * gate + 2 * sizes}
     assert second[0] == {"loopback": 0, "nvlink": 4 * row, "infiniband": 4 * row}
     assert second[1] == {"loopback": sizes, "nvlink": 4 * gate + sizes, "infiniband": 4 * gate + 2 * sizes}
-    assert first[2] == second[2] == (4, 8, 8, 8)  # tokens, and their visits to experts, ranks and nodes
+    assert first[2] == second[2] == (4, 8, 8, 8)  # tokens, and the experts, ranks and nodes they visit

@@ -1,4 +1,4 @@
-"""Two hops against the flat exchange: the same results and gradients, and no byte between nodes more than needed."""
+"""Two hops against the flat exchange: equal results and gradients, and the minimum of bytes between nodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BOUNDS = {"fp64": 1e-12, "fp32": 1e-6, "bf16": 5 * 2**-9, "fp8": 5 * 2**-9}
 
 
 def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], float]:
-    """Relative error of two hops against flat for every format, case and tensor."""
+    """Return the relative error of two hops against flat for each format, case and tensor."""
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     errors = {}
@@ -49,10 +49,10 @@ def compare(world: World, gpus_per_node: int) -> dict[tuple[str, str, str], floa
         ]
         for case in CASES:
             batch = batch_of(case, topology, world.rank, dtype)
-            ours, oracle = (dict(through_experts(exchange, batch, topology, world.rank)) for exchange in exchanges)
+            ours, reference = (dict(through_experts(exchange, batch, topology, world.rank)) for exchange in exchanges)
             for name, tensor in ours.items():
-                assert tensor.dtype == oracle[name].dtype
-                errors[form, case.name, name] = relative_error(tensor, oracle[name])
+                assert tensor.dtype == reference[name].dtype
+                errors[form, case.name, name] = relative_error(tensor, reference[name])
     return errors
 
 
@@ -72,8 +72,8 @@ def distance_of_fp8(world: World) -> list[dict[str, float]]:
         exact, _, _ = open_on(topology, world.rank, replace(NATIVE, name=name), groups)
         rounded, _, _ = open_on(topology, world.rank, replace(FP8, name=name), groups)
         batch = batch_of(CASES[3], topology, world.rank, torch.float32)
-        ours, oracle = (dict(through_experts(x, batch, topology, world.rank)) for x in (rounded, exact))
-        result.append({key: relative_error(ours[key], oracle[key]) for key in ours})
+        ours, reference = (dict(through_experts(x, batch, topology, world.rank)) for x in (rounded, exact))
+        result.append({key: relative_error(ours[key], reference[key]) for key in ours})
     return result
 
 
@@ -86,7 +86,7 @@ def test_fp8_rounds_to_a_sixteenth_at_most_and_does_round() -> None:
 
 
 def payload_between_nodes(world: World, gpus_per_node: int, form: str) -> list[tuple[dict[str, int], int]]:
-    """Counted by operation, and the rows that must cross: one a token and node that holds an expert of it."""
+    """Return the bytes by operation and the rows that must cross: one per token and node with an expert of it."""
     topology = Topology(ep=world.size, gpus_per_node=gpus_per_node)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     dtype, formats = FORMATS[form]
@@ -105,14 +105,14 @@ def payload_between_nodes(world: World, gpus_per_node: int, form: str) -> list[t
 
 
 @pytest.mark.parametrize(
-    ("form", "forth", "back"), [("bf16", 2 * WIDTH, 2 * WIDTH), ("fp8", WIDTH + 2, 2 * WIDTH)], ids=["bf16", "fp8"]
+    ("form", "out", "back"), [("bf16", 2 * WIDTH, 2 * WIDTH), ("fp8", WIDTH + 2, 2 * WIDTH)], ids=["bf16", "fp8"]
 )
-def test_payload_between_nodes_is_the_minimum(form: str, forth: int, back: int) -> None:
+def test_payload_between_nodes_is_the_minimum(form: str, out: int, back: int) -> None:
     everyone = run_processes(8, payload_between_nodes, 2, form, timeout=120)
     for case in zip(*everyone, strict=True):
         for counted, rows in case:
-            assert counted["dispatch"] == counted["combine_backward"] == rows * forth
-        # On the way back the other side sends: every row that crossed comes back once.
+            assert counted["dispatch"] == counted["combine_backward"] == rows * out
+        # On combine the other side sends: every row that crossed comes back once.
         crossed = sum(rows for _, rows in case)
         for operation in ("combine", "dispatch_backward"):
             assert sum(counted[operation] for counted, _ in case) == crossed * back

@@ -1,4 +1,4 @@
-"""Files opened without waiting, read within a bound, and replaced as a whole."""
+"""Files opened without blocking, read up to a limit, and replaced atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shoestring.comm.files.strict_json import MalformedFileError
 
 
 def other_kinds(root: Path) -> dict[str, Path]:
-    """A path of each kind that is no regular file."""
+    """Return one path of each kind that is not a regular file."""
     (root / "folder").mkdir()
     os.mkfifo(root / "fifo")
     (root / "to_fifo").symlink_to(root / "fifo")

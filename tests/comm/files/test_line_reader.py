@@ -1,4 +1,4 @@
-"""Files of whole lines: half a line at the end is neither read nor built upon."""
+"""Files of whole lines: a partial last line is neither read nor extended."""
 
 from __future__ import annotations
 

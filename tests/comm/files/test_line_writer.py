@@ -1,4 +1,4 @@
-"""Lines that a full disk does not take wait in memory; a reader finds whole lines alone."""
+"""Lines that a full disk rejects wait in memory; a reader finds whole lines only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_lines_wait_for_room_and_come_in_order(tmp_path: Path) -> None:
         for line in (b"2\n", b"3333\n", b"4\n"):  # the second one is cut in its middle
             assert writer.append(line)
         assert (writer.pending_lines, writer.write_error) == (2, "File too large")
-        assert path.read_bytes() == b"1\n2\n"  # nothing torn, also for a reader that comes now
+        assert path.read_bytes() == b"1\n2\n"  # nothing torn, also for a reader that starts now
         assert not writer.fsync()
     assert writer.append(b"5\n")
     assert (writer.pending_lines, writer.write_error) == (0, None)

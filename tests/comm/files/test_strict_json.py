@@ -1,4 +1,4 @@
-"""JSON from others is read as it is, or what is wrong with it is named."""
+"""JSON from other programs: it is read unchanged, or the error names what is wrong."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_is_no_strict_json_is_named(raw: bytes, gist: str) -> None:
 def test_what_is_json_is_read() -> None:
     deepest = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
     parse_json(deepest)
-    many = b"[" + b",".join([b"[]"] * 1000) + b"]"  # wide is not deep
+    many = b"[" + b",".join([b"[]"] * 1000) + b"]"  # wide, not deep
     assert len(parse_json(many).as_list()) == 1000
     assert parse_json('{"é": "\\ud83d\\ude00"}')["é"].as_string() == "\U0001f600"
 

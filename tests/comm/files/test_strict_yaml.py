@@ -1,4 +1,4 @@
-"""YAML from others: bounded in bytes, depth and aliases."""
+"""YAML from other programs: bounded in bytes, depth and aliases."""
 
 from __future__ import annotations
 

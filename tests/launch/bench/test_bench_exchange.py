@@ -1,4 +1,4 @@
-"""`shoestring bench exchange`: refusals, and figures that agree with each other and with the wire."""
+"""`shoestring bench exchange`: refusals, and figures that agree with each other and with the bytes sent."""
 
 from __future__ import annotations
 

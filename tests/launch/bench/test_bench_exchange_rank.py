@@ -1,4 +1,4 @@
-"""What a rank of `shoestring bench exchange` counts is what leaves its node."""
+"""A rank of `shoestring bench exchange` counts the bytes that leave its node."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_what_is_counted_is_what_leaves_the_nodes() -> None:
         sent, needed = row["bytes"]["dispatch"]["payload"]["infiniband"], result["needed"][row["format"]]
         assert sent == needed["node" if row["exchange"] == "two_hop" else "expert"]
         assert all(seconds > 0 for seconds in row["seconds"].values())
-    # Four experts of one group, which is one node: a row a node is a quarter of a row an expert.
+    # Four experts of one group, which is one node: one row per node is a quarter of one row per expert.
     assert 4 * result["needed"]["bf16"]["node"] == result["needed"]["bf16"]["expert"]
     assert benchmark_tables(result)

@@ -1,4 +1,4 @@
-"""One rank of `shoestring calibrate`: the phases of a step told apart."""
+"""One rank of `shoestring calibrate`: the phases of a step are separated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoestring.trainer.telemetry.trace import Span
 
 
 def spans(track: TimelineTrack, *named: tuple[str, int]) -> list[Span]:
-    """One after the other; lengths in seconds."""
+    """Return consecutive spans; lengths in seconds."""
     found, now = [], 0
     for name, seconds in named:
         found.append(Span(track, name, "", now, now + seconds * 10**9))
@@ -19,8 +19,8 @@ def spans(track: TimelineTrack, *named: tuple[str, int]) -> list[Span]:
     return found
 
 
-def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
-    """A dense layer, two routed ones and MTP, as the tape of a backward has them."""
+def test_weight_gradients_are_attributed_by_the_order_of_their_flushes() -> None:
+    """A dense layer, two routed ones and MTP, in the order of a recorded backward."""
     config = compose_run_config(
         ["model.num_hidden_layers=3", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=1"]
     )
@@ -33,7 +33,7 @@ def test_weights_are_told_apart_by_the_moment_they_are_settled() -> None:
     assert seconds["attn(W)"] == 2
     assert seconds["mtp(W)"] == 5
     assert seconds["dense(W)"] == 3
-    assert seconds["loss(B)"] == 4  # what is in no span, over two losses
+    assert seconds["loss(B)"] == 4  # time outside the spans, over two losses
 
 
 def test_waiting_for_an_exchange_is_no_computing() -> None:
@@ -45,7 +45,7 @@ def test_waiting_for_an_exchange_is_no_computing() -> None:
 
 
 def test_exchanges_are_timed_in_groups_of_every_size() -> None:
-    """Else the quickstart, two by two ranks, could not be priced after a calibration on four."""
+    """Otherwise the quickstart, 2 x 2 ranks, could not be priced after a calibration on four."""
     of_four = SimpleNamespace(world=SimpleNamespace(size=4))
     calibration = Calibration(compose_run_config([]), of_four, 1)  # type: ignore[arg-type]
     assert calibration.exchange_group_sizes == [1, 2, 4]

@@ -1,4 +1,4 @@
-"""Ranks that are measured need the memory that is predicted."""
+"""Measured ranks need the predicted memory."""
 
 from __future__ import annotations
 

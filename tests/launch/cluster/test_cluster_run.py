@@ -1,4 +1,4 @@
-"""`shoestring cluster`: what it refuses, how it ends, and a training run over two machines that breaks and goes on."""
+"""`shoestring cluster`: refusals, exit codes, and a training run over two machines that breaks and resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which takes two of them, and before the next
 TWO_NODES = SimulatedClusterRun(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink_rate="100mbit")
 
-# What stands in for a node's launcher: it tells step 5 of a run and then behaves as its node is told to.
+# A stand-in for a node's launcher: it writes step 5 of a run and then behaves as its argument says.
 STAND_IN = """
 import json, os, signal, sys, time
 behavior = sys.argv[2 + int(os.environ["NODE_RANK"])]
@@ -39,7 +39,7 @@ signal.pause()
 
 
 def rehearse(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *behaviors: str, faults: tuple[str, ...] = ()) -> int:
-    """Run stand-ins; little time is given to those that do not end."""
+    """Run stand-ins, with short time limits for those that do not end."""
     run_dir.mkdir()
     overrides = [f"training.run_dir={run_dir}", "training.collective_timeout_seconds=1"]
     command = [sys.executable, "-I", "-S", "-c", STAND_IN, str(run_dir / "metrics.jsonl"), *behaviors]
@@ -135,7 +135,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run over two nodes that nothing has happened to; beside it, in `output`, what was printed."""
+    """Return the directory of an undisturbed run over two nodes; its output is in `output` there."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     done = run(cluster(overrides, run_dir))
     assert done.returncode == 0, done.stderr
@@ -158,14 +158,14 @@ def test_two_nodes_train_as_one_does(undisturbed: Path, overrides: list[str], tm
     steps = [event for event in read_all_metrics(undisturbed / "metrics.jsonl") if event.kind == "step"]
     exchanged: Any = [event.values["all_to_all_bytes/infiniband"] for event in steps]
     assert min(exchanged) > 0
-    assert min(sent) > sum(exchanged)  # of rank 0, tokens alone; its node sends gradients too
+    assert min(sent) > sum(exchanged)  # of rank 0: tokens only; its node sends gradients too
 
 
 @needs_machines
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("option", "node"), [("--cut-link", 1), ("--cut-link", 0), ("--kill-node", 1)])
-def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
+def test_a_run_that_breaks_ends_and_resumes_from_its_checkpoint(
     option: str, node: int, undisturbed: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -173,7 +173,7 @@ def test_a_run_that_breaks_ends_and_goes_on_from_its_checkpoint(
     broken = run(cluster([*overrides, limit], run_dir, f"{option}={node}@{BREAK}"))
     assert broken.returncode == 1, broken.stderr
     if option == "--cut-link":
-        for ranks in ("[01]", "[23]"):  # nodes that hear nothing of each other; the first to fail ends its neighbor
+        for ranks in ("[01]", "[23]"):  # nodes without a link to each other; the first to fail ends the other
             assert re.search(rf"rank {ranks}: .* with ranks .* \(limit 8 s\)", broken.stderr), broken.stderr
     assert f"{'killed' if option == '--kill-node' else 'link cut'} at step {BREAK}" in broken.stdout
     events = read_all_metrics(run_dir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""A machine without the means to pretend others."""
+"""A machine that cannot simulate others."""
 
 from __future__ import annotations
 

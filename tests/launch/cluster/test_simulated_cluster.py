@@ -1,4 +1,4 @@
-"""Machines that are pretended: they see each other at the rate they should, break when told to, and leave nothing."""
+"""Simulated machines: they reach each other at the configured rate, break on request, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from shoestring.launch.cluster.simulated_cluster import SimulatedCluster
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
 
-PAYLOAD, RATE = 1_000_000, 16_000_000  # bytes, bits a second: half a second of one uplink
-BUCKET = 2**17  # what an uplink sends at once
+PAYLOAD, RATE = 1_000_000, 16_000_000  # bytes, bits/s: half a second of one uplink
+BUCKET = 2**17  # burst size of an uplink
 SECONDS = 60
-# Listens, says so, reads from so many peers at once, and says how many seconds that took from the first connection on.
+# Listen, say so, read from N peers, and print the seconds from the first connection to the last byte.
 SINK = """
 import selectors, socket, sys, time
 server = socket.create_server(("", 7000))
@@ -40,7 +40,7 @@ import socket, sys
 with socket.create_connection((sys.argv[1], 7000), timeout=60) as peer:
     peer.sendall(bytes(int(sys.argv[2])))
 """
-# A child in a session of its own, which no signal but SIGKILL ends.
+# A child in another session, which only SIGKILL ends.
 STUBBORN = """
 import os, signal
 if os.fork() == 0:
@@ -63,14 +63,14 @@ def line(process: NamespaceProcess) -> str:
 
 
 def said(process: NamespaceProcess) -> str:
-    """All that it says until it ends, as it should."""
+    """Wait until the process ends without error; return its output."""
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     return out.strip()
 
 
 def transfer(cluster: SimulatedCluster, sources: list[int], target: int) -> float:
-    """Send PAYLOAD from each source at the same time; return the seconds that the target has measured."""
+    """Send PAYLOAD from each source at the same time; return the seconds that the target measured."""
     sink = python(cluster, target, SINK, len(sources))
     assert line(sink) == "listening"
     senders = [python(cluster, source, SOURCE, f"node{target}", PAYLOAD) for source in sources]
@@ -86,7 +86,7 @@ def pair() -> Iterator[SimulatedCluster]:
 
 
 @needs_machines
-def test_a_node_is_a_machine_of_its_own(pair: SimulatedCluster, tmp_path: Path) -> None:
+def test_a_node_is_a_separate_machine(pair: SimulatedCluster, tmp_path: Path) -> None:
     where = (
         "import os, socket; print(os.getcwd(), socket.gethostname(), socket.gethostbyname('node0'), os.getpid() < 99)"
     )
@@ -110,7 +110,7 @@ def test_an_uplink_has_its_rate_in_both_directions_and_counts_its_bytes() -> Non
         assert transfer(cluster, [0, 1], 2) > 0.9 * 8 * (2 * PAYLOAD - 2 * BUCKET) / RATE
         before = cluster.uplink_bytes_sent(2)
         transfer(cluster, [2], 2)
-        assert cluster.uplink_bytes_sent(2) == before  # inside a node nothing crosses the uplink
+        assert cluster.uplink_bytes_sent(2) == before  # traffic inside a node does not cross the uplink
 
 
 @needs_machines
@@ -151,9 +151,9 @@ def test_signals_and_exit_codes_are_those_of_the_process(pair: SimulatedCluster)
     process.terminate()
     assert process.wait(SECONDS) == 7
     process.terminate()  # as of any Popen that has ended: nothing
-    at_once = python(pair, 0, "import signal; signal.pause()")
-    at_once.kill()
-    assert at_once.wait(SECONDS) == -signal.SIGKILL
+    killed = python(pair, 0, "import signal; signal.pause()")
+    killed.kill()
+    assert killed.wait(SECONDS) == -signal.SIGKILL
 
 
 @needs_machines
@@ -207,7 +207,7 @@ with SimulatedCluster(nodes=2, uplink="100mbit") as cluster:
     processes = descendants(process.pid)
     assert len(processes) == 3 * 2 + 2 * 3
     process.send_signal(number)
-    process.communicate(timeout=SECONDS)  # ends when the last holder of the pipe has gone
+    process.communicate(timeout=SECONDS)  # ends when the last holder of the pipe has exited
     assert process.returncode != 0
     wait_until(lambda: not alive(processes), SECONDS)
 

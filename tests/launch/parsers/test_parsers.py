@@ -1,4 +1,4 @@
-"""The parsers of all verbs: overrides wherever they stand, nothing swallowed, and nothing loaded."""
+"""The parsers of all commands: overrides at any place, no argument ignored, and no heavy import."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_overrides_on_both_sides_of_an_option(arguments: list[str], overrides: l
         (["doctor", A], A),
     ],
 )
-def test_what_nobody_knows_is_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_is_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_arguments(arguments)
     assert stop.value.code == 2

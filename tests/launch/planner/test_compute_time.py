@@ -1,4 +1,4 @@
-"""Which cluster and which recipe can be priced, and from which table."""
+"""The clusters and recipes that can be priced, and the table that prices them."""
 
 from __future__ import annotations
 

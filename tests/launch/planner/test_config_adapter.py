@@ -1,4 +1,4 @@
-"""What is priced is the run that is configured, or it is refused."""
+"""The forecast is of the configured run, or an error."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def test_what_to_write_makes_the_layout() -> None:
     )
 
 
-def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
-    """`train` refuses it, and so does the search, by the run's own word."""
+def test_no_candidate_recomputes_gate_up_in_fp8() -> None:
+    """`train` refuses it; the search asks the same check."""
     config = compose_run_config([V3])
     candidates = SearchSpace(2048, 8, micro_batches=(1,)).candidates(recipe_from_config(config, {}))
     own = [recipe for layout, recipe in candidates if layout == layout_from_config(config)]
@@ -145,7 +145,7 @@ def test_no_candidate_makes_gate_up_again_in_fp8_and_runs() -> None:
 
 
 def test_a_search_lends_no_exchange_too_few_sms() -> None:
-    """Where the configured run has no exchange, `--comm-sms 3` is legal, and layouts that have one are not."""
+    """The configured run has no exchange, so `--comm-sms 3` is legal for it; layouts with an exchange refuse it."""
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
     batch = [
         "training.global_batch_size=64",

@@ -1,4 +1,4 @@
-"""Which figure of a forecast stands on what."""
+"""The evidence behind each figure of a forecast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of an exchange: each token once a node, then once a rank."""
+"""Bytes of an exchange: each token once per node, then once per rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .v3 import simulated
 
 
 def choices(model: ModelConfig) -> Iterator[tuple[int, ...]]:
-    """Every choice of experts that a token may make, each as often as uniform routing makes it."""
+    """Yield every choice of experts that a token may make, as often as uniform routing makes it."""
     size = model.n_routed_experts // model.n_group
     for groups in combinations(range(model.n_group), model.topk_group):
         yield from combinations([group * size + e for group in groups for e in range(size)], model.num_experts_per_tok)
@@ -53,10 +53,10 @@ def test_fp8_rows_go_out_and_bf16_sums_come_back() -> None:
         costs.exchange_model.bytes_by_link(costs.shape, exchange)[0]
         for exchange in (ExchangeOperation.DISPATCH, ExchangeOperation.COMBINE)
     )
-    assert out / back == pytest.approx(7392 / 14336)  # bytes a token (report §3.3, DeepEP)
+    assert out / back == pytest.approx(7392 / 14336)  # bytes per token (report §3.3, DeepEP)
 
 
-def test_beside_computing_an_exchange_takes_what_the_trace_took() -> None:
+def test_during_compute_an_exchange_takes_what_the_trace_took() -> None:
     simulation = simulated()
     costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
     traced = {"dispatch": 4.3458, "combine": 5.9938, "combine_backward": 3.4052, "dispatch_backward": 6.3682}
@@ -68,7 +68,7 @@ def test_beside_computing_an_exchange_takes_what_the_trace_took() -> None:
 
 @pytest.mark.parametrize("node", [2, 4])
 def test_smaller_nodes_than_the_traced_ones_are_priced(node: int) -> None:
-    """The same 64 expert ranks on more nodes: more crosses between them."""
+    """More nodes for the same 64 expert ranks mean more traffic between nodes."""
     of_eight = simulated()
     smaller = [f"topology.gpus_per_node={node}", f"cluster.gpus_per_node={node}", f"cluster.nodes={2048 // node}"]
     found = simulate(["experiment=deepseek_v3_h800", *smaller], None, {})

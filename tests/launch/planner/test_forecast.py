@@ -1,4 +1,4 @@
-"""A step of DeepSeek-V3 from kernel and link figures, and what holds of every forecast."""
+"""A step of DeepSeek-V3 from kernel and link figures, and properties of every forecast."""
 
 from __future__ import annotations
 
@@ -79,13 +79,14 @@ def test_inputs_that_disturb_make_a_step_longer() -> None:
 
 def test_halves_one_after_the_other_hide_nothing() -> None:
     simulation = simulated()
-    turns, apart = simulation.forecast, simulation.forecast_with(replace(simulation.forecast.recipe, overlap=False))
-    assert apart.step_seconds > 1.1 * turns.step_seconds
-    assert apart.mean_time_terms["exposed_all_to_all"] > turns.mean_time_terms["exposed_all_to_all"]
-    assert apart.mean_time_terms["FB"] == pytest.approx(turns.mean_time_terms["FB"], rel=0.01)
+    overlapped = simulation.forecast
+    apart = simulation.forecast_with(replace(overlapped.recipe, overlap=False))
+    assert apart.step_seconds > 1.1 * overlapped.step_seconds
+    assert apart.mean_time_terms["exposed_all_to_all"] > overlapped.mean_time_terms["exposed_all_to_all"]
+    assert apart.mean_time_terms["FB"] == pytest.approx(overlapped.mean_time_terms["FB"], rel=0.01)
 
 
-def test_what_is_made_again_takes_time() -> None:
+def test_recomputation_takes_time() -> None:
     forecaster, layout, batch = small(), ParallelLayout(GRID, "dualpipe"), 16 * GRID.dp
     policies = [
         RECOMPUTE_NOTHING,

@@ -1,4 +1,4 @@
-"""Tables of kernel times: where a row comes from, and which one is nearest."""
+"""Tables of kernel times: the source of a row, and the nearest one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory by replay: what is alive, and figures that others have counted."""
+"""Memory by simulation: live tensors, and figures that other projects counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_peak_is_that_of_the_program(schedule: str) -> None:
 
 
 def routed_layer(precision: GemmPrecision, recompute: frozenset[RecomputeModule]) -> float:
-    """MiB that a layer with routed experts keeps of one micro-batch, its input included."""
+    """Return the MiB that a layer with routed experts keeps of one micro-batch, its input included."""
     shape = LayerWorkload(simulated().config.model, 4096, 1, 64)
     working = workspace_from_shape(shape, ForecastRecipe(precision=precision, recompute=recompute))
     parts = working.parts_memory
@@ -44,8 +44,8 @@ def routed_layer(precision: GemmPrecision, recompute: frozenset[RecomputeModule]
 
 def test_a_routed_layer_keeps_what_others_count() -> None:
     """Megatron-MoE-ModelZoo's tool has 1,020 MiB with the report's savings in BF16, and 2,236 without. Of these, 448
-    are results of experts that nobody asks for here: gates multiply before the last product. 112 MiB that it has not
-    are the router's norm, which is FP32. In FP8 about 0.62 GB was expected.
+    are expert results that are not kept here, because gates multiply before the last product. The 112 MiB that it
+    does not have are the FP32 norm before the router. In FP8 about 0.62 GB was expected.
     """
     bf16 = {how: routed_layer(GemmPrecision.BF16, how) for how in (RECOMPUTE_NOTHING, RECOMPUTE_DEEPSEEK_V3)}
     assert bf16[RECOMPUTE_NOTHING] == pytest.approx(2236 - 448 + 112, rel=0.07)

@@ -1,4 +1,4 @@
-"""The end of a step: what of the collectives shows, by the program."""
+"""The end of a step: the exposed time of its collectives, from the program."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_one_rank_hides_nothing() -> None:
 
 
 def test_the_last_stage_reduces_while_others_go_back() -> None:
-    """The last backward of 1F1B moves from the last stage to the first, two units a stage."""
+    """The last backward of 1F1B moves from the last stage to the first, two time units per stage."""
     uses, played = run("1f1b", 4, 8)
     small, large = [CollectiveSeconds(2.0, 0.0)] * 4, [CollectiveSeconds(2.0, 0.0)] * 3 + [CollectiveSeconds(9.0, 0.0)]
     assert exposed_reduce_scatter_seconds(uses, played, small) == 2.0  # of the first stage alone
     assert exposed_reduce_scatter_seconds(uses, played, large) == 3.0  # six units are hidden
 
 
-def test_weights_are_wanted_later_further_down() -> None:
+def test_later_stages_need_their_weights_later() -> None:
     uses, played = run("1f1b", 4, 8)
     assert exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
     assert (
@@ -50,7 +50,7 @@ def test_weights_are_wanted_later_further_down() -> None:
 
 
 def test_replicas_of_a_stage_go_together() -> None:
-    """DualPipe's ranks 0 and 3 hold the first and the last stage both."""
+    """DualPipe's ranks 0 and 3 both hold the first and the last stage."""
     uses, played = run("dualpipe", 4, 8)
     assert [set(ranks) for ranks in uses.last_use_by_stage] == [{0, 3}, {1, 2}, {1, 2}, {0, 3}]
     one = [CollectiveSeconds(1.0, 0.0)] + [CollectiveSeconds(0.0, 0.0)] * 3

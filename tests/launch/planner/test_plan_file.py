@@ -1,4 +1,4 @@
-"""What a plan says of a run's layout is read from a file that may be anything."""
+"""A plan file gives a run's forecast, and damaged files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner as a whole: the published run is met without fitting, and fits into memory."""
+"""The whole planner: the forecast matches the published run without fitting, and the run fits into memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_fits_with_the_reports_savings_and_not_without() -> None:
 
 
 def test_deepeps_buffer_is_what_does_not_fit() -> None:
-    """4.88 GB in place of the 1 that NCCL's all-to-alls are assumed to take."""
+    """It takes 4.88 GB in place of the 1 GB that NCCL's all-to-alls are assumed to take."""
     simulation = simulate(["experiment=deepseek_v3_h800", "exchange=deepep"], None, {})
     limit, needed = simulation.config.cluster.memory_gb, simulation.forecast.peak_bytes_with_fragmentation
     assert limit is not None

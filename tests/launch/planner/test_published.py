@@ -1,4 +1,4 @@
-"""The public trace of DeepSeek-V3: its pair of layers, and its exposed communication."""
+"""The public trace of DeepSeek-V3: its layer pair and its exposed communication."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_traced_pair_and_its_exposed_communication() -> None:
 
 
 def test_the_order_is_that_of_the_trace() -> None:
-    """Rows of one layer pair in the public trace, by their start."""
+    """Rows of one layer pair in the public trace, by start time."""
     lanes = simulate_traced_chunk_pair(costs())
     spans = sorted(lanes.spans, key=lambda span: span.begin)
     compute = [s.name for s in spans if s.track is TimelineTrack.COMPUTE and "shared" not in s.name]

@@ -1,4 +1,4 @@
-"""Recipes whose figures are not known are refused."""
+"""Recipes without known figures are refused."""
 
 from __future__ import annotations
 

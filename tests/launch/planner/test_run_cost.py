@@ -1,4 +1,4 @@
-"""A whole run: the ramp, what is illegal, failures."""
+"""A whole run: the batch ramp, illegal layouts, failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two lanes: what hides behind computing and what does not, in the runtime's order."""
+"""Two streams: hidden and exposed communication, in the runtime's order."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from shoestring.trainer.memory.chunk import StageShape
 
 
 def test_an_exchange_hides_behind_computing() -> None:
-    lanes = SimulatedStreams()
-    flight = lanes.launch_exchange(ExchangeTime("dispatch", overlapped_seconds=2.0, standalone_seconds=1.0))
-    lanes.run_compute(ComputePhase.ROUTED_EXPERTS_F, 3.0)
-    lanes.wait_for_exchange(flight)
-    assert (lanes.elapsed_seconds, lanes.exposed_seconds, lanes.exchange_seconds) == (3.0, 0.0, 2.0)
+    streams = SimulatedStreams()
+    flight = streams.launch_exchange(ExchangeTime("dispatch", overlapped_seconds=2.0, standalone_seconds=1.0))
+    streams.run_compute(ComputePhase.ROUTED_EXPERTS_F, 3.0)
+    streams.wait_for_exchange(flight)
+    assert (streams.elapsed_seconds, streams.exposed_seconds, streams.exchange_seconds) == (3.0, 0.0, 2.0)
 
 
-def test_what_is_left_travels_at_its_own_pace() -> None:
-    lanes = SimulatedStreams()
-    flight = lanes.launch_exchange(ExchangeTime("dispatch", overlapped_seconds=4.0, standalone_seconds=1.0), sync=1.0)
-    lanes.run_compute(ComputePhase.ROUTED_EXPERTS_F, 3.0)  # 1 of waiting for others, then half of the way
-    lanes.wait_for_exchange(flight)
-    assert lanes.elapsed_seconds == pytest.approx(3.5)
-    assert lanes.exposed_seconds == pytest.approx(0.5)
+def test_an_exchange_without_compute_runs_at_full_speed() -> None:
+    streams = SimulatedStreams()
+    flight = streams.launch_exchange(ExchangeTime("dispatch", overlapped_seconds=4.0, standalone_seconds=1.0), sync=1.0)
+    streams.run_compute(ComputePhase.ROUTED_EXPERTS_F, 3.0)  # 1 of waiting for others, then half of the way
+    streams.wait_for_exchange(flight)
+    assert streams.elapsed_seconds == pytest.approx(3.5)
+    assert streams.exposed_seconds == pytest.approx(0.5)
 
 
 def test_exchanges_travel_one_after_the_other() -> None:
-    lanes = SimulatedStreams()
+    streams = SimulatedStreams()
     first, second = (
-        lanes.launch_exchange(ExchangeTime(name, overlapped_seconds=2.0, standalone_seconds=2.0)) for name in ("a", "b")
+        streams.launch_exchange(ExchangeTime(name, overlapped_seconds=2.0, standalone_seconds=2.0))
+        for name in ("a", "b")
     )
-    lanes.wait_for_exchange(first)
-    assert lanes.elapsed_seconds == 2.0
-    lanes.wait_for_exchange(second)
-    assert lanes.elapsed_seconds == 4.0
-    assert [span.name for span in lanes.spans if span.track is TimelineTrack.EXCHANGE] == ["a", "b"]
+    streams.wait_for_exchange(first)
+    assert streams.elapsed_seconds == 2.0
+    streams.wait_for_exchange(second)
+    assert streams.elapsed_seconds == 4.0
+    assert [span.name for span in streams.spans if span.track is TimelineTrack.EXCHANGE] == ["a", "b"]
 
 
 def test_a_pair_is_shorter_than_its_halves() -> None:
@@ -51,7 +52,7 @@ def test_a_pair_is_shorter_than_its_halves() -> None:
         own.simulate_instruction("FB", TRACED_STAGE, TRACED_STAGE),
         [own.simulate_instruction("F", TRACED_STAGE, None), own.simulate_instruction("B", None, TRACED_STAGE)],
     )
-    assert pair.elapsed_seconds < sum(lanes.elapsed_seconds for lanes in alone)
+    assert pair.elapsed_seconds < sum(streams.elapsed_seconds for streams in alone)
     assert pair.elapsed_seconds >= own.compute_seconds(TRACED_STAGE)
 
 

@@ -1,4 +1,4 @@
-"""In an FB the chunks that compute and those on paper take the same turns."""
+"""Real and simulated chunks of an FB alternate between forward and backward in the same order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoestring.trainer.memory.chunk import ChunkMemorySimulator, PeakMeter, Sta
 
 from .v3 import simulated
 
-# What `CONFIG` holds, and V3 has as many MTP modules.
+# The layers of `CONFIG`; V3 has as many MTP modules.
 STAGE = StageShape(
     CONFIG.first_k_dense_replace, CONFIG.num_hidden_layers - CONFIG.first_k_dense_replace, is_first=True, is_last=True
 )
@@ -48,7 +48,7 @@ def weighed() -> Halves:
 
 
 def noting(name: str, steps: Resumable[None], turns: list[str]) -> Resumable[None]:
-    """The same steps, each noted when it has been taken."""
+    """Yield the same steps; append `name` to `turns` after each."""
     sent: bool | None = None
     while True:
         try:
@@ -60,7 +60,7 @@ def noting(name: str, steps: Resumable[None], turns: list[str]) -> Resumable[Non
 
 
 @pytest.mark.parametrize("make", [computed, timed, weighed])
-def test_both_take_three_turns_a_layer(make: Callable[[], Halves]) -> None:
+def test_both_take_three_turns_per_layer(make: Callable[[], Halves]) -> None:
     backward, forward = make()
     turns: list[str] = []
     interleave(noting("B", backward, turns), noting("F", forward, turns))

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 on 2048 H800, made once for all tests."""
+"""DeepSeek-V3 on 2048 H800, built once for all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of a rehearsed rank share."""
+"""Fixtures of the tests of a rehearsed rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, BF16_RANK, FP
 
 @pytest.fixture(scope="session")
 def shim() -> Path:
-    """The compiled library; a test that needs it is skipped where it cannot be built."""
+    """Compile the library; skip the test where it cannot be built."""
     try:
         return build_autograd_shim()
     except ConfigError as refused:

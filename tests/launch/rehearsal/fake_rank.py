@@ -1,4 +1,4 @@
-"""Stands in for the process of a rehearsed rank: writes a log, or does what its first argument says."""
+"""A stand-in for the process of a rehearsed rank: writes a log, or does what its first argument says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts on written logs."""
+"""Rehearsal results of written logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoestring.launch.rehearsal.result import RehearsalResult, evaluate_rank_lo
 from shoestring.launch.rehearsal.tables import rehearsal_tables, rehearsal_to_dict
 
 CONFIG = compose_run_config(["experiment=quickstart"])
-"""DualPipeV on two pipeline ranks; its model has a dense layer, three MoE layers and an MTP module."""
+"""DualPipeV on two pipeline ranks; the model has a dense layer, three MoE layers and an MTP module."""
 ATTENTION = "trainer/model/attention.py:forward"
 MIDDLE = (
     KernelLaunches("attn(F)", "layer_01", "compute", "mm", ATTENTION, 32, 8000),
@@ -24,7 +24,7 @@ MIDDLE = (
     KernelLaunches("FB", "", "compute", "add", "trainer/model/chunk.py:forward", 4, 400),
     KernelLaunches("optimizer", "", "compute", "adamw", "trainer/optimizer/adamw.py:step", 10, 5000),
 )
-"""Of the second pipeline rank, which has two MoE layers and nothing else; the first has one, and the rest."""
+"""Launches of the second pipeline rank, which has two MoE layers only; the first has the other layers."""
 ENDS = (
     KernelLaunches("attn(F)", "layer_03", "compute", "mm", ATTENTION, 24, 0),
     KernelLaunches("attn(W)", "", "compute", "mm", "parallelism/weight_grad.py:run", 100, 7000),
@@ -38,14 +38,14 @@ def judged(*logs: RankLog) -> RehearsalResult:
     return evaluate_rank_logs(CONFIG, logs)
 
 
-def printed(verdict: RehearsalResult, passes: int = 0) -> str:
+def printed(result: RehearsalResult, passes: int = 0) -> str:
     console = Console(width=110, markup=False)
-    text, tables = rehearsal_tables(verdict, passes)
+    text, tables = rehearsal_tables(result, passes)
     with console.capture() as capture:
         console.print(tables)
     return f"{text}\n{capture.get()}"
 
 
-def tree(verdict: RehearsalResult) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_to_dict(verdict)))
+def tree(result: RehearsalResult) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_to_dict(result)))
     return parsed

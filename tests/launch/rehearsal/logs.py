@@ -81,11 +81,10 @@ GROUPS = {Direction.NEXT: "pp next", Direction.PREV: "pp prev"}
 
 
 class ProgramLog:
-    """The log of one rank that runs a program on lanes of NCCL, as `Executor` and `StreamChannel` drive them.
+    """The log of one rank that runs a program over NCCL P2P channels, like `PipelineExecutor` and `NcclP2PChannel`.
 
     The host waits in each instruction for the computing stream, as it does for the sizes of a dispatch.
-    `listener` is told of each instruction and returns what is called then; `sends_first`: behind the sends of what the
-    instruction has made.
+    `listener` returns the collectives called after an instruction: after its sends if `sends_first`, else before.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ def program_logs(
     listener: Callable[[int, int], Sequence[CollectiveRecord]] = lambda rank, index: (),
     sends_first: bool = True,
 ) -> list[RankLog]:
-    """Of every rank of the pipeline."""
+    """Return the log of every rank of the pipeline."""
     return [
         ProgramLog(program, rank, commits, warm, listener, sends_first).log()
         for rank, commits in enumerate(derive_p2p_batches(program))
@@ -165,13 +164,13 @@ def program_logs(
 
 
 def without(each: RankLog, *numbers: int) -> RankLog:
-    """The same log without the events of these numbers."""
+    """Return the log without the events of these numbers."""
     kept = tuple(event for number, event in enumerate(each.events) if number not in numbers)
     return replace(each, events=kept)
 
 
 def swapped(each: RankLog, first: int, second: int) -> RankLog:
-    """The same log with two events in each other's place."""
+    """Return the log with two events swapped."""
     events = list(each.events)
     events[first], events[second] = events[second], events[first]
     return replace(each, events=tuple(events))

@@ -1,4 +1,4 @@
-"""A rank of a tiny model, rehearsed by a process of its own as `rehearse` does it."""
+"""A rank of a tiny model, rehearsed in another process as `rehearse` does it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of a rehearsed rank, with a fault where it is one of the ranks named: …seeded FAULT RANK,RANK SPEC OUT.
+"""The process of a rehearsed rank, with a fault if it is one of the named ranks: …seeded FAULT RANK,RANK SPEC OUT.
 
 The code of the run is changed in this process before its rank is built.
 """
@@ -21,13 +21,13 @@ def main(arguments: Sequence[str]) -> None:
     fault, faulty, spec, output = arguments
     described = json.loads(Path(spec).read_text())
     if described["rank"] in map(int, faulty.split(",")):
-        ctypes.CDLL(described["shim"], mode=ctypes.RTLD_GLOBAL)  # before what is changed imports torch
+        ctypes.CDLL(described["shim"], mode=ctypes.RTLD_GLOBAL)  # before the patched modules import torch
         FAULTS[fault]()
     rank.main([spec, output])
 
 
 def host_tensor() -> None:
-    """The router adds a tensor of the host to its affinities."""
+    """Let the router add a host tensor to its affinities."""
     import torch
 
     from shoestring.trainer.model.router import Router
@@ -41,7 +41,7 @@ def host_tensor() -> None:
 
 
 def message_shape() -> None:
-    """Messages are expected with twice the sequences."""
+    """Let receives expect twice the sequences."""
     import torch
 
     from shoestring.trainer.model.chunk import Chunk
@@ -55,7 +55,7 @@ def message_shape() -> None:
 
 
 def swapped_collectives() -> None:
-    """Buckets of gradients are summed in another order than all ranks agreed on."""
+    """Sum gradient buckets in another order than the other ranks."""
     from shoestring.parallelism.zero.reduce import GradientReducer
 
     def faulty(reducer: GradientReducer, buckets: Sequence[Any], final_after: Sequence[int], *others: Any) -> None:
@@ -66,7 +66,7 @@ def swapped_collectives() -> None:
 
 
 def no_send() -> None:
-    """The first message of the step is not sent."""
+    """Leave out the first send of the step."""
     from shoestring.parallelism.pipeline.executor import PipelineExecutor
 
     of = PipelineExecutor.from_program
@@ -82,7 +82,7 @@ def no_send() -> None:
 
 
 def no_warm_up() -> None:
-    """No pair of pipeline ranks is connected before the step."""
+    """Connect no pair of pipeline ranks before the step."""
     from shoestring.parallelism.pipeline.executor import PipelineExecutor
 
     mock.patch.object(PipelineExecutor, "connect_neighbors", return_value=None).start()

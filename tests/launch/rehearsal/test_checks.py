@@ -1,4 +1,4 @@
-"""What a step may do on one rank at most, and how much memory it may need."""
+"""Limits of a step on one rank, and of its memory."""
 
 from __future__ import annotations
 

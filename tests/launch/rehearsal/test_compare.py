@@ -1,4 +1,4 @@
-"""Two rehearsed ranks against each other: nothing is found where they agree, and each kind of mismatch is named."""
+"""Two rehearsed ranks compared: no finding where they agree, and each kind of mismatch is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def only(*logs: RankLog) -> RunFinding:
 
 
 def pair() -> tuple[RankLog, RankLog]:
-    """Two neighbors with two messages up and one down."""
+    """Return two neighbors with two messages to the next rank and one back."""
     up = [message("activation 0", 1), message("activation 1", 1)]
     down = message("gradient 0", 1)
     lower = log(0, batch([up[0]]), batch([up[1]]), batch([], [down], group="pp prev", stream="p2p prev"))
@@ -73,7 +73,7 @@ def test_a_member_with_no_collective_at_all() -> None:
     assert "rank 1 has none, its last is number 0" in only(log(0, *DISPATCH), log(1)).text
 
 
-def test_the_odd_one_of_three_is_named_beside_its_neighbors() -> None:
+def test_the_odd_one_of_three_is_named_with_its_neighbors() -> None:
     rows = [replace(each, ranks=(0, 1, 2), sends=(8,) * 3, receives=(8,) * 3) for each in DISPATCH]
     faults = list(compare_rank_logs([log(0, *rows), swapped(log(1, *rows), 0, 1), log(2, *rows)]))
     assert [fault.ranks for fault in faults] == [(0, 1), (1, 2)]

@@ -1,4 +1,4 @@
-"""A fault that several ranks and instructions have is one finding."""
+"""A fault of several ranks and instructions is one finding."""
 
 from __future__ import annotations
 

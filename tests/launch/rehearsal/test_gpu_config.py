@@ -15,7 +15,7 @@ def test_what_cannot_be_rehearsed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"exchange\.name = 'deepep': cannot be rehearsed"):
         gpu_run_config(deepep, None)
     with pytest.raises(ConfigError, match=r"training\.global_batch_size = 6"):
-        gpu_run_config(compose_run_config(BF16), 3)  # DualPipe of two ranks wants an even number
+        gpu_run_config(compose_run_config(BF16), 3)  # DualPipe on two ranks needs an even number
     with pytest.raises(ConfigError, match=r"precision\.compute = 'float32': cannot be rehearsed"):
         gpu_run_config(compose_run_config(["precision=fp32"]), None)
 

@@ -1,4 +1,4 @@
-"""Launches and bytes of one layer and micro-batch."""
+"""Launches and bytes per layer and micro-batch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from shoestring.tests.launch.rehearsal.logs import log
 
 
 def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
-    """Four micro-batches and three MoE layers: 12 times a phase. Weight gradients, without a layer, are two's."""
-    verdict = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
-    counts = {(each.of, each.phase): (each.launches, each.bytes) for each in verdict.launches_by_phase}
+    """Four micro-batches of three MoE layers: a phase runs 12 times. Weight gradients have no layer and run 8 times."""
+    result = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
+    counts = {(each.of, each.phase): (each.launches, each.bytes) for each in result.launches_by_phase}
     assert counts == {
         ("MoE layer", "attn(F)"): (72 / 12, 2000.0),
         ("MoE layer", "dispatch"): (0.5, 100.0),
@@ -25,8 +25,8 @@ def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
         ("step", "attn(W)"): (50.0, 3500.0),
         ("step", "optimizer"): (20.0, 7000.0),
     }
-    assert verdict.moe_layer_totals == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
-    moved = [(each.operation, each.phase) for each in verdict.launches_by_operation if each.of == "MoE layer"]
+    assert result.moe_layer_totals == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
+    moved = [(each.operation, each.phase) for each in result.launches_by_operation if each.of == "MoE layer"]
     assert moved[:3] == [("add", "attn(F)"), ("mm", "attn(F)"), ("mm", "attn(W)")]
 
 

@@ -1,4 +1,4 @@
-"""The log of a rank that ends by an error."""
+"""The log of a rank that ends with an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_an_error_ends_the_step_and_the_log_is_written(shim: Path, tmp_path: Pat
     (finding,) = log.findings
     assert finding.kind == "error"
     assert "shape '[7, -1]' is invalid" in finding.text
-    assert finding.code_location.startswith("building: ")  # before the step each chunk runs once by itself
+    assert finding.code_location.startswith("building: ")  # before the step each chunk runs once, alone
     assert "trainer/model/chunk.py:" in finding.code_location
     assert log.events
     assert log.launches

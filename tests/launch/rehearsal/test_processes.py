@@ -1,4 +1,4 @@
-"""The rehearsed ranks' processes: their logs, their deaths, and that nothing of them stays."""
+"""The processes of rehearsed ranks: their logs, their deaths, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ REQUEST = RehearsalRequest(("experiment=quickstart",), None, 8, "shim.so")
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go."""
+    """Return the directory for temporary files."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 
-def rehearse(behavior: str, told: list[str], at_once: int = 2) -> tuple[RankLog, ...]:
-    return rehearse_ranks(REQUEST, (0, 1, 3), told.append, at_once, (*FAKE, behavior))
+def rehearse(behavior: str, told: list[str], parallel: int = 2) -> tuple[RankLog, ...]:
+    return rehearse_ranks(REQUEST, (0, 1, 3), told.append, parallel, (*FAKE, behavior))
 
 
 def test_logs_come_in_the_order_of_the_ranks_with_a_line_for_each(scratch: Path) -> None:
@@ -41,13 +41,13 @@ def test_logs_come_in_the_order_of_the_ranks_with_a_line_for_each(scratch: Path)
     assert not list(scratch.iterdir())
 
 
-def test_a_process_that_dies_is_named_with_its_words(scratch: Path) -> None:
+def test_a_process_that_dies_is_named_with_its_output(scratch: Path) -> None:
     with pytest.raises(
         RanksFailed, match=r"the process of rank 1 ended with 3 and left no log; it said:\n  words of r"
     ):
         rehearse("die", [])
     with pytest.raises(RanksFailed, match="rank 0 was killed by signal 9, where memory is short by the kernel"):
-        rehearse("killed", [], at_once=1)
+        rehearse("killed", [], parallel=1)
     assert not list(scratch.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""A rank of a tiny model on a device that computes nothing: each log is made by a process, as `rehearse` makes them."""
+"""A rank of a tiny model on a device that computes nothing: a process writes each log, as in `rehearse`."""
 
 from __future__ import annotations
 

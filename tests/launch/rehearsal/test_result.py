@@ -1,4 +1,4 @@
-"""The verdict: each limit of a step, what is counted, and how it is printed."""
+"""The result of a rehearsal: each limit of a step, the counts, and the printed form."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from shoestring.tests.launch.rehearsal.logs import MEMORY, batch, collective, lo
 def test_nothing_found() -> None:
     lower = log(0, collective("dispatch"), batch([message("a", 1)], [message("b", 1)]))
     upper = log(1, collective("dispatch"), batch([message("b", 0)], [message("a", 0)]))
-    verdict = judged(lower, upper)
-    assert verdict.exit_code == 0
-    assert rehearsal_summary_lines(verdict) == [
+    result = judged(lower, upper)
+    assert result.exit_code == 0
+    assert rehearsal_summary_lines(result) == [
         "no findings: 2 of 4 ranks, 4 micro-batches",
         "0 mismatches in 1 collectives and 2 messages that rehearsed ranks have in common",
         "assumed: routing is balanced",
     ]
-    assert tree(verdict)["findings"] == []
-    assert tree(verdict)["compared"] == {"collectives": 1, "messages": 2}
+    assert tree(result)["findings"] == []
+    assert tree(result)["compared"] == {"collectives": 1, "messages": 2}
 
 
-def test_the_verdict_comes_first_and_faults_that_end_a_run_before_others() -> None:
+def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> None:
     slow = RankFinding("deprecated", "torch.x is deprecated", "FB: comm/x.py:3 f")
     broken = RankFinding("device", "add takes a tensor of the host", "F: trainer/y.py:4 g")
     rows = [collective("x"), collective("y"), collective("x"), collective("y")]
-    verdict = judged(log(0, *rows, findings=[slow, broken]), swapped(log(1, *rows, findings=[slow]), 2, 3))
-    assert [fault.kind for fault in verdict.findings] == ["device", "collective", "deprecated"]
-    assert verdict.exit_code == 1
-    first, *others = printed(verdict).splitlines()
+    result = judged(log(0, *rows, findings=[slow, broken]), swapped(log(1, *rows, findings=[slow]), 2, 3))
+    assert [fault.kind for fault in result.findings] == ["device", "collective", "deprecated"]
+    assert result.exit_code == 1
+    first, *others = printed(result).splitlines()
     assert first == "3 findings: 2 of 4 ranks, 4 micro-batches"
     assert others[0].startswith("device, rank 0: add takes a tensor of the host [F: trainer/y.py:4 g]")
-    assert [len(found["ranks"]) for found in tree(verdict)["findings"]] == [1, 2, 2]
-    assert tree(verdict)["mismatches"] == verdict.mismatch_count == 1
+    assert [len(found["ranks"]) for found in tree(result)["findings"]] == [1, 2, 2]
+    assert tree(result)["mismatches"] == result.mismatch_count == 1
 
 
-def test_behind_an_error_only_the_error_is_told() -> None:
+def test_after_an_error_only_the_error_is_reported() -> None:
     cut = replace(log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
-    verdict = judged(log(0, collective("x")), cut)
-    assert [fault.kind for fault in verdict.findings] == ["error"]
-    assert "connection model: not run, for the step of rank 1 ends by its error" in rehearsal_summary_lines(verdict)
-    assert tree(verdict)["connection_model"] == "not run"
+    result = judged(log(0, collective("x")), cut)
+    assert [fault.kind for fault in result.findings] == ["error"]
+    assert "connection model: not run, for the step of rank 1 ends by its error" in rehearsal_summary_lines(result)
+    assert tree(result)["connection_model"] == "not run"

@@ -1,4 +1,4 @@
-"""Which ranks are rehearsed, and what is refused."""
+"""The ranks that are rehearsed, and refused selections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V3 = Topology(pp=16, edp=2, ep=64)
 
 
 def test_representative_ranks_of_deepseeks_grid() -> None:
-    """One of each pipeline position, all of one pipeline, and two neighbors of the middle one."""
+    """One per pipeline position, all of one pipeline, and two neighbors of the middle one."""
     ranks = representative_ranks(V3)
     assert ranks == (*range(0, 1025, 128), 1025, 1088, *range(1152, 2048, 128))
     assert len(ranks) == 18

@@ -1,4 +1,4 @@
-"""A run that goes on while it is followed."""
+"""A run that continues while it is followed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans of a rank that runs pairs of layers, as a trace has them."""
+"""Trace spans of a rank that runs pairs of layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORWARD, BACKWARD = "layer_02, micro-batch 3", "layer_05, micro-batch 1"
 
 
 def pair_spans(start: int, scale: int) -> list[Span]:
-    """One pair of 60 times `scale` milliseconds, in which attn(F) waits for half of its time."""
+    """Return one pair of 60 times `scale` milliseconds, in which attn(F) waits for half of its time."""
     unit, of = scale * MS, {"F": FORWARD, "B": BACKWARD, "W": BACKWARD}
     begins = {name: start + 10 * index * unit for index, name in enumerate(LAYER_PAIR_PHASES)}
     spans = [
@@ -28,13 +28,13 @@ def pair_spans(start: int, scale: int) -> list[Span]:
 
 
 def trace() -> list[Span]:
-    """One FB of three pairs, and one more that lacks its end; a forward alone."""
+    """Return one FB of three pairs, one pair that lacks its end, and a forward alone."""
     pairs = [*pair_spans(0, 1), *pair_spans(60 * MS, 3), *pair_spans(240 * MS, 2)]
     unfinished = [
         Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 360 * MS, 360 * MS),
         Span(TimelineTrack.COMPUTE, "attn(W)", BACKWARD, 360 * MS, 370 * MS),
     ]
-    unfinished += [  # and one with a dense layer in it
+    unfinished += [  # and a pair with a dense layer
         Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 372 * MS, 372 * MS),
         *(Span(TimelineTrack.COMPUTE, name, FORWARD, 373 * MS, 374 * MS) for name in ("dense(F)", *LAYER_PAIR_PHASES)),
         Span(TimelineTrack.LAUNCH, f"combine_backward of {BACKWARD}", "", 378 * MS, 378 * MS),

@@ -1,4 +1,4 @@
-"""A report as a browser reads it: tags that fit, text by section, and what would be loaded."""
+"""A report as a browser reads it: matching tags, text by section, and references that would be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LOADING = {"src", "href", "srcset", "data", "poster", "action", "xlink:href", "
 
 
 class Reader(HTMLParser):
-    """Fails for tags that do not fit."""
+    """A parser that fails on tags that do not match."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Reader(HTMLParser):
         self.loaded: list[str] = []
         """Values of attributes that name something to load."""
         self.text: dict[str, str] = {"": ""}
-        """By the id of the section; the head of the page under the empty one."""
+        """Text by section ID; the head of the page has the empty ID."""
         self._open: list[str] = []
         self._section = ""
         self.feed(page)
@@ -47,5 +47,5 @@ class Reader(HTMLParser):
             self.text[self._section] += " " + data
 
     def words(self, section: str = "") -> str:
-        """The text of a section, a space between words."""
+        """Return the text of a section with single spaces."""
         return re.sub(r"\s+", " ", self.text[section]).strip()

@@ -1,4 +1,4 @@
-"""The directory of a run of two pipeline ranks, as one would have left it, without training anything."""
+"""The directory of a run of two pipeline ranks, written without training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BEGAN = 1_800_000_000
 
 
 class Clock:
-    """The ledger's clock, which stands still unless it is told to go on."""
+    """The ledger's clock; it moves only when a test says so."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -60,21 +60,21 @@ def program(run_dir: Path) -> PipelineProgram:
 
 
 def record_run(run_dir: Path) -> None:
-    """Two launches of eight steps in all; the first dies after step 6 and the second goes on from step 4."""
+    """Write two launches of eight steps in all; the first dies after step 6 and the second resumes from step 4."""
     create_run_dir(run_dir)
     clock = Clock()
     with clock.told():
         first = AllocationJournal(run_dir, ranks=2, attempt="first", budget=BUDGET, heartbeat_seconds=1000)
-        life(run_dir, clock, "first", range(1, 7), resumed=None)
+        record_attempt(run_dir, clock, "first", range(1, 7), resumed=None)
         first.close("a rank died, torchrun exited with 1")
         second = AllocationJournal(run_dir, ranks=2, attempt="second", budget=BUDGET, heartbeat_seconds=1000)
-        life(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
+        record_attempt(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
         second.close(f"{STEPS} steps done")
     write_events(run_dir)
 
 
-def life(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
-    """Each step takes both ranks 324 s, the evaluation at the end 360 s."""
+def record_attempt(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
+    """Record an attempt: each step takes both ranks 324 s, the evaluation at the end 360 s."""
     work = WorkJournal(run_dir, ranks=2, attempt=attempt, budget=BUDGET)
     if resumed is not None:
         work.record_resume(resumed)
@@ -136,7 +136,7 @@ def step(number: int, loss: float = math.nan) -> Event:
 
 
 def record_trace(run_dir: Path, steps: int = 2) -> None:
-    """Of both ranks of the configured layout's first replica; in step k an F takes k ms, and B, I, W and FB as well."""
+    """Write the traces of both ranks of the first replica; in step k each instruction (F, B, I, W, FB) takes k ms."""
     columns = config(run_dir).topology.dp
     spans: list[list[Span]] = [[] for _ in range(2)]
     start = 10**12

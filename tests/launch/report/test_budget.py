@@ -1,4 +1,4 @@
-"""The bill of a report adds up, and a broken ledger is named in its place."""
+"""The budget section of a report adds up, and names a broken ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shoestring.tests.launch.report.recorded import LAST, record_run, report_of
 from shoestring.trainer.ledger.summary import summarize_ledger
 
 
-def test_the_bill_adds_up(run_dir: Path, page: Reader) -> None:
+def test_the_budget_adds_up(run_dir: Path, page: Reader) -> None:
     words = page.words("budget")
     summary = summarize_ledger(run_dir)
     hours = {name: gpu_ms / 3.6e6 for name, gpu_ms in summary.gpu_ms_by_bucket.items()}
@@ -23,7 +23,7 @@ def test_the_bill_adds_up(run_dir: Path, page: Reader) -> None:
     assert "a trillion retained tokens 250,000,000 180,000 1,389 times" in words
 
 
-def test_a_broken_ledger_is_told_in_its_place(tmp_path: Path) -> None:
+def test_a_broken_ledger_is_reported_in_its_place(tmp_path: Path) -> None:
     record_run(tmp_path)
     work = tmp_path / "ledger" / "work.jsonl"
     work.write_text(work.read_text().replace('"tokens":1000', '"tokens":9000', 1))

@@ -1,4 +1,4 @@
-"""Curves of a report: those of the weights, also where losses are not numbers."""
+"""Curves of a report: those of the retained steps, also where losses are not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_curves_are_those_of_the_weights(page: Reader) -> None:
     words = page.words("loss")
     assert f"training {LAST:.3f}" in words
     assert "step 4 training 5.000 multi-token prediction 5.500" in words
-    assert "step 5 training 7.250" in words  # of the second life, not of the first
+    assert "step 5 training 7.250" in words  # of the second attempt, not of the first
     assert "step 4: went on from a checkpoint" in words
 
 

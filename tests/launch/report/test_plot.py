@@ -1,4 +1,4 @@
-"""Curves as SVG: to scale, broken where a value is not finite, and small."""
+"""Curves as SVG: to scale, interrupted where a value is not finite, and small."""
 
 from __future__ import annotations
 

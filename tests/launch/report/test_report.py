@@ -1,4 +1,4 @@
-"""`shoestring report`: one page that loads nothing, has the run's figures, and says what was not recorded."""
+"""`shoestring report`: one page that loads nothing, has the run's figures, and names what was not recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_page_loads_nothing(html: str, page: Reader) -> None:
     assert set(re.findall(r"https?://[^\"'\s<]*", html)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
 
 
-def test_every_section_is_there_and_words_of_the_run_stay_words(page: Reader) -> None:
+def test_every_section_is_there_and_text_of_the_run_stays_text(page: Reader) -> None:
     assert list(page.text) == SECTIONS
     assert "my run & <i>" in page.words()
     assert "Speak, hands & <b>feet</b>" in page.words("loss")

@@ -1,4 +1,4 @@
-"""A run is followed from before its first step, and read anew where it begins anew."""
+"""A run is followed from before its first step, and reread when it starts again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
     append(tmp_path, step(1, loss=7.5))
     assert "1 of 8" in shown(follower)
     assert "7.500" in shown(follower)
-    assert "1.5000 projected" not in shown(follower)  # which is said where a ledger says what is spent
+    assert "1.5000 projected" not in shown(follower)  # the ledger has the projection
     assert "training" in shown(follower)
 
 

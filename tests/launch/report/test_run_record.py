@@ -1,4 +1,4 @@
-"""What a run has left behind, and what is missing."""
+"""Files that a run has left, and the missing ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.recorded import record_run, report_of
 
 
-def test_what_was_not_recorded_is_said_with_what_records_it(tmp_path: Path) -> None:
+def test_what_was_not_recorded_is_named_with_what_records_it(tmp_path: Path) -> None:
     record_run(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines(keepends=True) if '"kind": "memory"' not in line]
@@ -25,7 +25,7 @@ def test_what_was_not_recorded_is_said_with_what_records_it(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "a: !!python/object:os.system {}", "5"])
 def test_a_config_yaml_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    """It is read where no rank has said how it was configured."""
+    """The file is read where no rank has recorded the configuration."""
     create_run_dir(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"config.yaml.*restore it, or remove it"):

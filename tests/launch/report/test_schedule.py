@@ -1,4 +1,4 @@
-"""The timeline of a report: of the step that was traced last, and of no other program."""
+"""The timeline of a report: of the step traced last, and of no other program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of one pair of layers shows what the trace holds, to scale."""
+"""The picture of a layer pair shows the trace to scale."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_picture_is_that_of_median_length_and_to_scale() -> None:
         assert title is not None
         boxes[title.partition(":")[0]] = (float(box.attrib["x"]), float(box.attrib["width"]))
     assert boxes.keys() == {*LAYER_PAIR_PHASES, "combine(B)", "dispatch(F)"}
-    left, unit = boxes["attn(W)"][0], boxes["attn(W)"][1] + 1  # half a pixel of air at each end
+    left, unit = boxes["attn(W)"][0], boxes["attn(W)"][1] + 1  # half a pixel of margin at each end
     assert boxes.pop("attn(F)") == pytest.approx((left + 1.5 * unit, 0.5 * unit - 1), abs=0.02)  # when it has waited
     for index, name in enumerate(LAYER_PAIR_PHASES):
         if name != "attn(F)":
@@ -51,7 +51,7 @@ def test_a_merged_file_is_read_back(tmp_path: Path) -> None:
     ranks = read_trace(merge_rank_traces(tmp_path, 2))
     assert ranks.keys() == {0, 1}
     for spans in ranks.values():
-        # Only where time begins differs, by what it took to write the other rank's file. The file's unit is 1 µs.
+        # Only the origin of time differs, by the time it took to write the other rank's file. The file's unit is 1 µs.
         assert written(spans) == written(trace())
 
 

@@ -1,4 +1,4 @@
-"""One frame of a run that is watched."""
+"""One frame of a watched run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_frame_fits_into_eighty_columns(tmp_path: Path) -> None:
     path, *lines = shown(RunFollower(tmp_path)).replace(f"{tmp_path}\n", "run\n").splitlines()
     assert path == "run"
     assert max(map(len, lines)) <= 80
-    assert len(lines) == 1 + 9 + 1 + 5  # none is folded
+    assert len(lines) == 1 + 9 + 1 + 5  # none is wrapped
 
 
 def test_a_loss_that_is_not_a_number_is_shown(tmp_path: Path) -> None:

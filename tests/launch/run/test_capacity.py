@@ -1,4 +1,4 @@
-"""Sizes that no machine holds are refused from arithmetic, before anything that grows with them."""
+"""Sizes that no machine holds are refused by arithmetic, before any allocation that grows with them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def configured(*overrides: str) -> RunConfig:
         ("topology.edp=1e9", "topology.edp"),
         ("topology.gpus_per_node=1e9", "topology.gpus_per_node"),
         (
-            "training.rampup_start_batch_size=2 training.rampup_batch_size_increment=2 training.rampup_tokens=9 training.global_batch_size=1e9",
+            "training.rampup_start_batch_size=2 training.rampup_batch_size_increment=2 training.rampup_tokens=9 "
+            "training.global_batch_size=1e9",
             "training.rampup_batch_size_increment",
         ),
     ],
@@ -91,7 +92,7 @@ def test_processes_need_memory_and_may_be_limited_in_number() -> None:
 def test_a_gpu_has_its_own_memory() -> None:
     room = MachineCapacity(cpu_cores=2, host_bytes=1e15, gpu_bytes=80e9, max_tasks=None)
     assert "of memory on a GPU" in str(next(capacity_problems(configured("model.hidden_size=1048576"), 1, room)))
-    assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank needs no core of its own
+    assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank does not need a core of the host
 
 
 def test_deepseek_v3_fits_its_own_cluster() -> None:

@@ -1,4 +1,4 @@
-"""What must be the same in every process of a launch, and the first key that differs."""
+"""Values that must be equal in every process of a launch, and the first key that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ledger calls a launch that no launcher of ours has made: the same for its restarts, another for the next."""
+"""The ledger's name for a launch that another launcher made: equal for its restarts, another for the next launch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_launcher_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attempt_name() == "given"
 
 
-def test_a_torchrun_of_ones_own_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_torchrun_is_known_by_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ATTEMPT_ENV_VAR, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     assert attempt_name().startswith(f"mine.{os.getppid()}.")

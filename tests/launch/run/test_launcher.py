@@ -1,4 +1,4 @@
-"""The launcher ends a torchrun whose ranks have gone."""
+"""The launcher ends a torchrun whose ranks have exited."""
 
 from __future__ import annotations
 

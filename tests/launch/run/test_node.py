@@ -1,4 +1,4 @@
-"""launch/torchrun.sh: its variables, and what it refuses."""
+"""launch/torchrun.sh: its variables and refusals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_machines_must_be_the_topologys(topology: list[str], processes: str | No
         (8, {**TWO, "NNODES": "3"}, "write a topology of 24 ranks (pp x edp x ep)"),
     ],
 )
-def test_a_machine_of_another_size_is_told_what_to_write(
+def test_a_machine_of_another_size_gets_a_hint(
     gpus: int, variables: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

@@ -1,4 +1,4 @@
-"""Two launch/torchrun.sh: machines that end, that differ, that never come. No loss is another for what has happened.
+"""Two launch/torchrun.sh: machines that end, that differ, that never come. Losses stay equal.
 
 Each is a session of its own, as a machine is: what is sent to one does not reach the other.
 """
@@ -32,7 +32,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a run of two machines; machine 0 resolves `${now:}` for both."""
+    """Return the directory of a run of two machines; machine 0 resolves `${now:}` for both."""
     runs = tmp_path_factory.mktemp("runs")
     with launch(tmp_path_factory.mktemp("undisturbed")) as both:
         both.start_both([*overrides, f"training.run_dir={runs}/${{now:%S.%f}}"])
@@ -72,8 +72,8 @@ FAULTS = {
 }
 
 
-def go_on(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) -> None:
-    """The same command once more: it ends, and no loss is another."""
+def resume(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) -> None:
+    """Run the same command once more: it ends, and every loss equals the undisturbed run's."""
     with launch(folder) as again:
         again.start_both([*overrides, f"training.run_dir={run_dir}"])
         assert again.codes() == [0, 0], again.everything()
@@ -86,7 +86,7 @@ def go_on(overrides: list[str], run_dir: Path, folder: Path, undisturbed: Path) 
 def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_step(
     how: str, overrides: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """torchrun of machine 0 would wait five minutes for that of the other."""
+    """torchrun of machine 0 would wait five minutes for the torchrun of machine 1."""
     run_dir = tmp_path / "run"
     with launch(tmp_path / "first") as both:
         both.start_both([*overrides, f"training.run_dir={run_dir}"])
@@ -99,13 +99,13 @@ def test_a_machine_that_is_asked_to_stop_ends_both_within_seconds_and_loses_no_s
             assert "Traceback" not in both.said(machine)
     (done,) = saved_steps(run_dir)
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, done + 1))
-    go_on(overrides, run_dir, tmp_path / "again", undisturbed)
+    resume(overrides, run_dir, tmp_path / "again", undisturbed)
     assert summarize_ledger(run_dir).rolled_back_ms == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", FAULTS)
-def test_a_machine_that_fails_ends_both_and_the_run_goes_on(
+def test_a_machine_that_fails_ends_both_and_the_run_resumes(
     how: str, overrides: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir, saving = tmp_path / "run", "training.checkpoint_every=2"
@@ -119,13 +119,13 @@ def test_a_machine_that_fails_ends_both_and_the_run_goes_on(
             if codes[machine] > 0:
                 assert both.said(machine).splitlines()[-1].startswith("shoestring train: ")
             assert "Traceback" not in both.said(machine)
-    go_on([*overrides, saving], run_dir, tmp_path / "again", undisturbed)
+    resume([*overrides, saving], run_dir, tmp_path / "again", undisturbed)
 
 
 def refused_alike(
     both: Launch, overrides: list[str], own: dict[int, list[str]], variables: dict[int, dict[str, str]]
 ) -> str:
-    """What both say that refuse to start, with the overrides and variables of each."""
+    """Return the output of two launchers that refuse to start, each with its overrides and variables."""
     for machine in (0, 1):
         both.start(
             machine, [*overrides, ONE_RANK_EACH, *own.get(machine, [])], both.folder, **variables.get(machine, {})
@@ -164,10 +164,10 @@ def test_machines_that_differ_are_refused_by_both(
     assert "yours" not in said
 
 
-def test_a_machine_that_never_comes_is_said_at_once_and_waited_for_only_so_long(
+def test_a_machine_that_never_comes_is_named_early_and_waited_for_up_to_a_limit(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    """Machine 1 is told of another address, where nobody is."""
+    """Machine 1 gets another address, where nothing listens."""
     with launch(tmp_path / "launch") as both:
         run = [*overrides, NEVER, ONE_RANK_EACH, f"training.run_dir={tmp_path / 'run'}"]
         both.start(0, run)
@@ -210,7 +210,7 @@ def test_a_directory_of_one_machine_is_refused_by_both(overrides: list[str], tmp
         assert all("training.run_dir = 'run': is not shared: machine 1" in both.said(machine) for machine in (0, 1))
 
 
-def test_a_machine_that_waits_for_others_stops_at_once(overrides: list[str], tmp_path: Path) -> None:
+def test_a_machine_that_waits_for_others_stops_immediately(overrides: list[str], tmp_path: Path) -> None:
     with launch(tmp_path / "launch") as both:
         both.start(0, [*overrides, ONE_RANK_EACH, f"training.run_dir={tmp_path / 'run'}"])
         wait_until(lambda: "waiting for 1 of 2 machines at 127.0.0.1:" in both.said(0), 60)

@@ -1,4 +1,4 @@
-"""What is refused before the first process of a run exists."""
+"""Checks before the first process of a run starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.comm.errors import ConfigError
+from shoestring.comm.errors import ConfigError, Problem, collect_problems
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import run_dir as run_directory
 from shoestring.launch.run.preflight import hardware_problems, run_preflight_checks
@@ -38,7 +38,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def test_what_can_run_passes(config: RunConfig) -> None:
-    run_preflight_checks(config, 4, fresh=False)
+    problems: list[Problem] = []
+    with collect_problems(problems):
+        run_preflight_checks(config, 4, fresh=False)
+    assert problems == []
 
 
 def test_a_port_that_is_taken(config: RunConfig) -> None:
@@ -46,9 +49,7 @@ def test_a_port_that_is_taken(config: RunConfig) -> None:
         prometheus = PrometheusConfig(port=other.getsockname()[1])
         scraped = replace(config, telemetry=replace(config.telemetry, prometheus=prometheus))
         assert set(refused(partial(run_preflight_checks, fresh=False), scraped, 4)) == {"telemetry.prometheus.port"}
-        run_preflight_checks(
-            scraped, 4, fresh=False, is_first_node=False
-        )  # nobody listens there but the machine of rank 0
+        run_preflight_checks(scraped, 4, fresh=False, is_first_node=False)  # only the machine of rank 0 listens there
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -64,7 +65,7 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
+def test_an_fp8_backend_that_is_not_installed(config: RunConfig) -> None:
     for provider in ("triton", "torch", "te"):
         precision = replace(config.precision, linear="fp8", fp8_backend=provider)
         with pytest.raises(ConfigError, match=r"precision\.fp8_backend.*it needs a Hopper GPU"):
@@ -102,14 +103,14 @@ def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
 def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
     prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
     shard = prepared / "train_00000.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids above any vocabulary
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # IDs above any vocabulary
     damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
     found = refused(partial(run_preflight_checks, fresh=False), damaged, 4)
     assert list(found) == [str(shard)]
     assert "the file is damaged; remove the directory and prepare again" in found[str(shard)]
 
 
-def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
+def test_everything_that_keeps_a_run_from_starting_is_named_together(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -158,7 +159,7 @@ def test_wandb_online_without_an_account(config: RunConfig, tmp_path: Path, monk
     assert list(found) == ["telemetry.wandb.mode"]
     assert "run `wandb login`, or write offline" in found["telemetry.wandb.mode"]
     assert not (tmp_path / "run").exists()
-    run_preflight_checks(online_run, 4, fresh=False, is_first_node=False)  # rank 0 lives elsewhere
+    run_preflight_checks(online_run, 4, fresh=False, is_first_node=False)  # rank 0 runs on another node
 
 
 def test_text_too_short_for_one_sample(config: RunConfig) -> None:
@@ -195,7 +196,7 @@ def test_what_a_checkpoint_holds_on_to(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_path: Path) -> None:
-    """Also one that holds a configuration and what a run leaves."""
+    """A directory with a configuration and a run's files is refused too."""
     foreign = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
     (foreign / "thesis.tex").write_text("all of it")
     (foreign / "lock").write_text("")

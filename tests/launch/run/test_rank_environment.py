@@ -1,4 +1,4 @@
-"""What ranks start with: settings where the user has said nothing, and what the launcher has to tell."""
+"""The environment of ranks: defaults where the user set nothing, and values from the launcher."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_rank_that_another_torchrun_started_makes_what_it_still_can() -> None:
 
 def test_the_launcher_hands_the_settings_to_ranks_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for count, on_gpu in ((4, True), (8, False)):  # two ranks for a GPU compute on the CPU
+    for count, on_gpu in ((4, True), (8, False)):  # two ranks per GPU compute on the CPU
         made = launcher._environment(configured("auto"), LocalRanks(count, ()), {"OWN": "1"})
         assert ("CUDA_DEVICE_MAX_CONNECTIONS" in made) is on_gpu
         assert made["OWN"] == "1"
@@ -142,7 +142,7 @@ def test_ranks_of_gpus_are_bound_where_that_cannot_fail(monkeypatch: pytest.Monk
 
 def test_cpus_of_numa_nodes_are_read(tmp_path: Path) -> None:
     assert parse_cpu_list("0-2,8\n") == {0, 1, 2, 8}
-    for number, cpus in enumerate(("0-1\n", "2\n", "\n")):  # the last has memory alone
+    for number, cpus in enumerate(("0-1\n", "2\n", "\n")):  # only the last has memory
         (tmp_path / f"node{number}").mkdir()
         (tmp_path / f"node{number}" / "cpulist").write_text(cpus)
     assert NumaSupport.detect(tmp_path).cpus_by_node == (frozenset({0, 1}), frozenset({2}))
@@ -154,7 +154,7 @@ def test_a_rank_says_what_differs_before_cuda_starts(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    for setting in environment_settings(tmp_path):  # so that what is made here ends with the test
+    for setting in environment_settings(tmp_path):  # so that what is set here ends with the test
         monkeypatch.setenv(setting.name, os.environ.get(setting.name, ""))
         if setting.name != "NCCL_DEBUG":
             monkeypatch.delenv(setting.name)

@@ -1,4 +1,4 @@
-"""Ranks that another program has started wait for each other with words, a limit, and an ear for signals."""
+"""Ranks of another launcher wait for each other with a message, a time limit, and attention to signals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_address_that_does_not_resolve_is_refused(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("worker", PAIR)
-def test_a_rank_that_nobody_joins_says_so_and_ends_at_its_limit(
+def test_a_rank_that_waits_alone_says_so_and_ends_at_its_limit(
     worker: TorchrunEnvironment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at(monkeypatch, "127.0.0.1")

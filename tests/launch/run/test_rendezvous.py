@@ -1,4 +1,4 @@
-"""Machines that meet, that differ, that do not come, and strangers at the port; machines are threads."""
+"""Machines that meet, that differ, that do not come, and other clients at the port; machines are threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError, Problem
 from shoestring.comm.rank_consistency import Fingerprint, Fingerprints, describe_mismatch, fingerprints_to_json
-from shoestring.launch.run import rendezvous as meeting
+from shoestring.launch.run import rendezvous
 from shoestring.launch.run.rendezvous import (
     RendezvousEndpoint,
     RendezvousError,
@@ -36,7 +36,7 @@ NO_MEETINGS = (
 Outcome = Path | str | None
 
 
-def venues(machines: int, seconds: float = 20) -> list[RendezvousEndpoint]:
+def endpoints(machines: int, seconds: float = 20) -> list[RendezvousEndpoint]:
     port = free_port()
     return [RendezvousEndpoint("127.0.0.1", port, machines, machine, seconds) for machine in range(machines)]
 
@@ -49,19 +49,19 @@ def outcome(call: Callable[[], Outcome]) -> Outcome:
 
 
 def meet(run_dir: Path, own: list[Fingerprints]) -> list[Outcome]:
-    """What came of it on each machine."""
-    places = venues(len(own))
+    """Return the outcome on each machine."""
+    places = endpoints(len(own))
     with ThreadPoolExecutor(len(own)) as machines:
         pairs = zip(places[1:], own[1:], strict=True)
-        guests = [machines.submit(outcome, partial(join_rendezvous, *pair)) for pair in pairs]
+        joined = [machines.submit(outcome, partial(join_rendezvous, *pair)) for pair in pairs]
         host: Future[Outcome] = machines.submit(outcome, lambda: host_rendezvous(places[0], own[0], run_dir, "attempt"))
-        return [host.result(60), *(guest.result(60) for guest in guests)]
+        return [host.result(60), *(joining.result(60) for joining in joined)]
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.02)
-    monkeypatch.setattr(meeting, "_SECONDS_TO_SEE", 0.3)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(rendezvous, "_SECONDS_TO_SEE", 0.3)
 
 
 @pytest.mark.parametrize("machines", [2, 5])
@@ -83,7 +83,7 @@ def _blind(note: Path, attempt: str) -> bool:
 
 
 def test_a_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_sees", _blind)
+    monkeypatch.setattr(rendezvous, "_sees", _blind)
     for each in meet(tmp_path, [FACTS, FACTS]):
         assert "training.run_dir" in str(each)
         assert "is not shared: machine 1" in str(each)
@@ -91,18 +91,16 @@ def test_a_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path, monkey
 
 def test_what_a_machine_sees(tmp_path: Path) -> None:
     note = tmp_path / "meeting"
-    assert not meeting._sees(note, "this")
+    assert not rendezvous._sees(note, "this")
     note.write_text("the one before")
-    assert not meeting._sees(note, "this")
+    assert not rendezvous._sees(note, "this")
     threading.Timer(0.1, note.write_text, ["this"]).start()  # a network file system shows it late
-    assert meeting._sees(note, "this")
-    assert not meeting._sees(tmp_path / "none" / "meeting", "this")
+    assert rendezvous._sees(note, "this")
+    assert not rendezvous._sees(tmp_path / "none" / "meeting", "this")
 
 
-def test_a_machine_that_never_comes_is_waited_for_with_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    host, _, _ = venues(3, seconds=0.3)
+def test_waiting_for_a_machine_that_never_comes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host, _, _ = endpoints(3, seconds=0.3)
     began = time.monotonic()
     with pytest.raises(
         RendezvousError, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"
@@ -114,20 +112,22 @@ def test_a_machine_that_never_comes_is_waited_for_with_words(
 
 
 def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
-    _, guest = venues(2, seconds=0.3)
+    _, joining = endpoints(2, seconds=0.3)
     with pytest.raises(
-        RendezvousError, match=f"machine 0 was not at 127.0.0.1:{guest.port} within 0.3 s .*MASTER_ADDR"
+        RendezvousError, match=f"machine 0 was not at 127.0.0.1:{joining.port} within 0.3 s .*MASTER_ADDR"
     ):
-        join_rendezvous(guest, FACTS)
-    assert f"waiting for machine 0 at 127.0.0.1:{guest.port}" in capsys.readouterr().err
+        join_rendezvous(joining, FACTS)
+    assert f"waiting for machine 0 at 127.0.0.1:{joining.port}" in capsys.readouterr().err
 
 
 def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
-    host, guest = venues(2)
+    host, joining = endpoints(2)
     with ThreadPoolExecutor(1) as machine:
-        telling = machine.submit(report_config_error, guest, ConfigError([Problem("model.hiden", 3, "no such key")]))
+        reporting = machine.submit(
+            report_config_error, joining, ConfigError([Problem("model.hiden", 3, "no such key")])
+        )
         words = outcome(lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
-        telling.result(20)
+        reporting.result(20)
     assert "was refused there: model.hiden = 3: no such key" in str(words)
 
 
@@ -149,43 +149,43 @@ def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(t
     ],
 )
 def test_strangers_at_the_port_are_let_go(words: bytes, tmp_path: Path) -> None:
-    host, guest = venues(2)
+    host, joining = endpoints(2)
     with ThreadPoolExecutor(2) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as stranger:
             stranger.sendall(words)
-        attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
+        attending = machines.submit(outcome, lambda: join_rendezvous(joining, FACTS))
         assert (hosting.result(30), attending.result(30)) == (None, tmp_path)
 
 
-def _reached(venue: RendezvousEndpoint) -> socket.socket:
+def _reached(endpoint: RendezvousEndpoint) -> socket.socket:
     while True:
         try:
-            return socket.create_connection((venue.address, venue.port), 5)
+            return socket.create_connection((endpoint.address, endpoint.port), 5)
         except ConnectionRefusedError:
             time.sleep(0.01)
 
 
 def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> None:
-    host, guest = venues(2)
+    host, joining = endpoints(2)
     began = time.monotonic()
     with ThreadPoolExecutor(2) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host), _reached(host), _reached(host) as half:
             half.sendall(b'{"machine": ')
-            attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
+            attending = machines.submit(outcome, lambda: join_rendezvous(joining, FACTS))
             assert (hosting.result(60), attending.result(60)) == (None, tmp_path)
-        impatient, _ = venues(2, seconds=0.5)
+        impatient, _ = endpoints(2, seconds=0.5)
         hosting = machines.submit(outcome, lambda: host_rendezvous(impatient, FACTS, tmp_path, "attempt"))
         with _reached(impatient), _reached(impatient):
             assert "did not come" in str(hosting.result(60))
-    assert time.monotonic() - began < meeting._SECONDS_TO_SPEAK
+    assert time.monotonic() - began < rendezvous._SECONDS_TO_SPEAK
 
 
 def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_SECONDS_TO_SPEAK", 0.1)
-    monkeypatch.setattr(meeting, "_MOST_NEWCOMERS", 1)
-    host, _ = venues(2, seconds=2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_TO_SPEAK", 0.1)
+    monkeypatch.setattr(rendezvous, "_MOST_NEWCOMERS", 1)
+    host, _ = endpoints(2, seconds=2)
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as first, _reached(host) as second:
@@ -197,57 +197,57 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "meeting")
     seen: list[bool] = []
-    looking = threading.Thread(target=lambda: seen.append(meeting._sees(tmp_path / "meeting", "this")), daemon=True)
+    looking = threading.Thread(target=lambda: seen.append(rendezvous._sees(tmp_path / "meeting", "this")), daemon=True)
     looking.start()
     looking.join(20)
     assert seen == [False]
 
 
 def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
-    host, first, second = venues(3)
+    host, first, second = endpoints(3)
     with ThreadPoolExecutor(4) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            meeting._Line(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
+            rendezvous._Line(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
             gone.shutdown(socket.SHUT_WR)
             others = [machines.submit(outcome, partial(join_rendezvous, first, FACTS))]
             gone.settimeout(30)
-            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the waiting
+            assert gone.recv(1) == b""  # its place is taken: a third machine before that would end the wait
         others.append(machines.submit(outcome, partial(join_rendezvous, second, FACTS)))
         assert [hosting.result(30), *(other.result(30) for other in others)] == [None, tmp_path, tmp_path]
 
 
 def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
-    host, _ = venues(2)
+    host, _ = endpoints(2)
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            line = meeting._Line(gone)
+            line = rendezvous._Line(gone)
             line.send({"machine": 1, "host": "far", "facts": fingerprints_to_json(FACTS)})
             line.receive(10)
         assert "machine 1 (far) has left" in str(hosting.result(30))
 
 
-def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
+def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
     here, there = socket.socketpair()
-    guest = meeting._Line(here)
-    guest.host = "far"
+    joining = rendezvous._Line(here)
+    joining.host = "far"
     there.close()
     with pytest.raises(RendezvousError, match=r"machine 1 \(far\) has left"):
-        meeting._send(1, guest, {"go": True})
-    guest.close()
+        rendezvous._send(1, joining, {"go": True})
+    joining.close()
 
 
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
-    host, _ = venues(2)
+    host, _ = endpoints(2)
     with pytest.raises(ConfigError, match=r"make room, or name another training\.run_dir"):
         host_rendezvous(host, FACTS, tmp_path, "attempt")
 
 
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_SECONDS_FOR_PORT", 0.1)
-    host, _ = venues(2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_FOR_PORT", 0.1)
+    host, _ = endpoints(2)
     with (
         socket.create_server((host.address, host.port)),
         pytest.raises(ConfigError, match=f"MASTER_PORT = {host.port}"),
@@ -259,9 +259,9 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     "words", [b"SSH-2.0-OpenSSH\n", b"[" * 100_000 + b"\n", b'{"go": NaN}\n', b"7\n", *NO_MEETINGS]
 )
 def test_what_answers_and_is_no_launch(words: bytes) -> None:
-    _, guest = venues(2)
-    with socket.create_server((guest.address, guest.port)) as other, ThreadPoolExecutor(1) as machines:
-        attending = machines.submit(outcome, lambda: join_rendezvous(guest, FACTS))
+    _, joining = endpoints(2)
+    with socket.create_server((joining.address, joining.port)) as other, ThreadPoolExecutor(1) as machines:
+        attending = machines.submit(outcome, lambda: join_rendezvous(joining, FACTS))
         connection, _ = other.accept()
         with connection:
             connection.sendall(words)
@@ -287,13 +287,13 @@ def test_names_that_do_not_resolve() -> None:
         ("::", "is every address of a machine and names none"),
     ],
 )
-def test_an_address_that_is_written_wrong_is_told_how(address: str, hint: str) -> None:
+def test_an_address_that_is_written_wrong_gets_a_hint(address: str, hint: str) -> None:
     (problem,) = master_address_problems(address)
     assert problem.value == address
     assert hint in problem.hint
 
 
-def test_values_that_are_hidden_and_differ_are_said_to() -> None:
+def test_hidden_values_that_differ_are_named() -> None:
     words = describe_mismatch(
         "prompt", ("here", {"prompt": Fingerprint("1", "${x}")}), ("there", {"prompt": Fingerprint("2", "${x}")})
     )
@@ -304,5 +304,5 @@ def test_values_that_are_hidden_and_differ_are_said_to() -> None:
 
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:
-    assert meeting._foreign("127.0.0.1") == ""
-    assert "is no address of this machine" in meeting._foreign("192.0.2.1")  # kept for documentation by RFC 5737
+    assert rendezvous._foreign("127.0.0.1") == ""
+    assert "is no address of this machine" in rendezvous._foreign("192.0.2.1")  # reserved for documentation by RFC 5737

@@ -1,4 +1,4 @@
-"""Notes that keep a run from being started again without end."""
+"""Notes that keep a run from restarting without end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of a run: its owner, its status, and links in the place of its files."""
+"""The directory of a run: its owner, its status, and links in place of its files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest
             b'{"exit_code": "0", "reason": "done"}', b'{"exit_code": true, "reason": "done"}',
             b'{"exit_code": 0, "reason": 5}', b'{"exit_code": 700, "reason": ""}', b"\xff", b"[" * 99999]
 )  # fmt: skip
-def test_a_status_that_cannot_be_read_counts_as_absent_and_is_told(raw: bytes, tmp_path: Path) -> None:
+def test_a_status_that_cannot_be_read_counts_as_absent_and_is_reported(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_bytes(raw)
     said: list[str] = []
     assert read_run_status(tmp_path, said.append) is None
@@ -65,15 +65,15 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     from shoestring.trainer.ledger.config import BudgetConfig
     from shoestring.trainer.telemetry.events import EventStream
 
-    treasure = tmp_path / "treasure"
-    treasure.write_text("mine")
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
     run_dir = tmp_path / "run"
     create_run_dir(run_dir)
     (run_dir / "ledger").mkdir()
     for name in ("config.yaml", "run_status.json", "ledger/heartbeat.new", "ledger/heartbeat.json",
                  "ledger/heartbeat.json.new", "config.yaml.new", "ended", "stops_without_step",
                  "stops_without_step.new", "run_status.reserve"):  # fmt: skip
-        (run_dir / name).symlink_to(treasure)
+        (run_dir / name).symlink_to(precious)
     reserve_status_space(run_dir)
     record_stop(run_dir, made_step=False)
     record_attempt_exit(run_dir, "a", 0)
@@ -82,7 +82,7 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     AllocationJournal(run_dir, ranks=1, attempt="a", budget=BudgetConfig(gpu_hours=1), heartbeat_seconds=1000).close(
         "done"
     )
-    assert treasure.read_text() == "mine"
+    assert precious.read_text() == "mine"
     assert (run_dir / "config.yaml").read_text() == "a: 1\n"
     budget = BudgetConfig(gpu_hours=1)
     for name, make in (
@@ -90,10 +90,10 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
         ("ledger/allocation.jsonl", lambda: AllocationJournal(run_dir, ranks=1, attempt="b", budget=budget)),
     ):
         (run_dir / name).unlink(missing_ok=True)
-        (run_dir / name).symlink_to(treasure)
+        (run_dir / name).symlink_to(precious)
         with pytest.raises(Exception, match=r"a run writes through no link"):
             make()
-    assert treasure.read_text() == "mine"
+    assert precious.read_text() == "mine"
 
 
 def test_a_fresh_run_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:

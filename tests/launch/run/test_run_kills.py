@@ -1,4 +1,4 @@
-"""A run that is killed ten times, launcher and ranks at once, at moments that a seed has drawn."""
+"""A run that is killed ten times, launcher and ranks together, at seeded random moments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 6 * MOST_STEPS
 
 
 def kill_at(run_dir: Path, file: Path, kind: str, count: int, process: subprocess.Popen[str]) -> int:
-    """Kill everything when this launch has written `count` records of a `kind`; return when, in ns since the boot."""
+    """Kill everything when this launch has written `count` records of `kind`; return when, in ns since boot."""
     before = sum(record["kind"] == kind for record in read_journal(run_dir / file))
     seen = 0
     for record in lines_as_they_come(run_dir / file, process):
@@ -70,5 +70,6 @@ def test_ten_kills_lose_no_token_and_no_more_than_a_flush_interval(tmp_path: Pat
     assert max(lost_ms) <= 1000 * FLUSH_SECONDS
     assert HEARTBEAT_SECONDS < FLUSH_SECONDS
     print(
-        f"\nunknown {summary.unattributed_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, {summary.gpu_ms_by_bucket}"
+        f"\nunattributed {summary.unattributed_ms / summary.allocated_ms:.2%}, most lost {max(lost_ms):.0f} ms, "
+        f"{summary.gpu_ms_by_bucket}"
     )

@@ -97,7 +97,7 @@ class Slurm:
 
 
 def some_ports() -> tuple[int, ...]:
-    """A free port, and three that follow each other."""
+    """Return a free port, and three consecutive ones."""
     while True:
         with ExitStack() as held:
             probes = [held.enter_context(socket.socket()) for _ in range(4)]
@@ -113,7 +113,7 @@ def some_ports() -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A cluster of idle nodes, one more than jobs take; its jobs and daemons end with the tests."""
+    """Start a cluster of idle nodes, one more than jobs take; its jobs and daemons end with the tests."""
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", *(f"spool_{node}" for node in NODES)):
         (folder / name).mkdir()
@@ -149,7 +149,7 @@ def end_nodes(cluster: Slurm) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, object, object]]:
-    """Losses of the run that the tests submit, on one machine and without Slurm."""
+    """Return the losses of the run that the tests submit, on one machine and without Slurm."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     overrides = small_run(tmp_path_factory.mktemp("data"), STEPS)
     done = train([*overrides, *ONE_RANK_EACH], run_dir)
@@ -169,7 +169,7 @@ def idle_nodes(cluster: Slurm) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_a_requeued_job_goes_on_from_its_checkpoint(
+def test_a_requeued_job_resumes_from_its_checkpoint(
     slurm: Slurm, undisturbed: list[tuple[int, object, object]], tmp_path: Path
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
@@ -194,7 +194,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(
     }, text
     assert f"Job {job}, life 1, on node[1-2]" in text
     assert f"Job {job}, life 2, on node[1-2]" in text
-    assert "resume at step" in text  # the second life was not --fresh
+    assert "resume at step" in text  # the second attempt was not --fresh
     assert losses(run_dir) == undisturbed
     assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
     summary = summarize_ledger(run_dir)
@@ -215,7 +215,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(
     ]
     job = slurm.submit(output, *small_run(tmp_path, STEPS), *own)
     wait_until(lambda: has_made_a_step(run_dir) or slurm.has_ended(job), 120)
-    slurm.call("scancel", "--signal=USR1", job)  # as --signal does it before the time is up
+    slurm.call("scancel", "--signal=USR1", job)  # as --signal does before the time is up
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 60)
     text = output.read_text()
     assert slurm.job(job)["Restarts"] == "1", text
@@ -232,7 +232,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_loses_no_step(
 def test_a_job_whose_first_node_is_lost_is_requeued_and_waits_for_the_launcher_that_is_left(
     slurm: Slurm, undisturbed: list[tuple[int, object, object]], tmp_path: Path
 ) -> None:
-    """The node's daemon is killed; its launcher, which holds the run directory, is not."""
+    """The node's daemon is killed; its launcher, which holds the run directory, keeps running."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     own = [*ONE_RANK_EACH, "training.checkpoint_every=0"]
     job = slurm.submit(output, *small_run(tmp_path, STEPS), *own, f"training.run_dir={run_dir}")
@@ -258,17 +258,17 @@ def is_launcher(line: str) -> bool:
 
 
 def node_of(pid: int) -> str:
-    """Number of the machine that the launcher `pid` is for."""
+    """Return the number of the machine that the launcher `pid` is for."""
     variables = (variable.partition(b"=") for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     return next(value.decode() for name, _, value in variables if name == b"NODE_RANK")
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["scancel", "TERM to the whole step"])
-def test_a_job_that_is_ended_says_so_in_a_few_lines_and_goes_on_when_it_is_submitted_again(
+def test_a_job_that_is_ended_says_so_in_a_few_lines_and_resumes_when_it_is_submitted_again(
     how: str, slurm: Slurm, undisturbed: list[tuple[int, object, object]], tmp_path: Path
 ) -> None:
-    """Its last state is in wandb, though wandb's process is sent SIGTERM with all others."""
+    """wandb has its last state, although wandb's process is sent SIGTERM with all others."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     arguments = [*small_run(tmp_path, STEPS), *ONE_RANK_EACH, "training.checkpoint_every=0"]
     arguments += [f"training.run_dir={run_dir}", "telemetry.wandb.mode=offline"]
@@ -305,7 +305,7 @@ def test_a_refused_run_fails_the_job_with_2(slurm: Slurm, tmp_path: Path) -> Non
 def test_a_job_whose_notice_comes_in_its_first_minutes_is_requeued_as_long_as_it_makes_steps(
     slurm: Slurm, tmp_path: Path
 ) -> None:
-    """With the notice a minute or two after the start; Slurm sends it up to a minute early."""
+    """The notice comes a minute or two after the start; Slurm sends it up to a minute early."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     own = ["topology.gpus_per_node=1", "training.checkpoint_every=0", f"training.run_dir={run_dir}"]
     flags = ["--gpus-per-node=0", "--time=20", "--signal=USR1@1130", f"--output={output}"]
@@ -318,14 +318,14 @@ def test_a_job_whose_notice_comes_in_its_first_minutes_is_requeued_as_long_as_it
 
 
 def has_begun(run_dir: Path, life: int) -> bool:
-    """Whether the launcher of this life holds the directory and hears signals: its ranks come seconds later."""
+    """Return whether this attempt's launcher holds the directory and handles signals; its ranks start seconds later."""
     path = run_dir / ALLOCATION_FILE
     return path.exists() and path.read_text().count('"kind":"open"') >= life
 
 
 @pytest.mark.timeout(300)
-def test_a_job_that_never_makes_a_step_is_not_requeued_for_ever(slurm: Slurm, tmp_path: Path) -> None:
-    """Every life is stopped while its machines meet or its ranks start."""
+def test_a_job_that_never_makes_a_step_is_not_requeued_without_end(slurm: Slurm, tmp_path: Path) -> None:
+    """Every attempt is stopped while its machines meet or its ranks start."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     own = ["topology.gpus_per_node=1", f"training.run_dir={run_dir}"]
     job = slurm.submit(output, *small_run(tmp_path, STEPS), *own)

@@ -1,4 +1,4 @@
-"""Launches in odd surroundings: no output, modules in the working directory, a machine without `localhost`."""
+"""Launches in unusual surroundings: no output, shadowing modules in the working directory, no `localhost`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULES = ("token", "random", "queue", "wandb", "torch", "trainer", "launch", "y
 
 
 def listening_addresses(pids: list[int]) -> set[str]:
-    """Where these processes wait for TCP connections, as the kernel writes addresses."""
+    """Return where these processes listen for TCP connections, in the kernel's notation."""
     inodes = set()
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -38,7 +38,7 @@ def listening_addresses(pids: list[int]) -> set[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_launch_without_output_among_strange_modules_leaves_no_trace_but_its_run(tmp_path: Path) -> None:
-    """Also: no secret in a file, no listener beyond loopback, one directory for `${now:}`, SIGHUP asks."""
+    """No secret in a file, no listener beyond loopback, one directory for `${now:}`, and SIGHUP is a stop request."""
     here, scratch, runs = tmp_path / "here", tmp_path / "scratch", tmp_path / "runs"
     for folder in (here, scratch, runs):
         folder.mkdir()
@@ -70,7 +70,7 @@ def test_a_launch_without_output_among_strange_modules_leaves_no_trace_but_its_r
 
 
 def bare_machine(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `script` where there is no network but a loopback that is down; skip where this process may not."""
+    """Run `script` with a loopback that is down and no other network; skip if this process may not do that."""
     for flags in (["--net", "--mount"], ["--user", "--map-root-user", "--net", "--mount"]):
         if subprocess.run(["unshare", *flags, "true"], capture_output=True, check=False).returncode == 0:
             command = ["unshare", *flags, "bash", "-ec", script]
@@ -81,7 +81,7 @@ def bare_machine(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="makes network namespaces by `unshare`")
 @pytest.mark.parametrize("has_loopback", [False, True])
 def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tmp_path: Path) -> None:
-    """It needs no name: it runs where /etc/hosts is empty; where loopback is down, one sentence says what to do."""
+    """It needs no name: it runs with an empty /etc/hosts. With loopback down, one sentence says what to do."""
     overrides = [*small_run(tmp_path, 1), "telemetry.wandb.mode=offline", f"training.run_dir={tmp_path / 'run'}"]
     train = shlex.join([sys.executable, "-m", "shoestring.launch.cli", "train", *overrides])
     prepare = ": > hosts; mount --bind hosts /etc/hosts; ip link set lo up; " if has_loopback else ""
@@ -98,7 +98,7 @@ def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_words_that_nobody_can_read_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_cannot_be_printed_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         print_to_stderr("something")

@@ -1,4 +1,4 @@
-"""Runs that stop before their end, through real torchrun: 75 when they are asked to, 3 when the budget is used up."""
+"""Runs that stop before their end, through real torchrun: exit code 75 when asked to, 3 when the budget is used up."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts endless runs and returns after their second step. None outlives the test."""
+    """Return a function that starts an endless run and waits for its second step. None outlives the test."""
     with ExitStack() as cleanup:
 
         def begin(arguments: list[str], run_dir: Path) -> subprocess.Popen[str]:
@@ -66,7 +66,7 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 
 def closed_ledger(run_dir: Path) -> LedgerSummary:
-    """Whose identity holds: `summarize_ledger` refuses any other."""
+    """Return the ledger's summary, checked: `summarize_ledger` refuses a ledger whose parts do not add up."""
     summary = summarize_ledger(run_dir)
     assert not summary.is_running
     assert summary.unattributed_ms >= 0
@@ -74,7 +74,7 @@ def closed_ledger(run_dir: Path) -> LedgerSummary:
 
 
 def assert_halted(run_dir: Path, process: subprocess.Popen[str]) -> int:
-    """With 75; the number of its last step, which is in the one checkpoint."""
+    """Check exit code 75; return the number of the last step, which is in the only checkpoint."""
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert not processes_of(run_dir)
@@ -110,7 +110,7 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_exits_with_75(
         ("all", signal.SIGUSR1),
     ],
 )
-def test_whoever_gets_the_signal_the_run_goes_on_later(
+def test_whichever_process_gets_the_signal_the_run_resumes_later(
     who: str, number: signal.Signals, start: Start, overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -144,11 +144,11 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
 
     def has_been_ended() -> bool:
         if seconds > 1:
-            process.terminate()  # the first ones are taken for the same request
+            process.terminate()  # the first signals count as one request
         return first not in processes_of(run_dir)
 
     wait_until(has_been_ended, 20)
-    os.kill(second, signal.SIGCONT)  # what it was sent meanwhile ends it, sooner than torchrun's 30 seconds are over
+    os.kill(second, signal.SIGCONT)  # a later signal ends it, before torchrun's 30 seconds are over
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert not processes_of(run_dir)
@@ -157,7 +157,7 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
     closed_ledger(run_dir)
 
 
-def test_ctrl_c_stops_at_once(start: Start, overrides: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_stops_immediately(start: Start, overrides: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(*endless(overrides, run_dir))
     process.send_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
     request = StopRequest(tmp_path / "stop", 60 if again else 0.5)
     former = signal.getsignal(signal.SIGTERM)
     with request.request_stop_on_signal():
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, told three times
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, sent three times
             signal.raise_signal(number)
         assert (tmp_path / "stop").exists()
         monkeypatch.setattr(launcher, "STOP_DEBOUNCE_SECONDS", 0)
@@ -221,8 +221,8 @@ def test_a_rank_hears_what_came_before_it_listened() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
-def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
-    """Also while its main thread waits outside Python, as for messages that never come."""
+def test_a_rank_without_a_launcher_ends(seconds: float, again: signal.Signals | None) -> None:
+    """It also ends while its main thread waits outside Python, as for messages that never come."""
     code = "import signal; from shoestring.launch.run import signals as s; s.STOP_DEBOUNCE_SECONDS = 0; "
     code += (
         f"s.install_stop_handlers({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
@@ -267,13 +267,13 @@ def own_torchrun(overrides: list[str], run_dir: Path, *options: str) -> list[str
 
 
 @pytest.mark.slow
-def test_under_a_torchrun_of_ones_own_with_restarts(start: Start, overrides: list[str], tmp_path: Path) -> None:
-    """torchrun's code says nothing; the status of the run does. A rank that stops on purpose is not started again."""
+def test_under_a_users_torchrun_with_restarts(start: Start, overrides: list[str], tmp_path: Path) -> None:
+    """torchrun's exit code says nothing; the run's status does. A rank that stops on purpose is not restarted."""
     run_dir = tmp_path / "run"
     process = start(own_torchrun(overrides, run_dir, "--max-restarts=3"), run_dir)
     os.kill(ranks_of(run_dir)[0], signal.SIGUSR1)
     process.communicate(timeout=60)
-    assert process.returncode == 1  # torchrun's own: a rank has exited with 75
+    assert process.returncode == 1  # torchrun's code: a rank has exited with 75
     (done,) = checkpoints(run_dir)
     assert [event.kind for event in read_metrics(run_dir / "metrics.jsonl")].count("run") == 1
     status = read_run_status(run_dir)
@@ -334,7 +334,7 @@ def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list
 
 
 def measured_price(overrides: list[str], run_dir: Path) -> float:
-    """GPU-hours of a run of one step on this machine: nearly all of it is the start."""
+    """Return the GPU-hours of a run of one step on this machine: nearly all of it is start-up."""
     assert train(overrides, run_dir).returncode == 0
     return summarize_ledger(run_dir).gpu_hours
 
@@ -342,10 +342,10 @@ def measured_price(overrides: list[str], run_dir: Path) -> float:
 def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def signalled(*arguments: object) -> int:
+    def signaled(*arguments: object) -> int:
         raise StoppedBeforeStart("SIGUSR1 before it began; nothing was trained")
 
-    monkeypatch.setattr(launcher, "run_torchrun", signalled)
+    monkeypatch.setattr(launcher, "run_torchrun", signaled)
     config = compose_run_config([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
     codes = [launcher.launch_run(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
     assert codes == [75, 75, 1]

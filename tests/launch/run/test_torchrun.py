@@ -1,4 +1,4 @@
-"""Ranks that end, that fail, and that do not end."""
+"""Ranks that end, that fail, and that hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.launch.verbs import calibrate
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Python in the place of torchrun, which takes seconds to start."""
+    """Replace torchrun, which takes seconds to start, by a Python script."""
     monkeypatch.setattr(torchrun, "TORCHRUN_COMMAND", (sys.executable, "-c", script))
 
 
@@ -29,7 +29,7 @@ def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     run_local_ranks(["-m", "module"], 2, seconds=60)
 
 
-def test_a_fault_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "raise SystemExit(7)")
     with pytest.raises(RanksFailed, match="torchrun exited with 7"):
         run_local_ranks([], 1, seconds=60)

@@ -19,6 +19,7 @@ from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.verbs.watch import watch
+from shoestring.tests.launch.machines import alive
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
@@ -53,7 +54,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A small run, but for its directory, on a corpus of two short works."""
+    """Return the overrides of a small run, except its directory, on a corpus of two short files."""
     root = tmp_path_factory.mktemp("data")
     corpus = root / "corpus"
     corpus.mkdir()
@@ -66,7 +67,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    """What must be equal to the last bit in two equal runs."""
+    """Return the values that must be equal to the last bit in two equal runs."""
     exact = [
         "loss",
         "loss/mtp",
@@ -89,7 +90,7 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing disturbed."""
+    """Return the directory of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     result = train(overrides, run_dir)
     assert result.returncode == 0, result.stderr
@@ -188,7 +189,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(
     assert summary.num_attempts == 2
     assert summary.rolled_back_ms > 0
     assert summary.tokens_consumed > summary.tokens_retained == STEPS * 8 * 32
-    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two lives of one wandb run
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2  # two attempts of one wandb run
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_killed_launcher_leaves_no_rank_behind(overrides: list[str], tmp_path:
         if event["kind"] == "step":
             process.kill()
     assert process.stdout is not None
-    process.communicate(timeout=20)  # ends when the last holder of the pipe has gone
+    process.communicate(timeout=20)  # ends when the last holder of the pipe has exited
     assert process.returncode == -signal.SIGKILL
 
 
@@ -210,9 +211,11 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none_behind(overrides: l
     run_dir = tmp_path / "run"
     process = subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(processes_of(run_dir)) >= 4, 60)  # launcher, torchrun, two ranks
+    started = set(processes_of(run_dir))
     process.kill()
-    process.wait()
-    wait_until(lambda: not processes_of(run_dir), 20)
+    assert process.wait() == -signal.SIGKILL
+    wait_until(lambda: not alive(started), 20)
+    assert not processes_of(run_dir)
 
 
 def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +232,7 @@ def test_a_rank_whose_launcher_is_dead_ends_also_before_anyone_has_taken_note(mo
         signals.die_with_launcher()
 
 
-def test_a_finished_run_is_left_alone_until_it_is_told_otherwise(finished: Path, overrides: list[str]) -> None:
+def test_a_finished_run_is_left_alone(finished: Path, overrides: list[str]) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     again = train(overrides, finished)
     assert again.returncode == 0

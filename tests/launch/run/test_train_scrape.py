@@ -1,4 +1,4 @@
-"""A run that is scraped while it trains, stopped, and scraped again on the same port in its next life."""
+"""A run that is scraped while it trains, is stopped, and is scraped again on the same port after its restart."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shoestring.trainer.telemetry.history import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_every_life_of_a_run_is_scraped(tmp_path: Path) -> None:
+def test_every_attempt_of_a_run_is_scraped(tmp_path: Path) -> None:
     port, run_dir = free_port(), tmp_path / "run"
     overrides = [*small_run(tmp_path, steps=1_000_000), f"telemetry.prometheus.port={port}", "telemetry.log_every=1"]
-    first = life(overrides, run_dir, port, step=3)
-    second = life(overrides, run_dir, port, step=int(first["shoestring_step"]) + 3)
+    first = scrape_attempt(overrides, run_dir, port, step=3)
+    second = scrape_attempt(overrides, run_dir, port, step=int(first["shoestring_step"]) + 3)
     for found in (first, second):
         assert found["shoestring_tokens"] == found["shoestring_step"] * BATCH * SEQUENCE
         assert found["shoestring_steps_planned"] == 1_000_000
@@ -32,8 +32,8 @@ def test_every_life_of_a_run_is_scraped(tmp_path: Path) -> None:
     assert not [event for event in events if event.kind == "warning"]
 
 
-def life(overrides: list[str], run_dir: Path, port: int, step: int) -> dict[str, float]:
-    """What a scrape finds once the run has done `step`; the run is then asked to stop."""
+def scrape_attempt(overrides: list[str], run_dir: Path, port: int, step: int) -> dict[str, float]:
+    """Train until `step`, scrape, and ask the run to stop; return the samples."""
     with subprocess.Popen(command(overrides, run_dir), stdout=subprocess.DEVNULL, text=True) as process:
         try:
             wait_for_step(run_dir, process, step)

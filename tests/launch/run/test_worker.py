@@ -1,4 +1,4 @@
-"""A rank that another program than the launcher starts."""
+"""A rank started by another launcher."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
         assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
-def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_launcher_is_refused_while_a_run_without_it_is_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(LAUNCHER_PID_ENV_VAR, raising=False)
     config = compose_run_config(["topology=single", "schedule=1f1b", f"training.run_dir={tmp_path / 'run'}"])
     with (

@@ -1,4 +1,4 @@
-"""Runs with checkpoints of a small model, and an export of one, that a test may change."""
+"""Fixtures: runs with checkpoints of a small model, and an export of one, that a test may change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def original(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one checkpoint, `run`, and its export, `hf`."""
+    """Return a directory with a run of one checkpoint, `run`, and its export, `hf`."""
     root = tmp_path_factory.mktemp("others")
     save_model(model(1), root / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer.to_json().encode()})
     assert exit_code("export", root / "run", root / "hf", "--dtype", "fp32") == 0
@@ -39,7 +39,7 @@ def run(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def saved_twice(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of steps 2 and 4."""
+    """Return a run with checkpoints of steps 2 and 4."""
     run = tmp_path_factory.mktemp("run")
     attachments = {"tokenizer.json": tokenizer.to_json().encode()}
     for step in (2, 4):

@@ -1,4 +1,4 @@
-"""An import that is refused and leaves nothing behind, and edits of what it reads."""
+"""Imports that are refused and leave nothing behind, and edits of their input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoestring.tests.launch.command_line import shoestring
 
 
 def refused_import(capsys: pytest.CaptureFixture[str], hf: Path) -> str:
-    """The words of a refusal that leaves nothing behind, not even the folder above the target."""
+    """Return the output of a refused import that leaves nothing behind, not even the folder above the target."""
     target = hf.parent / "made" / "for" / "it"
     code, _, errors = shoestring(capsys, "import", hf, target)
     assert code == 2, errors

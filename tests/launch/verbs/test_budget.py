@@ -21,7 +21,7 @@ from shoestring.trainer.ledger.work_journal import WorkJournal
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An hour of two ranks: ten steps of 1000 tokens, a tenth of it evaluation."""
+    """Write an hour of two ranks: ten steps of 1000 tokens, a tenth of the time evaluation."""
     ns = 10**9
     monkeypatch.setattr(Instant, "now", lambda: Instant(ns, ns, "boot"))
     work = WorkJournal(tmp_path / "run", ranks=2, attempt="a", budget=BudgetConfig(gpu_hours=4))
@@ -41,7 +41,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_the_bill_splits_productive_time_and_stands_beside_the_published_one(
+def test_the_budget_splits_productive_time_and_shows_the_published_one(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = answer(capsys, "budget", run_dir)
@@ -121,7 +121,7 @@ def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, s
     return {problem.field: problem.hint for problem in budget_problems(config, fresh=fresh)}
 
 
-def test_a_plan_over_budget_is_refused_unless_told_otherwise(run_dir: Path) -> None:
+def test_a_plan_over_budget_is_refused_unless_allowed(run_dir: Path) -> None:
     plan = "budget.planned_gpu_hours=0.6"
     assert "exceeds budget.gpu_hours, 0.5" in problems(run_dir, plan)["budget.planned_gpu_hours"]
     assert not problems(run_dir, plan, "budget.allow_over_plan=true")
@@ -136,7 +136,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "2.1" not in str(problems(run_dir, own))
     found = problems(later, own, "budget.planned_gpu_hours=0.2")
     assert f"exceeds what is left in {path}, 0.1" in found["budget.planned_gpu_hours"]
-    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half to lose
+    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half
     (run_dir / "ledger" / "allocation.jsonl").touch()
     assert "would erase" in problems(run_dir, own, fresh=True)["--fresh"]
     assert not problems(run_dir, fresh=True)
@@ -146,7 +146,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "nothing is left" in problems(later, own)["budget.project"]
 
 
-def test_a_bill_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the totals saved beside them agree" in answer(capsys, "budget", run_dir, "--verify")
     work = run_dir / WORK_FILE
     work.write_text("".join(work.read_text().splitlines(keepends=True)[:9]))

@@ -1,4 +1,4 @@
-"""`shoestring calibrate`: the phases of a step told apart, and a table that the planner prices with."""
+"""`shoestring calibrate`: the phases of a step separated, and a table that the planner prices with."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_search_keeps_to_what_was_measured(tmp_path: Path) -> None:
 
 
 def invented(ranks: int) -> list[KernelMeasurement]:
-    """Each phase takes 100 µs, for one sequence of 128 tokens a micro-batch."""
+    """Return kernel times of 100 µs per phase, for one sequence of 128 tokens per micro-batch."""
     shapes = [f"1x128/{count}" for count in {1, ranks}]
     names = [(name, shape) for name in (*ComputePhase, *ExchangeOperation) for shape in shapes]
     names += [(name, "any") for name in ("optimizer", "reduce", "step")]

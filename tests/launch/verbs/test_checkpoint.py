@@ -18,12 +18,12 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.model import Model
 
 
-def test_ls_tells_whole_from_damaged_from_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_distinguishes_whole_damaged_and_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(saves / "checkpoints", keep_last=9)
     (store.checkpoint_path(4) / "complete").unlink()
     with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 5):
         save_model(model(5), saves / "checkpoints", 5)
-    store.partial_path(6).mkdir()  # now, for the next save clears it
+    store.partial_path(6).mkdir()  # now, because the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", saves, "--format", "json")
     assert code == 0
     states = {each["name"]: each["state"] for each in json.loads(output)}
@@ -76,7 +76,7 @@ def link_to_itself(path: Path) -> None:
 def test_verify_ends_with_1_for_a_damaged_checkpoint(
     name: str, harm: Callable[[Path], None], saves: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Found in the run and by its own directory; the checkpoint before it is whole."""
+    """The damage is found through the run and through the checkpoint's directory; the one before it is whole."""
     directory = saves / "checkpoints" / "step_00000004"
     (path,) = directory.glob(name)
     harm(path)

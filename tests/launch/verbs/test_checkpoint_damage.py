@@ -25,7 +25,7 @@ def test_verify_finds_a_damaged_header(place: int, run: Path, capsys: pytest.Cap
 
 
 def test_verify_reads_every_bit_of_a_header(run: Path) -> None:
-    """Also where the safetensors library opens the file as if nothing were wrong."""
+    """The damage is found even where the safetensors library opens the file without an error."""
     from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(part(run).parent)

@@ -1,4 +1,4 @@
-"""`shoestring import` and `export` of files from others: one clear refusal, exit code 2, and nothing left behind."""
+"""`shoestring import` and `export` of files of other programs: one clear refusal, exit code 2, nothing left behind."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_export_and_import_carry_the_tokenizer(
 def test_the_average_of_the_weights_is_exported_and_generates(
     saves: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As if it were the weights; routing biases are the model's own, for they are not averaged."""
+    """The average replaces the weights; routing biases are the model's, because they are not averaged."""
     last, average = model(7), model(8)
     for _, router in last.routers():
         router.bias_E.uniform_(-1, 1)

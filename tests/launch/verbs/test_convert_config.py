@@ -1,4 +1,4 @@
-"""`shoestring import` of a `config.json` from others: read as it is, or refused by its key."""
+"""`shoestring import` of a `config.json` of another program: it is read exactly, or refused by its key."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_config_json_or_index_is_read_to_a_bound(hf: Path, capsys: pytest.Capt
 
 
 def test_the_same_values_are_still_imported(hf: Path, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is strict about wrong values lets right ones through: 1 for 1.0, and a null that means none."""
+    """Strict types let equal values through: 1 for 1.0, and null for none."""
     edit_config(hf, routed_scaling_factor=2, rope_scaling=None, num_key_value_heads=None, eos_token_id=None)
     code, output, errors = shoestring(capsys, "import", hf, hf.parent / "again")
     assert code == 0, errors

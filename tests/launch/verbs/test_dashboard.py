@@ -1,4 +1,4 @@
-"""The dashboard: its file is that of its panels, and wandb's own library reads it back. No server has seen it."""
+"""The dashboard: its file is made from its panels, and wandb's own library reads it back. Not tried on a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor says is what this machine has, and what was never run is called so."""
+"""`shoestring doctor` reports what this machine has and marks what was never run on hardware."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoestring.trainer.model.attention_backend import GpuCapabilities
 from shoestring.trainer.precision import backend as provider
 
 
-def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_and_table_agree(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     for form in ("json", "table"):
         with pytest.raises(SystemExit) as stop:
@@ -34,10 +34,10 @@ def test_json_and_table_tell_the_same(capsys: pytest.CaptureFixture[str], monkey
             ]
         else:
             assert all(finding.provider in printed for finding in list_implementations())
-            assert "pip install transformer-engine[pytorch], 2.20" in printed  # a bracket is no markup
+            assert "pip install transformer-engine[pytorch], 2.20" in printed  # brackets are not markup
 
 
-def test_the_provider_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken() -> list[str]:
         return [finding.provider for finding in list_implementations() if AUTO_PROVIDER_NOTE in finding.note]
 

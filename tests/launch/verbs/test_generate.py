@@ -1,4 +1,4 @@
-"""`shoestring generate` from a checkpoint that it cannot use."""
+"""`shoestring generate` from an unusable checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shoestring memory`: what it predicts, what it measures, and what it refuses."""
+"""`shoestring memory`: predictions, measurements and refusals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
 def test_deepeps_buffer_is_counted_by_its_own_formula(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4.88 GB for DeepSeek-V3, where NCCL's all-to-alls are assumed to take 1; and none on a CPU."""
+    """4.88 GB for DeepSeek-V3, where NCCL's all-to-alls are assumed to take 1 GB; none on a CPU."""
     monkeypatch.setenv("COLUMNS", "300")
     buffer = deepep_buffer_bytes(DeepEPBufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
     rank = tree(capsys, *DEEPSEEK, "exchange=deepep")["predicted"][7]
@@ -69,7 +69,7 @@ def test_deepeps_buffer_is_counted_by_its_own_formula(
 
 
 def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
-    """Where two hops pack, receive and widen, its kernels read what they are given and write results."""
+    """Two hops pack, receive and widen rows; DeepEP's kernels read their input and write results."""
     ranks = {}
     for exchange in ("two_hop_fp8", "deepep"):
         run = MemoryPredictor(compose_run_config([*DEEPSEEK, f"exchange={exchange}"]), torch.device("cuda"))
@@ -78,24 +78,24 @@ def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
 
 
 def test_the_average_of_the_weights_takes_none_of_a_gpus_memory() -> None:
-    """The host has it; on a CPU that is the same memory."""
+    """The host holds it; on a CPU that is the same memory."""
     plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (MemoryPredictor(config, device).predict_rank(0) for config in (plain, averaging))
-        expected = 0 if device.type == "cuda" else without.state.gradients  # as wide as these, and one rank has all
-        assert beside.total - without.total == pytest.approx(expected)
+        plain_run, averaged = (MemoryPredictor(config, device).predict_rank(0) for config in (plain, averaging))
+        expected = 0 if device.type == "cuda" else plain_run.state.gradients  # as wide as these, and one rank has all
+        assert averaged.total - plain_run.total == pytest.approx(expected)
 
 
-def test_what_the_host_holds_beside_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """The average and 64 MiB on the way to it; a copy for saves of all that is not made from something else."""
+def test_what_the_host_of_a_gpu_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The host holds the average, 64 MiB of staging, and a copy for saves of everything that is stored."""
     plain, averaging = compose_run_config(SMALL), compose_run_config([*SMALL, "optimizer.ema_decay=0.9"])
     for device in map(torch.device, ("cuda", "cpu")):
-        without, beside = (MemoryPredictor(config, device) for config in (plain, averaging))
-        masters = without.predict_rank(0).state.gradients  # one rank has all, as wide as these
-        copied = masters + without.predict_rank(0).state.moments
-        assert (without.predict_host(0).copy_for_saves, without.predict_host(0).average) == (copied, 0)
-        assert beside.predict_host(0).copy_for_saves == copied + masters
-        assert beside.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
+        plain_run, averaged = (MemoryPredictor(config, device) for config in (plain, averaging))
+        masters = plain_run.predict_rank(0).state.gradients  # one rank has all, as wide as these
+        copied = masters + plain_run.predict_rank(0).state.moments
+        assert (plain_run.predict_host(0).copy_for_saves, plain_run.predict_host(0).average) == (copied, 0)
+        assert averaged.predict_host(0).copy_for_saves == copied + masters
+        assert averaged.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
     arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
     host = tree(capsys, *arguments)["on_host"][0]
     text = memory(capsys, *arguments).split("\n")

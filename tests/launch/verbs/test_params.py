@@ -28,7 +28,7 @@ EXPERT = 3 * HIDDEN * EXPERT_FFN
 ROUTER = EXPERTS * HIDDEN
 MOE_LAYERS = LAYERS - DENSE_LAYERS
 EMBEDDING = VOCABULARY * HIDDEN  # and the head as many
-# The weights that one token is multiplied with, without embedding and head.
+# The weights that one token is multiplied by, without embedding and head.
 MAIN_MET = (
     LAYERS * ATTENTION + DENSE_LAYERS * 3 * HIDDEN * DENSE_FFN + MOE_LAYERS * ((SHARED + TOP_K) * EXPERT + ROUTER)
 )
@@ -87,8 +87,8 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_the_reports_policy_halves_what_a_routed_layer_keeps(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("model=deepseek_v3", "recompute=deepseek_v3", "--format", "json")
     kept = json.loads(params(capsys, *arguments))["activation_bytes"]["routed"]
-    # An independent tool (ModelZoo's) has 2,236 MB, and 1,020 MB after such savings; one of these is built
-    # in here: experts multiply by gates before their down projection.
+    # An independent tool (ModelZoo's) has 2,236 MB, and 1,020 MB after such savings; one of these is always on
+    # here: experts multiply by gates before their down projection.
     assert kept["recompute"] == pytest.approx(1020 * 2**20, rel=0.03)
     assert kept["everything"] - kept["recompute"] == 2**20 * 1024
     text = params(capsys, *arguments[:2])

@@ -1,4 +1,4 @@
-"""`shoestring partition`: DeepSeek-V3 on sixteen stages, and what is refused."""
+"""`shoestring partition`: DeepSeek-V3 on sixteen stages, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shoestring plan` as a command: its layouts and their order, and what it refuses."""
+"""`shoestring plan` as a command: its layouts and their order, and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
     assert not any("…" in line for line in lines)
     rows = [line.split() for line in lines if line.split()[:1] in (["1"], ["conf"])]
     assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
-    assert [len(row) for row in rows[:2]] == [11, 11]  # every figure stands in the one line of its layout
+    assert [len(row) for row in rows[:2]] == [11, 11]  # every figure is in the one line of its layout
     words = " ".join(" ".join(lines).split())
     assert "of the step" in words
     assert "does NOT fit into 84.94 GB" in " ".join(rows[3])

@@ -1,4 +1,4 @@
-"""`shoestring budget --against`: a real run's ledger beside what the planner says of it."""
+"""`shoestring budget --against`: a real run's ledger compared with the planner's forecast."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
         STEPS * simulated["layout"]["step_seconds"] * 2 / 3600, rel=1e-6
     )
     assert totals["gpu_hours"].measured == summary.gpu_hours
-    assert totals["memory_bytes"].measured is None  # of a CPU: resident memory, which is another thing
+    assert totals["memory_bytes"].measured is None  # of a CPU: resident memory, which is another quantity
     assert comparison.notes == []
     assert comparison.deviations == [
         "cluster: h800 planned, local run",
@@ -111,7 +111,7 @@ def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, 
 
 
 def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree, write: Write) -> None:
-    """A run of twice as many tokens, half way."""
+    """A run of twice as many tokens, half done."""
     summary = summarize_ledger(run_dir)
     config = run_dir / CONFIG_FILE
     told = config.read_text()
@@ -173,7 +173,7 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     other = of_run | {"edp": 2, "ep": 1}
     tree["layouts"] = [other]
     assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "the configured layout"
-    # The fastest row is of another layout; of those of the run, one is priced in its precision.
+    # The fastest row has another layout; of the run's rows, one is priced in its precision.
     alike = of_run | {"precision": "fp32", "recompute": [], "step_seconds": 7.0}
     tree["layouts"] = [other, of_run, of_run, alike]
     found = compare_with_plan(run_dir, summary, write(tree))

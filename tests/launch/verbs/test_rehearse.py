@@ -1,4 +1,4 @@
-"""`shoestring rehearse` as a command: what it refuses, and its one answer."""
+"""`shoestring rehearse` as a command: refusals and its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.tests.launch.rehearsal.small_grid import SMALL
 
 @pytest.fixture(scope="module", autouse=True)
 def _shim() -> None:
-    """Where it cannot be built, nothing can be rehearsed."""
+    """Skip where the shim cannot be built."""
     try:
         build_autograd_shim()
     except ConfigError as refused:

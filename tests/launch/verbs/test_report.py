@@ -1,4 +1,4 @@
-"""`shoestring report` as a command: where it writes, and what it refuses."""
+"""`shoestring report` as a command: where it writes, and refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import STEPS, record_run
 
 
-def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_to_the_given_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record_run(tmp_path / "run")
     assert exit_code("report", tmp_path / "run") == 0
     assert exit_code("report", tmp_path / "run", "--out", tmp_path / "page.html") == 0

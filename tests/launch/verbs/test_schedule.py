@@ -1,4 +1,4 @@
-"""`shoestring schedule` draws what it has checked, and refuses the rest in its own words."""
+"""`shoestring schedule` draws programs that it has checked, and refuses others with a message."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> Non
     assert "interleaved: 2 ranks, 3 chunks a rank, 2 micro-batches" in capsys.readouterr().out
 
 
-def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_wrong_is_refused_together(capsys: pytest.CaptureFixture[str]) -> None:
     times = "F=0,Q=1,I"
     assert schedule("dualpipe", "--pp", "3", "--micro-batches", "5", "--chunks", "3", "--times", times) == 2
     first, *others = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""`shoestring simulate` as a command, and what it refuses."""
+"""`shoestring simulate` as a command, and refusals."""
 
 from __future__ import annotations
 

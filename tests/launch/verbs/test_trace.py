@@ -1,4 +1,4 @@
-"""`shoestring trace` on a written timeline, and what it refuses."""
+"""`shoestring trace` on a written timeline, and refusals."""
 
 from __future__ import annotations
 

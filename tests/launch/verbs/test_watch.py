@@ -1,4 +1,4 @@
-"""`shoestring watch`: a run as it stands, from before its first step to after its end."""
+"""`shoestring watch`: a run from before its first step to after its end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_it_ends_with_the_run(tmp_path: Path) -> None:
-    """The run goes on by a step each time that somebody waits for it."""
+    """The run makes one step each time that the command waits for it."""
     create_run_dir(tmp_path)
     clock = Clock()
     left = iter(list(events(tmp_path)))

@@ -1,4 +1,4 @@
-"""`verify_program` lets no broken program through and says where it is broken."""
+"""`verify_program` refuses every broken program and says where it is broken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = [each.name for each in SCHEDULES]
 
 
 def changed(program: PipelineProgram, rank: int, change: Callable[[Row], Row]) -> PipelineProgram:
-    """`program` with one rank's list changed."""
+    """Return `program` with one rank's list changed."""
     rows = [list(row) for row in program.instructions]
     rows[rank] = change(rows[rank])
     return replace(program, instructions=tuple(map(tuple, rows)))
@@ -37,7 +37,7 @@ def position(row: Row, op: Op, micro_batch: int) -> int:
 
 
 def moved(op: Op, micro_batch: int, before: tuple[Op, int]) -> Callable[[Row], Row]:
-    """Puts one instruction in front of another."""
+    """Return a change that moves one instruction in front of another."""
 
     def change(row: Row) -> Row:
         entry = row.pop(position(row, op, micro_batch))
@@ -111,8 +111,8 @@ def test_weight_gradients_come_after_their_own_and_in_order() -> None:
         verify_program(changed(program, 1, moved(Op.W, 3, before=(Op.W, 2))))
 
 
-def test_a_deadlock_is_told_with_everyone_who_waits() -> None:
-    # Rank 1 wants a second activation before it gives the first gradient, for which rank 0 waits.
+def test_a_deadlock_is_reported_with_every_waiting_rank() -> None:
+    # Rank 1 receives a second activation before it sends the first gradient, for which rank 0 waits.
     program = build_program("1f1b", 2, 4)
     eager = changed(program, 1, moved(Op.F, 1, before=(Op.B, 0)))
     verify_program(eager)  # rank 0 has sent two by then

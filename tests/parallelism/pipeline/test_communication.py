@@ -1,4 +1,4 @@
-"""What travels: each message once at both ends, in one order, never later than it is needed."""
+"""P2P messages: each once at both ends, in one order, never later than needed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def named(program: PipelineProgram) -> str:
     return f"{program.schedule}-{program.ranks}"
 
 
-def short(edge: P2POp) -> str:
-    return f"{edge.tensor_kind.value[0]}{edge.micro_batch} {edge.source.rank}>{edge.target.rank} {edge.direction}"
+def short(op: P2POp) -> str:
+    return f"{op.tensor_kind.value[0]}{op.micro_batch} {op.source.rank}>{op.target.rank} {op.direction}"
 
 
 def test_one_f_one_b_in_full() -> None:
     program = build_program("1f1b", 2, 2)
     posted = [
-        [([short(edge) for edge in commit.sends], [short(edge) for edge in commit.receives]) for commit in rank]
+        [([short(op) for op in commit.sends], [short(op) for op in commit.receives]) for commit in rank]
         for rank in derive_p2p_batches(program)
     ]
     gradients = ["g0 1>0 prev", "g1 1>0 prev"]
     activations = ["a0 0>1 next", "a1 0>1 next"]
-    assert posted[0] == [  # F0 F1 B0 B1: the first gradient is received from the start, each next one after the last
+    assert posted[0] == [  # F0 F1 B0 B1: the receive of the first gradient is posted first
         ([], [gradients[0]]),
         ([activations[0]], []),
         ([activations[1]], []),
@@ -56,14 +56,14 @@ def test_every_message_is_posted_once_at_both_ends_in_one_order(program: Pipelin
     sent, received = defaultdict(list), defaultdict(list)
     for rank, commits in enumerate(derive_p2p_batches(program)):
         for commit in commits:
-            for edge in commit.sends:
-                assert edge.source.rank == rank
-                sent[edge.source.rank, edge.target.rank, edge.direction].append(edge)
-            for edge in commit.receives:
-                assert edge.target.rank == rank
-                received[edge.source.rank, edge.target.rank, edge.direction].append(edge)
+            for op in commit.sends:
+                assert op.source.rank == rank
+                sent[op.source.rank, op.target.rank, op.direction].append(op)
+            for op in commit.receives:
+                assert op.target.rank == rank
+                received[op.source.rank, op.target.rank, op.direction].append(op)
     assert sent == received
-    messages = [edge for channel in sent.values() for edge in channel]
+    messages = [op for channel in sent.values() for op in channel]
     assert len(messages) == len(set(messages))
     hops = sum(
         following is not None and following.rank != place.rank
@@ -85,17 +85,13 @@ def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program
             assert here.issuperset(commit.required_receives)
             here.difference_update(commit.required_receives)
             if index < len(row):
-                for edge in commit.required_receives:
-                    needing = (
-                        row[index].forward if edge.tensor_kind is P2PTensorKind.ACTIVATION else row[index].backward
-                    )
-                    assert edge.consumer == needing
+                for op in commit.required_receives:
+                    needing = row[index].forward if op.tensor_kind is P2PTensorKind.ACTIVATION else row[index].backward
+                    assert op.consumer == needing
                     assert row[index].op is not Op.W
-            for edge in commit.sends:
-                made = (
-                    row[index - 1].forward if edge.tensor_kind is P2PTensorKind.ACTIVATION else row[index - 1].backward
-                )
-                assert edge.producer == made
+            for op in commit.sends:
+                made = row[index - 1].forward if op.tensor_kind is P2PTensorKind.ACTIVATION else row[index - 1].backward
+                assert op.producer == made
         assert not here
 
 
@@ -103,27 +99,27 @@ def test_what_is_needed_has_been_received_and_what_is_sent_has_been_made(program
 def test_a_direction_has_one_neighbor_to_send_to_and_one_to_receive_from(program: PipelineProgram) -> None:
     for rank, commits in enumerate(derive_p2p_batches(program)):
         for direction, step in ((Direction.NEXT, 1), (Direction.PREV, -1)):
-            mine = [edge for commit in commits for edge in (*commit.sends, *commit.receives)]
-            for edge in (edge for edge in mine if edge.direction is direction):
-                other = edge.target.rank if edge.source.rank == rank else edge.source.rank
-                way = step if edge.source.rank == rank else -step
+            mine = [op for commit in commits for op in (*commit.sends, *commit.receives)]
+            for op in (op for op in mine if op.direction is direction):
+                other = op.target.rank if op.source.rank == rank else op.source.rank
+                way = step if op.source.rank == rank else -step
                 assert other == (rank + way) % program.ranks
 
 
 def test_a_message_made_early_is_received_in_its_turn() -> None:
     # Rank 0 makes activation 4 two instructions before gradient 0; rank 1 needs the gradient first.
     commits = derive_p2p_batches(build_program("dualpipe", 6, 12))[1]
-    at = {short(edge): index for index, commit in enumerate(commits) for edge in commit.receives}
-    needed = {short(edge): index for index, commit in enumerate(commits) for edge in commit.required_receives}
+    at = {short(op): index for index, commit in enumerate(commits) for op in commit.receives}
+    needed = {short(op): index for index, commit in enumerate(commits) for op in commit.required_receives}
     assert needed["a4 0>1 next"] > needed["g0 0>1 next"]
     assert at["a4 0>1 next"] <= at["g0 0>1 next"] <= needed["g0 0>1 next"]
 
 
-def test_what_stays_on_a_rank_is_no_edge() -> None:
+def test_what_stays_on_a_rank_is_no_p2p_op() -> None:
     for name in ("gpipe", "interleaved", "dualpipev"):
         assert not any(commit.sends or commit.receives for commit in derive_p2p_batches(build_program(name, 1, 4))[0])
-    turn = [edge for commit in derive_p2p_batches(build_program("dualpipev", 2, 4))[1] for edge in commit.sends]
-    assert {(edge.producer.chunk, edge.tensor_kind) for edge in turn} == {
+    turn = [op for commit in derive_p2p_batches(build_program("dualpipev", 2, 4))[1] for op in commit.sends]
+    assert {(op.producer.chunk, op.tensor_kind) for op in turn} == {
         (1, P2PTensorKind.ACTIVATION),
         (0, P2PTensorKind.GRADIENT),
     }
@@ -131,8 +127,8 @@ def test_what_stays_on_a_rank_is_no_edge() -> None:
 
 def test_chunks_are_numbered_by_the_rank_at_each_end() -> None:
     posted = derive_p2p_batches(build_program("interleaved", 2, 2))[1]
-    wrapped = [edge for commit in posted for edge in commit.sends if edge.source.chunk < edge.target.chunk]
-    assert [(edge.producer, edge.consumer) for edge in wrapped] == [
+    wrapped = [op for commit in posted for op in commit.sends if op.source.chunk < op.target.chunk]
+    assert [(op.producer, op.consumer) for op in wrapped] == [
         (ChunkMicroBatch(0, 0), ChunkMicroBatch(1, 0)),
         (ChunkMicroBatch(0, 1), ChunkMicroBatch(1, 1)),
     ]

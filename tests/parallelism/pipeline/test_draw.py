@@ -1,4 +1,4 @@
-"""JSON is the program and nothing else; drawings are to scale and complete."""
+"""The JSON is the program and nothing else; drawings are to scale and complete."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ascii_is_to_scale() -> None:
     ]
 
 
-def test_ascii_tells_chunks_apart() -> None:
+def test_ascii_distinguishes_chunks() -> None:
     two = draw_ascii_timeline(simulate_program(build_program("dualpipe", 2, 4), OpDurations()))
     assert "|F0 f0 F1 b0--- f1B0---- " in two
     three = draw_ascii_timeline(simulate_program(build_program("interleaved", 1, 1, 3), OpDurations()))

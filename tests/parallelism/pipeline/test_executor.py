@@ -1,4 +1,4 @@
-"""The executor on stages of one product each: serial gradients, I and W apart, faults that name the message."""
+"""The executor on stages of one product each: serial gradients, I and W separate, errors that name the message."""
 
 from __future__ import annotations
 
@@ -96,20 +96,20 @@ def open_executor(
 ) -> tuple[PipelineExecutor, list[P2PChannel]]:
     topology = Topology(pp=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=limit))
-    lanes = build_p2p_channels(groups, torch.device("cpu"))
-    return PipelineExecutor.from_program(program, world.rank, lanes, groups.pp_next.ranks), list(lanes.values())
+    channels = build_p2p_channels(groups, torch.device("cpu"))
+    return PipelineExecutor.from_program(program, world.rank, channels, groups.pp_next.ranks), list(channels.values())
 
 
 def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int, Tensor, list[str]]]:
-    """Of each chunk its stage, the gradient of its weight after two runs, and the diary of both."""
+    """Return, per chunk, its stage, the gradient of its weight after two runs, and the diary of both."""
     program = build_program(schedule, world.size, micro_batches)
-    executor, lanes = open_executor(world, program)
+    executor, channels = open_executor(world, program)
     stages = stages_of(program, world.rank)
     for _ in range(2):
         executor.run(stages)
         assert not any(stage.alive for stage in stages)
-    for lane in lanes:
-        lane.close()
+    for channel in channels:
+        channel.close()
     result = []
     for chunk, stage in enumerate(stages):
         assert stage.weight.grad is not None
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_a_serial_run(schedule: str, ranks: int) -> None:
         torch.testing.assert_close(grad, 2 * serial, rtol=1e-12, atol=1e-12)
 
 
-def test_one_rank_runs_a_v_by_itself() -> None:
+def test_one_rank_runs_a_v_alone() -> None:
     ((first, second),) = run_processes(1, run_twice, "dualpipev", 3)
     expected = serial_gradients(2, range(3))
     torch.testing.assert_close(first[1], 2 * expected[0], rtol=1e-12, atol=1e-12)
@@ -189,8 +189,8 @@ def test_forwards_of_any_number_come_to_their_end(schedule: str, ranks: int) -> 
 
 
 def messages_alive(world: World, micro_batches: int) -> int:
-    """The most received messages of the second rank that were in memory at once."""
-    executor, lanes = open_executor(world, build_program("1f1b", world.size, micro_batches))
+    """Return the largest number of received messages that the second rank had in memory."""
+    executor, channels = open_executor(world, build_program("1f1b", world.size, micro_batches))
     stages = stages_of(build_program("1f1b", world.size, micro_batches), world.rank)
     seen: list[weakref.ref[Tensor]] = []
     most = 0
@@ -204,8 +204,8 @@ def messages_alive(world: World, micro_batches: int) -> int:
             return (yield from super().forward(micro_batch, received))
 
     executor.run([Counting(stage.weight, stage.is_first, stage.is_last) for stage in stages])
-    for lane in lanes:
-        lane.close()
+    for channel in channels:
+        channel.close()
     return most
 
 
@@ -241,38 +241,38 @@ def test_a_stage_that_raises_is_shown_first() -> None:
 
 def silent_neighbor(world: World) -> str:
     program = build_program("1f1b", world.size, 4)
-    executor, lanes = open_executor(world, program, limit=1)
+    executor, channels = open_executor(world, program, limit=1)
     if world.rank == 0:
         return ""  # never sends
     with pytest.raises(CollectiveError) as failure:
         executor.run(stages_of(program, world.rank))
-    for lane in lanes:
-        lane.close()
+    for channel in channels:
+        channel.close()
     return str(failure.value)
 
 
 def neighbor_that_leaves(world: World) -> list[str]:
-    """What rank 0 hears when it waits for rank 1, and when it then posts to it."""
-    _, lanes = open_executor(world, build_program("1f1b", world.size, 4))
+    """Return rank 0's errors when it waits for rank 1, and when it then posts to it."""
+    _, channels = open_executor(world, build_program("1f1b", world.size, 4))
     if world.rank == 1:
         torch.distributed.destroy_process_group()
         return []
 
-    def ask(lane: P2PChannel) -> None:
-        lane.post([], [P2PReceive("an answer", lambda: torch.zeros(1), 1)])[0].wait()
+    def ask(channel: P2PChannel) -> None:
+        channel.post([], [P2PReceive("an answer", lambda: torch.zeros(1), 1)])[0].wait()
 
-    def tell(lane: P2PChannel) -> None:
-        lane.post([P2PSend("a message", torch.zeros(1), 1)], [])
+    def tell(channel: P2PChannel) -> None:
+        channel.post([P2PSend("a message", torch.zeros(1), 1)], [])
 
     heard = []
     for post in (ask, tell, ask):
         with pytest.raises(CollectiveError) as failure:
-            post(lanes[0])
+            post(channels[0])
         heard.append(str(failure.value))
     return heard
 
 
-def test_a_neighbor_that_is_gone_is_named_by_whoever_posts_to_it() -> None:
+def test_a_neighbor_that_is_gone_is_named_by_the_rank_that_posts_to_it() -> None:
     first, *later = run_processes(2, neighbor_that_leaves)[0]
     assert first.startswith("rank 0: an answer with ranks 1 failed")
     assert later[0].startswith("rank 0: a message with ranks 1 failed")

@@ -1,4 +1,4 @@
-"""torch's own pipelining as an independent oracle: the same stages, the same gradients."""
+"""torch's own pipelining as an independent reference: the same stages, the same gradients."""
 
 from __future__ import annotations
 

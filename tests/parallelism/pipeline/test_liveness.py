@@ -1,4 +1,4 @@
-"""What a rank holds at each instruction, by hand and against what the program says."""
+"""Tensors that a rank holds at each instruction, by hand and from the program."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def test_zero_bubble_by_hand() -> None:
     ops = [instruction.op for instruction in program.instructions[0]]
     assert ops == [Op.F, Op.F, Op.I, Op.W, Op.I, Op.W]
     found = peak_instructions(program, 0, first)
-    # While the second F runs, what the first has made is on its way, and there is room for the first gradient.
+    # While the second F runs, the first output is being sent, and the first gradient's buffer is allocated.
     assert LiveInstruction(Op.F, 0, None, LiveCounts((1,), (0,), 2)) in found
     assert {moment.live_counts.awaiting_backward for moment in found if moment.op is Op.I} == {(1,)}
     assert {moment.live_counts.awaiting_weight_grad for moment in found if moment.op is Op.W} == {
         (0,)
-    }  # its own is not among others'
+    }  # the running W has taken its own
     assert max(held.awaiting_backward[0] for held in peak_counts_between_instructions(program, 0, first)) == 2
 
 
-def test_what_turns_on_a_rank_is_a_message_too() -> None:
-    """DualPipeV's last rank hands its first chunk's output to its second."""
+def test_a_tensor_between_chunks_of_one_rank_is_a_message_too() -> None:
+    """DualPipeV's last rank passes its first chunk's output to its second."""
     program = build_program("dualpipev", 2, 4)
     last = derive_p2p_batches(program)[1]
-    handed_on = [held.p2p_messages for held in peak_counts_between_instructions(program, 1, last)]
-    assert max(handed_on) >= 1
+    messages = [held.p2p_messages for held in peak_counts_between_instructions(program, 1, last)]
+    assert max(messages) >= 1
     assert build_placement("dualpipev", 2).num_stages == 4

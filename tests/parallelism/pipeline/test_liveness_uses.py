@@ -1,4 +1,4 @@
-"""From when to when the weights of a stage are used: an order that all ranks agree on, and what there is to overlap."""
+"""First and last use of a stage's weights: an order that all ranks agree on, and the compute left to overlap."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_stage_is_used_from_its_first_forward_to_its_last_backward(name: str) 
 
 @pytest.mark.parametrize("name", ["interleaved", "dualpipe", "dualpipev"])
 def test_of_two_chunks_one_is_done_while_the_other_still_runs(name: str) -> None:
-    """What there is to overlap a reduction with, and likewise the arrival of weights."""
+    """That chunk's compute can hide a reduction, and likewise the all-gather of weights."""
     program = build_program(name, 4, 8)
     for rank, instructions in enumerate(program.instructions):
         stages = [[program.placement.stage_at(StageLocation(rank, chunk))] for chunk in range(2)]

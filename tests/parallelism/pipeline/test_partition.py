@@ -1,4 +1,4 @@
-"""The search is exact, its ties are decided, and a layout that cannot be is refused."""
+"""The search is exact and its ties are decided; an impossible layout is refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_layout_overrides_the_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages", "layout", "remedies"),
+    ("layers", "stages", "layout", "hints"),
     [
         (3, 4, None, ["every stage holds at least one of 3 layers"]),
         (3, 0, None, ["must be from 1 to 3"]),
@@ -76,10 +76,10 @@ def test_a_layout_overrides_the_search() -> None:
     ],
 )
 def test_impossible_splits_are_refused_with_everything_wrong(
-    layers: int, stages: int, layout: list[int] | None, remedies: list[str]
+    layers: int, stages: int, layout: list[int] | None, hints: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         partition_layers([1.0] * layers, stages, layers_per_stage=layout)
-    assert len(caught.value.problems) == len(remedies)
-    for problem, words in zip(caught.value.problems, remedies, strict=True):
+    assert len(caught.value.problems) == len(hints)
+    for problem, words in zip(caught.value.problems, hints, strict=True):
         assert words in problem.hint

@@ -1,4 +1,4 @@
-"""Where stages sit: both ways along every route, and who holds what twice."""
+"""The ranks of stages: both directions along every route, and the stages held twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = [
 
 
 def path(placement: StagePlacement, place: StageLocation) -> list[tuple[int, int]]:
-    """Every (rank, chunk) from `place` to the last stage."""
+    """Return every (rank, chunk) from `place` to the last stage."""
     visited, here = [], place
     while True:
         visited.append((here.rank, here.chunk))

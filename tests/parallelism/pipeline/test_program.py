@@ -1,4 +1,4 @@
-"""Instructions of a program, and what each of them computes."""
+"""Instructions of a program, and the compute of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast twin of `simulate_program` gives its times, to the last bit."""
+"""The fast simulator gives the times of `simulate_program`, to the last bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shoestring.parallelism.pipeline.simulate import simulate_program
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 6])
 @pytest.mark.parametrize("schedule", [schedule.name for schedule in SCHEDULES])
-def test_times_equal_those_of_replay(schedule: str, ranks: int) -> None:
+def test_times_equal_those_of_simulate_program(schedule: str, ranks: int) -> None:
     if schedule == "dualpipe" and ranks % 2:
         pytest.skip("mirrored ranks are even")
     program = build_program(schedule, ranks, 3 * ranks if schedule != "dualpipe" else 2 * ranks + 2)

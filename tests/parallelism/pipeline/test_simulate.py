@@ -1,4 +1,4 @@
-"""Replayed with unit times, every schedule has the bubble that its formula says."""
+"""Simulated with unit times, every schedule has the bubble that its formula gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_f_one_b(ranks: int, times: OpDurations) -> float:
     return (ranks - 1) * (times.forward + times.backward_duration)
 
 
-def zb1p(ranks: int, times: OpDurations) -> float:
+def zb_h1(ranks: int, times: OpDurations) -> float:
     return (ranks - 1) * (times.forward + times.backward_duration - 2 * times.weight_gradient)
 
 
@@ -36,7 +36,7 @@ FORMULAS: dict[str, tuple[Formula, Callable[[int], tuple[int, ...]], Callable[[i
     "gpipe": (one_f_one_b, lambda ranks: (ranks, 2 * ranks + 1), lambda ranks, n: n),
     "1f1b": (one_f_one_b, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
     "interleaved": (one_f_one_b, lambda ranks: (ranks, 3 * ranks), lambda ranks, n: min(3 * ranks - 1, 2 * n)),
-    "zb_h1": (zb1p, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
+    "zb_h1": (zb_h1, lambda ranks: (ranks, 2 * ranks, 2 * ranks + 3), lambda ranks, n: ranks),
     "dualpipe": (dualpipe, lambda ranks: (2 * ranks, 2 * ranks + 2, 3 * ranks), lambda ranks, n: ranks + 1),
     "dualpipev": (dualpipev, lambda ranks: (2 * ranks, 2 * ranks + 3), lambda ranks, n: 2 * ranks + 1),
 }
@@ -106,7 +106,7 @@ def test_dualpipe_of_deepseek_v3_with_unequal_times() -> None:
 
 @pytest.mark.parametrize("schedule", FORMULAS)
 def test_rendezvous_costs_no_time(schedule: str) -> None:
-    """Sends that wait for their receives hold nothing up: it takes as long as with unlimited buffers."""
+    """Sends that wait for their receives delay nothing: it takes as long as with unlimited buffers."""
     for times in (OpDurations(), OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(2, 1, 1)):
         for program in programs(schedule, range(2, 9, 2)):
             assert simulate_program(program, times).makespan == makespan_with_unlimited_buffers(program, times)
@@ -121,10 +121,10 @@ def makespan_with_unlimited_buffers(program: PipelineProgram, times: OpDurations
         moved = False
         for rank, row in enumerate(program.instructions):
             while (index := len(ends[rank])) < len(row) and all(
-                edge in made for edge in commits[rank][index].required_receives
+                op in made for op in commits[rank][index].required_receives
             ):
                 start = max(
-                    [*ends[rank][-1:], *(made[edge] for edge in commits[rank][index].required_receives)], default=0.0
+                    [*ends[rank][-1:], *(made[op] for op in commits[rank][index].required_receives)], default=0.0
                 )
                 ends[rank].append(start + times(rank, row[index]))
                 made.update(dict.fromkeys(commits[rank][index + 1].sends, ends[rank][-1]))
@@ -155,7 +155,7 @@ def test_a_transfer_takes_its_time() -> None:
     assert simulate_program(program, OpDurations(), transfer_time=0.25).makespan == 6.5
 
 
-def test_a_deadlock_ends_the_replay() -> None:
+def test_a_deadlock_ends_the_simulation() -> None:
     program = build_program("1f1b", 2, 3)
     f0, b0, f1, b1, f2, b2 = program.instructions[1]
     broken = PipelineProgram(

@@ -1,4 +1,4 @@
-"""Sharded masters and moments: the numbers of the unsharded optimizer, the bytes of a reduce-scatter, one verdict."""
+"""Sharded masters and moments: the unsharded optimizer's numbers, the bytes of a reduce-scatter, one decision."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def build(
 def take_step(
     optimizer: ShardedOptimizer, parameters: dict[str, Tensor], step: int, world: Group
 ) -> tuple[float, dict[str, Tensor]]:
-    """Every rank adds its own gradients, of which the last one has none."""
+    """Add this rank's gradients and step; the last rank has none."""
     reducer, rank, ranks = optimizer.reducer, world.rank, world.size
     reducer.begin_step()
     if ranks == 1 or rank < ranks - 1:
@@ -90,7 +90,7 @@ def train(world: World, masters: torch.dtype, moments: torch.dtype, weights: tor
 
 
 def plain(ranks: int) -> tuple[list[float], dict[str, Tensor]]:
-    """One process, FP64, one tensor after another."""
+    """Return the result of one process in FP64, one tensor after another."""
     params, moments, norms = drawn(0), Moments(), []
     for step in range(STEPS):
         shares = [drawn(100 * step + rank + 1) for rank in range(ranks - 1)]
@@ -112,7 +112,7 @@ def test_twenty_steps_are_those_of_the_unsharded_optimizer(ranks: int, dtype: to
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bf16_weights_are_the_rounded_masters_on_every_rank(ranks: int) -> None:
-    """Rounding takes nothing from the masters: after twenty steps weights are those of FP32 weights, rounded."""
+    """Rounding changes no master: after twenty steps the weights are those of FP32 weights, rounded."""
     narrow = run_processes(ranks, train, torch.float32, torch.bfloat16, torch.bfloat16)
     wide = run_processes(ranks, train, torch.float32, torch.bfloat16, torch.float32)
     assert all(norms == wide[0][0] for norms, _ in (*narrow, *wide))
@@ -122,7 +122,7 @@ def test_bf16_weights_are_the_rounded_masters_on_every_rank(ranks: int) -> None:
 
 
 def count_bytes(world: World) -> tuple[int, dict[str, int], list[int]]:
-    """Bytes of one step: what really was sent, what was counted, and the lengths of the buckets."""
+    """Return the bytes of one step: sent, counted, and the lengths of the buckets."""
     groups = ProcessGroups.create(Topology(edp=world.size, gpus_per_node=1), world.rank, timedelta(seconds=30))
     optimizer, parameters = build(groups, torch.float32, torch.bfloat16, torch.bfloat16)
     sent, isend = [], dist.isend
@@ -135,7 +135,7 @@ def count_bytes(world: World) -> tuple[int, dict[str, int], list[int]]:
         take_step(optimizer, parameters, 0, groups.world)
         first = sum(sent)
         take_step(optimizer, parameters, 1, groups.world)
-    assert sum(sent) == 2 * first  # and the count begins anew each step
+    assert sum(sent) == 2 * first  # the count restarts each step
     traffic = optimizer.reducer.traffic
     links = {operation: traffic.bytes_by_link(operation=operation) for operation in (REDUCE_SCATTER, ALL_GATHER)}
     counts = {operation: by_link[LinkType.INFINIBAND] for operation, by_link in links.items()}
@@ -153,7 +153,7 @@ def test_a_rank_sends_no_more_than_a_reduce_scatter_must(ranks: int) -> None:
 
 
 def alone(size: int, rank: int) -> Group:
-    """One of so many ranks, without the others."""
+    """Return one rank of a group of `size`, without the others."""
     return Group(tuple(range(size)), None, rank, timedelta(seconds=1))
 
 
@@ -173,7 +173,7 @@ def test_bytes_a_parameter(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_what_ranks_own_meets_without_overlap(size: int) -> None:
-    """So that whole parameters can be written from it, whatever the layout."""
+    """Whole parameters can be written from the shards, whatever the layout."""
     start = drawn(0)
     found = {name: torch.full((value.numel(),), torch.nan, dtype=torch.float64) for name, value in start.items()}
     for rank in range(size):

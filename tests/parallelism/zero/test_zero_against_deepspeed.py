@@ -1,4 +1,4 @@
-"""DeepSpeed's BF16_Optimizer as an independent oracle: the same weights to the last bit after twenty steps.
+"""DeepSpeed's BF16_Optimizer as an independent reference: equal weights to the last bit after twenty steps.
 
 It is driven as a library: its own flat buffers, partitions and `step()`, and an all-reduce of its FP32 gradients. Sums
 are the same in any order here: gradients are small multiples of a power of two.
@@ -35,7 +35,7 @@ CONFIG = OptimizerConfig(weight_decay=0.2)
 
 
 def start() -> dict[str, Tensor]:
-    """In BF16: DeepSpeed makes its masters from the rounded weights."""
+    """Return initial weights in BF16: DeepSpeed makes its masters from the rounded weights."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator).bfloat16().requires_grad_() for name, shape in SHAPES.items()}
 
@@ -51,7 +51,7 @@ def rate(step: int) -> float:
 
 
 def ours(world: World, weights: torch.dtype) -> dict[str, Tensor]:
-    """Weights after twenty steps; in FP32 they are the masters."""
+    """Return our weights after twenty steps; in FP32 they are the masters."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     parameters = {name: value.detach().float().requires_grad_() for name, value in start().items()}
     members = [BucketParameter(name, value, has_weight_decay=value.ndim >= 2) for name, value in parameters.items()]
@@ -73,14 +73,14 @@ def ours(world: World, weights: torch.dtype) -> dict[str, Tensor]:
 
 
 def theirs(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and masters after twenty steps."""
+    """Return DeepSpeed's weights and masters after twenty steps."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": "0"}
     import deepspeed
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.utils.timer import NoopTimer
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for half a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, which takes half a minute
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", dist_init_required=False, auto_mpi_discovery=False)
     parameters = start()

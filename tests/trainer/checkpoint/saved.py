@@ -1,4 +1,4 @@
-"""Checkpoints of models that were not trained, for tests of what is done with one."""
+"""Checkpoints of untrained models, for tests that read them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def names_of(config: ModelConfig) -> frozenset[str]:
 
 
 def save_params(config: ReferenceConfig, params: Mapping[str, Tensor], directory: Path) -> Checkpoint:
-    """A checkpoint of these parameters, which have their released names."""
+    """Write a checkpoint of these parameters, which have their released names."""
     model = Model(model_config(config))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32)

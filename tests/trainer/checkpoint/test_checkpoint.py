@@ -1,4 +1,4 @@
-"""A checkpoint that is opened: every damage is found before anything is used."""
+"""An opened checkpoint: all damage is found before anything is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of one layout is read on any other, to the bit."""
+"""A checkpoint of one layout is read on any other, to the last bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
-    """The state that this rank finds in the run's last checkpoint, and the weights that it then computes with."""
+    """Return the state that this rank finds in the run's last checkpoint, and its weights."""
     config = build_dataclass(RunConfig, tree)
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
     assert load_latest_checkpoint(rank, None) is not None
@@ -62,7 +62,7 @@ def loaded(root: Path, directory: Path, layout: str) -> State:
 
 @pytest.fixture(scope="module")
 def began(root: Path) -> tuple[Path, State, list[float]]:
-    """A run on (pp2 ep2) up to its first checkpoint, the state it then had, and the losses that follow undisturbed."""
+    """Return a run on (pp2 ep2) up to its first checkpoint, its state there, and the losses that follow undisturbed."""
     run_state = run(root, root / "began", "pp2 ep2", BEFORE)
     undisturbed = run(root, root / "undisturbed", "pp2 ep2", BEFORE + AFTER, checkpoint_every=BEFORE)
     again = root / "again"
@@ -92,7 +92,7 @@ def test_weights_moments_and_biases_come_back_to_the_bit(first: str, second: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SLOW)
-def test_a_run_goes_on_on_another_layout_and_back(
+def test_a_run_resumes_on_another_layout_and_back(
     layout: str, root: Path, began: tuple[Path, State, list[float]], tmp_path: Path
 ) -> None:
     directory, run_state, expected = began

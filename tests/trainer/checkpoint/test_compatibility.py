@@ -1,4 +1,4 @@
-"""Which configuration a run may go on with from a checkpoint."""
+"""The configurations with which a run may continue from a checkpoint."""
 
 from __future__ import annotations
 

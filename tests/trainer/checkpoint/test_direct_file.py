@@ -1,4 +1,4 @@
-"""Files that are written past the page cache hold what was written, on any file system, and say why they cannot."""
+"""Files written past the page cache hold what was written, on any file system, and failures have a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_files() -> int:
 
 @pytest.fixture
 def limit() -> Iterator[None]:
-    """The kernel refuses what is beyond a chunk and a part of one, which ends inside of a block."""
+    """Limit files to one chunk and a part of the next, which ends inside a block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITE_BUFFER_BYTES + 5001, hard))
     yield
@@ -53,7 +53,7 @@ def test_pieces_of_any_length_follow_each_other(tmp_path: Path) -> None:
 
 
 def takes_direct_writes(path: Path) -> bool:
-    """Whether this disk does, asked without our code."""
+    """Return whether this disk takes direct writes, by the system call alone."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
     except OSError:
@@ -102,7 +102,7 @@ def test_a_file_system_that_takes_larger_blocks_is_written_plainly(tmp_path: Pat
     assert (tmp_path / "file").read_bytes() == RAW
 
 
-def test_an_error_that_is_no_matter_of_blocks_is_told_at_once(tmp_path: Path) -> None:
+def test_an_error_that_is_no_matter_of_blocks_is_raised_immediately(tmp_path: Path) -> None:
     before = open_files()
     with (
         patch.object(os, "write", side_effect=OSError(errno.EIO, "Input/output error")) as write,
@@ -115,7 +115,7 @@ def test_an_error_that_is_no_matter_of_blocks_is_told_at_once(tmp_path: Path) ->
 
 
 def test_nothing_stays_open_when_the_disk_is_full_at_the_header(tmp_path: Path) -> None:
-    """Which is large where there are many tensors."""
+    """The header is large if there are many tensors."""
     before, many = open_files(), [TensorSpec(f"tensor {number}", torch.uint8, (0,)) for number in range(100_000)]
     full = OSError(errno.ENOSPC, "No space left on device")
     with patch.object(DirectIOFile, "write", side_effect=full), pytest.raises(OSError, match="No space"):

@@ -1,4 +1,4 @@
-"""Pieces of tensors: of any sharding into any other, and those that no rank has saved."""
+"""Pieces of tensors: from any sharding into any other, and pieces that no rank has saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStor
 
 
 def slices(parameter: Tensor, ranks: int, rank: int) -> list[TensorPiece]:
-    """A stack of experts as an optimizer that is sharded over `ranks` holds it: runs that end inside of an expert."""
+    """Return a rank's runs of an expert stack that is sharded over `ranks`; they may end inside an expert."""
     flat = parameter.view(-1)
     size = -(-flat.numel() // ranks)
     part = StateSlice(EXP_AVG, "experts", rank * size, flat[rank * size : (rank + 1) * size])
@@ -68,7 +68,7 @@ def test_slices_of_a_sharded_optimizer_fit_any_other_sharding(tmp_path: Path) ->
 
 
 def save_a_hole(world: World, directory: str) -> str | None:
-    """The second rank does not save its half."""
+    """Save without the second rank's half."""
     group = ProcessGroups.create(Topology(edp=2), world.rank, timedelta(seconds=30)).world
     saver = CheckpointSaver(CheckpointStore(Path(directory), keep_last=1), group)
     names = frozenset(f"exp_avg/experts/expert_{expert:04d}" for expert in range(4, 8))

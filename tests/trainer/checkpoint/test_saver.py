@@ -1,4 +1,4 @@
-"""A save beside the training: what the step waits for, the memory of its copies, and how it fails."""
+"""A background save: the step's wait, the memory of its copies, and its failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStor
 
 
 def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
-    """What the training changes after `begin` is not in the checkpoint."""
+    """Changes after `begin_save` are not in the checkpoint."""
     store, saver = (
         CheckpointStore(tmp_path, keep_last=2),
         CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD),
@@ -38,8 +38,8 @@ def test_the_step_waits_for_the_copy_alone(tmp_path: Path) -> None:
     assert torch.equal(store.open(1).read_tensor("a"), tensors()["a"])
 
 
-def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> None:
-    """Once, by the saver's thread; a save that comes too early waits for it."""
+def test_the_memory_for_copies_is_allocated_in_the_background(tmp_path: Path) -> None:
+    """The saver's thread allocates it once; an early save waits for it."""
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD)
     large, real = {"large": torch.arange(100_000.0)}, torch.empty
     may_go_on, made = threading.Event(), list[str]()
@@ -60,7 +60,7 @@ def test_the_memory_for_copies_is_had_beside_the_training(tmp_path: Path) -> Non
 
 
 def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) -> None:
-    """The kernel gives pages when they are written."""
+    """The kernel maps pages when they are written."""
     saver, given, real = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD), list[Tensor](), torch.empty
 
     def empty(*arguments: Any, **options: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
 
 
 def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -> None:
-    """Before `reserve` returns, since it stops a GPU; and until the saver ends."""
+    """The pages are pinned before `reserve_memory` returns, because that stops a GPU, and until the saver ends."""
     pages = StandInPages()
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD, GrowableHostBuffer(pages))
     large = {"large": torch.arange(100_000.0)}
@@ -92,7 +92,7 @@ def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -
     assert torch.equal(CheckpointStore(tmp_path, keep_last=1).open(1).read_tensor("large"), large["large"])
 
 
-def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
+def test_poll_reports_once_when_a_save_has_ended(tmp_path: Path) -> None:
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD)
     assert saver.poll_save(*saver.save_votes()) is None
     saver.begin_save(1, pieces(tensors()), CheckpointExtras())
@@ -104,7 +104,7 @@ def test_poll_tells_once_when_a_save_has_ended(tmp_path: Path) -> None:
 
 
 def test_a_save_waits_until_the_oldest_checkpoint_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both look through what removals have left; a removal of many files takes a while."""
+    """Both look at what removals have left; a removal of many files takes a while."""
     store, may_go_on, real = CheckpointStore(tmp_path, keep_last=1), threading.Event(), shutil.rmtree
     saver = CheckpointSaver(store, WORLD)
 
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_ends_the_save_and_frees_its_place(tmp_path: Path) -
     )
     save(store, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is beyond
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses bytes beyond
     try:
         saver.begin_save(2, pieces({"large": torch.zeros(10_000)}), CheckpointExtras())
         saved = saver.finish_save()

@@ -1,4 +1,4 @@
-"""Checkpoints: what is promised, and what a crash may leave behind."""
+"""Checkpoints: their guarantees, and what a crash may leave behind."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
 def test_only_whole_checkpoints_count_and_the_oldest_go(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     assert store.steps() == []
-    (tmp_path / "step_00000009.partial").mkdir(parents=True)  # a crash in the middle of step 9's
-    (tmp_path / "step_00000008.old").mkdir()  # and in the middle of a removal
-    (tmp_path / "thesis.partial").mkdir()  # somebody else's
+    (tmp_path / "step_00000009.partial").mkdir(parents=True)  # a crash during step 9's
+    (tmp_path / "step_00000008.old").mkdir()  # and during a removal
+    (tmp_path / "thesis.partial").mkdir()  # not ours
     for step in (1, 2, 3):
         save(store, step)
     assert names(tmp_path) == ["step_00000002", "step_00000003", "thesis.partial"]
-    save(store, 3, tensors(2.0))  # of a life that went on from step 2
+    save(store, 3, tensors(2.0))  # of an attempt that resumed from step 2
     assert torch.equal(store.open(3).read_tensor("a"), tensors(2.0)["a"])
     assert store.steps() == [2, 3]
 
@@ -82,7 +82,7 @@ def test_a_crash_while_old_checkpoints_go_leaves_no_half_of_one(
     save(store, 1)
 
     def crash(path: Path) -> None:
-        (path / "manifest.json").unlink()  # as far as the removal came
+        (path / "manifest.json").unlink()  # a partial removal
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

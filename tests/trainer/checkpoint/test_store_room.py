@@ -1,4 +1,4 @@
-"""Room for checkpoints: looked for before a save, made of what crashes have left, or said to be missing."""
+"""Disk space for checkpoints: checked before a save, freed from crash leftovers, or reported missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MB = 2**20
 
 
 def with_free(free: int) -> AbstractContextManager[object]:
-    """What the disk says that it has."""
+    """Make the disk report `free` bytes."""
     usage = SimpleNamespace(free=free)
     return patch("shoestring.trainer.checkpoint.store.shutil.disk_usage", lambda path: usage)
 
@@ -82,7 +82,7 @@ def test_what_crashes_have_left_is_cleared(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "none", keep_last=1).remove_partial_saves()
 
 
-def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+def test_a_run_directory_that_is_gone_is_not_created(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2)
     saver = CheckpointSaver(store, WORLD)
     saver.begin_save(1, pieces(tensors()), CheckpointExtras())
@@ -94,7 +94,7 @@ def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "is_hopeless"), [(errno.EFBIG, True), (errno.EIO, True), (errno.ENOSPC, False)])
 def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_hopeless: bool) -> None:
-    """A disk that is full gets some seconds."""
+    """A full disk gets some seconds."""
     saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=2), WORLD)
     with patch.object(saving, "write_rank_file", side_effect=OSError(number, "no")):
         for step in (1, 2, 3):
@@ -112,7 +112,7 @@ def test_saves_that_fail_in_a_row_are_counted(tmp_path: Path, number: int, is_ho
     saver.close()
 
 
-def test_what_a_checkpoint_takes_is_told_apart_from_what_is_kept_free(tmp_path: Path) -> None:
+def test_what_a_checkpoint_takes_is_separate_from_what_is_kept_free(tmp_path: Path) -> None:
     words = "takes 6,400 bytes, 1,048,676 more are kept free, and 1,000 are free"
     with with_free(1000), pytest.raises(OSError, match=words):
         CheckpointStore(tmp_path, keep_last=2).prepare_save(1, 6400)

@@ -1,4 +1,4 @@
-"""Preparations of a small corpus that are refused, and leave nothing behind."""
+"""Refused preparations of a small corpus that leave nothing behind."""
 
 from __future__ import annotations
 

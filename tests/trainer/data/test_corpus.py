@@ -1,4 +1,4 @@
-"""The works of a corpus: what is read, what is left out, and what is refused."""
+"""The files of a corpus: which are read, left out, or refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_line_of_a_corpus_that_cannot_be_used_is_named(
 
 @pytest.mark.parametrize("sign", ["a", "7", "=", " ", "\n", "語"])
 def test_a_word_without_end_is_refused(sign: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The time to learn merges grows with the square of the length of a word."""
+    """The time to train merges grows with the square of the length of a word."""
     folder, verb = corpus(tmp_path)
     (folder / "w.jsonl").write_text(json.dumps({"text": "a word"}) + "\n" + json.dumps({"text": "b" + sign * 100_000}))
     code, _, errors = shoestring(capsys, *verb)
@@ -125,7 +125,7 @@ def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path
     assert "holds no text" in refusal(replace(config, corpus=str(tmp_path / "empty")))
 
 
-def test_everything_wrong_with_the_works_is_listed_at_once(config: DataConfig) -> None:
+def test_everything_wrong_with_the_files_is_listed_together(config: DataConfig) -> None:
     corpus = config.corpus_directory
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "nothing.jsonl").write_text("")

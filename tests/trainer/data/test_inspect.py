@@ -28,7 +28,7 @@ def test_the_description_counts_what_is_there(directory: Path) -> None:
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(directory: Path) -> None:
-    """Whoever wrote the shard has written hashes that fit."""
+    """The hashes match, as if the writer of the shard had made them."""
     shard = directory / "validation_00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
@@ -41,7 +41,7 @@ def test_unigram_entropy_is_the_lowest_loss_without_context() -> None:
     split = TokenSplit("validation", 8, np.zeros(1, dtype=np.int64), InMemory([tokens_T]), 100)
     shares = [4 / 7, 2 / 7, 1 / 7]  # of 1, 2, 3: the first token is no target
     assert unigram_entropy(split, 8) == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
-    # The loss of a bias alone is least at the logarithms of the frequencies.
+    # The loss of a bias alone is lowest at the logarithms of the frequencies.
     targets = torch.from_numpy(tokens_T[1:].astype(np.int64))
     best_V = torch.tensor([-1e9, *(math.log(p) for p in shares), *([-1e9] * 4)], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""A manifest that is not what was written is refused."""
+"""A changed manifest is refused."""
 
 from __future__ import annotations
 

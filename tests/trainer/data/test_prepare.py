@@ -1,4 +1,4 @@
-"""From a corpus to shards: repeatable, whole or not at all, and refused with a reason where it cannot be done."""
+"""Preparation of shards from a corpus: repeatable, whole or not at all, and refused with a reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.data.prepared import open_prepared_data, open_prepared_directory
 from shoestring.trainer.data.shards import SplitWriter
 
-# Kills itself in the middle of a preparation, at the first sentence that holds argv[3].
+# Kills itself during a preparation, at the first sentence that holds argv[3].
 KILLED = """
 import os, signal, sys
 from shoestring.trainer.data.config import DataConfig
@@ -142,7 +142,7 @@ def test_an_interrupted_preparation_cleans_up(config: DataConfig) -> None:
     assert list(Path(config.prepared).parent.iterdir()) == []
 
 
-def test_of_two_preparations_at_once_one_wins_and_both_have_the_result(config: DataConfig) -> None:
+def test_of_two_concurrent_preparations_one_wins_and_both_have_the_result(config: DataConfig) -> None:
     lines: list[str] = []
 
     def race(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Windows over tokens: each target once, padding marked, and an order that only seed and position decide."""
+"""Windows over tokens: each target once, padding marked, and an order that depends on seed and position only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAD = 9999
 
 
 def row(tokens: int, shard_tokens: int = 13) -> TokenSplit:
-    """Token i is the number i, so that a token tells where it stood."""
+    """Return tokens 0, 1, 2, ..., so that a token tells its position."""
     tokens_T = np.arange(tokens, dtype=np.uint16)
     shards = [tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)]
     return TokenSplit("train", tokens, np.zeros(1, dtype=np.int64), InMemory(shards), shard_tokens)
@@ -90,7 +90,7 @@ def test_the_order_depends_on_neither_processes_nor_restarts() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 64, 101, 1000])
-def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(samples: int) -> None:
+def test_every_epoch_takes_each_sample_once_in_another_order(samples: int) -> None:
     epochs = SampleOrder(0, samples).sample_indices(0, 5 * samples).reshape(5, samples)
     assert (np.sort(epochs, axis=1) == np.arange(samples)).all()
     if samples >= 64:
@@ -98,8 +98,8 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(samples: int)
         assert not np.array_equal(SampleOrder(1, samples).sample_indices(0, samples), epochs[0])
 
 
-def test_the_order_is_fixed_for_good() -> None:
-    """A checkpoint relies on it: changing the permutation would repeat and skip samples of a resumed run."""
+def test_the_order_never_changes() -> None:
+    """Checkpoints rely on it: another permutation would repeat and skip samples of a resumed run."""
     assert SampleOrder(42, 10).sample_indices(0, 20).tolist() == [
         6,
         4,

@@ -1,4 +1,4 @@
-"""Shards: few open at a time, hashed when they are read first, and again when they have changed."""
+"""Shards: few open together, hashed when first read, and again after a change."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_file_of_another_name_by_now_is_read_on_or_named(tmp_path: Path, harm:
     shards = ShardFileReader(tmp_path, write(tmp_path, 2), DTYPE, {}, most_open=1)
     shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
-    assert shards.read_tokens(1, 0, 1).tolist() == [10]  # it is open, and what was written
+    assert shards.read_tokens(1, 0, 1).tolist() == [10]  # it is open with the old content
     shards.read_tokens(0, 0, 1)
     with pytest.raises(DataChanged, match=r"1\.bin"):
         shards.read_tokens(1, 0, 1)

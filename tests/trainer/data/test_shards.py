@@ -1,4 +1,4 @@
-"""Shards that are not what was written are refused."""
+"""Changed shards are refused."""
 
 from __future__ import annotations
 

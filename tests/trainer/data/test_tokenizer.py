@@ -1,4 +1,4 @@
-"""A tokenizer that is not that of the shards is refused."""
+"""A tokenizer that does not belong to the shards is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directories that are being written, by a process that lives, has died, or cannot be known."""
+"""Directories that are being written, by a process that runs, has died, or cannot be known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoestring.trainer.data.unfinished_directory import (
 
 
 def leave(directory: Path) -> Path:
-    """As a process that was killed: the lock file is there and nobody holds it."""
+    """Leave what a killed process leaves: the lock file, which no process holds."""
     directory.mkdir(parents=True)
     with lock_directory(directory):
         (directory / "half").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Large data is read once, and again when it changes."""
+"""Large files are read once, and again after a change."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from shoestring.trainer.run.stage_runner import LogitsStage
 
 
 class InfiniteLogits:
-    """An executor whose last stage gives logits that no token follows from."""
+    """An executor whose last stage gives logits that allow no token."""
 
     def run(self, stages: Sequence[LogitsStage]) -> None:
-        """Leave them with the stage."""
+        """Leave the logits with the stage."""
         stages[0].logits.append(torch.full((1, 1, 8), torch.inf))
 
 
@@ -33,11 +33,11 @@ class AloneInTheWorld:
 
     @property
     def world(self) -> AloneInTheWorld:
-        """Of one."""
+        """The group of one rank."""
         return self
 
     def all_reduce_sum(self, tensor: Tensor, what: str) -> Tensor:
-        """What this rank has."""
+        """Return this rank's tensor."""
         return tensor
 
 

@@ -1,4 +1,4 @@
-"""A whole model from a checkpoint, on one process."""
+"""A whole model from a checkpoint, in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text with MTP as a draft: the same text as without where nothing is drawn, the same distribution where it is."""
+"""Text with MTP as a draft: the same text as without for greedy decoding, the same distribution for sampling."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def test_the_likeliest_text_is_the_same_with_drafts(chunk: Chunk, context: int) 
 
 
 def test_a_draft_that_is_always_right_gives_two_tokens_a_forward(chunk: Chunk) -> None:
-    """The main model stands in for its MTP module: what it says next is what it is asked about."""
+    """The main model replaces its MTP module, so every draft is right."""
     truth = generate_speculatively(chunk, [5, 6, 7], 25, 60, sampler(0), use_drafts=False).tokens
     text = [5, 6, 7, *truth]
 
-    def oracle(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
+    def right_draft(self: Chunk, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         logits_BSV = torch.zeros((*next_BS.shape, 96))
         logits_BSV[0, -1, text[next_BS.shape[1] + 1]] = 1.0
         yield from ()
         return logits_BSV
 
-    with patch.object(Chunk, "compute_mtp_logits", oracle):
+    with patch.object(Chunk, "compute_mtp_logits", right_draft):
         found = generate_speculatively(chunk, [5, 6, 7], 24, 60, sampler(0))
     assert found.tokens == truth[:24]
     assert found.num_accepted == found.num_drafted == 12
@@ -79,7 +79,7 @@ def test_a_guess_is_taken_as_often_as_it_should_be() -> None:
 
 
 class Table(torch.nn.Module):
-    """In the place of a chunk: the next token depends on the last one alone, and the draft is a poor guess at it."""
+    """A stand-in for a chunk: the next token depends on the last one alone, and the draft is a poor guess at it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Table(torch.nn.Module):
 
 
 def test_drawn_text_has_the_distribution_of_the_model() -> None:
-    """The first tokens after a prompt: the second is the first that a draft can decide, the third may follow one."""
+    """The first tokens after a prompt: a draft can decide the second one first; the third may follow one."""
     table, draws, counts = Table(), sampler(1.0), torch.zeros(4, 4, 4)
     for _ in range(3000):
         first, second, third = generate_speculatively(cast("Chunk", table), [2], 3, 40, draws).tokens
@@ -109,9 +109,9 @@ def test_drawn_text_has_the_distribution_of_the_model() -> None:
     p_VV = table.next_VV.detach().softmax(dim=1)
     expected = p_VV[2][:, None, None] * p_VV[:, :, None] * p_VV[None]
     guess_VV = table.guess_VV.detach().softmax(dim=1)
-    of_the_draft = p_VV[2][:, None, None] * guess_VV[:, :, None] * p_VV[None]
+    draft_VVV = p_VV[2][:, None, None] * guess_VV[:, :, None] * p_VV[None]
     assert float((counts / 3000 - expected).abs().sum()) / 2 < 0.06
-    assert float((of_the_draft - expected).abs().sum()) / 2 > 0.2  # what taking every draft would give
+    assert float((draft_VVV - expected).abs().sum()) / 2 > 0.2  # the distribution if every draft were accepted
 
 
 def test_text_ends_with_the_stop_token(chunk: Chunk) -> None:

@@ -1,4 +1,4 @@
-"""Small models, exported, and the logits that transformers and we compute of them."""
+"""Small exported models, and the logits of transformers and of our model."""
 
 from __future__ import annotations
 
@@ -69,4 +69,4 @@ WIDE = ModelConfig(
     topk_group=2,
     num_nextn_predict_layers=1,
 )
-"""Wider than a block and not a multiple of it."""
+"""A model wider than a block, by no multiple of it."""

@@ -1,4 +1,4 @@
-"""`config.json`: ours comes back, the released one is ours, and another is refused."""
+"""`config.json`: ours round-trips, the released one equals ours, and others are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_config_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_released_config_is_ours(tmp_path: Path) -> None:
-    """What the hub's config.json of DeepSeek-V3 says, as far as it concerns the model."""
+    """The model's part of DeepSeek-V3's config.json on the hub."""
     from shoestring.launch.compose import compose_run_config
 
     rope = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}

@@ -36,7 +36,7 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
 
 
 def dequantized(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """An element at a time, by the words of README_WEIGHTS: each block of 128 × 128 times its `weight_scale_inv`."""
+    """Dequantize element by element, as README_WEIGHTS says: each block of 128 × 128 times its `weight_scale_inv`."""
     scale = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
     rows, columns = tensors[name].shape
     return tensors[name].float() * scale[:rows, :columns]
@@ -73,8 +73,8 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
 
 
 def test_transformers_reads_an_fp8_export_as_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU it makes BF16 of it, where every side is a multiple of the number of its blocks."""
-    # Asked for before weights are dequantized on a CPU, and not used for that.
+    """transformers dequantizes it to BF16 on a CPU if every side is a multiple of the number of its blocks."""
+    # transformers asks for it before it dequantizes on a CPU, and does not use it for that.
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
     shape = replace(
         WIDE,

@@ -20,7 +20,7 @@ def edited(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-def test_all_that_is_missing_or_unknown_is_named_at_once(tmp_path: Path) -> None:
+def test_all_that_is_missing_or_unknown_is_named_together(tmp_path: Path) -> None:
     _, directory = exported("full", tmp_path)
 
     def edit(tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A ledger of four ranks under a clock that moves when a test says so."""
+"""A ledger of four ranks under a manual clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEVER = 1e6
 
 
 class Time:
-    """A clock that moves when the test says so."""
+    """A clock that a test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ns = 1_000_000_000

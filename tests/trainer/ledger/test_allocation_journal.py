@@ -14,14 +14,14 @@ from shoestring.tests.trainer.ledger.small_ledger import RANKS, Time, begin, do_
 from shoestring.trainer.ledger.summary import summarize_ledger
 
 
-def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: Path, time: Time) -> None:
+def test_a_killed_launcher_has_held_its_gpus_to_its_last_heartbeat(tmp_path: Path, time: Time) -> None:
     allocation = launch(tmp_path, "a")
     time.pass_ms(1000)
     allocation.write_heartbeat()
     assert summarize_ledger(tmp_path).allocated_ms == RANKS * 1000
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 2)
-    time.pass_ms(9000)  # nothing is known of this time
+    time.pass_ms(9000)  # this time is unattributed
     summary = summarize_ledger(tmp_path)
     assert summary.allocated_ms == RANKS * 1200
     assert summary.is_running
@@ -39,7 +39,7 @@ sys.stdin.read()
 
 
 @pytest.mark.timeout(60)
-def test_a_real_launcher_beats_until_it_is_killed_and_the_next_goes_on(tmp_path: Path) -> None:
+def test_a_real_launcher_beats_until_it_is_killed_and_the_next_continues(tmp_path: Path) -> None:
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""The guard and the project: projections, thresholds, and budgets that several runs share."""
+"""The guard and the project: projections, thresholds, and budgets shared by several runs."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def watched(run_dir: Path, time: Time, budget: BudgetConfig) -> BudgetGuard:
 
 
 def test_a_projection_is_what_is_spent_and_the_rest_at_the_median_price() -> None:
-    assert project_gpu_hours(10.0, 14_800_000_000_000, 0.648) == pytest.approx(10 + 2_664_000)  # 180 K a trillion
+    assert project_gpu_hours(10.0, 14_800_000_000_000, 0.648) == pytest.approx(10 + 2_664_000)  # 180 K per trillion
 
 
 def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, time: Time) -> None:
     guard = watched(tmp_path, time, BUDGET)
     for number in range(MIN_STEPS_TO_PROJECT):
-        assert guard.halt_reason(10**9) is None  # it does not know yet
-        guard.observe_step(4000 if number else 10**9, 1000)  # the first step warms up: the median does not care
+        assert guard.halt_reason(10**9) is None  # too early to know
+        guard.observe_step(4000 if number else 10**9, 1000)  # the first step warms up: the median ignores it
     time.pass_seconds(360)  # x 4 ranks: 0.4 GPU-hours
     (account,) = guard.current_accounts(450_000)
     assert [account.spent, account.projected] == pytest.approx([0.4, 0.4 + 0.5])
     assert guard.new_warning(440_000) is None
     assert "91% of budget.gpu_hours = 1" in str(guard.new_warning(459_000))
-    assert guard.new_warning(459_000) is None  # it has been said
+    assert guard.new_warning(459_000) is None  # said once already
     assert guard.halt_reason(459_000) is None
     reason = guard.halt_reason(560_000)
     assert reason is not None
@@ -64,7 +64,7 @@ def test_a_run_that_stands_still_is_judged_by_its_ledger(tmp_path: Path, time: T
     assert "raise budget.gpu_hours" in str(account.halt_reason(1.0))
     assert account.halt_reason(None) is None
     (account,) = compute_budget_accounts(BUDGET, summary, tmp_path, MIN_STEPS_TO_PROJECT * 200, ramp_steps=3)
-    assert account.projected is None  # smaller steps tell nothing of the price of those that are left
+    assert account.projected is None  # smaller steps do not tell the price of the remaining ones
 
 
 def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Time) -> None:

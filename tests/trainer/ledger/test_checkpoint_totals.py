@@ -1,4 +1,4 @@
-"""A checkpoint goes on with its own ledger, or brings its cost."""
+"""A checkpoint continues with its own ledger, or brings its cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoestring.trainer.ledger.checkpoint_totals import carry_checkpoint_totals
 from shoestring.trainer.ledger.summary import summarize_ledger
 
 
-def test_a_checkpoint_with_its_ledger_goes_on(tmp_path: Path, time: Time) -> None:
+def test_a_checkpoint_with_its_ledger_continues(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 3)
     totals = summarize_ledger(tmp_path).checkpoint_totals()
@@ -31,7 +31,7 @@ def test_a_checkpoint_copied_without_its_ledger_brings_its_cost(tmp_path: Path, 
     work = begin(first, "a")
     do_steps(work, time, 1, 3)
     totals = summarize_ledger(first).checkpoint_totals()
-    for attempt in ("b", "c"):  # the second life in `second` crashed before any step: it inherits once
+    for attempt in ("b", "c"):  # the second attempt in `second` crashed before any step: it inherits once
         work = begin(second, attempt)
         carry_checkpoint_totals(work, second, totals)
         work.record_resume(3)

@@ -1,4 +1,4 @@
-"""Instants that processes can compare."""
+"""Times that processes can compare."""
 
 from __future__ import annotations
 

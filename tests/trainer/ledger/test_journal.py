@@ -1,4 +1,4 @@
-"""The journal: what was appended stays, what was changed is noticed, what was torn is cut."""
+"""The journal: appended records stay, changes are detected, and a torn record is cut off."""
 
 from __future__ import annotations
 
@@ -139,9 +139,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     fill(path, 1)
 
 
-def test_an_append_that_fails_half_way_leaves_a_chain_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_append_that_fails_half_way_leaves_a_usable_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "work.jsonl"
     journal = JournalWriter(path)
     journal.append({"number": 1})
@@ -173,14 +171,14 @@ def test_a_writer_killed_while_appending_loses_nothing_it_had_written(tmp_path: 
         said += [int(word) for word in rest.split()]
         assert writer.returncode == -signal.SIGKILL
         survived = numbers(path)[before:]
-        # The last record may have been written without the writer having lived to say so.
+        # The writer may have died after the last record was written.
         assert survived in (said, [*said, said[-1] + 1])
     fill(path, 0)
     assert numbers(path)[-1] == 0
 
 
 def hole(path: Path, *, end: bytes = b"") -> Path:
-    """A terabyte without a newline that takes no room, behind whatever is there, and `end`."""
+    """Append 1 TB without a newline that takes no room, and then `end`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.truncate(2**40)

@@ -1,4 +1,4 @@
-"""A ledger on a disk that is full for a while, or has no locks, or of which a half is missing."""
+"""A ledger on a disk that is full for a while, has no locks, or lost one half."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
         for step in range(1, 6):
             work.record_step(step, 0.0, 8)
         assert (work.pending_records, work.write_error) == (5, "File too large")
-        assert work.ledger.summarize().steps_retained == 0  # what a checkpoint may rely on is on the disk
+        assert work.ledger.summarize().steps_retained == 0  # records that a checkpoint relies on are on the disk
     work.record_step(6, 0.0, 8)
     work.close()
     allocation.close("done")
@@ -54,7 +54,7 @@ def test_records_wait_for_room_and_the_chain_is_whole(tmp_path: Path) -> None:
     assert adds_up(summarize_ledger(tmp_path))
 
 
-def test_a_life_that_ends_on_a_full_disk_leaves_a_ledger_to_go_on_with(tmp_path: Path) -> None:
+def test_an_attempt_that_ends_on_a_full_disk_leaves_a_usable_ledger(tmp_path: Path) -> None:
     for attempt in ("a", "b"):
         allocation = launch(tmp_path, attempt)
         work = WorkJournal(tmp_path, ranks=2, attempt=attempt, budget=BUDGET)
@@ -107,7 +107,7 @@ def test_a_file_system_without_locks_is_refused_in_one_sentence(
     assert "use a file system with flock" in message
 
 
-def test_a_journal_that_is_being_written_is_told(tmp_path: Path) -> None:
+def test_a_journal_that_is_being_written_is_recognized(tmp_path: Path) -> None:
     refuse_if_locked(tmp_path / "work.jsonl")
     journal = JournalWriter(tmp_path / "work.jsonl")
     with pytest.raises(ConfigError, match="another process is writing this journal"):

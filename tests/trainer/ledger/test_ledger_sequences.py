@@ -1,7 +1,7 @@
 """Whatever happens to a run, in any order: the parts add up, each is what happened, and no token counts twice.
 
-Random sequences of events drive the ledger; a plain model beside it, which knows nothing of journals, says what must
-come out. Durations are whole milliseconds, so that both must agree exactly.
+Random sequences of events drive the ledger and a plain model, which knows nothing of journals and gives the expected
+totals. Durations are whole milliseconds, so that both must agree exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MS = 1_000_000
 
 
 class Clock:
-    """Both clocks of a machine that reboots, and whose wall clock someone sets."""
+    """Both clocks of a machine that reboots and whose wall clock is set."""
 
     def __init__(self) -> None:
         self.wall, self.monotonic, self.boot = 10**18, 10**12, 0
@@ -44,13 +44,13 @@ class Clock:
 
 
 class Model:
-    """What must come out, kept by addition alone."""
+    """The expected totals, computed by addition alone."""
 
     def __init__(self) -> None:
         self.allocated = 0
         self.spent: Counter[str] = Counter()
         self.weights: dict[int, tuple[int, int]] = {}
-        """Of each step in the weights: GPU-ms and tokens."""
+        """GPU-ms and tokens of each retained step."""
         self.rolled_back = 0
         self.consumed = 0
 
@@ -79,7 +79,7 @@ class Model:
 
 
 class Story:
-    """A run that things happen to, told to the ledger and to the model."""
+    """A run whose events go to the ledger and to the model."""
 
     def __init__(self, run_dir: Path, clock: Clock, dice: random.Random) -> None:
         self.run_dir, self.clock, self.dice = run_dir, clock, dice
@@ -96,31 +96,31 @@ class Story:
         return self.dice.choice((0, 1, 7, 40, 900, 20_000))
 
     def let(self, milliseconds: int) -> int:
-        """Time passes; return GPU-milliseconds."""
+        """Let time pass; return GPU-milliseconds."""
         self.clock.pass_ns(milliseconds * MS)
         return milliseconds * self.ranks
 
     def launch(self) -> None:
-        self.clock.pass_ns(self.ms() * MS)  # nobody holds a GPU
+        self.clock.pass_ns(self.ms() * MS)  # no GPU is allocated
         self.launches += 1
         self.ranks = self.dice.choice((1, 2, 4, 8))
         self.allocation = AllocationJournal(
             self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET, heartbeat_seconds=NEVER
         )
-        self.lives = 0
+        self.attempts = 0
         self.begin()
 
     def begin(self) -> None:
-        """A life: it loads what was saved, or starts from nothing."""
+        """Begin an attempt: it loads the checkpoint, or starts from nothing."""
         start = "restart" if self.has_died else "initialization"
-        if not self.lives:
+        if not self.attempts:
             self.model.spend(start, self.let(self.ms()))
-        else:  # torchrun may have come back with fewer ranks, or more
+        else:  # torchrun may restart with fewer or more ranks
             self.ranks = self.dice.choice((self.ranks, 2, 4))
         self.work = WorkJournal(self.run_dir, ranks=self.ranks, attempt=f"launch {self.launches}", budget=BUDGET)
-        self.lives += 1
+        self.attempts += 1
         self.has_died = True
-        if self.dice.random() < 0.15:  # it dies on the way, and has said nothing since its beginning
+        if self.dice.random() < 0.15:  # it dies during start-up and has written nothing since its beginning
             self.rank_dies()
             return
         self.model.spend(start, self.let(self.ms()))
@@ -160,8 +160,8 @@ class Story:
     def look(self) -> None:
         self.charge(self.dice.choice(sorted(CHARGED_BUCKETS)))
 
-    def dawdle(self) -> None:
-        """Time that nobody names, until the next record."""
+    def waste(self) -> None:
+        """Let unattributed time pass until the next record."""
         assert self.work is not None
         self.model.spend("unattributed", self.let(self.ms()))
         self.work.record_interval("telemetry", 0)
@@ -170,14 +170,14 @@ class Story:
         self.clock.wall += self.dice.choice((-1, 1)) * self.dice.randrange(10**18)
 
     def rank_dies(self) -> None:
-        """torchrun takes note, and starts it again in the same launch."""
+        """Kill a rank; torchrun restarts it in the same launch."""
         assert self.work is not None
         self.work._journal.close()
         self.model.spend("hang", self.let(self.ms()))
         self.begin()
 
     def fault(self) -> None:
-        """Rank 0 lives to see another one die."""
+        """End rank 0 because another rank died."""
         assert self.work is not None
         self.model.spend("hang", self.let(self.ms()))
         self.work.close(clean=False)
@@ -185,7 +185,7 @@ class Story:
         self.begin()
 
     def launcher_dies(self) -> None:
-        """Its last sign may be its heartbeat, or the last record of rank 0; what came later nobody has seen."""
+        """Kill the launcher. The last record is its heartbeat or rank 0's; what came later is unknown."""
         assert self.work is not None and self.allocation is not None  # noqa: PT018
         if self.dice.random() < 0.5:
             self.model.spend("hang", self.let(self.ms()))
@@ -200,7 +200,7 @@ class Story:
         self.launch()
 
     def stop(self) -> None:
-        """On purpose; and somebody starts it again."""
+        """Stop on purpose, and start again."""
         assert self.work is not None and self.allocation is not None  # noqa: PT018
         self.work.close()
         self.has_died = False
@@ -217,14 +217,14 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
     monkeypatch.setattr(Instant, "now", clock.now)
     story = Story(tmp_path, clock, dice)
     story.launch()
-    events: list[Callable[[], None]] = [story.skip, story.save, story.look, story.dawdle, story.set_the_clock]
+    events: list[Callable[[], None]] = [story.skip, story.save, story.look, story.waste, story.set_the_clock]
     events += [story.rank_dies, story.fault, story.launcher_dies, story.stop]
     weights = [2, 4, 4, 2, 2, 2, 1, 2, 1]
     for _ in range(60):
         dice.choices([story.train, *events], [20, *weights])[0]()
         summary = story.reader.summarize()
         story.model.check(summary)
-    assert summarize_ledger(tmp_path) == summary  # read as it grew, or all at once
+    assert summarize_ledger(tmp_path) == summary  # read incrementally, or in one call
     assert story.launches > 1
     assert story.allocation is not None
     story.allocation._closing.set()
@@ -232,7 +232,7 @@ def test_any_sequence_of_events_keeps_the_identity_and_credits_no_token_twice(
 
 @pytest.mark.parametrize("seed", range(10))
 def test_durations_of_any_length_add_up_as_well(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fractions of milliseconds nothing becomes negative, and what is cut is under a millisecond a rank."""
+    """Nothing becomes negative with fractions of milliseconds, and rounding costs under a millisecond per rank."""
     clock, dice = Clock(), random.Random(seed)
     monkeypatch.setattr(Instant, "now", clock.now)
     covered_ns = 0

@@ -1,4 +1,4 @@
-"""The meter of a run reads what its ledger will."""
+"""The meter of a run gives the totals of its ledger."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     first, second, third = project.runs
     run(first, time, 0.5 * HOUR)
     run(first, time, 0.25 * HOUR, first=2)  # started again
-    run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # goes on in another phase
+    run(first, time, 0.1 * HOUR, phase="context_extension", first=3)  # continues in another phase
     work = WorkJournal(second, ranks=1, attempt="second", budget=BUDGET)
     carry_checkpoint_totals(
         work, second, summarize_ledger(first).checkpoint_totals()
@@ -34,13 +34,13 @@ def test_runs_of_a_project_share_a_budget_and_totals_are_cumulative(tmp_path: Pa
     totals = ProjectTotals.from_summaries(project, reader.summarize_runs())
     assert totals.gpu_ms_by_phase == {"pre_train": 1.75 * HOUR * 1000, "context_extension": 360_000, "post_training": 0}
     assert totals.tokens_by_phase == {"pre_train": 300, "context_extension": 100, "post_training": 0}
-    assert totals.inherited_from_others_ms == 0  # the second one's inheritance is the first one's cost
+    assert totals.inherited_from_others_ms == 0  # the second one inherits the first one's cost
     run(third, time, 0.1 * HOUR)
-    assert reader.gpu_hours_left("pre_train", second) == pytest.approx(2 - 0.85)  # read on as it grows
+    assert reader.gpu_hours_left("pre_train", second) == pytest.approx(2 - 0.85)  # read incrementally
     assert list(reader.summarize_runs()) == [first, second, third]
 
 
-def test_what_a_project_inherits_from_outside_is_told_apart(tmp_path: Path, time: Time) -> None:
+def test_what_a_project_inherits_from_outside_is_shown_separately(tmp_path: Path, time: Time) -> None:
     outside, project = tmp_path / "outside", Project.read(project_file(tmp_path))
     run(outside, time, HOUR)
     work = WorkJournal(project.runs[0], ranks=1, attempt="a", budget=BUDGET)

@@ -1,4 +1,4 @@
-"""The ledger beside the scheduler and an invoice: what differs has a name, and the lines add up."""
+"""The ledger against the scheduler and an invoice: each difference has a name, and the lines add up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SACCT = """JobID|JobName|State|Start|End|ElapsedRaw|AllocTRES
 
 @pytest.fixture
 def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LedgerSummary:
-    """Two launches in job 41, one on half its GPUs in job 42, one on a workstation."""
+    """Return the summary of two launches in job 41, one on half its GPUs in job 42, and one on a workstation."""
     seconds = 1
     monkeypatch.setattr(Instant, "now", lambda: Instant(seconds * 10**9, seconds * 10**9, "boot"))
     for attempt, job, ranks, length in (

@@ -1,4 +1,4 @@
-"""Lines read in batches are what they are one by one, and no less strict."""
+"""Lines parsed in batches give what they give one by one, with the same checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def some_record(dice: random.Random, step: int, boot: str) -> Record:
 
 
 def write(path: Path, seed: int, records: int = 300) -> None:
-    """A ledger of two launches at once, clocks that jump, boots that change, now and then a key that is not needed."""
+    """Write a ledger of two concurrent launches, clocks that jump, boots that change, and now and then an extra key."""
     dice, step, boot = random.Random(seed), 1, "one"
     journal = JournalWriter(path)
     instant = {"boot": boot, "monotonic_ns": 0, "wall_ns": 0}

@@ -1,4 +1,4 @@
-"""What each kind of record must hold."""
+"""Required fields of each kind of record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bill as tables and as JSON."""
+"""The budget as tables and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Totals beside a ledger: what is read from there on is what all of it says, or the totals count for nothing."""
+"""Saved totals of a ledger: reading on from them gives what the whole ledger gives, or they are ignored."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
 def test_any_sequence_of_launches_is_the_same_with_totals_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a run goes back behind what the totals know of single steps."""
+    """It also holds where a run goes back to before the steps that the totals know."""
     monkeypatch.setattr(retained, "MAX_STEPS_KEPT", 4)
     dice, last = random.Random(3), 0
     for number in range(12):
@@ -205,7 +205,7 @@ def test_a_line_is_checked_as_it_stands() -> None:
 
 @pytest.mark.parametrize("place", [{"position": -1}, {"position": 1.0}, {"number": "1"}, {"head": 5}, {"other": 1}])
 def test_totals_that_end_at_no_place_count_for_nothing(place: dict[str, object], tmp_path: Path) -> None:
-    """Also where their hash fits: a position of -1 would read all of a file."""
+    """It holds even if their hash fits: a position of -1 would read the whole file."""
     train(tmp_path, "a", 1, 20)
     saved = json.loads((tmp_path / SNAPSHOT_FILE).read_text())
     assert read_snapshot(tmp_path) is not None

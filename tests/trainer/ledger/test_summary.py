@@ -1,4 +1,4 @@
-"""The ledger as a whole: the identity, rollbacks, crashes of launcher and ranks, inheritance, and its printed forms."""
+"""The whole ledger: the identity, rollbacks, crashes of launcher and ranks, inheritance, and its printed forms."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_step_done_again_is_rolled_back_even_without_a_resume(tmp_path: Path, 
     assert (summary.productive_ms, summary.rolled_back_ms) == (RANKS * 200, RANKS * 200)
 
 
-def test_two_launches_are_two_segments_and_the_time_between_is_nobodys(tmp_path: Path, time: Time) -> None:
+def test_two_launches_are_two_segments_and_the_time_between_is_free(tmp_path: Path, time: Time) -> None:
     for attempt, first in (("a", 1), ("b", 4)):
         allocation = launch(tmp_path, attempt)
         time.pass_ms(50)

@@ -1,4 +1,4 @@
-"""Rank 0's half of the ledger: intervals, timed blocks, and mistakes of the caller."""
+"""Rank 0's half of the ledger: intervals, timed blocks, and errors of the caller."""
 
 from __future__ import annotations
 

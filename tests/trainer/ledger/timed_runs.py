@@ -1,4 +1,4 @@
-"""Runs of one rank that take as long as a test says, under one project."""
+"""Runs of one rank with a given duration, under one project."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOUR = 3600
 def run(
     run_dir: Path, time: Time, seconds: float, *, phase: str = "pre_train", steps: int = 1, first: int = 1
 ) -> WorkJournal:
-    """A life of one rank that trains `steps` of 100 tokens in `seconds`."""
+    """Record an attempt of one rank that trains `steps` of 100 tokens in `seconds`."""
     work = WorkJournal(run_dir, ranks=1, attempt=f"{run_dir.name} {time.ns}", budget=replace(BUDGET, phase=phase))
     work.record_resume(first - 1)
     work.record_ready()

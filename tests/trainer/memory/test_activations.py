@@ -1,4 +1,4 @@
-"""Predicted activations against a census of what a layer's forward has really left in memory."""
+"""Predicted activations against a census of the memory that a layer's forward leaves."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SCALES = LossNormalizers(1.0, 1.0, 1.0)
 def layer_forward(
     config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> tuple[ForwardOutput, Census, int]:
-    """One layer's forward alone, what lives of what it has allocated, and the bytes of its input."""
+    """Run one layer's forward; return it with the live part of its allocations and the bytes of its input."""
     model = Model(config)
     initialize_weights(model, seed=0)
     if batch.fp8:
@@ -85,9 +85,7 @@ def layer_forward(
         batch.dtype
     )
     with model.cache_fp8_weights():
-        run_to_completion(
-            chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD)
-        )  # what is made once, at the first use
+        run_to_completion(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))  # allocations of the first use only
         with Census() as census:
             forward = run_to_completion(chunk.forward(tokens_BW, valid_BW, SCALES, 0, input_BSD))
     return forward, census, input_BSD.nbytes
@@ -96,7 +94,7 @@ def layer_forward(
 def measured(
     config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> int:
-    """Bytes that the layer keeps: its input, and what it has made but for its output, which is the next one's input."""
+    """Return the bytes that the layer keeps: its input and its allocations without the output, the next one's input."""
     forward, census, input_bytes = layer_forward(config, index, batch, policy, exchange)
     assert forward.output_BSD is not None
     return census.bytes - forward.output_BSD.nbytes + input_bytes
@@ -150,10 +148,10 @@ def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, poli
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT, frozenset(RecomputeModule)], ids=names)
 @pytest.mark.parametrize("layer", ["dense", "routed"])
-def test_beside_a_fused_attention_fp8_keeps_its_output_once(
+def test_with_a_fused_attention_fp8_keeps_its_output_once(
     layer: str, policy: frozenset[RecomputeModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's kernel for CPUs stands for those of GPUs, which keep their output, too; it wants heads of one width."""
+    """torch's CPU kernel stands for those of GPUs, which keep their output, too; it needs heads of one width."""
     monkeypatch.setattr(attention, "causal_attention", causal_attention_reference)
     config = replace(WIDE, v_head_dim=WIDE.qk_head_dim)
     for fp8 in (False, True):
@@ -176,10 +174,10 @@ def test_the_reports_policy_on_the_reports_model() -> None:
     """A routed layer of DeepSeek-V3, a micro-batch of one sequence of 4096, BF16, not on a CPU: by hand."""
     config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
     layer = moe_layer_activations(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
-    remade = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
-    remade += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
-    remade += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
-    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * remade
+    recomputed = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
+    recomputed += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
+    recomputed += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
+    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * recomputed
 
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])

@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 
 
 def measured(world: World, config: ExchangeConfig, as_tiles: bool) -> tuple[int, int, int]:
-    """Rows that came; bytes of what is left of them; bytes at the worst moment."""
+    """Return the received rows, the bytes that they keep, and the peak bytes."""
     topology = Topology(ep=world.size, gpus_per_node=1)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     traffic = TrafficCounter(topology, world.rank)
@@ -65,7 +65,7 @@ def test_rows_that_stay_in_fp8_take_what_is_predicted(name: str) -> None:
     for (rows, left, peak), (_, _, before) in zip(run_processes(2, measured, exchange, True), widened, strict=True):
         batch = MicroBatchShape(1, TOKENS, torch.bfloat16, on_cpu=True, expert_rows_override=rows, fp8=True)
         buffers = ExchangeBufferBytes(CONFIG, batch, ExchangeFormats.from_config(exchange, 2))
-        assert left == pytest.approx(buffers.dispatched_row_bytes, abs=2)  # the stand-in
+        assert left == pytest.approx(buffers.dispatched_row_bytes, abs=2)  # the placeholder of the plain rows
         predicted = buffers.dispatch + routing_table_memory(CONFIG, batch).nbytes
         print(f"{name}: {peak:,} bytes, predicted {predicted:,.0f} ({predicted / peak - 1:+.1%}); widened {before:,}")
         assert peak == pytest.approx(predicted, rel=0.05)

@@ -1,4 +1,4 @@
-"""The memory that a rank needs as predicted, against every allocation of real ranks."""
+"""The predicted memory of a rank, against every allocation of real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of whole runs: what is predicted is what is allocated."""
+"""The memory of whole runs: the predicted bytes are the allocated ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_predicted_is_what_is_allocated(overrides: str) -> None:
         assert predicted.state == found.state  # to the byte
         assert abs(errors[0]) <= PREDICTION_MARGIN
         assert abs(errors[1]) <= PREDICTION_MARGIN
-        assert found.between_instructions > 0.1 * found.total  # or the last line would say little of activations
+        assert found.between_instructions > 0.1 * found.total  # otherwise the last line would say little of activations
 
 
 def test_all_tokens_on_one_rank_stay_within_the_bound() -> None:
@@ -49,7 +49,8 @@ def test_all_tokens_on_one_rank_stay_within_the_bound() -> None:
     for rank, found in enumerate(ranks):
         predicted = memory.predict_rank(0, memory.skewed_expert_rows(rank))
         print(
-            f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, bound {memory.upper_bound_bytes(0):,.0f}"
+            f"rank {rank}: {found.total:,} bytes, predicted {predicted.total:,.0f}, "
+            f"bound {memory.upper_bound_bytes(0):,.0f}"
         )
         assert found.total == pytest.approx(predicted.total, rel=PREDICTION_MARGIN)
         assert found.between_instructions == pytest.approx(predicted.between_instructions, rel=PREDICTION_MARGIN)

@@ -1,4 +1,4 @@
-"""Every policy of what is made again in the backward."""
+"""Every recompute policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the model under test and the released checkpoint's names, which the reference twin and transformers use."""
+"""Conversion between the model under test and released names, which the reference and transformers use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _LAYER = {
 
 
 def model_config(config: ReferenceConfig) -> ModelConfig:
-    """The same shape in the project's words."""
+    """Return the same shape as a `ModelConfig`."""
     shared = {field.name for field in fields(ModelConfig)} & {field.name for field in fields(ReferenceConfig)}
     values = {name: value for name, value in vars(config).items() if name in shared}
     yarn = None if config.yarn is None else _yarn(config.yarn)
@@ -63,14 +63,14 @@ def _yarn(yarn: Yarn) -> YarnConfig:
 
 
 def released_parts(model: Model) -> Iterator[tuple[str, Tensor, bool]]:
-    """(released name, view of a parameter or buffer of this rank, whether it is a parameter)."""
+    """Yield (released name, view of a parameter or buffer of this rank, whether it is a parameter)."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for ours, tensor in tensors.items():
         yield from _released(ours, tensor, model)
 
 
 def _released(name: str, tensor: Tensor, model: Model) -> Iterator[tuple[str, Tensor, bool]]:
-    """What the tensor `name` is called on disk; stacked and fused weights are several there."""
+    """Yield the released names and views of the tensor `name`; stacked and fused weights give several."""
     if name in _TOP:
         yield _TOP[name], tensor, True
         return
@@ -112,7 +112,7 @@ def load_released(model: Model, params: Mapping[str, Tensor]) -> None:
 
 
 def released_gradients(model: Model) -> dict[str, Tensor]:
-    """This rank's gradients by released name."""
+    """Return this rank's gradients by released name."""
     parameters = list(model.named_parameters())
     weights = [parameter.data for _, parameter in parameters]
     try:
@@ -128,7 +128,7 @@ def released_gradients(model: Model) -> dict[str, Tensor]:
 def make_chunk(
     config: ReferenceConfig, params: Mapping[str, Tensor], dtype: torch.dtype, topology: Topology, rank: int
 ) -> Chunk:
-    """The model under test with these weights, on one rank of `topology`."""
+    """Build the model under test with these weights, on one rank of `topology`."""
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))
     shape = model_config(config)
     model = Model(shape, ModelShard.full_model(shape, topology.ep, topology.ep_rank(rank)))
@@ -143,14 +143,14 @@ def make_chunk(
 
 
 def run_losses(chunk: Chunk, tokens_BW: Tensor, valid_BW: Tensor, scales: LossNormalizers) -> ForwardOutput:
-    """Forward and backward of one micro-batch."""
+    """Run forward and backward of one micro-batch."""
     forward = run_to_completion(chunk.forward(tokens_BW, valid_BW, scales))
     run_to_completion(forward.backward(None, DelayedWeightGradients()))
     return forward
 
 
 def largest_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Maximum over the parameters of `ours` of ‖Δ‖ / ‖theirs‖; where theirs is zero, ours must be too."""
+    """Return the maximum over `ours` of ‖Δ‖ / ‖theirs‖; where theirs is zero, ours must be too."""
     worst = 0.0
     for name, tensor in ours.items():
         expected = theirs[name].to(tensor.dtype)

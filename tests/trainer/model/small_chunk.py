@@ -1,4 +1,4 @@
-"""A small chunk, and an exchange that writes down when it is launched and waited for."""
+"""A small chunk, and an exchange that logs its launches and waits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LENGTH = 7
 
 
 class Watched(Generic[T]):
-    """A pending communication that writes down when it is waited on."""
+    """Pending communication that logs the wait for it."""
 
     def __init__(self, pending: AsyncWork[T], name: str, diary: list[str]) -> None:
         self._pending, self._name, self._diary = pending, name, diary
@@ -63,7 +63,7 @@ class Watched(Generic[T]):
 
 
 class WatchedExchange:
-    """A `TokenExchange` that writes down every operation with the number of its dispatch."""
+    """A `TokenExchange` that logs every operation with the number of its dispatch."""
 
     def __init__(self, exchange: FlatExchange) -> None:
         self._exchange = exchange
@@ -108,7 +108,7 @@ class WatchedExchange:
         return self._watched(pending, f"dispatch_backward {self._of(received)}")
 
     def alive(self) -> int:
-        """Dispatches whose rows are still in memory."""
+        """Number of dispatches whose rows are in memory."""
         return sum(row() is not None for row in self.rows)
 
     def _of(self, received: DispatchedTokens[FlatLayout]) -> int:

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: what serves where, what is refused, and that a choice reaches every layer."""
+"""The kernels that compute attention: where each one runs, refusals, and a choice that reaches every layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from shoestring.comm.errors import Problem, collect_problems
 from shoestring.launch.compose import compose_run_config
 from shoestring.tests.launch.refusals import by_field, refused
 from shoestring.trainer.build import choose_run_attention
@@ -119,7 +120,7 @@ def test_deepseek_v3_may_not_use_math() -> None:
 
 
 def test_a_named_backend_asks_no_device() -> None:
-    """So that a run can be rehearsed where there is none; `auto` is what looks."""
+    """A run can be rehearsed without a GPU; only `auto` looks at the device."""
     config = compose_run_config(["training.attention_backend=cudnn"])
     assert choose_run_attention(config, torch.device("cuda", 0)).backend is GPU_BACKENDS["cudnn"]
     assert choose_run_attention(compose_run_config([]), torch.device("cpu")) is CPU_ATTENTION
@@ -152,14 +153,14 @@ def test_no_device_but_a_cpu_computes_without_a_choice() -> None:
 
 
 def on_fake_gpu(mode: FakeTensorMode, width: int, case: AttentionShape = V3, columns: slice = slice(None)) -> Tensor:
-    """[B, H, S, width], a view of [B, S, H, any] as projections write it; `columns` cuts it out of wider heads."""
+    """Return [B, H, S, width], a view of [B, S, H, any] as projections give it; `columns` cuts it from wider heads."""
     meta = torch.empty(case.batch, case.sequence_length, case.heads, width, dtype=case.dtype, device="meta")
     return FakeTensor(mode, meta[..., columns].transpose(1, 2), torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_an_operator_runs_on_fake_tensors_of_a_gpu(name: str) -> None:
-    """V3's values are the second half of a projection of 256 columns a head: strided, and narrower than the keys."""
+    """V3's values are the second half of a 256-column projection per head: strided, and narrower than the keys."""
     mode = FakeTensorMode()
     q, k, v = (on_fake_gpu(mode, 192), on_fake_gpu(mode, 192), on_fake_gpu(mode, 256, columns=slice(128, None)))
     with mode:
@@ -171,7 +172,7 @@ def test_an_operator_runs_on_fake_tensors_of_a_gpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_an_operator_has_a_gradient(name: str) -> None:
-    """The meta kernels of the backward give what the autograd formula asks for: one gradient an input."""
+    """The meta kernels of the backward return one gradient per input, as the autograd formula needs."""
     case = replace(V3, heads=2, sequence_length=256)
     shapes = ((case.batch, case.heads, case.sequence_length, width) for width in (192, 192, 128))
     q, k, v = (torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True) for shape in shapes)
@@ -221,18 +222,33 @@ def test_flash_attention_3_is_called_in_its_own_layout(with_sums: bool, monkeypa
     assert given == {"shape": (2, 7, 3, 24), "causal": True}
 
 
-# ---- the trial at the start
+# ---- the trial at start-up
 
 SMALL = AttentionShape(batch=1, heads=2, sequence_length=16, qk_head_dim=24, v_head_dim=16, dtype=torch.float32)
 
 
-def test_a_trial_passes_where_the_backend_serves() -> None:
-    probe_attention(attention_by_name("math"), SMALL, torch.device("cpu"))
-    probe_attention(CPU_ATTENTION, SMALL, torch.device("cpu"))
+@pytest.mark.parametrize("choice", [attention_by_name("math"), CPU_ATTENTION], ids=["math", "blocks"])
+def test_a_trial_passes_where_the_backend_serves(choice: SelectedAttention) -> None:
+    calls: list[tuple[list[torch.Size], float]] = []
+    gradients: list[torch.Size] = []
+
+    def watched(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+        calls.append(([x.shape for x in (q_BHSW, k_BHSW, v_BHSV)], scale))
+        out = choice.core_attention(q_BHSW, k_BHSW, v_BHSV, scale)
+        out.register_hook(lambda grad: gradients.append(grad.shape))
+        return out
+
+    backend = AttentionBackend(choice.backend.name, watched, "a test")
+    problems: list[Problem] = []
+    with collect_problems(problems):
+        probe_attention(SelectedAttention(backend, "a test"), SMALL, torch.device("cpu"))
+    assert problems == []
+    assert calls == [([(1, 2, 16, 24), (1, 2, 16, 24), (1, 2, 16, 16)], 24**-0.5)]
+    assert gradients == [(1, 2, 16, 16)]
 
 
 def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
-    """An operator for GPUs on a CPU stands for a library that refuses the shape."""
+    """An operator for GPUs, called on a CPU, stands for a library that refuses the shape."""
     found = refused(probe_attention, attention_by_name("cudnn"), SMALL, torch.device("cpu"))[
         "training.attention_backend"
     ]

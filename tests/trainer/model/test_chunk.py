@@ -1,4 +1,4 @@
-"""The generators stop once for each communication they have launched, in the order that all ranks share."""
+"""The generators yield once for each communication they have launched, in the order that all ranks share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoestring.trainer.model.chunk import Chunk
 
 
 def run(steps: Resumable[T], diary: list[str]) -> T:
-    """Drive a generator, writing each yield into the diary of its exchange."""
+    """Run a generator; log each yield in the diary of its exchange."""
     while True:
         try:
             next(steps)
@@ -64,7 +64,7 @@ def test_logits_run_the_main_model_alone() -> None:
     assert exchange.diary == launched_yielded_waited(*(f"{op} {i}" for i in (0, 1) for op in ("dispatch", "combine")))
 
 
-def test_two_generators_may_take_turns() -> None:
+def test_two_generators_may_alternate() -> None:
     def gradients(chunk: Chunk) -> list[Tensor]:
         return [parameter.grad for parameter in chunk.model.parameters() if parameter.grad is not None]
 
@@ -117,7 +117,7 @@ def test_without_gradients_nothing_is_kept(kind: str) -> None:
             result = run_to_completion(chunk.compute_logits(tokens_BW[:, :LENGTH]))
     assert not saved
     assert not result.requires_grad
-    assert exchange.most_alive <= 2  # while a layer runs, the one before it goes
+    assert exchange.most_alive <= 2  # while a layer runs, the one before it is freed
     gc.collect()
     assert exchange.alive() == 0
     assert all(parameter.grad is None for parameter in chunk.model.parameters())

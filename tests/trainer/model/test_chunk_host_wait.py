@@ -1,4 +1,4 @@
-"""The host waits for the sizes of a dispatch, and by then the device has other work."""
+"""When the host waits for the sizes of a dispatch, the device has other work queued."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHARED = "shared(F)"
 
 
 class StalledWorker(StreamCommunicator):
-    """Waits for sizes as soon as their exchange is launched."""
+    """A communicator that waits for sizes as soon as their exchange is launched."""
 
     def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
@@ -62,7 +62,7 @@ def make_chunk(exchange: str, worker: type[StreamCommunicator] = StreamCommunica
 
 
 def run_pair(exchange: str, worker: type[StreamCommunicator] = StreamCommunicator) -> RecordedStreams:
-    """An FB: what its host did, and its streams."""
+    """Run an FB; return the streams with the log of the host."""
     chunk, streams = make_chunk(exchange, worker)
     ahead = run_to_completion(chunk.forward(*window(), SCALES, BACKWARD))
     streams.diary.clear()
@@ -76,7 +76,7 @@ def of(name: str, layer: str, micro_batch: int) -> str:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """The layers whose backward and forward take turns."""
+    """Return the pairs of layers whose backward and forward alternate."""
     return list(zip(reversed(LAYERS), LAYERS, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_a_wait_right_behind_the_launch_is_seen(exchange: str) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
-def test_a_dispatch_runs_beside_the_backward_that_hides_it(exchange: str) -> None:
+def test_a_dispatch_runs_during_the_backward_that_hides_it(exchange: str) -> None:
     streams = run_pair(exchange)
     for (backward, forward), waited in zip(pairs(), streams.host_waits_for, strict=True):
         hiding = of("mlp(B)", backward, BACKWARD)

@@ -1,11 +1,11 @@
-"""Causal attention against its twin, and sums in BF16."""
+"""Causal attention against its reference, and sums in BF16."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.cpu_attention import causal_attention, causal_attention_reference
 from shoestring.trainer.model.loss import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -19,7 +19,7 @@ def test_causal_attention(length: int) -> None:
 
 
 def test_causal_attention_in_bf16_keeps_scores_in_fp32() -> None:
-    """Scores of about 30, which BF16 would round by 0.1: its products alone cost less than 1 %."""
+    """Scores of about 30, which BF16 would round by 0.1: BF16 products alone are off by less than 1 %."""
     q, k, v = (random(1, 2, 200, width, dtype=torch.bfloat16) for width in (48, 48, 32))
     k = k.flip(-1)
     ours = gradients(lambda q, k, v: causal_attention(q, k, v, 1.0), q, k, v)

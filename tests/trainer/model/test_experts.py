@@ -1,4 +1,4 @@
-"""Grouped expert GEMMs against their twin, an expert at a time."""
+"""Grouped expert GEMMs against their reference, one expert at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shoestring.trainer.model.experts import GroupedExperts, grouped_mm, grouped
 
 
 @pytest.mark.parametrize("rows", [(3, 0, 5, 1), (0, 0, 0, 0), (9, 0, 0, 0)], ids=str)
-def test_grouped_products_and_gradients_are_the_twins(rows: tuple[int, ...]) -> None:
+def test_grouped_products_and_gradients_equal_the_reference(rows: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     x_RK = torch.randn(sum(rows), 8, generator=generator, requires_grad=True)
     weight_LNK = torch.randn(4, 12, 8, generator=generator, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Rows computed in blocks: the same results and gradients, with less held and less made at a time."""
+"""Rows computed in blocks: equal results and gradients, less memory kept and less allocated per step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_where_rows_are_cut(rows: tuple[int, ...], blocks: list[tuple[int, ...]]
 def outcome(
     rows: tuple[int, ...], block: int | None, dtype: torch.dtype, *, fp8: bool = False, collects: bool = True
 ) -> list[Tensor]:
-    """Result, and gradients of rows, gate weights and both weights."""
+    """Return the result, and the gradients of rows, gate weights and both weights."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def test_between_forward_and_backward_rows_alone_are_kept(fp8: bool) -> None:
     with Census() as census:
         out_RD = experts(rows_RD, weights_R, rows)
     kept = census.bytes - out_RD.nbytes
-    assert kept == (sum(rows) * (HIDDEN + 4) if fp8 else 0)  # the rows themselves were here before
+    assert kept == (sum(rows) * (HIDDEN + 4) if fp8 else 0)  # the rows existed before
     del out_RD
     assert census.bytes == 0
 

@@ -1,4 +1,4 @@
-"""Initial weights belong to the seed and the name, whatever the number of ranks."""
+"""Initial weights depend on the seed and the name, not on the number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_share_of_the_experts_is_a_slice_of_the_whole(ranks: int) -> None:
 
 def test_the_seed_alone_decides() -> None:
     first = dict(initialized(seed=5).named_parameters())
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator has no effect
     again, other = dict(initialized(seed=5).named_parameters()), dict(initialized(seed=6).named_parameters())
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name]), name
@@ -54,7 +54,7 @@ def test_weights_are_normal_with_the_configured_spread(std: float) -> None:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue
         spread, error = parameter.std().item(), parameter.numel() ** -0.5
-        assert spread == pytest.approx(std, rel=4 * error), name  # the error of a spread is std / sqrt(2 n)
+        assert spread == pytest.approx(std, rel=4 * error), name  # the standard error of a spread is std / sqrt(2 n)
         assert abs(parameter.mean().item()) < 4.5 * std * error, name
         assert (parameter.abs() < 2 * std).double().mean().item() == pytest.approx(0.9545, abs=2 * error), name
 

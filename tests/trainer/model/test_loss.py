@@ -1,4 +1,4 @@
-"""The fused cross-entropy against its twin."""
+"""The fused cross-entropy against its reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.loss import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference
 
 
@@ -38,8 +38,8 @@ def test_logits_too_large_for_exp_do_not_overflow() -> None:
     assert all(torch.isfinite(value).all() for value in (loss, *grads))
 
 
-def test_the_head_has_its_gradient_at_once() -> None:
-    """And keeps nothing of its own size for the backward."""
+def test_the_head_keeps_its_input_alone() -> None:
+    """Nothing of the logits' size is kept for the backward."""
     hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets, left, kept = torch.randint(9, (6,)), DelayedWeightGradients(), list[Tensor]()
 

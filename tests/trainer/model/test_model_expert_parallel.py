@@ -21,7 +21,7 @@ from shoestring.trainer.optimizer.config import OptimizerConfig
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6}
 SEQUENCES, LENGTH = 4, 12
-# One expert in four is wanted by nobody: with four ranks, one of them receives no token.
+# One expert in four is never chosen: with four ranks, one of them receives no token.
 STARVED = replace(reference_configs()["one_group"], num_experts_per_tok=2)
 CONFIGS = {"full": reference_configs()["full"], "two_mtp": reference_configs()["two_mtp"], "starved": STARVED}
 
@@ -38,7 +38,7 @@ def parameters(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def run_rank(topology: Topology, rank: int, name: str, dtype_name: str) -> Outcome:
-    """Forward and backward of this rank's sequences; sums, loads, its own reduced gradients, and the global norm."""
+    """Return this rank's sums, loads, own reduced gradients and the global norm after a forward and a backward."""
     config, dtype = CONFIGS[name], {"float64": torch.float64, "float32": torch.float32}[dtype_name]
     chunk = make_chunk(config, parameters(name, dtype), dtype, topology, rank)
     groups = ProcessGroups.create(topology, rank, timedelta(seconds=30))

@@ -1,10 +1,10 @@
-"""The fused RMSNorm against its twin."""
+"""The fused RMSNorm against its reference."""
 
 from __future__ import annotations
 
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.model.norm import rms_norm, rms_norm_reference
 
 

@@ -1,4 +1,4 @@
-"""What is made again in the backward is what the forward made, and nothing that communicates or chooses runs twice."""
+"""Recomputed activations equal the forward's; communication and expert choice never run twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPORT = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, Recompu
 def gradients(
     policy: frozenset[RecomputeModule], dtype: torch.dtype, *, deferred: bool = False, fp8: bool = False
 ) -> tuple[list[Tensor], list[str]]:
-    """Losses and gradients of one micro-batch, and what was sent."""
+    """Return losses and gradients of one micro-batch, and what was sent."""
     chunk, exchange = make_chunk(policy, dtype)
     if fp8:
         chunk.model.enable_fp8(Fp8LinearOps(ReferenceBackend()))
@@ -51,8 +51,8 @@ def gradients(
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=names)
 def test_recomputing_changes_no_bit(policy: frozenset[RecomputeModule], dtype: torch.dtype) -> None:
     kept, sent = gradients(frozenset(), dtype)
-    made_again, sent_again = gradients(policy, dtype)
-    assert all(map(torch.equal, made_again, kept))
+    recomputed, sent_again = gradients(policy, dtype)
+    assert all(map(torch.equal, recomputed, kept))
     assert sent_again == sent
     split, _ = gradients(policy, dtype, deferred=True)
     assert all(map(torch.equal, split, kept))
@@ -66,12 +66,12 @@ def test_recomputing_changes_no_bit(policy: frozenset[RecomputeModule], dtype: t
 def test_nor_does_it_in_fp8(policy: frozenset[RecomputeModule]) -> None:
     kept, _ = gradients(frozenset(), torch.bfloat16, fp8=True)
     for deferred in (False, True):
-        made_again, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
-        assert all(map(torch.equal, made_again, kept))
+        recomputed, _ = gradients(policy, torch.bfloat16, deferred=deferred, fp8=True)
+        assert all(map(torch.equal, recomputed, kept))
 
 
-def test_each_part_is_made_again_once_for_each_who_needs_it() -> None:
-    """Counts the recipes that are used: without any, the test above would say nothing."""
+def test_each_module_is_recomputed_once_for_each_use() -> None:
+    """Counts the recipes that are used: without any, the test above would prove nothing."""
     used: list[str] = []
     result = recompute_module._Recipe.result
 

@@ -1,4 +1,4 @@
-"""A compute phase hands the weight gradients of its backward on."""
+"""A compute phase passes on the weight gradients of its backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_phase_without_inputs_is_all_weights() -> None:
     assert _rows_with_gradient(table) == [1, 4]
 
 
-def test_phases_hand_their_work_on_in_order() -> None:
+def test_phases_pass_their_work_on_in_order() -> None:
     weights = [torch.randn(3, 3, requires_grad=True) for _ in range(2)]
     left = DelayedWeightGradients(deferred=True)
     for weight in weights:

@@ -1,4 +1,4 @@
-"""The learning rate by consumed tokens, and AdamW against the plain one."""
+"""The learning rate by consumed tokens, and AdamW against the plain reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tensors(seed: int, dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tens
 
 
 def sharded(parameters: dict[str, Tensor], config: OptimizerConfig, moments: torch.dtype) -> ShardedOptimizer:
-    """On one rank, in two buckets."""
+    """Build the optimizer on one rank, in two buckets."""
     world = ProcessGroups.create(Topology(), 0, timedelta(seconds=1)).world
     members = [BucketParameter(name, value, has_weight_decay=value.ndim >= 2) for name, value in parameters.items()]
     dtype = members[0].parameter.dtype
@@ -103,9 +103,10 @@ def test_the_norm_counts_every_piece() -> None:
 
 @pytest.mark.parametrize("masters", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: torch.dtype) -> None:
-    """Over more than one piece, ten steps, each from the twin's state: a moment on the border between two numbers of
-    its dtype may be rounded up by one and down by the other."""
+def test_the_fused_rule_does_what_the_reference_does(masters: torch.dtype, moments: torch.dtype) -> None:
+    """Ten steps over more than one slice, each from the reference's state: a moment between two numbers of
+    its dtype may be rounded up by one and down by the other.
+    """
     length, generator = SLICE_ELEMENTS + 77, torch.Generator().manual_seed(0)
     config, unit = OptimizerConfig(), torch.finfo(moments).eps
     master = torch.randn(length, generator=generator, dtype=torch.float64).to(masters)
@@ -116,14 +117,14 @@ def test_the_fused_rule_does_what_its_twin_does(masters: torch.dtype, moments: t
         for rule, (master, exp_avg, exp_avg_sq) in ((AdamW(config), ours), (AdamWReference(config), state)):
             rule(master, grad, exp_avg, exp_avg_sq, rate=0.01, step=step, decays=step % 2 == 0)
         torch.testing.assert_close(ours[0], state[0], rtol=1e-6, atol=1e-7)
-        for moment, twin in zip(ours[1:], state[1:], strict=True):
+        for moment, reference in zip(ours[1:], state[1:], strict=True):
             assert moment.dtype == moments
-            torch.testing.assert_close(moment.double(), twin.double(), rtol=unit, atol=1e-6)
-            assert float((moment != twin).double().mean()) < 1e-3 or moments == torch.float32
+            torch.testing.assert_close(moment.double(), reference.double(), rtol=unit, atol=1e-6)
+            assert float((moment != reference).double().mean()) < 1e-3 or moments == torch.float32
 
 
 def test_bf16_moments_stay_near_those_that_are_never_rounded() -> None:
-    """Fifty steps of the report's rule: the update is off by less than the 2^-8 that a rounding may cost."""
+    """Fifty steps of the report's rule: the update is off by less than the 2^-8 that one rounding may cost."""
     length, generator, config = 4096, torch.Generator().manual_seed(1), OptimizerConfig(weight_decay=0.0)
     results = []
     for moments in (torch.bfloat16, torch.float32):
@@ -145,7 +146,7 @@ def test_a_mean_that_would_stand_still_is_refused() -> None:
     assert refused(0.999, "auto") == refused(0.999, "bfloat16") == ["beta2"]
     assert refused(0.999, "float32") == refused(0.95, "bfloat16") == []
     assert refused(0.95, "int8") == ["moments"]
-    # What is refused is what happens: a second moment under half of its spacing a step never falls.
+    # The refused case does happen: a second moment that falls by under half of its spacing per step never falls.
     stuck, falling = torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)
     master, grad, exp_avg = torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
     for step in range(1, 101):

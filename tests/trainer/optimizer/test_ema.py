@@ -1,4 +1,4 @@
-"""The moving average of the weights: its formula, beside the training, and the weights untouched by a look at it."""
+"""The moving average of the weights: its formula, its background update, and weights untouched by an evaluation."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def take_step(optimizer: ShardedOptimizer, parameter: Tensor) -> None:
 
 
 def averaged(world: World, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The average and its twin, the weights before a look at it and after."""
+    """Return the average and its reference, and the weights before and after the average was in the model."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=30))
     optimizer, parameter = build(groups, weights)
     average = WeightEMA(optimizer, DECAY)
-    twin = torch.arange(300.0).div(100)
+    reference = torch.arange(300.0).div(100)
     for _ in range(STEPS):
         average.wait()
         take_step(optimizer, parameter)
         average.start_update()
-        twin = DECAY * twin + (1 - DECAY) * parameter.detach().float()
+        reference = DECAY * reference + (1 - DECAY) * parameter.detach().float()
     before = parameter.detach().clone()
     with average.swapped_into_model():
         inside = parameter.detach().clone()
-    return inside, twin, before, parameter.detach().clone()
+    return inside, reference, before, parameter.detach().clone()
 
 
 def test_every_rank_sees_the_average_and_then_its_weights_again() -> None:
-    for inside, twin, before, after in run_processes(2, averaged, torch.float32):
-        torch.testing.assert_close(inside, twin, rtol=1e-6, atol=1e-6)
+    for inside, reference, before, after in run_processes(2, averaged, torch.float32):
+        torch.testing.assert_close(inside, reference, rtol=1e-6, atol=1e-6)
         assert torch.equal(before, after)
         assert float((inside - before).abs().max()) > 0.1
 
@@ -73,12 +73,12 @@ def test_the_average_is_of_masters_and_never_rounded_on_the_way() -> None:
     ((inside, _, before, after),) = run_processes(1, averaged, torch.bfloat16)
     assert torch.equal(before, after)
     assert inside.dtype == torch.bfloat16
-    # Gradients differ in rounding of the weights they are made from; Adam's first steps hardly see it.
+    # The gradients' rounding depends on the weights' rounding; Adam's first steps hardly change.
     torch.testing.assert_close(inside.float(), wide, rtol=2**-7, atol=1e-3)
 
 
 def moved_through(streams: LateStreams | None) -> list[Tensor]:
-    """The average after each step, of 300 masters through two halves of 64."""
+    """Return the average after each step, of 300 masters through two halves of 64."""
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, parameter = build(groups, torch.float32)
     average, found = WeightEMA(optimizer, DECAY, streams, staged_bytes=2 * 64 * 4), []
@@ -92,16 +92,16 @@ def moved_through(streams: LateStreams | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "as late as may be"])
-def test_by_a_stream_of_its_own_it_is_the_same_to_the_last_bit(late: bool) -> None:
+def test_on_a_separate_stream_it_is_the_same_to_the_last_bit(late: bool) -> None:
     streams = LateStreams(late)
     for staged, plain in zip(moved_through(streams), moved_through(None), strict=True):
         assert torch.equal(staged, plain)
     waits = [line for line in streams.log if line.startswith("average waits")]
-    assert waits == ["average waits for computing 1"] * STEPS  # of the masters that the step has just written
+    assert waits == ["average waits for computing 1"] * STEPS  # for the masters that the step has just written
     assert sum(line.startswith("host waits") for line in streams.log) == STEPS * 5
 
 
-def test_it_moves_beside_the_caller_and_is_waited_for() -> None:
+def test_it_moves_in_the_background_and_is_waited_for() -> None:
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1))
     optimizer, _ = build(groups, torch.float32)
     average = WeightEMA(optimizer, DECAY)

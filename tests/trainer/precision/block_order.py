@@ -1,4 +1,4 @@
-"""Which block of a result each program makes. Runs in Triton's interpreter."""
+"""The block of a result that each program computes. Runs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _write(out_ptr, row_blocks, column_blocks):  # type: ignore[no-untyped-def]
 
 
 def check_order() -> None:
-    """Every block once, and programs that follow each other read few rows and few columns."""
+    """Check that each block comes once, and that consecutive programs read few rows and few columns."""
     for rows, columns in ((1, 5), (16, 3), (35, 4), (5, 1)):
         places = torch.empty((rows * columns, 2), dtype=torch.int32)
         _write[(len(places),)](places, rows, columns)

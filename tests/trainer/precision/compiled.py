@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for sm_90 without a GPU, and prints what the compiler made of it as JSON lines.
+"""Compiles every Triton kernel for sm_90 without a GPU, and prints the compiler's resource use as JSON lines.
 
 Needs a process without TRITON_INTERPRET.
 """
@@ -61,10 +61,10 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
 def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, *, whole: bool = True
 ) -> dict[str, Any]:
-    """`whole`: widths are multiples of 16."""
+    """Compile a kernel; `whole` means widths that are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else (TYPES | types)[name] for name in names}
-    # As the launcher does for arguments that are multiples of 16.
+    # Like the launcher for arguments that are multiples of 16.
     aligned = [["tt.divisibility", 16]]
     attributes = {(place,): aligned for place, name in enumerate(names) if signature[name].startswith("*")}
     if whole:
@@ -88,7 +88,7 @@ def compiled(
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack and local memory: where registers are spilled to."""
+    """Return registers, and bytes of stack and local memory, to which registers are spilled."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def numbers(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Many magnitudes, zeros, a tile of zeros, ties, and the ends of FP32."""
+    """Return many magnitudes, zeros, a tile of zeros, ties, and the ends of FP32."""
     generator = torch.Generator().manual_seed(rows + width)
     x = torch.randn(rows, width, generator=generator) * 10 ** torch.empty(rows, width).uniform_(
         -6, 2, generator=generator

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run(module: str, *arguments: str, tmp_path: Path, interpret: bool) -> str:
-    # What the compiler may fuse is said, since its default changes; caches of one user's runs are not this test's.
+    # Fusion is set explicitly because its default changes; a user's kernel cache is not used.
     chosen = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | chosen
     if interpret:

@@ -1,4 +1,4 @@
-"""A Transformer Engine that demands what the source of the real one demands, laid out as that one is.
+"""A Transformer Engine stand-in with the checks and the layout of the real one.
 
 The library behind it, `transformer_engine_torch`, lies inside the package and is a module only once
 `transformer_engine.pytorch` has loaded it.
@@ -51,7 +51,7 @@ def install(directory: Path) -> None:
 
 @dataclass(kw_only=True)
 class Float8BlockwiseQTensorStorage:
-    """As far as a product reads it."""
+    """The part of the class that a product reads."""
 
     rowwise_data: Tensor
     rowwise_scale_inv: Tensor
@@ -62,7 +62,7 @@ class Float8BlockwiseQTensorStorage:
     is_2D_scaled: bool
 
     def tiles(self) -> RowwiseFp8Tensor:
-        """Checks shapes as its quantizer makes them, then reads the scale of each tile."""
+        """Check shapes as the quantizer makes them; return the tensor with the scale of each tile."""
         rows, width = self.rowwise_data.shape
         assert self.fp8_dtype is E4M3
         assert self.rowwise_data.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""What attention gives, read by two backwards from one E5M6."""
+"""Attention's output, kept once in E5M6 for two backwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH, HEADS, LENGTH, WIDTH, SCALE = 2, 3, 40, 16, 0.3
 
 
 def heads() -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, as projections write them."""
+    """Return queries, keys and values, strided like projections write them."""
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, LENGTH, HEADS, WIDTH)
     q, k, v = (torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
@@ -27,12 +27,12 @@ def heads() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows(x_BHSV: Tensor) -> Tensor:
-    """[B · S, H · V]."""
+    """Return [B · S, H · V]."""
     return x_BHSV.detach().transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def gradients(inputs: Sequence[Tensor], output: Tensor, grad: Tensor) -> list[Tensor]:
-    """Of softmax attention by its definition; the sum over keys of P ⊙ dP is that over values of O ⊙ dO."""
+    """Return the gradients of softmax attention; the sum over keys of P ⊙ dP is that over values of O ⊙ dO."""
     q, k, v = (x.detach().double() for x in inputs)
     hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     p = (SCALE * q @ k.transpose(2, 3)).masked_fill(hidden, float("-inf")).softmax(-1)
@@ -53,7 +53,7 @@ def test_the_backward_of_attention_reads_what_was_packed() -> None:
     of_rounded, exact = (gradients(inputs, output, grad) for output in (rounded, out.detach()))
     for ours, expected in zip(found, of_rounded, strict=True):
         assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (found[0] - exact[0]).abs().max() > 1e-4 * exact[0].abs().max()  # the rounding is there to be seen
+    assert (found[0] - exact[0]).abs().max() > 1e-4 * exact[0].abs().max()  # the rounding is visible
 
 
 def test_the_wide_output_goes_with_the_forward() -> None:
@@ -67,7 +67,7 @@ def test_the_wide_output_goes_with_the_forward() -> None:
 
 
 class TokensFirst(torch.autograd.Function):
-    """Keeps its output as [B, S, H, V] for its backward, as FlashAttention-3 does."""
+    """An operator that keeps its output as [B, S, H, V] for its backward, as FlashAttention-3 does."""
 
     @staticmethod
     def forward(ctx: Any, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_an_output_that_is_kept_in_another_view_is_found() -> None:
 
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
-    """On tensors without memory: which tensor autograd keeps is decided by the operator's formula alone."""
+    """Tensors without memory suffice: the operator's formula alone decides which tensor autograd keeps."""
     inputs = tuple(
         torch.empty(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
         for _ in range(3)
@@ -115,7 +115,7 @@ def test_the_operators_of_gpus_keep_an_output_that_is_found(name: str) -> None:
     assert [grad.shape for grad in torch.autograd.grad(end, inputs)] == [x.shape for x in inputs]
 
 
-def test_what_nobody_packs_is_kept_as_it_is() -> None:
+def test_an_output_that_is_not_packed_is_kept_as_it_is() -> None:
     inputs = heads()
     found, expected = (
         torch.autograd.grad(attend(causal_attention_reference, *inputs, SCALE).square().sum(), inputs)
@@ -127,7 +127,7 @@ def test_what_nobody_packs_is_kept_as_it_is() -> None:
 
 @pytest.mark.parametrize("made", [torch.clone, lambda x: x[..., :-1].contiguous()], ids=["a copy", "another shape"])
 def test_another_tensor_than_the_output_is_not_taken_for_it(made: Callable[[Tensor], Tensor]) -> None:
-    """A kernel that keeps a copy of its output, or pads it: the numbers stay right, and nothing is saved."""
+    """A kernel may keep a copy of its output, or pad it: the numbers stay right, and nothing is saved."""
     inputs, shared = heads(), SharedAttentionOutput()
     out = shared.run_attention(lambda *given: made(causal_attention_reference(*given)), *inputs, SCALE)
     shared.replace_with_e5m6(pack_e5m6(torch.zeros(BATCH * LENGTH, HEADS * WIDTH)))

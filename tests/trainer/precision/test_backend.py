@@ -1,4 +1,4 @@
-"""Which provider serves, and why the others do not."""
+"""The backend that is chosen, and why the others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The provider of FP8 that a configuration names."""
+"""The FP8 backend that a configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twelve-bit numbers by their definition."""
+"""Twelve-bit numbers against their definition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.tests.reference import fp8 as twin
+from shoestring.tests.reference import fp8
 from shoestring.tests.trainer.precision.hard_numbers import numbers
 from shoestring.trainer.precision.e5m6 import pack_e5m6, unpack_e5m6
 
@@ -22,7 +22,7 @@ def numpy_of(x: Tensor) -> np.ndarray:
 def test_e5m6_is_the_definition_and_takes_three_bytes_for_two(shape: tuple[int, int]) -> None:
     x = numbers(*shape)
     packed = pack_e5m6(x)
-    expected = twin.dequantize(twin.quantize(numpy_of(x), 1, 128, power_of_two=True, numbers=twin.E5M6))
+    expected = fp8.dequantize(fp8.quantize(numpy_of(x), 1, 128, power_of_two=True, numbers=fp8.E5M6))
     assert np.array_equal(unpack_e5m6(packed, torch.float32).numpy(), expected)
     assert packed.bytes_XB.shape == (shape[0], 3 * -(-shape[1] // 2))
     x[0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""A Linear in FP8: its three products by the NumPy definition, what it keeps, and when its weights are quantized."""
+"""A Linear in FP8: its three products by the NumPy definition, the tensors it keeps, and when weights are quantized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoestring.comm.fp8 import tiles_per_row
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
-from shoestring.tests.reference import fp8_model as twin
+from shoestring.tests.reference import fp8_model
 from shoestring.tests.trainer.precision.fp8_linear import INNER, WIDTH, linear, normal
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.experts import GroupedExperts, SwiGLUFeedForward
@@ -27,7 +27,7 @@ ROWS = (100, 0, 50)
 
 
 def run(function: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Output, gradient of x, gradients of the weights."""
+    """Return the output, the gradient of x, and the gradients of the weights."""
     x = x.detach().requires_grad_()
     for weight in weights:
         weight.grad = None
@@ -46,11 +46,11 @@ def grad_of(weight: Tensor) -> Tensor:
 def test_all_three_products_are_the_definition(dtype: torch.dtype, after_attention: bool) -> None:
     module, x = linear(after_attention), normal(3, 70, WIDTH).to(dtype)
     ours = run(module, x, module.weight)
-    theirs = run(lambda x: twin.linear(x, module.weight, after_attention), x, module.weight)
+    theirs = run(lambda x: fp8_model.linear(x, module.weight, after_attention), x, module.weight)
     assert ours[0].dtype == ours[1].dtype == dtype
     assert ours[2].dtype == torch.float32  # accumulates in the dtype of the parameter, whatever computes
     assert all(torch.equal(mine, other.to(mine.dtype)) for mine, other in zip(ours[:2], theirs[:2], strict=True))
-    if dtype == torch.float32:  # the twin rounds it to the dtype of x
+    if dtype == torch.float32:  # the reference rounds it to the dtype of x
         assert torch.equal(ours[2], theirs[2])
 
 
@@ -67,7 +67,7 @@ def test_swiglu_is_the_definition_from_its_kept_input() -> None:
     params = {name: weight.clone().requires_grad_() for name, weight in zip(names, (gate, up, down), strict=True)}
     x = normal(130, WIDTH, dtype=torch.float64)
     ours = run(module, x, *module.parameters())
-    out, grad_x, *grads = run(lambda x: twin.swiglu(params, "x", x), x, *params.values())
+    out, grad_x, *grads = run(lambda x: fp8_model.swiglu(params, "x", x), x, *params.values())
     for mine, other in zip(ours, (out, grad_x, torch.cat(grads[:2]), grads[2]), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
@@ -105,7 +105,7 @@ def test_experts_are_the_definition_one_at_a_time() -> None:
         }
         rows = x[mine].clone().requires_grad_()
         weights = gates[mine].detach().clone().requires_grad_()
-        expected = twin.swiglu(leaves, "e", rows, weights)
+        expected = fp8_model.swiglu(leaves, "e", rows, weights)
         expected.backward(upstream[mine])
         pairs = [(out[mine], expected), (grad_x[mine], rows.grad), (grad_gates[mine], weights.grad)]
         pairs.append((grad_up[number], torch.cat([grad_of(leaf) for leaf in leaves.values()][:2])))
@@ -122,24 +122,24 @@ def test_gradients_of_weights_can_wait() -> None:
         (lambda rows: mixture(rows, gates, ROWS), x.double(), list(mixture.parameters())),
     ]
     for function, source, weights in cases:
-        at_once = run(function, source, *weights)
+        undelayed = run(function, source, *weights)
         left = DelayedWeightGradients(deferred=True)
         with left.collect_from_forward():
             later = run(function, source, *weights)
         assert later[2:] == [None] * len(weights)
         left.flush()
         found = [*later[:2], *map(grad_of, weights)]
-        assert all(torch.equal(one, other) for one, other in zip(at_once, found, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(undelayed, found, strict=True))
         with left.collect_from_forward():
             again = function(source)
         again.backward(normal(*later[0].shape, dtype=source.dtype))
         left.flush()
-        assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, at_once[2:], strict=True))
+        assert all(torch.equal(grad_of(weight), 2 * once) for weight, once in zip(weights, undelayed[2:], strict=True))
 
 
 @dataclass(frozen=True)
 class Adding(ReferenceBackend):
-    """Remembers which gradients it was given to add to."""
+    """A backend that records the gradients it adds to."""
 
     sums: list[tuple[torch.Size, int]] = field(default_factory=list)
 
@@ -148,7 +148,7 @@ class Adding(ReferenceBackend):
         super().accumulate_grouped_wgrad(grad, x, sum_LNK)
 
 
-def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
+def test_a_backend_adds_to_the_gradient_that_is_there() -> None:
     adding, module, mixture = Adding(), linear(), experts()
     module.fp8 = mixture.fp8 = Fp8LinearOps(adding)
     gates, left = torch.rand(150, dtype=torch.float64), DelayedWeightGradients()
@@ -166,7 +166,7 @@ def test_a_provider_adds_to_the_gradient_that_is_there() -> None:
 
 @dataclass(frozen=True)
 class Fused(ReferenceBackend):
-    """Remembers which SwiGLUs it was given to quantize, and when tiles were turned."""
+    """A backend that records the SwiGLUs it quantizes, and transposes."""
 
     seen: list[str] = field(default_factory=list)
 
@@ -185,11 +185,11 @@ class Fused(ReferenceBackend):
     def rowwise_to_columnwise(
         self, x: RowwiseFp8Tensor, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        self.seen.append("turned")
+        self.seen.append("transposed")
         return super().rowwise_to_columnwise(x, rows_L, scales)
 
 
-def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
+def test_a_backend_is_given_the_input_of_a_swiglu_and_tiles_to_transpose() -> None:
     fused, network, mixture = Fused(), SwiGLUFeedForward(WIDTH, INNER), experts().float()
     network.down.fp8 = mixture.fp8 = Fp8LinearOps(fused)
     x, gates = normal(sum(ROWS), WIDTH), torch.rand(sum(ROWS))
@@ -197,11 +197,11 @@ def test_a_provider_is_given_the_input_of_a_swiglu_and_tiles_to_turn() -> None:
     run(lambda rows: mixture(rows, gates, ROWS), x, *mixture.parameters())
     with torch.no_grad():
         network(x)
-    assert fused.seen == ["rows", "columns", "weighted rows", "turned", "weighted columns", "turned", "rows"]
+    assert fused.seen == ["rows", "columns", "weighted rows", "transposed", "weighted columns", "transposed", "rows"]
 
 
 def kept_bytes(function: Callable[[], Tensor], weights: list[nn.Parameter]) -> int:
-    """Of what the backward needs, apart from weights in any form."""
+    """Return the bytes kept for the backward, without weights in any form."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_experts_keep_two_tiled_tensors_instead_of_three_whole_ones() -> None:
     assert kept_bytes(function, weights) == expected
     module.fp8 = None
     in_fp8 = expected
-    with DelayedWeightGradients().collect_from_forward():  # as in training; outside of it weights are kept too, cast
+    with DelayedWeightGradients().collect_from_forward():  # as in training; outside of it cast weights are kept too
         native = kept_bytes(function, weights)
     assert native == 2 * rows * (WIDTH + 2 * INNER + INNER) + 4 * rows
     assert in_fp8 < 0.45 * native

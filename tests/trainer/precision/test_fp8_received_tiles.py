@@ -1,4 +1,4 @@
-"""Rows that came in FP8 are multiplied as they came: the bits of rows that were widened and quantized again."""
+"""Rows received in FP8 are multiplied unchanged, and give the bits of rows that are widened and quantized again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 @dataclass(frozen=True)
 class Recording(ReferenceBackend):
-    """Remembers how many rows it has quantized as received ones."""
+    """A backend that records how many received rows it quantizes."""
 
     seen: list[int] = field(default_factory=list)
 
@@ -32,8 +32,8 @@ class Recording(ReferenceBackend):
         return super().quantize_rowwise(x_XD, scales)
 
 
-def came(rows: int, dtype: torch.dtype) -> QuantizedRows:
-    """As a wire brings them. One row's largest number becomes 224: its widened tile has half the scale."""
+def received_rows(rows: int, dtype: torch.dtype) -> QuantizedRows:
+    """Return rows as a wire delivers them. One row's largest number is 224: its widened tile has half the scale."""
     x_RD = torch.randn((rows, WIDTH), generator=torch.Generator().manual_seed(rows), dtype=dtype)
     x_RD[:1, :2] = torch.tensor([225.0, 300.0 * 2.0**-9])
     return QuantizedRows(*quantize(x_RD))
@@ -42,13 +42,13 @@ def came(rows: int, dtype: torch.dtype) -> QuantizedRows:
 def outcome(
     rows: tuple[int, ...], dtype: torch.dtype, block: int | None, *, as_tiles: bool
 ) -> tuple[dict[str, Tensor], list[int], list[int]]:
-    """Result and gradients; which received rows were quantized by the forward, and which by the backward."""
+    """Return result and gradients, and the received rows that the forward and the backward quantized."""
     generator = torch.Generator().manual_seed(1)
     recording, module = Recording(), GroupedExperts(len(rows), WIDTH, INNER)
     module.fp8, module.block_rows = Fp8LinearOps(recording), block
     for weight in module.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) / 10
-    tiles = came(sum(rows), dtype)
+    tiles = received_rows(sum(rows), dtype)
     widened_RD = dequantize(tiles.values_XD, tiles.exponents_XQ, dtype)
     rows_RD = (nan_placeholder(tiles.values_XD, dtype) if as_tiles else widened_RD).requires_grad_()
     gates_R = torch.rand(sum(rows), generator=generator).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
@@ -74,7 +74,7 @@ def test_as_they_came_they_give_the_same_bits(rows: tuple[int, ...], dtype: torc
     ours, in_forward, in_backward = outcome(rows, dtype, block, as_tiles=True)
     theirs, again, of_gradients = outcome(rows, dtype, block, as_tiles=False)
     assert (in_forward, again) == ([], [sum(rows)])
-    assert in_backward == of_gradients  # those that combine's backward brings
+    assert in_backward == of_gradients  # rows from combine's backward
     assert len(ours) == len(theirs) == 5
     assert all(tensor.dtype == theirs[name].dtype for name, tensor in ours.items())
     assert all(tensor.isfinite().all() for tensor in ours.values())
@@ -84,7 +84,7 @@ def test_as_they_came_they_give_the_same_bits(rows: tuple[int, ...], dtype: torc
 @pytest.mark.parametrize("width", [1, 127, 128, 200, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_crosses_is_what_would_be_quantized_here(dtype: torch.dtype, width: int) -> None:
-    """Values and scales alike, those of tiles that are not whole too; faults and zeros too."""
+    """Values and scales are equal, also in partial tiles and for NaN, infinity and zero."""
     x_XD = torch.randn((40, width)) * torch.logspace(-44, 38, 40)[:, None]
     x_XD[3] = 0.0
     x_XD[5, -1], x_XD[6, 0] = torch.nan, torch.inf

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm import fp8 as wire
-from shoestring.tests.reference import fp8 as twin
+from shoestring.tests.reference import fp8
 from shoestring.tests.trainer.precision.hard_numbers import numbers
 from shoestring.trainer.precision.fp8_tensors import (
     RowwiseFp8Tensor,
@@ -33,10 +33,10 @@ def numpy_of(x: Tensor) -> np.ndarray:
 def test_tiles_are_the_definition(shape: tuple[int, int], scales: ScaleFormat, dtype: torch.dtype) -> None:
     x = numbers(*shape, dtype)
     tiles = quantize_rowwise(x, scales)
-    values, scale = twin.quantize(numpy_of(x), 1, 128, scales is ScaleFormat.POWER_OF_TWO)
+    values, scale = fp8.quantize(numpy_of(x), 1, 128, scales is ScaleFormat.POWER_OF_TWO)
     assert np.array_equal(numpy_of(tiles.values_XD), values)
     assert np.array_equal(tiles.scales_XQ.numpy(), scale[:, ::128])
-    assert np.array_equal(dequantize_rowwise(tiles, torch.float32).numpy(), twin.dequantize((values, scale)))
+    assert np.array_equal(dequantize_rowwise(tiles, torch.float32).numpy(), fp8.dequantize((values, scale)))
 
 
 @pytest.mark.parametrize("scales", ScaleFormat)
@@ -44,13 +44,13 @@ def test_tiles_are_the_definition(shape: tuple[int, int], scales: ScaleFormat, d
 def test_blocks_are_the_definition(shape: tuple[int, int], scales: ScaleFormat) -> None:
     x = numbers(*shape)
     blocks = quantize_weight(x, scales)
-    values, scale = twin.quantize(numpy_of(x), 128, 128, scales is ScaleFormat.POWER_OF_TWO)
+    values, scale = fp8.quantize(numpy_of(x), 128, 128, scales is ScaleFormat.POWER_OF_TWO)
     assert np.array_equal(numpy_of(blocks.values_NK), values)
     assert np.array_equal(blocks.scales_PQ.numpy(), scale[::128, ::128])
-    assert np.array_equal(dequantize_weight(blocks, torch.float32).numpy(), twin.dequantize((values, scale)))
-    turned = quantize_weight(x.T.contiguous(), scales)
-    assert torch.equal(turned.values_NK.float(), blocks.transposed().values_NK.float())
-    assert torch.equal(turned.scales_PQ, blocks.transposed().scales_PQ)
+    assert np.array_equal(dequantize_weight(blocks, torch.float32).numpy(), fp8.dequantize((values, scale)))
+    of_transpose = quantize_weight(x.T.contiguous(), scales)
+    assert torch.equal(of_transpose.values_NK.float(), blocks.transposed().values_NK.float())
+    assert torch.equal(of_transpose.scales_PQ, blocks.transposed().scales_PQ)
 
 
 def test_a_stack_of_weights_is_each_of_them() -> None:
@@ -72,7 +72,7 @@ def test_columns_are_tiled_an_expert_at_a_time(rows: tuple[int, ...]) -> None:
         values = numpy_of(columns.tiles.values_XD[:, tiles.start * 128 : tiles.stop * 128])
         assert values.shape == (140, -(-len(part) // 128) * 128)
         assert not values[:, len(part) :].any()
-        expected, scale = twin.quantize(numpy_of(part).T, 1, 128, power_of_two=False)
+        expected, scale = fp8.quantize(numpy_of(part).T, 1, 128, power_of_two=False)
         assert np.array_equal(values[:, : len(part)], expected)
         assert np.array_equal(columns.tiles.scales_XQ[:, tiles].numpy(), scale[:, ::128])
 

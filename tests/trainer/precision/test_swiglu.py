@@ -1,16 +1,16 @@
-"""The fused SwiGLU against its twin."""
+"""The fused SwiGLU against its reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shoestring.tests.trainer.model.against_twins import gradients, random
+from shoestring.tests.trainer.model.against_reference import gradients, random
 from shoestring.trainer.precision.swiglu import swiglu, swiglu_reference, weighted_swiglu, weighted_swiglu_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-def test_swiglu_is_its_twin_to_the_last_bit(dtype: torch.dtype) -> None:
+def test_swiglu_equals_the_reference_to_the_last_bit(dtype: torch.dtype) -> None:
     gate_up = random(3, 5, 12, dtype=dtype)
     pairs = zip(gradients(swiglu, gate_up), gradients(swiglu_reference, gate_up), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)

@@ -1,4 +1,4 @@
-"""What the Transformer Engine provider hands over, before a stand-in; and when that serves."""
+"""The Transformer Engine backend's calls, against a stand-in; and when the backend is available."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.precision import te_stand_in
-from shoestring.tests.trainer.precision.against_twins import check_products
+from shoestring.tests.trainer.precision.against_reference import check_products
 from shoestring.trainer.precision.backend import open_backend, unavailable_reasons
 
 OURS = "shoestring.trainer.precision.te_backend"
@@ -18,7 +18,7 @@ OURS = "shoestring.trainer.precision.te_backend"
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Of a package that this process finds, on what it takes for a Hopper GPU; none of it is imported afterwards."""
+    """Return a folder for a package, on a simulated Hopper GPU; none of it stays imported afterwards."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
@@ -35,12 +35,12 @@ def test_products_are_the_references(place: Path) -> None:
 
 def test_it_serves_where_its_library_loads(place: Path) -> None:
     te_stand_in.install(place)
-    assert "transformer_engine_torch" not in sys.modules  # nor could a search find it
+    assert "transformer_engine_torch" not in sys.modules  # a search would not find it
     assert not list(unavailable_reasons("te", on_gpu=True))
     assert "transformer_engine_torch" in sys.modules
 
 
-def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
+def test_a_library_that_does_not_load_is_reported(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/wheel_lib/transformer_engine_torch.py").write_text("raise OSError('no libcublas')")
     (said,) = unavailable_reasons("te", on_gpu=True)
@@ -48,7 +48,7 @@ def test_a_library_that_does_not_load_is_said_to(place: Path) -> None:
     assert "no libcublas" in said
 
 
-def test_an_older_one_is_said_not_to_serve(place: Path) -> None:
+def test_an_older_one_is_reported_unusable(place: Path) -> None:
     te_stand_in.install(place)
     (place / "transformer_engine/pytorch/constants.py").write_text("")
     (said,) = unavailable_reasons("te", on_gpu=True)

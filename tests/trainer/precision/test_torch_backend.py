@@ -1,4 +1,4 @@
-"""What the torch provider hands to `scaled_mm`, before a stand-in that demands what torch's source demands."""
+"""The torch backend's calls of `scaled_mm`, against a stand-in that checks what torch's source requires."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stand_in(
     a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, of_a: ScalingType, scale_b: Tensor, of_b: ScalingType,
     output_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The checks of ScaledBlas.cpp, then the product by the reference provider."""
+    """Check what ScaledBlas.cpp checks, then multiply with the reference backend."""
     (m, k), n = a_MK.shape, b_KN.shape[1]
     assert a_MK.is_contiguous()
     assert b_KN.T.is_contiguous()
@@ -44,22 +44,24 @@ def stand_in(
 
 def test_products_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_mm", stand_in)
-    ours, twin = TorchBackend(), ReferenceBackend()
+    ours, reference = TorchBackend(), ReferenceBackend()
     for rows, n, k in ((5, 40, 30), (130, 256, 300)):
         x, w = (
-            twin.quantize_rowwise(torch.randn(rows, k), ScaleFormat.FP32),
-            twin.quantize_weight(torch.randn(n, k), ScaleFormat.FP32),
+            reference.quantize_rowwise(torch.randn(rows, k), ScaleFormat.FP32),
+            reference.quantize_weight(torch.randn(n, k), ScaleFormat.FP32),
         )
-        assert torch.equal(ours.gemm(x, w, torch.float32), twin.gemm(x, w, torch.float32))
-        grad = twin.quantize_rowwise(torch.randn(rows, n), ScaleFormat.FP32)
-        turned = w.transposed()
-        assert torch.equal(ours.gemm(grad, turned, torch.bfloat16), twin.gemm(grad, turned, torch.bfloat16))
+        assert torch.equal(ours.gemm(x, w, torch.float32), reference.gemm(x, w, torch.float32))
+        grad = reference.quantize_rowwise(torch.randn(rows, n), ScaleFormat.FP32)
+        transposed = w.transposed()
+        assert torch.equal(
+            ours.gemm(grad, transposed, torch.bfloat16), reference.gemm(grad, transposed, torch.bfloat16)
+        )
     x_RK, grad_RN = torch.randn(sum(ROWS), 140), torch.randn(sum(ROWS), 200)
     x, w = (
-        twin.quantize_rowwise(x_RK, ScaleFormat.FP32),
-        twin.quantize_weight(torch.randn(4, 200, 140), ScaleFormat.FP32),
+        reference.quantize_rowwise(x_RK, ScaleFormat.FP32),
+        reference.quantize_weight(torch.randn(4, 200, 140), ScaleFormat.FP32),
     )
-    expected = twin.grouped_gemm(x, w, ROWS, torch.float64)
+    expected = reference.grouped_gemm(x, w, ROWS, torch.float64)
     assert torch.equal(ours.grouped_gemm(x, w, ROWS, torch.float64), expected)
-    columns = [twin.quantize_columnwise(part, ROWS, ScaleFormat.FP32) for part in (grad_RN, x_RK)]
-    assert torch.equal(ours.grouped_wgrad_gemm(*columns), twin.grouped_wgrad_gemm(*columns))
+    columns = [reference.quantize_columnwise(part, ROWS, ScaleFormat.FP32) for part in (grad_RN, x_RK)]
+    assert torch.equal(ours.grouped_wgrad_gemm(*columns), reference.grouped_wgrad_gemm(*columns))

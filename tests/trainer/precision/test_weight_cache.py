@@ -1,4 +1,4 @@
-"""Weights in FP8, quantized once a step."""
+"""Weights in FP8, quantized once per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoestring.trainer.precision.reference import ReferenceBackend
 
 @dataclass(frozen=True)
 class Counting(ReferenceBackend):
-    """Remembers the shapes of the weights that it has quantized."""
+    """A backend that records the shapes of the weights that it has quantized."""
 
     seen: list[torch.Size] = field(default_factory=list)
 
@@ -36,5 +36,5 @@ def test_weights_are_quantized_once_while_they_are_unchanged() -> None:
         assert len(counting.seen) == times
         with torch.no_grad():
             module.weight.mul_(2)
-    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantizes anew
+    assert torch.equal(module(x), 4 * first / 2)  # outside of it every use quantizes again
     assert len(counting.seen) == 3

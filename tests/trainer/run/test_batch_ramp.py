@@ -1,4 +1,4 @@
-"""The sizes of steps: against a plain walk through them, one after the other."""
+"""The sizes of steps, against a plain walk through them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shoestring.trainer.run.batch_ramp import BatchRamp, make_batch_ramp
 
 
 def walk(first: int, increment: int, last: int, tokens: int, length: int, steps: int) -> list[int]:
-    """Sizes by the definition: after c tokens, share number c // (tokens / shares) is in force."""
+    """Return sizes by the definition: after c tokens, share number c // (tokens / shares) is in force."""
     sizes: list[int] = []
     shares = -(-(last - first) // increment)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run brings back, and the memory that its saves reserve."""
+"""The state that a run's checkpoint restores, and the memory that its saves reserve."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shoestring.trainer.telemetry.history import read_metrics
 
 
 def reserved_bytes(world: World, tree: dict[str, Any]) -> list[tuple[str, int]]:
-    """What a run asks memory for, and what its saves copy, in that order."""
+    """Return the bytes that a run reserves, and the bytes that its saves copy, in that order."""
     found, reserve, begin = list[tuple[str, int]](), CheckpointSaver.reserve_memory, CheckpointSaver.begin_save
 
     def noted_reserve(self: CheckpointSaver, pieces: list[TensorPiece]) -> None:
@@ -51,13 +51,13 @@ def test_memory_for_saves_is_reserved_once_before_the_first_step(root: Path) -> 
     assert saves
     assert all(save == ("begin", size) for save in saves)
     predicted = MemoryPredictor(build_dataclass(RunConfig, tree), torch.device("cpu")).predict_host(0).copy_for_saves
-    random = len(torch.get_rng_state())  # the state of a generator is not counted
+    random = len(torch.get_rng_state())  # a generator's state is not counted
     assert predicted == pytest.approx(size - random, rel=0.01)
-    assert run_processes(1, reserved_bytes, tree) == [[]]  # a run that has nothing left to do
+    assert run_processes(1, reserved_bytes, tree) == [[]]  # a finished run
 
 
 def resumed_random_state(world: World, tree: dict[str, Any]) -> bool:
-    """Train with one state of torch's generator, go on with another; whether the first one is back."""
+    """Train with one generator state, resume with another; return whether the first one is restored."""
     torch.manual_seed(123)
     before = torch.get_rng_state()
     run_rank(world, tree)
@@ -73,7 +73,7 @@ def test_the_random_state_comes_back_with_the_checkpoint(root: Path) -> None:
 
 
 def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(root: Path) -> None:
-    """Two ranks with replicas, weights in BF16: six steps, and three steps twice."""
+    """Two ranks with replicas, weights in BF16: six steps, and twice three steps."""
 
     def run(name: str, steps: int) -> list[dict[str, Any]]:
         tree = run_config(root) | {"topology": {"edp": 2}, "precision": {"compute": "bfloat16"}}
@@ -93,7 +93,7 @@ def test_shards_of_masters_moments_and_average_come_back_with_the_checkpoint(roo
     assert evaluation["loss/averaged"] != evaluation["loss"]
 
 
-def test_a_last_checkpoint_that_failed_names_the_one_that_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_a_last_checkpoint_that_failed_names_the_one_to_resume_from(tmp_path: Path) -> None:
     last = SaveResult(4, tmp_path / "step_00000004", "no room")
     with pytest.raises(RunFailed, match=r"of step 4, .*: no room; make room; .* starts from the beginning"):
         _insist(last)

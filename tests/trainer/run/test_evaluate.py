@@ -1,4 +1,4 @@
-"""The validation loss: every target once, whatever the number of ranks."""
+"""The validation loss: every target once, on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A traced run: one timeline of all ranks, and a look at their memory."""
+"""A traced run: one timeline of all ranks, and their memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_traced_run_leaves_one_timeline_of_all_ranks(root: Path) -> None:
     first, second = values[0]["trace/FB"]
     assert first > 0
     assert second > 0
-    (memory,) = (event for event in metrics if event.kind == "memory")  # of step 2; the next look would be at step 50
+    (memory,) = (event for event in metrics if event.kind == "memory")  # of step 2; the next one would be at step 50
     assert memory.step == 2
     now: Any = memory.values["now"]
     assert len(now) == 2

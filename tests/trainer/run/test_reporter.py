@@ -1,4 +1,4 @@
-"""What a run says of its steps and of what happens to its files, and the time that nothing accounts for."""
+"""A run's reports on its steps and on damage to its files, and unattributed time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_bytes_of_one_step_are_logged_by_link(root: Path) -> None:
         expected = 0
         for layer in ("layer_01", "mtp_01"):
             sent, received = BATCH // 2 * LENGTH * 4, sum(values[f"tokens_per_expert/{layer}"][:8])
-            expected += sizes + (sent + received) * (2 * row + weight)  # a row each way, forward and backward
+            expected += sizes + (sent + received) * (2 * row + weight)  # one row each way, forward and backward
         assert values["all_to_all_bytes/loopback"] + values["all_to_all_bytes/infiniband"] == expected
         assert values["all_to_all_bytes/infiniband"] > 0
         assert values["all_to_all_bytes/nvlink"] == 0
@@ -51,7 +51,7 @@ def test_what_the_routing_means_for_the_wires_is_logged(root: Path) -> None:
     """Sixteen experts in four groups, top 4 of at most two groups; two nodes of two ranks, two groups each."""
     for values in losses_of(root, "visits", Topology(ep=4, gpus_per_node=2), micro_batch=2)[:STEPS]:
         nodes, ranks = values["routing/nodes_per_token"], values["routing/ranks_per_token"]
-        assert 1 <= nodes <= ranks <= 2  # a group is one rank here
+        assert 1 <= nodes <= ranks <= 2  # one group per rank here
         assert values["routing/experts_per_token_and_node"] == pytest.approx(4 / nodes)
         for layer in ("layer_01", "mtp_01"):
             load = torch.tensor(values[f"tokens_per_expert/{layer}"])
@@ -61,7 +61,7 @@ def test_what_the_routing_means_for_the_wires_is_logged(root: Path) -> None:
 
 
 def run_and_harm(world: World, tree: dict[str, Any], harm: str) -> str:
-    """Train; on rank 0 something happens to the files between two steps, which every step asks about."""
+    """Train; on rank 0 damage the files between two steps. Return the log of that rank."""
     config = build_dataclass(RunConfig, tree)
     groups = ProcessGroups.create(
         config.topology, world.rank, timedelta(seconds=30), build_stage_layout(config).replica_pp_groups()
@@ -111,7 +111,7 @@ HARMS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_happens_to_a_runs_files_in_mid_run_is_said(root: Path, tmp_path: Path, harm: str) -> None:
+def test_damage_to_a_runs_files_in_mid_run_is_reported(root: Path, tmp_path: Path, harm: str) -> None:
     tree = run_config(root)
     shutil.copytree(root / "prepared", tmp_path / "prepared")
     tree["data"] = tree["data"] | {"prepared": str(tmp_path / "prepared")}
@@ -135,7 +135,7 @@ def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
 
 
 def run_and_stall(world: World, tree: dict[str, Any]) -> None:
-    """Between two steps the process is stopped for a second, which no part of the loop knows of."""
+    """Stop the process for a second between two steps, unknown to every part of the loop."""
     with patch("shoestring.trainer.loop.poll_save", lambda *_: time.sleep(0.7)):
         run_rank(world, tree)
 

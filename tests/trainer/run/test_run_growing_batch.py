@@ -1,4 +1,4 @@
-"""A batch that grows: another program for each size, and the same losses on every layout."""
+"""A growing batch: another program for each size, and equal losses on every layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.structured_config import build_dataclass
 
 SIZES = [4, 4, 8, 12, 16]
-"""Sequences of the steps of `RAMP`: three sizes for 8 samples each, of which the last step of the third has more."""
+"""Sequences of the steps of `RAMP`: three sizes for 8 samples each; the last step of the third has more."""
 RAMP: dict[str, Any] = {
     "global_batch_size": 16,
     "rampup_start_batch_size": 4,
@@ -56,7 +56,7 @@ def test_every_layout_trains_the_same_while_the_batch_grows(
     assert (summary.steps_retained, summary.tokens_retained) == (len(SIZES), sum(SIZES) * LENGTH)
 
 
-def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[dict[str, Any]]) -> None:
+def test_learning_rates_of_a_growing_batch_follow_its_tokens(root: Path, growing_alone: list[dict[str, Any]]) -> None:
     steps = [values for values in growing_alone if values["kind"] == "step"]
     consumed = [LENGTH * sum(SIZES[:count]) for count in range(1, len(SIZES) + 1)]
     assert [values["tokens"] for values in steps] == consumed
@@ -66,7 +66,7 @@ def test_a_growing_batch_is_told_by_its_tokens(root: Path, growing_alone: list[d
 
 
 def taken_samples(world: World, tree: dict[str, Any]) -> list[int]:
-    """Numbers of all samples that training takes, in order."""
+    """Return the numbers of all training samples, in order."""
     taken: list[int] = []
     batch = SampleDataset.read_batch
 
@@ -88,6 +88,6 @@ def test_a_growing_batch_takes_every_sample_once_and_in_order(root: Path) -> Non
 
 
 def build_samples(root: Path) -> int:
-    """Of the training split."""
+    """Return the number of samples in the training split."""
     config = build_dataclass(RunConfig, run_config(root))
     return len(open_samples(config, open_prepared_data(config.data))[0])

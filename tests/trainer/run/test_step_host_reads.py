@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for the device, and where."""
+"""The number and the places of a step's host waits for the device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SETTINGS = StepSettings(
 
 
 class PairWatch:
-    """Looks at the waits of `device` when an FB begins and when it ends."""
+    """A watch on the waits of `device` at the start and the end of an FB."""
 
     def __init__(self) -> None:
         self.device = PretendedDevice()
@@ -85,7 +85,7 @@ def make_stepper(
     recorder: SpanRecorder = NULL_RECORDER,
     streams: DeviceStreams | None = None,
 ) -> Stepper:
-    """One process, whose program has FBs: two stages on the one rank."""
+    """Build one process whose program has FBs: two stages on one rank."""
     stages = StageLayout.build(CONFIG, LENGTH, "dualpipev", 1)
     groups = ProcessGroups.create(Topology(), 0, timedelta(seconds=1), stages.replica_pp_groups())
     with device:
@@ -106,7 +106,7 @@ def batches(device: torch.device) -> list[TokenBatch]:
 def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
     cpu, watch, streams = torch.device("cpu"), PairWatch(), RecordedStreams()
     stepper, micro_batches = make_stepper(exchange, cpu, recorder=watch, streams=streams), batches(cpu)
-    for _ in range(2):  # the first one makes what later ones use
+    for _ in range(2):  # the first one creates what later ones use
         streams.places.clear()
         watch.device.waits.clear()
         with watch.device:
@@ -142,7 +142,7 @@ def test_a_look_elsewhere_is_seen() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("exchange", ["flat", "two_hop"])
 def test_on_a_gpu_nothing_else_waits(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own watch raises at any wait; the counted reads are let through. BF16, the one that Hopper groups."""
+    """torch's sync debug mode raises at any wait; the counted reads are let through. BF16 is what Hopper groups."""
     device, reads = torch.device("cuda"), 0
     stepper, micro_batches = make_stepper(exchange, device, torch.bfloat16), batches(device)
     stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
@@ -163,4 +163,4 @@ def test_on_a_gpu_nothing_else_waits(exchange: str, monkeypatch: pytest.MonkeyPa
         stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reads == HOST_READS_PER_STEP  # sizes come by events, which the watch lets through
+    assert reads == HOST_READS_PER_STEP  # sizes come by events, which the debug mode lets through

@@ -1,4 +1,4 @@
-"""What a step sums over ranks: exact, in one all-reduce."""
+"""The sums of a step over all ranks: exact, in one all-reduce."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY = 2**52 - 1  # tokens: FP32 would lose the last one of them
 
 
 def share_of(rank: int, *, loss: float = 1.0) -> RankStepTotals:
-    """Rank 0 holds the first router, rank 1 the others; both hold the second."""
+    """Return totals: rank 0 holds the first router, rank 1 the others; both hold the second."""
     counts = {"layer_02": torch.tensor([MANY, rank, 0, 1])}
     bias = {"layer_02": torch.tensor([0.1, -0.3, 0.0, 0.7])}
     own = "layer_01" if rank == 0 else "mtp_01"
@@ -32,7 +32,7 @@ def share_of(rank: int, *, loss: float = 1.0) -> RankStepTotals:
 
 
 def total_of(world: World, loss: float) -> tuple[StepTotals, int]:
-    """The totals, and how many all-reduces they took."""
+    """Return the totals and the number of all-reduces."""
     groups = ProcessGroups.create(Topology(edp=world.size), world.rank, timedelta(seconds=20))
     with patch.object(Group, "all_reduce_sum", autospec=True, side_effect=Group.all_reduce_sum) as reduce:
         totals = all_reduce_step_totals(share_of(world.rank, loss=loss), ROUTERS, EXPERTS, groups.world)
@@ -54,7 +54,7 @@ def test_two_ranks_know_the_same_sums_after_one_reduction() -> None:
             for rank in range(2)
             for name in share_of(rank).router_bias_E
         }
-        assert bias == exact  # to the last bit, also where two ranks speak for one router
+        assert bias == exact  # to the last bit, also where two ranks hold one router
 
 
 def test_a_loss_that_is_not_finite_touches_no_other_sum() -> None:
@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_touches_no_other_sum() -> None:
 
 
 @pytest.mark.parametrize("routers", [[], ROUTERS])
-def test_one_rank_sums_by_itself(routers: list[str]) -> None:
+def test_one_rank_sums_alone(routers: list[str]) -> None:
     alone = Group((0,), None, 0, timedelta(seconds=1))
     share = share_of(0)
     bias = {name: share.router_bias_E.get(name, torch.zeros(EXPERTS)) for name in routers}

@@ -1,4 +1,4 @@
-"""What a rank does before its first step leaves nothing behind but what a step needs."""
+"""The warm-up before the first step leaves only what a step needs."""
 
 from __future__ import annotations
 

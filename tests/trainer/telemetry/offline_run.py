@@ -26,7 +26,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class OfflineRun:
-    """What an offline run has told wandb."""
+    """The contents of an offline run's file."""
 
     run_id: str
     project: str
@@ -39,8 +39,8 @@ class OfflineRun:
 
 
 def read_offline_run(path: Path) -> OfflineRun:
-    """Read the `.wandb` file at `path`. A record cut short by a crash ends it; a wrong CRC or header raises Refused."""
-    # wandb only lends its record type, which it defines under a version of protobuf that no checker can follow.
+    """Read the `.wandb` file at `path`. A partial last record ends it; a wrong CRC or header raises `ConfigError`."""
+    # wandb's record type is defined under a version of protobuf that no type checker can follow.
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     run_id = project = ""

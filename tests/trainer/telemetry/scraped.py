@@ -1,4 +1,4 @@
-"""What a Prometheus reads of a run."""
+"""A scrape of a run, as Prometheus does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def scrape(port: int) -> dict[str, float]:
-    """Every sample by name and labels, as Prometheus reads it."""
+    """Return every sample by name and labels, as Prometheus parses it."""
     without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with without_proxy.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()

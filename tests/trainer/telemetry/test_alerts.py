@@ -1,4 +1,4 @@
-"""What wakes a person: jumps and stalls, once each; and what does not."""
+"""Alerts: loss jumps and stalls, once each, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_a_falling_loss_with_its_noise_and_a_steady_rate_are_no_trouble() -> Non
     assert looks(AlertMonitor(), losses, [1000 + 100 * (step % 4) for step in range(60)]) == []
 
 
-def test_a_jump_is_told_once_until_it_is_over() -> None:
+def test_a_jump_is_reported_once_until_it_is_over() -> None:
     watch = AlertMonitor()
     steady = [3.0 + 0.01 * (step % 2) for step in range(10)]
     assert looks(watch, steady, [100.0] * 10) == []
@@ -26,7 +26,7 @@ def test_a_jump_is_told_once_until_it_is_over() -> None:
     assert looks(watch, [3.0, 4.0], [100.0] * 2) == ["spike"]
 
 
-def test_a_stall_is_told_and_does_not_become_what_is_usual() -> None:
+def test_a_stall_is_reported_and_does_not_become_what_is_usual() -> None:
     watch = AlertMonitor()
     assert looks(watch, [3.0] * 10, [100.0] * 10) == []
     assert looks(watch, [3.0] * 30, [40.0] * 30) == ["stall"]

@@ -1,4 +1,4 @@
-"""A view may fail, or take its time: the run neither stops nor waits, and says what became of the view."""
+"""A sink may fail or be slow: the run neither stops nor waits, and reports the sink's failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoestring.trainer.telemetry.history import read_all_metrics
 
 
 class Slow:
-    """Hears nothing more until it may."""
+    """A sink that blocks until it is released."""
 
     name = "a slow server"
 
@@ -59,7 +59,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     start = time.perf_counter()
     for number in range(200):
         stream.emit(step(number))
-    assert time.perf_counter() - start < 1  # it hears nothing all the while
+    assert time.perf_counter() - start < 1  # the sink gets no event meanwhile
     sink.may_go_on.set()
     stream.close()
     assert len(read_all_metrics(tmp_path / "metrics.jsonl")) == 201
@@ -69,7 +69,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     assert f"view was too slow: {200 - len(sink.heard)} events were left out" in warning
 
 
-def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path: Path) -> None:
+def test_a_sink_that_never_finishes_delays_the_end_for_a_limited_time(tmp_path: Path) -> None:
     sink = Slow()
     stream = EventStream(tmp_path, [BackgroundSink(lambda: sink, name="view", close_timeout_seconds=0.1)])
     stream.emit(step(1))
@@ -81,7 +81,7 @@ def test_a_view_that_never_finishes_holds_up_the_end_for_a_limited_time(tmp_path
 
 
 @pytest.mark.timeout(20)
-def test_a_view_that_does_not_open_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_sink_that_does_not_open_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     def fail() -> Sink:
         raise ConnectionRefusedError("no server")
 

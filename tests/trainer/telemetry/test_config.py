@@ -1,4 +1,4 @@
-"""The configuration of telemetry: all its problems at once."""
+"""The configuration of telemetry: all its problems in one error."""
 
 from __future__ import annotations
 

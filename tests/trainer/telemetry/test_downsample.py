@@ -1,4 +1,4 @@
-"""Metrics of a long run: all that is rare, and of the steps a sample that shows every turn of the loss."""
+"""Metrics of a long run: all rare events, and a sample of the steps that shows every turn of the loss."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_history_keeps_the_last_ones(tmp_path: Path) -> None:
 
 
 def test_metrics_of_holes_are_refused_in_no_time(tmp_path: Path) -> None:
-    """A file of a terabyte that takes no room, without a newline."""
+    """A sparse file of 1 TB, without a newline."""
     path = write(tmp_path, step(1))
     os.truncate(path, 2**40)
     readers: list[Callable[[Path], object]] = [read_metrics, read_downsampled_metrics, count_lines]

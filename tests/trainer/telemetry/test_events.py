@@ -1,4 +1,4 @@
-"""The event file: flat, strict JSON, repaired after a crash, read back as the history of the weights."""
+"""The event file: flat, strict JSON, repaired after a crash, read back as the history of the retained steps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_file_of_one_torn_line_longer_than_a_chunk_is_emptied(tmp_path: Path) 
     assert [event.step for event in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_sink_that_fails_is_dropped_and_the_run_continues(tmp_path: Path) -> None:
     listener = Listener()
     stream = EventStream(tmp_path, [Broken(), listener])
     stream.emit(step(1, 3.0))

@@ -1,4 +1,4 @@
-"""Reading `metrics.jsonl` back: the history of the weights, and lines that are refused."""
+"""Reading `metrics.jsonl` back: the history of the retained steps, and refused lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a rank's memory: on a CPU what the kernel says of the process."""
+"""Memory of a rank: on a CPU the resident memory that the kernel reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shoestring.trainer.telemetry.memory_usage import (
 CPU = torch.device("cpu")
 
 
-def test_the_kernels_words_are_read() -> None:
+def test_the_kernels_memory_figures_are_read() -> None:
     assert parse_resident_memory("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n") == (2**20, 2**21)
     assert parse_resident_memory("Name:\tpython\n") is None
 
@@ -35,7 +35,7 @@ def test_what_is_allocated_is_seen() -> None:
     assert after[1] >= after[0]
 
 
-def test_every_rank_is_told_or_none() -> None:
+def test_memory_of_all_ranks_is_shown_or_of_none() -> None:
     values = memory_metrics(CPU, [(10, 20), (30, 40)])
     assert values == {"of": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
     assert memory_metrics(CPU, [(10, 20), None]) == {}

@@ -1,4 +1,4 @@
-"""What a Prometheus gets when it scrapes a run over the network, and what becomes of a port that is taken."""
+"""Prometheus scrapes of a run over the network, and a port that is in use."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def port_of(config: PrometheusConfig) -> int:
 
 
 def test_a_scrape_gets_the_figures_of_the_last_events(config: PrometheusConfig, sink: PrometheusSink) -> None:
-    assert scrape(port_of(config)) == {}  # nothing is known, and nothing is said to be 0
+    assert scrape(port_of(config)) == {}  # unknown values are absent, not 0
     sink.emit(RUN)
     sink.emit(Event("evaluation", 20, {"loss": 5.5}))
     sink.emit(STEP)
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_done_later_takes_no_step_back(config: PrometheusCo
     assert scrape(port_of(config))["shoestring_step"] == 40
 
 
-def test_the_next_life_listens_on_the_same_port_at_once(config: PrometheusConfig, tmp_path: Path) -> None:
+def test_the_next_attempt_listens_on_the_same_port_immediately(config: PrometheusConfig, tmp_path: Path) -> None:
     for step in range(3):
         sink = PrometheusSink(config, tmp_path)
         sink.emit(Event("step", step, {"loss": 3.0}))
@@ -103,7 +103,7 @@ def test_a_port_that_is_taken_is_refused_by_name() -> None:
 
 
 def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
-    (problem,) = port_problems(PrometheusConfig(port=free_port(), address="192.0.2.1"))  # reserved for documents
+    (problem,) = port_problems(PrometheusConfig(port=free_port(), address="192.0.2.1"))  # reserved for documentation
     assert "192.0.2.1" in problem.hint
 
 

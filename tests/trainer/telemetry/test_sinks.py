@@ -1,4 +1,4 @@
-"""The stream of a run, opened with the sinks that its configuration names."""
+"""The event stream of a run with the sinks that its configuration names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoestring.trainer.telemetry.sinks import open_event_stream
 
 
 @pytest.mark.timeout(20)
-def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_after_all_is_a_warning_and_the_run_continues(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         telemetry = TelemetryConfig(
             wandb=WandbConfig(mode="disabled"), prometheus=PrometheusConfig(port=other.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A step's time by term over all ranks, and how much of the waiting an ideal run would do too."""
+"""A step's time by term over all ranks, and the share of waiting that an ideal run has too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMES = OpDurations(forward=100, backward=200)
 
 
 def step_of(rank: int, slower: int = 0) -> StepTimes:
-    """What a rank records that does as the replay says, but waits so many microseconds longer for its first message."""
+    """Return times as in the simulation, except for `slower` microseconds more of waiting."""
     ideal = simulate_program(PROGRAM, TIMES)
     spans, before = [], 0
     for instruction, start, end in zip(

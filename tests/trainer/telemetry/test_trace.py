@@ -1,4 +1,4 @@
-"""Timelines: what is kept, what it adds up to, and a file that Perfetto can open."""
+"""Timelines: the spans kept, their sums, and a file that Perfetto can open."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_terms_are_disjoint_and_add_up_to_the_step() -> None:
     assert sum(wanted.values()) == 530
     view = {"1F": 70, "1B": 95, "1W": 5, "1F1B": 240, "opt": 20}
     assert {name: terms[name] for name in view} == view
-    assert not {"bubble", "imbalance"} & set(terms)  # what the program has by itself one rank does not know
+    assert not {"bubble", "imbalance"} & set(terms)  # one rank does not know the program's ideal bubble
 
 
 def test_nothing_is_kept_while_it_is_off() -> None:

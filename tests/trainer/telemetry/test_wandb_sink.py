@@ -1,4 +1,4 @@
-"""wandb, offline: what goes in through the sink comes out of the file."""
+"""wandb, offline: the events sent to the sink are read back from its file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def lives(run_dir: Path) -> list[OfflineRun]:
+def offline_runs(run_dir: Path) -> list[OfflineRun]:
     return [read_offline_run(path) for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))]
 
 
@@ -56,7 +56,7 @@ def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) 
     stream.emit(Event("evaluation", 300, {"loss": 2.0}))
     stream.emit(Event("budget", 300, {"gpu_hours": 0.5}))
     stream.close()
-    (run,) = lives(run_dir)
+    (run,) = offline_runs(run_dir)
     assert run.project == "tests"
     assert run.config["config"] == {"model": {"layers": 4}}
     assert run.config["parameters"] == 12
@@ -69,7 +69,7 @@ def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) 
 
 
 def service_of_wandb() -> int:
-    """The process that wandb has started from this one."""
+    """Return the process that wandb has started from this one."""
     for thread in Path("/proc/self/task").iterdir():
         for child in (thread / "children").read_text().split():
             if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -80,7 +80,7 @@ def service_of_wandb() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("last", ["an event", "the end"])
 def test_nothing_is_lost_when_the_process_of_wandb_is_ended(last: str, tmp_path: Path) -> None:
-    """As by the SIGTERM that Slurm sends to every process of a job. What it had not written is written again."""
+    """Slurm's SIGTERM ends every process of a job, wandb's too; unwritten records are written again."""
     sink = WandbSink(WandbConfig(project="tests"), tmp_path, 0)
     sink.emit(Event("run", 0, {"parameters": 12}))
     for number in range(1, 6):
@@ -93,7 +93,7 @@ def test_nothing_is_lost_when_the_process_of_wandb_is_ended(last: str, tmp_path:
     if last == "an event":
         sink.emit(Event("stop", 6, {"reason": "it was asked to"}))
     sink.close()
-    runs = lives(tmp_path)
+    runs = offline_runs(tmp_path)
     assert {run.run_id for run in runs if run.run_id} == {(tmp_path / "wandb_run_id").read_text().strip()}
     (whole,) = (run for run in runs if run.summary)
     assert [(row["_step"], row["step"]) for row in whole.history] == [(number + 1, number) for number in range(1, 6)]
@@ -126,20 +126,20 @@ def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
 
     def start(sink: WandbSink) -> None:
         starts.append(sink)
-        if len(starts) < lives_until:
+        if len(starts) < starts_needed:
             raise ConnectionResetError("Connection lost")
 
     monkeypatch.setattr(WandbSink, "_open", start)
-    lives_until = 3
+    starts_needed = 3
     WandbSink(WandbConfig(), tmp_path, 0)
     assert len(starts) == 3
-    lives_until = 9
+    starts_needed = 9
     with pytest.raises(ConfigError, match="wandb could not start"):
         WandbSink(WandbConfig(), tmp_path, 0)
     assert len(starts) == 6
 
 
-def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> None:
+def test_a_second_attempt_has_the_same_id_and_continues_counting(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for first in (1, 3):
         stream = EventStream(run_dir, [])
@@ -149,9 +149,9 @@ def test_a_second_life_has_the_same_id_and_goes_on_counting(tmp_path: Path) -> N
             sink.emit(event)
         sink.close()
         stream.close()
-    first_life, second_life = lives(run_dir)
-    assert first_life.run_id == second_life.run_id == (run_dir / "wandb_run_id").read_text().strip()
-    steps = [(row["_step"], row["step"]) for row in (*first_life.history, *second_life.history)]
+    first, second = offline_runs(run_dir)
+    assert first.run_id == second.run_id == (run_dir / "wandb_run_id").read_text().strip()
+    steps = [(row["_step"], row["step"]) for row in (*first.history, *second.history)]
     assert steps == [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (6, 5)]
 
 
@@ -160,7 +160,7 @@ def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
     sink.emit(Event("step", 1, {"tokens_per_expert/layer_01": [4, 0, 8], "tokens_per_expert/layer_02": [1] * 1000}))
     sink.emit(Event("sample", 1, {"text": "<to be>"}))
     sink.close()
-    (run,) = lives(tmp_path)
+    (run,) = offline_runs(tmp_path)
     assert run.history[0]["tokens_per_expert/layer_01"] == {
         "_type": "histogram",
         "values": [4, 0, 8],
@@ -181,7 +181,7 @@ def test_online_without_an_account_is_one_clear_refusal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_online_with_a_server_that_is_gone_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_with_a_server_that_is_gone_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:  # which never answers
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -204,12 +204,12 @@ def test_troubles_become_alerts(tmp_path: Path) -> None:
     stream.emit(Event("warning", 1, {"about": "spike", "message": "the loss has jumped"}))
     stream.emit(Event("stop", 2, {"reason": "rank 3 is gone"}))
     stream.close()
-    (run,) = lives(tmp_path)
+    (run,) = offline_runs(tmp_path)
     assert run.alerts == (("spike at step 1", "the loss has jumped"), ("stopped at step 2", "rank 3 is gone"))
     stream = open_event_stream(TelemetryConfig(), tmp_path, io.StringIO())
     stream.emit(Event("stop", 2, {"reason": "done"}))
     stream.close()
-    assert not lives(tmp_path)[1].alerts
+    assert not offline_runs(tmp_path)[1].alerts
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:

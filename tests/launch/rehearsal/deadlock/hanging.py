@@ -1,4 +1,4 @@
-"""The one fault that logs end in, and messages of two ranks."""
+"""The single finding of logs that hang, and messages of two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every schedule hangs on NCCL without a warm-up, and ends with one."""
+"""Every schedule hangs on NCCL without a warm-up and finishes with one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_ranks_in_a_loop_end_once_both_directions_are_connected() -> None:
 
 
 def shared_embedding(rank: int, index: int) -> Sequence[CollectiveRecord]:
-    """First and last rank sum its gradient behind their last backward; of 4 ranks and 8 micro-batches."""
+    """First and last rank sum its gradient after their last backward, with 4 ranks and 8 micro-batches."""
     if rank not in (0, 3) or index != 15:
         return ()
     return (collective("sum of gradients", ranks=(0, 3), operation="reduce_scatter", group="dense", stream="reduce"),)

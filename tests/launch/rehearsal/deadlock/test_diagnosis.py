@@ -1,4 +1,4 @@
-"""Why a simulation has come to a stop: the call that is missing, or the cycle."""
+"""The reason for a deadlock in the simulation: the missing call, or the cycle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_cycle_over_two_communicators() -> None:
 
 
 def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
-    """Rank 0 reads what the exchange brings before it makes the call that rank 1 is in."""
+    """Rank 0 reads the result of the exchange before it makes the call that rank 1 is in."""
     warm = (collective("w"), collective("w", group="dense", stream="reduce"))
     first, second = collective("x"), collective("y", group="dense", stream="reduce")
     wait = HostWait(None, "exchange", "read", "route.py:7")
@@ -41,6 +41,6 @@ def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
     assert "rank 0: host waits (synchronize) for stream exchange at end; stream exchange is in number 2" in fault.text
 
 
-def test_nothing_is_said_behind_an_error() -> None:
+def test_nothing_is_reported_after_an_error() -> None:
     error = RankFinding("error", "out of memory", "line 3")
     assert not list(find_hangs([log(0, collective("x"), findings=[error]), log(1)]))

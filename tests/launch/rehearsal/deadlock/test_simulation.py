@@ -1,4 +1,4 @@
-"""The connection model: what hangs on NCCL hangs here, by hand-made logs and by those of every schedule."""
+"""The connection model: what hangs on NCCL hangs here, with hand-made logs and those of every schedule."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_a_receive_that_meets_both_directions() -> None:
     assert (fault.kind, fault.ranks) == ("first contact", (0, 1))
     assert "rank 0 receives only; the first batch of rank 1 sends and receives" in fault.text
     assert not list(find_hangs([log(0, batch([A], [A])), log(1, both)]))
-    wide = tuple(range(4))  # next is not previous among four
+    wide = tuple(range(4))  # among four ranks next and previous differ
     assert not list(find_hangs([log(0, batch([A], [A], ranks=wide)), log(1, replace(both, ranks=wide))]))
 
 
-def test_operations_of_a_communicator_connect_each_on_their_own() -> None:
+def test_operations_of_a_communicator_connect_separately() -> None:
     gather, scatter = collective("g", operation="all_gather"), collective("s", operation="reduce_scatter")
     warm = replace(gather, is_warm_up=True)
     cross = [log(0, warm, batch([], [A], stream="x"), scatter), log(1, warm, scatter, batch([FROM_0], stream="x"))]
@@ -36,7 +36,7 @@ def test_operations_of_a_communicator_connect_each_on_their_own() -> None:
 
 
 def test_one_communicator_keeps_its_order_over_streams() -> None:
-    """The second all-to-all has a stream of its own, and waits all the same for the first."""
+    """The second all-to-all has another stream, and still waits for the first."""
     first, second, other = collective("x"), collective("y", stream="other"), collective("z", group="dense")
     wait, late = HostWait(None, "other", "read", "h"), replace(other, stream="reduce")
     fault = only(log(0, first, other, other, first, second), log(1, first, late, first, second, wait, late))
@@ -48,7 +48,7 @@ def test_one_communicator_keeps_its_order_over_streams() -> None:
 
 
 def test_messages_both_ways_need_one_batch() -> None:
-    """Each rank of a loop sends to the next: a batch of sends ends only when its receives are open."""
+    """Each rank of a ring sends to the next: a batch of sends ends only when its receives are posted."""
     warm = (batch([A], [A]), batch([FROM_0], [FROM_0]))
     assert not list(find_hangs([log(0, warm[0], warm[0]), log(1, warm[1], warm[1])]))
     apart = [log(0, warm[0], batch([A]), batch([], [A])), log(1, warm[1], batch([FROM_0]), batch([], [FROM_0]))]

@@ -1,4 +1,4 @@
-"""What an operation on the rehearsed device counts as: launches, bytes, memory and waits, without any model.
+"""Operations on the rehearsed device and what they count as: launches, bytes, memory and waits, without a model.
 
 The shim must be there before torch, and would make every other test see a GPU: `test_device.py` runs these alone.
 """
@@ -27,7 +27,7 @@ class Sevens:
 
 @pytest.fixture
 def ledger() -> Iterator[RankRecorder]:
-    """Inside, `cuda` is the rehearsed device."""
+    """Make `cuda` the rehearsed device inside."""
     ledger = RankRecorder(RehearsalSpanRecorder("test"))
     device = FakeDeviceMode(ledger, Sevens())
     with patch_triton_and_threads(device), device:
@@ -35,7 +35,7 @@ def ledger() -> Iterator[RankRecorder]:
 
 
 def launched(ledger: RankRecorder) -> dict[str, tuple[int, int]]:
-    """Launches and bytes by operation since this was asked last."""
+    """Return launches and bytes by operation since the last call."""
     found = {row.operation: (row.launches, row.bytes) for row in ledger.launches}
     ledger.begin_step()
     return found
@@ -98,7 +98,7 @@ def test_memory_is_that_of_storages(ledger: RankRecorder) -> None:
     assert memory.peak_bytes == 4 * N + 40
 
 
-def test_the_host_reads_what_the_oracle_says(ledger: RankRecorder) -> None:
+def test_the_host_reads_what_the_readback_says(ledger: RankRecorder) -> None:
     x = torch.zeros(3, dtype=torch.int64, device="cuda")
     assert x.cpu().tolist() == [7, 7, 7]
     assert int(x[0]) == 7
@@ -126,7 +126,7 @@ def test_pinned_memory_goes_to_the_device_without_a_wait(ledger: RankRecorder) -
 def test_the_host_computes_for_real(ledger: RankRecorder) -> None:
     assert torch.tensor([1, 2, 3]).cumsum(0).tolist() == [1, 3, 6]
     assert launched(ledger) == {}
-    huge = torch.randn(2**20, generator=torch.Generator().manual_seed(0))  # nothing reads it
+    huge = torch.randn(2**20, generator=torch.Generator().manual_seed(0))  # never read
     on_device(2**20).copy_(huge.mul_(2))
     assert launched(ledger) == {"copy to device": (1, 4 * 2**20)}
 

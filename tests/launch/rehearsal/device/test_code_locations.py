@@ -1,4 +1,4 @@
-"""Findings are named with their place in the code."""
+"""Findings name their place in the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process groups of a rehearsed rank: what is in its log, and how many calls make them."""
+"""Process groups of a rehearsed rank: their log records, and the number of calls that create them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_communication_says_what_with_whom_and_how_much(log: RankLog) -> None:
 
 
 class Counting:
-    """Makes no group: counts the creation_calls."""
+    """A factory that creates no group and counts the calls."""
 
     creation_calls = 1
 

@@ -1,4 +1,4 @@
-"""What is recorded of a rehearsed rank: its memory, its waits, its launches."""
+"""The log of a rehearsed rank: memory, waits and launches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def test_memory_is_what_is_predicted(log: RankLog) -> None:
     chunks = build_stage_layout(config).stages_of_rank(log.pp_rank)
     layers = [layer for chunk in chunks for layer in chunk.layers]
     routers = sum(layer >= config.model.first_k_dense_replace for layer in layers) + any(c.is_last for c in chunks)
-    biases = 4 * config.model.n_routed_experts * routers  # of routers, which the prediction leaves out
-    # Angles of positions, which a chunk keeps from its first forward on: complex64.
+    biases = 4 * config.model.n_routed_experts * routers  # of routers; the prediction leaves them out
+    # Rotary angles, complex64: a chunk keeps them from its first forward on.
     angles = 8 * len(chunks) * config.training.sequence_length * config.model.qk_rope_head_dim // 2
     beyond = live.state - (predicted.state.total - predicted.state.fp8_weights) - biases - angles
-    assert 0 <= beyond <= 16  # what the lanes connected with: messages of one element
+    assert 0 <= beyond <= 16  # the P2P channels connect with messages of one element
     assert live.predicted == predicted.allocator_bytes
     assert abs(live.peak / live.predicted - 1) < PREDICTION_MARGIN
     assert live.building >= live.state
@@ -41,7 +41,7 @@ def test_the_host_waits_for_sizes_and_for_the_sums_of_the_step(log: RankLog) -> 
     assert sizes
     assert Counter(wait.reason for wait in waits) == {"read": HOST_READS_PER_STEP, "event": len(sizes)}
     assert {wait.reason for wait in waits if wait.is_inside_fb} <= {"event"}
-    assert any(wait.is_inside_fb for wait in waits) == (log.rank == BF16_RANK)  # DualPipe alone has FBs
+    assert any(wait.is_inside_fb for wait in waits) == (log.rank == BF16_RANK)  # only DualPipe has FBs
     assert all(
         "comm/" in wait.code_location and "micro-batch" in wait.code_location
         for wait in waits

@@ -1,4 +1,4 @@
-"""Balanced routing: both ends of every message have one number, and what belongs together adds up."""
+"""Balanced routing: both ends of every message have the same size, and the parts add up."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def test_the_released_model_is_exactly_even() -> None:
     numbers = V3.two_hop_exchange_sizes(5)
     assert numbers[-5:-1] == [8192] * 4
     assert {sum(V3.flat_exchange_sizes(rank)[64:128]) for rank in range(64)} == {4096 * 8}
-    assert numbers[-1] == 30144  # 4,096 tokens, each at 7.36 ranks
+    assert numbers[-1] == 30144  # 4,096 tokens, each on 7.36 ranks
     assert sum(numbers[:8]) == pytest.approx(4096 * 3.629, abs=4)

@@ -1,4 +1,4 @@
-"""The library for torch without CUDA: its compiler, and the torch that it is for."""
+"""The library for torch without CUDA: its compiler, and the torch version that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs that schedules make: how many of each instruction, and which sizes are refused."""
+"""The programs that schedules build: the number of each instruction, and refused sizes."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def test_illegal_sizes_are_refused_with_the_nearest_legal_ones(
 
 
 def test_sixteen_ranks_and_120_micro_batches_take_less_than_a_second() -> None:
-    start = time.process_time()  # of this process alone: other work on the machine does not count
+    start = time.process_time()  # CPU time of this process: other work on the machine does not count
     verify_program(build_program("dualpipe", 16, 120))
     assert time.process_time() - start < 1.0

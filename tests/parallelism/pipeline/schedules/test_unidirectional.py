@@ -1,4 +1,4 @@
-"""One-way schedules, instruction by instruction."""
+"""Unidirectional schedules, instruction by instruction."""
 
 from __future__ import annotations
 

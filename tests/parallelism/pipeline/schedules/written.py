@@ -6,7 +6,7 @@ from shoestring.parallelism.pipeline.program import PipelineProgram
 
 
 def written(program: PipelineProgram, rank: int) -> str:
-    """The rank's program in short: small letters are chunk 1."""
+    """Return the rank's program in short: small letters are chunk 1."""
     letters = []
     for instruction in program.instructions[rank]:
         for op, work in zip(instruction.op.value, instruction.chunk_micro_batches, strict=True):

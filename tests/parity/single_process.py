@@ -1,8 +1,8 @@
-"""The plain single-process twin: the whole global batch at once, ordinary autograd, one tensor after another.
+"""The plain single-process reference: the whole global batch at once, ordinary autograd, one tensor after another.
 
 Its arithmetic is tests/reference alone. It is FP64 whatever the layout computes in, so an FP32 layout shows its own
 rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of one micro-batch, and those of one rank
-unless an expert received them; so there the twin takes in turn what an expert-parallel group takes together.
+unless an expert received them; so there the reference takes one by one what an expert-parallel group takes together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shoestring.tests.reference.deepseek_v3 import BIAS, Losses, bias_update, is
 from shoestring.tests.reference.fp8_model import in_fp8
 
 
-def run_twin(layout: Layout, steps: int) -> Outcome:
+def run_single_process(layout: Layout, steps: int) -> Outcome:
     """The first `steps` optimizer steps of the layout's training."""
     params = {
         name: value.double() if is_trained(name) else value  # routing biases are FP32 everywhere

@@ -1,4 +1,4 @@
-"""The model against its oracles: transformers' DeepseekV3ForCausalLM; the plain reference with MTP and balance loss."""
+"""The model against its references: transformers' DeepseekV3ForCausalLM; the plain one with MTP and balance loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares every operation of a faster provider with its twin, on any device.
+"""Compares every operation of a faster backend with the reference, on any device.
 
 As a module it runs Triton kernels in Triton's interpreter, `quantization` or `products`, with TRITON_INTERPRET=1. The
 interpreter's casts to E4M3 and BF16 are wrong, so there quantized numbers are stored in FP32 and cast by torch. Nor
@@ -19,17 +19,17 @@ from shoestring.trainer.precision.backend import PrecisionBackend, RowsPerExpert
 from shoestring.trainer.precision.fp8_tensors import Fp8Weight, RowwiseFp8Tensor, ScaleFormat
 from shoestring.trainer.precision.reference import ReferenceBackend
 
-TWIN = ReferenceBackend()
+REFERENCE = ReferenceBackend()
 ROWS: RowsPerExpert = (130, 0, 128, 7)
 MANY: RowsPerExpert = (*((3,) * 33), 130, 0)  # 35 blocks of rows: two groups of 16 and three
 FEW: RowsPerExpert = (7,)
 TALL = 2100  # 17 blocks of rows
 MARGIN = 4
-"""Times what a model of Hopper's accumulator is off by, which cuts off behind 13 bits: so much for 11 bits."""
+"""Allowed multiple of the error of a model of Hopper's accumulator, which keeps 13 bits: enough for 11 bits."""
 
 
 def same(ours: RowwiseFp8Tensor | Fp8Weight, theirs: RowwiseFp8Tensor | Fp8Weight, what: str) -> None:
-    """Scales and values to the last bit."""
+    """Assert equal scales and values, to the last bit."""
     (values, scales), (expected, expected_scales) = vars(ours).values(), vars(theirs).values()
     assert torch.equal(scales.nan_to_num(-1), expected_scales.nan_to_num(-1)), f"scales of {what}"
     cast = values.to(torch.float8_e4m3fn).float().nan_to_num(-1)
@@ -37,12 +37,12 @@ def same(ours: RowwiseFp8Tensor | Fp8Weight, theirs: RowwiseFp8Tensor | Fp8Weigh
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, relative to the largest number."""
+    """Return the largest error, relative to the largest number."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def check_quantization(provider: PrecisionBackend, device: torch.device) -> None:
-    """Rows, columns and blocks; hard numbers and faults."""
+def check_quantization(backend: PrecisionBackend, device: torch.device) -> None:
+    """Check rows, columns and blocks, with hard numbers, NaN and infinity."""
     for shape in ((5, 128), (21, 129), (257, 300)):
         for dtype in (torch.float32, torch.bfloat16):
             x = numbers(*shape, dtype).to(device)
@@ -51,34 +51,34 @@ def check_quantization(provider: PrecisionBackend, device: torch.device) -> None
             for scales in ScaleFormat:
                 what = f"{shape} {dtype} {scales}"
                 for y in (x, faulty):
-                    same(provider.quantize_rowwise(y, scales), TWIN.quantize_rowwise(y, scales), f"rows {what}")
-                    same(provider.quantize_weight(y, scales), TWIN.quantize_weight(y, scales), f"blocks {what}")
+                    same(backend.quantize_rowwise(y, scales), REFERENCE.quantize_rowwise(y, scales), f"rows {what}")
+                    same(backend.quantize_weight(y, scales), REFERENCE.quantize_weight(y, scales), f"blocks {what}")
                     rows = (3, 0, len(y) - 3)
                     ours, theirs = (
-                        provider.quantize_columnwise(y, rows, scales),
-                        TWIN.quantize_columnwise(y, rows, scales),
+                        backend.quantize_columnwise(y, rows, scales),
+                        REFERENCE.quantize_columnwise(y, rows, scales),
                     )
                     assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
                     same(ours.tiles, theirs.tiles, f"columns {what}")
-                    tiles = TWIN.quantize_rowwise(y, scales)
+                    tiles = REFERENCE.quantize_rowwise(y, scales)
                     ours, theirs = (
-                        provider.rowwise_to_columnwise(tiles, rows, scales),
-                        TWIN.rowwise_to_columnwise(tiles, rows, scales),
+                        backend.rowwise_to_columnwise(tiles, rows, scales),
+                        REFERENCE.rowwise_to_columnwise(tiles, rows, scales),
                     )
                     assert ours.tiles_per_expert_L == theirs.tiles_per_expert_L
                     same(ours.tiles, theirs.tiles, f"columns of tiles {what}")
     stack = torch.randn(3, 140, 200, device=device)
     same(
-        provider.quantize_weight(stack, ScaleFormat.FP32),
-        TWIN.quantize_weight(stack, ScaleFormat.FP32),
+        backend.quantize_weight(stack, ScaleFormat.FP32),
+        REFERENCE.quantize_weight(stack, ScaleFormat.FP32),
         "blocks of a stack",
     )
-    assert provider.quantize_columnwise(stack[0][:0], (0, 0), ScaleFormat.FP32).tiles.values_XD.shape == (200, 0)
-    assert provider.quantize_rowwise(stack[0][:0], ScaleFormat.FP32).values_XD.shape == (0, 200)
+    assert backend.quantize_columnwise(stack[0][:0], (0, 0), ScaleFormat.FP32).tiles.values_XD.shape == (200, 0)
+    assert backend.quantize_rowwise(stack[0][:0], ScaleFormat.FP32).values_XD.shape == (0, 200)
 
 
-def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
-    """Rows with and without gate weights of two dtypes; as a gate every BF16 number, faults among them.
+def check_swiglu(backend: PrecisionBackend, device: torch.device) -> None:
+    """Check rows with and without gate weights of two dtypes; the gates include every BF16 number, NaN included.
 
     Every one but the subnormal: Triton's interpreter does not read these for what they are.
     """
@@ -95,15 +95,17 @@ def check_swiglu(provider: PrecisionBackend, device: torch.device) -> None:
             rows_L = (len(gate_up) // 3, 0, len(gate_up) - len(gate_up) // 3)
             for scales in ScaleFormat:
                 what = f"SwiGLU {tuple(gate_up.shape)} {gate_up.dtype} {scales}, {gated}"
-                expected = TWIN.swiglu_quantize_rowwise(gate_up, weights, scales)
-                same(provider.swiglu_quantize_rowwise(gate_up, weights, scales), expected, f"rows of {what}")
-                both = [each.swiglu_quantize_columnwise(gate_up, weights, rows_L, scales) for each in (provider, TWIN)]
+                expected = REFERENCE.swiglu_quantize_rowwise(gate_up, weights, scales)
+                same(backend.swiglu_quantize_rowwise(gate_up, weights, scales), expected, f"rows of {what}")
+                both = [
+                    each.swiglu_quantize_columnwise(gate_up, weights, rows_L, scales) for each in (backend, REFERENCE)
+                ]
                 same(both[0].tiles, both[1].tiles, f"columns of {what}")
                 assert both[0].tiles_per_expert_L == both[1].tiles_per_expert_L
 
 
-def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """All three, dense and grouped, with sides that are no multiples of anything; the same numbers at each call."""
+def products(backend: PrecisionBackend, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield all three products, dense and grouped, with sides of no round size; the numbers are equal at each call."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -111,45 +113,45 @@ def products(provider: PrecisionBackend, device: torch.device) -> Iterator[tuple
 
     for rows, n, k in ((5, 40, 30), (130, 256, 300)):
         x, w = (
-            TWIN.quantize_rowwise(normal(rows, k), ScaleFormat.FP32),
-            TWIN.quantize_weight(normal(n, k), ScaleFormat.FP32),
+            REFERENCE.quantize_rowwise(normal(rows, k), ScaleFormat.FP32),
+            REFERENCE.quantize_weight(normal(n, k), ScaleFormat.FP32),
         )
-        yield f"product {rows} {n} {k}", provider.gemm(x, w, torch.float32)
-        grad = TWIN.quantize_rowwise(normal(rows, n), ScaleFormat.FP32)
-        yield f"input gradient {rows} {n} {k}", provider.gemm(grad, w.transposed(), torch.float32)
+        yield f"product {rows} {n} {k}", backend.gemm(x, w, torch.float32)
+        grad = REFERENCE.quantize_rowwise(normal(rows, n), ScaleFormat.FP32)
+        yield f"input gradient {rows} {n} {k}", backend.gemm(grad, w.transposed(), torch.float32)
     for rows_L in (ROWS, MANY):
         x, w = (
-            TWIN.quantize_rowwise(normal(sum(rows_L), 140), ScaleFormat.FP32),
-            TWIN.quantize_weight(normal(len(rows_L), 200, 140), ScaleFormat.FP32),
+            REFERENCE.quantize_rowwise(normal(sum(rows_L), 140), ScaleFormat.FP32),
+            REFERENCE.quantize_weight(normal(len(rows_L), 200, 140), ScaleFormat.FP32),
         )
-        yield f"product of {len(rows_L)} experts", provider.grouped_gemm(x, w, rows_L, torch.float32)
+        yield f"product of {len(rows_L)} experts", backend.grouped_gemm(x, w, rows_L, torch.float32)
     for rows_L, n, k, dtypes in ((ROWS, 200, 140, (torch.float32, torch.float64)), (FEW, TALL, 150, (torch.float32,))):
-        both = [TWIN.quantize_columnwise(normal(sum(rows_L), width), rows_L, ScaleFormat.FP32) for width in (n, k)]
+        both = [REFERENCE.quantize_columnwise(normal(sum(rows_L), width), rows_L, ScaleFormat.FP32) for width in (n, k)]
         for dtype in dtypes:
             sums = normal(len(rows_L), n, k).to(dtype)
             before = sums.clone()
-            provider.accumulate_grouped_wgrad(both[0], both[1], sums)
+            backend.accumulate_grouped_wgrad(both[0], both[1], sums)
             assert all(torch.equal(sums[i], before[i]) for i, rows in enumerate(rows_L) if not rows)
             yield f"weight gradient {n} {k} added to {dtype}", sums
 
 
-def check_products(provider: PrecisionBackend, device: torch.device, accumulator: ReferenceBackend = TWIN) -> None:
-    """Up to the order of sums in FP32, 1e-5; and `MARGIN` times what the sums of `accumulator` are off by."""
-    found, exact, modelled = (dict(products(each, device)) for each in (provider, TWIN, accumulator))
+def check_products(backend: PrecisionBackend, device: torch.device, accumulator: ReferenceBackend = REFERENCE) -> None:
+    """Check up to the order of sums in FP32, 1e-5, and `MARGIN` times the error of the sums of `accumulator`."""
+    found, exact, modeled = (dict(products(each, device)) for each in (backend, REFERENCE, accumulator))
     for what, ours in found.items():
         assert (ours.shape, ours.dtype) == (exact[what].shape, exact[what].dtype), what
-        limit = 1e-5 + MARGIN * error(modelled[what], exact[what])
+        limit = 1e-5 + MARGIN * error(modeled[what], exact[what])
         assert error(ours, exact[what]) <= limit, f"{what}: {error(ours, exact[what])}, above {limit}"
     x, w = (
-        TWIN.quantize_rowwise(torch.ones(0, 140, device=device), ScaleFormat.FP32),
+        REFERENCE.quantize_rowwise(torch.ones(0, 140, device=device), ScaleFormat.FP32),
         torch.ones(4, 200, 140, device=device),
     )
-    empty = provider.grouped_gemm(x, TWIN.quantize_weight(w, ScaleFormat.FP32), (0, 0, 0, 0), torch.bfloat16)
+    empty = backend.grouped_gemm(x, REFERENCE.quantize_weight(w, ScaleFormat.FP32), (0, 0, 0, 0), torch.bfloat16)
     assert empty.shape == (0, 200)
 
 
 def main() -> None:
-    """What the argument names, in the interpreter."""
+    """Run the check that the argument names, in the interpreter."""
     import triton.language as tl
 
     from shoestring.tests.trainer.precision.block_order import check_order
@@ -164,7 +166,7 @@ def main() -> None:
         check_quantization(TritonBackend(torch.float32), torch.device("cpu"))
         with patch.object(kernels, "libdevice", tl):
             check_swiglu(TritonBackend(torch.float32), torch.device("cpu"))
-    print("every kernel is its twin")
+    print("every kernel equals the reference")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gradients of a fused operation and of its twin, from the same random numbers."""
+"""Gradients of a fused operation and of its reference, from the same random numbers."""
 
 from __future__ import annotations
 
