@@ -54,7 +54,7 @@ def test_a_cluster_is_read_back_from_wherever_it_lies(tmp_path: Path, name: str)
         "precision": "fp32",
         "recompute": "nothing",
         "exchange": "flat native native native native",
-        "optimizer.moments": "4 bytes a parameter",
+        "optimizer.moments": "4 bytes per parameter",
     }
 
 

@@ -34,7 +34,7 @@ def test_a_plan_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeyp
     assert [row[0] for row in rows] == ["1", "conf", "1", "conf"]
     assert [len(row) for row in rows[:2]] == [11, 11]  # every figure stands in the one line of its layout
     words = " ".join(" ".join(lines).split())
-    assert "of the step" in words
+    assert "pipeline bubble" in words
     assert "does NOT fit into 84.94 GB" in " ".join(rows[3])
     assert "To run the best layout, add: " in words
 

@@ -158,7 +158,7 @@ def test_table_and_json(
         assert words in text
     assert max(map(len, text.splitlines()[1:])) <= 80
     tree = json.loads(answer(capsys, "budget", run_dir, "--against", write(simulated), "--format", "json"))["against"]
-    assert tree["layout"] == "the layout that was simulated"
+    assert tree["layout"] == "the simulated layout"
     step = tree["step_seconds"]
     assert step["difference"] == step["measured"] - step["planned"]
     assert [line["name"] for line in tree["terms_seconds_a_step"]] == [*STEP_TIME_TERMS, "other"]
@@ -183,7 +183,7 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "layout 2 of 3"
     tree["layouts"], tree["configured"] = [other], other
     with pytest.raises(
-        ConfigError, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"
+        ConfigError, match=r"does not contain the run's layout, pp1 edp1 ep2 dualpipev .*shoestring simulate"
     ):
         compare_with_plan(run_dir, summary, write(tree))
 
@@ -191,13 +191,13 @@ def test_of_a_search_it_is_the_layout_of_the_run(
 @pytest.mark.parametrize(
     ("path", "value", "gist"),
     [
-        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size = 64, and the run has 32"),
-        (("of", "global_batch_size"), 16, "is a plan for global_batch_size = 16, and the run has 8"),
-        (("of", "sequence_length"), 64, "is a plan for sequence_length = 64, and the run has 32"),
-        (("layout", "ep"), 1, "has no layout like the run's"),
-        (("layout", "schedule"), "zb_h1", "has no layout like the run's"),
-        (("layout", "terms"), {}, "is no plan of this version"),
-        (("of",), None, "is no plan of this version"),
+        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size=64, but the run has 32"),
+        (("of", "global_batch_size"), 16, "is a plan for global_batch_size=16, but the run has 8"),
+        (("of", "sequence_length"), 64, "is a plan for sequence_length=64, but the run has 32"),
+        (("layout", "ep"), 1, "does not contain the run's layout"),
+        (("layout", "schedule"), "zb_h1", "does not contain the run's layout"),
+        (("layout", "terms"), {}, "is not a plan of this version"),
+        (("of",), None, "is not a plan of this version"),
     ],
 )
 def test_a_plan_of_another_run_is_refused(
@@ -238,7 +238,7 @@ def test_what_cannot_be_compared_is_refused(
     ):
         compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
     plan.write_text("[]")
-    assert "is no plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
+    assert "is not a plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
     assert "cannot be read" in answer(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
     project = tmp_path / "project.yaml"
     project.write_text(f"gpu_hours: {{pre_train: 5}}\nruns: [{run_dir}]\n")
