@@ -14,7 +14,7 @@ from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses
 
-SAY = "from shoestring.launch.print_to_stderr import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
+SAY = "from shoestring.launch.console import print_to_stdout as p; p('one'); p('two'); p('three'); open({done!r}, 'w')"
 CLOSED = {
     "a pipe that nobody reads": "{command} | true; exit ${{PIPESTATUS[0]}}",
     "a full disk": "{command} > /dev/full",
