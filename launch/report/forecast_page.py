@@ -1,4 +1,4 @@
-"""A forecast as one self-contained HTML page: figures, the timeline of all ranks, the memory of each."""
+"""Forecast as one self-contained HTML page: figures, timeline of all ranks, memory per rank."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PARTS = {
 
 
 def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
-    """The page. `memory_gb` is what a GPU has."""
+    """Return the page; `memory_gb` is the capacity of one GPU."""
     figures = {
         "step": f"{forecast.step_seconds:.3f} s",
         "throughput": f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
         "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.peak_bytes_with_fragmentation / 1e9:.1f} with "
-        f"fragmentation, of {memory_gb:g}",
-        "limited by": forecast.bottleneck,
+        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, "
+        f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f} with fragmentation, of {memory_gb:g}",
+        "bottleneck": forecast.bottleneck,
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
     view = "".join(
@@ -43,7 +43,7 @@ def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
         f"<h1>{escape(title)}</h1><table>{rows}</table>"
         f"<h2>Where a step goes (seconds, mean over ranks)</h2><table>{view}</table>"
         f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.program_times, 'seconds')}</div>"
-        f"<h2>Memory by pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
+        f"<h2>Memory per pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
     )
 
 

@@ -60,7 +60,7 @@ def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
     assert rows["6 SMs reserved for communication"] == "chosen"
     assert rows["all-to-alls as fast as with 20 SMs"] == "assumed"
     assert rows["DeepEP's buffer"] == "published"
-    assert not any("all-to-alls" in what for what in rows)
+    assert not any("buffers of all-to-alls" in what for what in rows)
     sources = {what: source for what, _, source in found(ForecastRecipe())}
     assert "loss.py moves 44.5 GB per micro-batch" in sources["memory passes of the head are free"]
     rows = {what: evidence for what, evidence, _ in found(ForecastRecipe())}

@@ -1,4 +1,4 @@
-"""In an FB the chunks that compute and those on paper take the same turns."""
+"""Real and simulated chunks of an FB interleave in the same order."""
 
 from __future__ import annotations
 
