@@ -232,7 +232,7 @@ class ExchangeTimeModel:
         row = self._overlapped(exchange)
         if row is None:
             return 1.0
-        # The ratio is formed for the trace's own layout: the report's formats, 64 ranks and nodes of 8 GPUs.
+        # The ratio is formed for the trace's layout: the report's formats, 64 ranks and nodes of 8 GPUs.
         traced = ExchangeTimeModel(
             replace(self.cluster, gpus_per_node=_TRACED_NODE), ForecastRecipe(), self.table, EvidenceCoverage()
         )

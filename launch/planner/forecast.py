@@ -270,8 +270,8 @@ class StepForecaster:
         states = [model_state_bytes(recipe, parameters) for parameters in self.parameters_by_rank(layout)]
         outside = non_allocator_memory(shape, recipe, layout.topology)
         return tuple(
-            forecast_rank_memory(worst, own, state, outside)
-            for worst, own, state in zip(self._moments[key], chunks, states, strict=True)
+            forecast_rank_memory(worst, rank_chunks, state, outside)
+            for worst, rank_chunks, state in zip(self._moments[key], chunks, states, strict=True)
         )
 
     def static_memory_bytes(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
@@ -391,7 +391,7 @@ class StepForecaster:
         both = [count_stage_parameters(self.model, stage) for stage in held]
         dense, table = sum(part[0] for part in both), self.model.vocab_size * self.model.hidden_size
         first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
-        replica = bool(self.model.num_nextn_predict_layers) and last and not first  # an embedding of its own, for MTP
+        replica = bool(self.model.num_nextn_predict_layers) and last and not first  # MTP needs the embedding there
         routed = sum(part[1] for part in both) / topology.ep
         tables = table * (first + last + replica)
         return RankParameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)

@@ -46,7 +46,7 @@ class InstructionTimes:
         ]
 
     def time_terms(self, rank: int) -> dict[str, float]:
-        """Return a rank's seconds by op, without exposed all-to-alls, and those as a term of their own."""
+        """Return a rank's seconds by op without exposed all-to-alls, and the seconds of these."""
         terms: dict[str, float] = dict.fromkeys([op.value for op in Op], 0.0)
         exposed = 0.0
         for key, count in self._counts[rank].items():

@@ -243,7 +243,7 @@ class ChunkTimeModel:
     _simulated: dict[tuple[str, StageShape | None, StageShape | None], SimulatedStreams] = field(default_factory=dict)
 
     def with_separate_coverage(self) -> ChunkTimeModel:
-        """Return a model with the same prices and an empty coverage of its own."""
+        """Return a model with the same prices and a separate, empty coverage."""
         coverage = EvidenceCoverage(strongest_evidence=self.compute_model.coverage.strongest_evidence)
         cost = ComputeTimeModel(
             self.compute_model.cluster, self.compute_model.recipe, self.compute_model.table, coverage

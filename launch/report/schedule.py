@@ -112,8 +112,10 @@ def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) 
     """Return the last step's times in ms from each pipeline rank's spans; None if they are of another program."""
     rows: list[list[Span]] = []
     for instructions, spans in zip(program.instructions, ranks, strict=True):
-        own = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS]
-        last = sorted(own, key=lambda span: span.begin)[-len(instructions) :]
+        instruction_spans = [
+            span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS
+        ]
+        last = sorted(traced, key=lambda span: span.begin)[-len(instructions) :]
         if [span.detail for span in last] != [str(instruction) for instruction in instructions]:
             return None
         rows.append(last)
@@ -132,8 +134,7 @@ def mean_op_times(real: SimulatedTimes) -> OpDurations:
         for instruction, start, end in zip(row, starts, ends, strict=True):
             lengths[instruction.op].append(end - start)
     times = {op: mean(found) for op, found in lengths.items()}
-    own = (times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))
-    return OpDurations(*own)
+    return OpDurations(*(times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB)))
 
 
 def _look(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:

@@ -61,9 +61,7 @@ def find_layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
         if pair.track is not TimelineTrack.INSTRUCTION or pair.name != "FB":
             continue
         inside = [span for span in ordered if pair.begin <= span.begin and span.end <= pair.end]
-        launches = [
-            span.begin for span in inside if span.track is TimelineTrack.LAUNCH and span.name.startswith(_FIRST)
-        ]
+        launches = [span.begin for span in inside if _is_first_launch(span)]
         for begin, end in pairwise(launches):
             found = _between(rank, begin, end, inside)
             if tuple(span.name for span in found.compute_spans) == LAYER_PAIR_PHASES:
@@ -76,7 +74,7 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
         (pair for rank in ranks for pair in find_layer_pairs(rank, ranks[rank])), key=lambda pair: pair.duration_ns
     )
     if not pairs:
-        raise ValueError("this trace has no overlapped pair of MoE layers: each stage needs at least two MoE layers")
+        raise ValueError(f"this trace has no overlapped pair of MoE layers: {_missing_pair_reason(ranks)}")
     pair = pairs[len(pairs) // 2]
     canvas = _Canvas(pair)
     width, height = _LEFT + _WIDTH + _RIGHT, canvas.axis + 72
@@ -91,6 +89,20 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
             "</svg>",
         ]
     )
+
+
+def _missing_pair_reason(ranks: Mapping[int, Sequence[Span]]) -> str:
+    pairs = [(fb, spans) for spans in ranks.values() for fb in spans if fb.name == "FB"]
+    if not pairs:
+        return "its schedule has no FB; use dualpipe or dualpipev"
+    layers = max(sum(_is_first_launch(s) and fb.begin <= s.begin < fb.end for s in spans) for fb, spans in pairs)
+    if layers > 1:
+        return "a dense layer or a loss is in each of them"
+    return f"each stage needs at least two MoE layers (here: {'one' if layers == 1 else layers})"
+
+
+def _is_first_launch(span: Span) -> bool:
+    return span.track is TimelineTrack.LAUNCH and span.name.startswith(_FIRST)
 
 
 def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPair:

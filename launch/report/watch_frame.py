@@ -20,7 +20,7 @@ from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """Launchers write a heartbeat every two seconds: one without for this long was killed or cannot write."""
-_BAR = 40
+_BAR = 36
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SHOWN_KINDS = frozenset({"evaluation", "checkpoint", "resume", "start", "warning", "stop", "trace", "memory"})
 _LATEST = 6

@@ -40,7 +40,7 @@ def test_the_configuration_is_whole(run_dir: Path, page: Reader) -> None:
         "routed_scaling_factor 2.5",
         "name dualpipev",
         "layers_per_stage null",
-        "mtp_weight.0 0.3",
+        "mtp_loss_scaling_factor.0 0.3",
         f"run_dir {run_dir}",
     ):
         assert text in words

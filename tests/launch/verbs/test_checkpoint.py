@@ -29,7 +29,7 @@ def test_ls_tells_whole_from_damaged_from_unfinished(saves: Path, capsys: pytest
     states = {each["name"]: each["state"] for each in json.loads(output)}
     assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
     assert "this version reads format 3" in states["step_00000005"]
-    assert states["step_00000002"] == "whole"
+    assert states["step_00000002"] == "complete"
     assert states["step_00000004"].startswith("damaged: ")
     assert states["step_00000006.partial"].startswith("unfinished")
     assert "step_00000002" in shoestring(capsys, "checkpoint", "ls", saves)[1]
@@ -39,7 +39,7 @@ def test_verify_reads_every_byte(saves: Path, capsys: pytest.CaptureFixture[str]
     code, output, _ = shoestring(capsys, "checkpoint", "verify", saves)
     assert code == 0
     assert "step_00000004" in output
-    assert "every hash and every header is right" in output
+    assert "all hashes and headers are correct" in output
     (part,) = (saves / "checkpoints" / "step_00000004").glob("part_*.safetensors")
     flip_bit(part)
     code, output, _ = shoestring(capsys, "checkpoint", "verify", saves)
@@ -118,7 +118,7 @@ def test_verify_ends_with_2_where_there_is_no_checkpoint(
     for place in ("empty", "nowhere", "step_00000009", "run/checkpoints/step_00000004/complete"):
         code, _, errors = shoestring(capsys, "checkpoint", "verify", tmp_path / place)
         assert code == 2, place
-        assert "holds no checkpoint" in errors
+        assert "has no checkpoint" in errors
 
 
 def test_diff_finds_what_differs(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:

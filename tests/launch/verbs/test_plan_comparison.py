@@ -147,11 +147,11 @@ def test_table_and_json(
     run_dir: Path, simulated: Tree, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
+    text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("Planned and measured")[2]
     for words in (
         "exposed all-to-all",
-        "tokens a second",
-        "GPU-hours of steps",
+        "tokens/s",
+        "GPU-hours, steps only",
         "not recorded",
         "Not as planned: cluster",
     ):
@@ -218,9 +218,9 @@ def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulat
     )
     grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
     assert list(compare_with_plan(run_dir, grown, plan).notes) == [
-        "launches on 4 ranks are in the measured figures, which count 2",
-        "a step took 100 tokens in the mean, and is planned with 256",
-        "what its checkpoint had cost before is in the run's GPU-hours, and not in those of its steps",
+        "attempts on 4 ranks are in the measured figures, which assume 2",
+        "mean tokens per step 100; planned 256",
+        "the initial checkpoint's GPU-hours are in the total, not in those of steps",
     ]
     unseen = compare_with_plan(run_dir, replace(summary, gpu_ms_by_term={}), plan)
     assert all(line.measured is None for line in unseen.time_terms)
@@ -231,7 +231,7 @@ def test_what_cannot_be_compared_is_refused(
     run_dir: Path, simulated: Tree, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = write(simulated)
-    with pytest.raises(ConfigError, match="has no step to compare yet"):
+    with pytest.raises(ConfigError, match="has no step to compare with yet"):
         compare_with_plan(run_dir, replace(summarize_ledger(run_dir), steps_retained=0), plan)
     with pytest.raises(
         ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
@@ -242,4 +242,4 @@ def test_what_cannot_be_compared_is_refused(
     assert "cannot be read" in answer(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
     project = tmp_path / "project.yaml"
     project.write_text(f"gpu_hours: {{pre_train: 5}}\nruns: [{run_dir}]\n")
-    assert "asks about one run" in answer(capsys, "budget", project, "--against", plan, code=2)
+    assert "is for one run" in answer(capsys, "budget", project, "--against", plan, code=2)
