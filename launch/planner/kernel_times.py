@@ -121,7 +121,7 @@ def read_kernel_table(name: str) -> KernelTable:
 
 
 def _checked(name: str, number: int, line: dict[str, str]) -> KernelMeasurement:
-    """The row on a line. Raises `ConfigError` for one that is none."""
+    """Parse one line of a table. Raises `ConfigError` for a malformed one."""
     try:
         row = _row(line)
         if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:

@@ -112,9 +112,7 @@ def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) 
     """Return the last step's times in ms from each pipeline rank's spans; None if they are of another program."""
     rows: list[list[Span]] = []
     for instructions, spans in zip(program.instructions, ranks, strict=True):
-        instruction_spans = [
-            span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS
-        ]
+        traced = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS]
         last = sorted(traced, key=lambda span: span.begin)[-len(instructions) :]
         if [span.detail for span in last] != [str(instruction) for instruction in instructions]:
             return None
