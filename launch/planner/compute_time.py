@@ -125,11 +125,11 @@ class ComputeTimeModel:
 
     def gap_seconds(self, phase: ComputePhase) -> float:
         """Return the seconds of a phase in which no kernel runs: the gaps between launches."""
-        row = self.table.find_row("launch", "gaps", _like(phase))
+        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
         return row.seconds if row is not None else 0.0
 
     def _gaps(self, phase: ComputePhase) -> float:
-        row = self.table.find_row("launch", "gaps", _like(phase))
+        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
         if row is None:
             return 0.0
         self._count(row, row.seconds)
@@ -244,7 +244,7 @@ class ComputeTimeModel:
         self.coverage.substituted_rows[operation] = taken
 
 
-def _like(phase: ComputePhase) -> str:
+def _gap_phase(phase: ComputePhase) -> str:
     """Return the phase whose launch gaps are used: a dense layer has those of attention."""
     part, direction = phase.value[:-3], phase.value[-2]
     return f"attn({direction})" if part == "dense" else phase.value

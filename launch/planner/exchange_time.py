@@ -90,7 +90,7 @@ class ExchangeTime:
 
 @dataclass(frozen=True)
 class ExchangeTimeModel:
-    """Prices exchanges of an expert-parallel group on one cluster."""
+    """Times of the exchanges of an expert-parallel group on one cluster, cached."""
 
     cluster: ClusterConfig
     recipe: ForecastRecipe

@@ -202,13 +202,15 @@ class StepForecaster:
     # nothing else, so that a program is built once for all of them.
     _programs: dict[tuple[str, int, int, int | None], PipelineProgram] = field(default_factory=dict)
     _timetables: dict[tuple[str, int, int, int | None], ProgramSimulator] = field(default_factory=dict)
-    _splits: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
+    _stage_shapes: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
     _parameters: dict[ParallelLayout, tuple[RankParameters, ...]] = field(default_factory=dict)
     _costs: dict[tuple[ForecastRecipe, int, int], ChunkTimeModel] = field(default_factory=dict)
-    _moments: dict[tuple[str, int, int, int], tuple[frozenset[LiveInstruction], ...]] = field(default_factory=dict)
+    _peak_instructions: dict[tuple[str, int, int, int], tuple[frozenset[LiveInstruction], ...]] = field(
+        default_factory=dict
+    )
     _chunks: ChunkMemoryCache = field(default_factory=ChunkMemoryCache)
-    _uses: dict[tuple[str, int, int, int], WeightLiveness] = field(default_factory=dict)
-    _kinds: dict[tuple[str, int, int, int], InstructionCounts] = field(default_factory=dict)
+    _weight_liveness: dict[tuple[str, int, int, int], WeightLiveness] = field(default_factory=dict)
+    _instruction_counts: dict[tuple[str, int, int, int], InstructionCounts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.flops_per_token = count_flops(self.model, self.sequence_length)
@@ -218,8 +220,10 @@ class StepForecaster:
         costs, stages = self.chunk_time_model(layout, recipe), self.stage_shapes(layout)
         timetable = self._timetable(layout, layout.num_micro_batches(global_batch))
         program = timetable.program
-        held = self._held(program.placement, stages)
-        runs = InstructionTimes(costs, held, self._counts(program), recipe, self._slowest(layout, recipe))
+        held = self._stages_by_rank(program.placement, stages)
+        runs = InstructionTimes(
+            costs, held, self._count_instructions(program), recipe, self._slowest_node_factor(layout, recipe)
+        )
         transfer = self.p2p_seconds(layout, recipe)
         times = timetable.simulate(runs.duration, transfer)
         reduce, optimizer = self.optimizer_step_seconds(layout, recipe, times)
@@ -251,19 +255,19 @@ class StepForecaster:
         placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
         # DualPipe holds each stage on two ranks (its parameters are doubled), and each runs half of the micro-batches.
         count = layout.num_micro_batches(global_batch) / len(placement.locations_of_stage(0))
-        held = self._held(placement, stages)
+        held = self._stages_by_rank(placement, stages)
         busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
         longest = max(busy) if recipe.uneven_stages else sum(busy) / len(busy)
-        return longest * self._slowest(layout, recipe) + self._optimizer(layout, recipe)
+        return longest * self._slowest_node_factor(layout, recipe) + self._optimizer(layout, recipe)
 
     def memory_by_rank(
         self, layout: ParallelLayout, recipe: ForecastRecipe, program: PipelineProgram
     ) -> tuple[MemoryForecast, ...]:
         """Return the memory of every pipeline rank."""
-        held, shape = self._held(program.placement, self.stage_shapes(layout)), self._shape(layout, recipe)
+        held, shape = self._stages_by_rank(program.placement, self.stage_shapes(layout)), self._workload(layout, recipe)
         key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._moments:
-            self._moments[key] = tuple(
+        if key not in self._peak_instructions:
+            self._peak_instructions[key] = tuple(
                 peak_instructions(program, *each) for each in enumerate(derive_p2p_batches(program))
             )
         chunks = [self._chunks.get_chunks(stages, shape, recipe) for stages in held]
@@ -271,7 +275,7 @@ class StepForecaster:
         outside = non_allocator_memory(shape, recipe, layout.topology)
         return tuple(
             forecast_rank_memory(worst, rank_chunks, state, outside)
-            for worst, rank_chunks, state in zip(self._moments[key], chunks, states, strict=True)
+            for worst, rank_chunks, state in zip(self._peak_instructions[key], chunks, states, strict=True)
         )
 
     def static_memory_bytes(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
@@ -286,14 +290,14 @@ class StepForecaster:
         """Return the contents of each stage, by the runtime's partition."""
         count = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank).num_stages
         key = count, layout.layers_per_stage
-        if key not in self._splits:
+        if key not in self._stage_shapes:
             ranges = split_layers(self.model, self.sequence_length, count, layout.layers_per_stage).layer_ranges
             dense = [sum(layer < self.model.first_k_dense_replace for layer in layers) for layers in ranges]
-            self._splits[key] = tuple(
+            self._stage_shapes[key] = tuple(
                 StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
                 for stage, layers in enumerate(ranges)
             )
-        return self._splits[key]
+        return self._stage_shapes[key]
 
     def chunk_time_model(self, layout: ParallelLayout, recipe: ForecastRecipe) -> ChunkTimeModel:
         """Return the chunk time model of a layout and recipe."""
@@ -301,7 +305,7 @@ class StepForecaster:
         if key not in self._costs:
             cost = ComputeTimeModel.from_cluster(self.cluster, recipe)
             wire = ExchangeTimeModel(self.cluster, recipe, cost.table, cost.coverage)
-            self._costs[key] = ChunkTimeModel(self._shape(layout, recipe), cost, wire)
+            self._costs[key] = ChunkTimeModel(self._workload(layout, recipe), cost, wire)
         return self._costs[key]
 
     def p2p_seconds(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
@@ -333,41 +337,43 @@ class StepForecaster:
         self, layout: ParallelLayout, recipe: ForecastRecipe, times: SimulatedTimes
     ) -> tuple[float, float]:
         """Return the exposed seconds of gradient and weight collectives, and those of the slowest rank's optimizer."""
-        updates = self._updates(layout, recipe)
-        if updates.is_measured:
-            both = [updates.measured_seconds(held) for held in self.parameters_by_rank(layout)]
+        step_model = self._optimizer_step_model(layout, recipe)
+        if step_model.is_measured:
+            both = [step_model.measured_seconds(held) for held in self.parameters_by_rank(layout)]
             return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
-        uses, traffic = self._program_uses(times.program), self._traffic(layout, updates)
+        uses, traffic = self._program_weight_liveness(times.program), self._collective_seconds(layout, step_model)
         shown = exposed_reduce_scatter_seconds(uses, times, traffic) + exposed_all_gather_seconds(uses, times, traffic)
         return shown, self._optimizer(layout, recipe)
 
     def _optimizer(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the optimizer's seconds on the slowest rank."""
-        updates = self._updates(layout, recipe)
-        if updates.is_measured:
-            return max(updates.measured_seconds(held)[1] for held in self.parameters_by_rank(layout))
-        return max(map(updates.optimizer_seconds, self.parameters_by_rank(layout)))
+        step_model = self._optimizer_step_model(layout, recipe)
+        if step_model.is_measured:
+            return max(step_model.measured_seconds(held)[1] for held in self.parameters_by_rank(layout))
+        return max(map(step_model.optimizer_seconds, self.parameters_by_rank(layout)))
 
-    def _updates(self, layout: ParallelLayout, recipe: ForecastRecipe) -> OptimizerStepTimeModel:
+    def _optimizer_step_model(self, layout: ParallelLayout, recipe: ForecastRecipe) -> OptimizerStepTimeModel:
         return OptimizerStepTimeModel(
             self.cluster, recipe, self.chunk_time_model(layout, recipe).compute_model.table, layout.topology
         )
 
-    def _program_uses(self, program: PipelineProgram) -> WeightLiveness:
+    def _program_weight_liveness(self, program: PipelineProgram) -> WeightLiveness:
         key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._uses:
-            self._uses[key] = WeightLiveness.from_program(program)
-        return self._uses[key]
+        if key not in self._weight_liveness:
+            self._weight_liveness[key] = WeightLiveness.from_program(program)
+        return self._weight_liveness[key]
 
-    def _traffic(self, layout: ParallelLayout, updates: OptimizerStepTimeModel) -> list[CollectiveSeconds]:
+    def _collective_seconds(
+        self, layout: ParallelLayout, step_model: OptimizerStepTimeModel
+    ) -> list[CollectiveSeconds]:
         """Return the collective times of each stage."""
         placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
         stages, copies = self.stage_shapes(layout), len(placement.locations_of_stage(0))
-        together = any(held[0].is_first and held[-1].is_last for held in self._held(placement, stages))
+        together = any(held[0].is_first and held[-1].is_last for held in self._stages_by_rank(placement, stages))
         table = self.model.vocab_size * self.model.hidden_size
         counted = []
         for stage in stages:
-            held = self._count(layout.topology, copies, [stage])
+            held = self._rank_parameters(layout.topology, copies, [stage])
             spare = (
                 table
                 if stage.is_last and not stage.is_first and together and self.model.num_nextn_predict_layers
@@ -376,18 +382,18 @@ class StepForecaster:
             # MTP embeds tokens in the last stage. Where one rank holds the first and the last stage, as in DualPipe,
             # they share the embedding (report §3.2.3), and the first stage's collectives contain it.
             counted.append(replace(held, dense=held.dense - spare))
-        return [updates.collective_seconds(held) for held in counted]
+        return [step_model.collective_seconds(held) for held in counted]
 
     def parameters_by_rank(self, layout: ParallelLayout) -> tuple[RankParameters, ...]:
         """Return the parameters of one rank per pipeline rank."""
         if layout not in self._parameters:
             placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
             copies = len(placement.locations_of_stage(0))
-            held = self._held(placement, self.stage_shapes(layout))
-            self._parameters[layout] = tuple(self._count(layout.topology, copies, stages) for stages in held)
+            held = self._stages_by_rank(placement, self.stage_shapes(layout))
+            self._parameters[layout] = tuple(self._rank_parameters(layout.topology, copies, stages) for stages in held)
         return self._parameters[layout]
 
-    def _count(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> RankParameters:
+    def _rank_parameters(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> RankParameters:
         both = [count_stage_parameters(self.model, stage) for stage in held]
         dense, table = sum(part[0] for part in both), self.model.vocab_size * self.model.hidden_size
         first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
@@ -396,7 +402,7 @@ class StepForecaster:
         tables = table * (first + last + replica)
         return RankParameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)
 
-    def _held(self, placement: StagePlacement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
+    def _stages_by_rank(self, placement: StagePlacement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
         return [
             tuple(stages[placement.stage_at(StageLocation(rank, chunk))] for chunk in range(placement.chunks_per_rank))
             for rank in range(placement.ranks)
@@ -414,16 +420,16 @@ class StepForecaster:
             self._programs[key] = build_program(*key)
         return self._programs[key]
 
-    def _counts(self, program: PipelineProgram) -> InstructionCounts:
+    def _count_instructions(self, program: PipelineProgram) -> InstructionCounts:
         key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._kinds:
-            self._kinds[key] = count_instructions(program)
-        return self._kinds[key]
+        if key not in self._instruction_counts:
+            self._instruction_counts[key] = count_instructions(program)
+        return self._instruction_counts[key]
 
-    def _shape(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayerWorkload:
+    def _workload(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayerWorkload:
         return LayerWorkload(self.model, self.sequence_length, layout.micro_batch_size, layout.topology.ep, recipe.skew)
 
-    def _slowest(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
+    def _slowest_node_factor(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the time factor of the slowest node."""
         # Expected maximum of N normal variables: mean + deviation * sqrt(2 ln N), an upper estimate for small N.
         nodes = max(1, layout.topology.world_size // layout.topology.gpus_per_node)

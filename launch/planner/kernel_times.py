@@ -70,7 +70,7 @@ class KernelTable:
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
     def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
-        """The rows of one kind, role and dtype."""
+        """Return the rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
 
     def find_row(self, kind: str, name: str, role: str, dtype: str = "any") -> KernelMeasurement | None:

@@ -55,7 +55,7 @@ class SearchResult:
     """The best layouts, and the number of others by outcome."""
 
     best_forecasts: list[StepForecast] = field(default_factory=list)
-    """Fastest first."""
+    """Best layouts, fastest first."""
     considered: int = 0
     illegal: Counter[str] = field(default_factory=Counter)
     """Number of illegal layouts by reason."""

@@ -111,10 +111,6 @@ class SimulatedStreams:
         self.spans.append(StreamSpan(TimelineTrack.EXCHANGE, head.travel.name, start, self.elapsed_seconds))
 
 
-BackwardFunction = Callable[[bool], Resumable[None]]
-"""Given whether weight gradients are computed along with those of inputs."""
-
-
 @dataclass(frozen=True)
 class SimulatedChunk:
     """Chunk of one stage on `streams`, for one simulation."""

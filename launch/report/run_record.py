@@ -84,11 +84,11 @@ def read_run_record(run_dir: Path) -> RunRecord:
     require_run_dir(run_dir)
     metrics = run_dir / METRICS_FILE
     events = read_downsampled_metrics(metrics) if metrics.exists() else []
-    summary, no_summary = _bill(run_dir)
-    return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
+    summary, reason = _read_summary(run_dir)
+    return RunRecord(run_dir, events, _config(run_dir, events), summary, reason)
 
 
-def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
+def _read_summary(run_dir: Path) -> tuple[LedgerSummary | None, str]:
     """Return the ledger's summary, or the reason why there is none: the report shows the rest all the same."""
     if not (run_dir / WORK_FILE).parent.exists():
         return None, "there is no ledger yet."

@@ -71,7 +71,9 @@ def _program(record: RunRecord) -> PipelineProgram | None:
 def _simulated(program: PipelineProgram) -> Iterator[Block]:
     simulated = simulate_program(program, OpDurations())
     note = "every F, I and W takes 1, FB without overlap"
-    yield _picture(svg_timeline(simulated, note, _look([simulated], f"{program_title(program)}, simulated", "time")))
+    yield _picture(
+        svg_timeline(simulated, note, _svg_style([simulated], f"{program_title(program)}, simulated", "time"))
+    )
 
 
 def _picture(svg: str) -> Figure:
@@ -101,7 +103,7 @@ def _measured(record: RunRecord, program: PipelineProgram, path: Path) -> Iterat
         f"{ideal.makespan:.1f}\u00a0ms. The other {share:.1f}\u00a0% are uneven durations and P2P communication.{of}"
     )
     for heading, timeline in (("Measured", real), ("Simulated", ideal)):
-        yield _picture(svg_timeline(timeline, style=_look((real, ideal), heading, "ms")))
+        yield _picture(svg_timeline(timeline, style=_svg_style((real, ideal), heading, "ms")))
     try:
         yield _picture(svg_layer_pair(ranks))
     except ValueError:  # not every schedule overlaps layer pairs
@@ -135,7 +137,7 @@ def mean_op_times(real: SimulatedTimes) -> OpDurations:
     return OpDurations(*(times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB)))
 
 
-def _look(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
+def _svg_style(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
     """Return the page's style, with one scale for all `timelines`."""
     makespan = max(timeline.makespan for timeline in timelines)
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))

@@ -54,18 +54,18 @@ STANDALONE_STYLE = SvgStyle()
 class _Canvas:
     """Positions of rows and times in pixels."""
 
-    replay: SimulatedTimes
-    look: SvgStyle
+    times: SimulatedTimes
+    style: SvgStyle
     scale: float
     """Pixels per unit of time."""
 
     @property
     def program(self) -> PipelineProgram:
-        return self.replay.program
+        return self.times.program
 
     @property
     def right(self) -> float:
-        return _LEFT + max(self.replay.makespan * self.scale, self.look.min_width)
+        return _LEFT + max(self.times.makespan * self.scale, self.style.min_width)
 
     @property
     def bottom(self) -> float:
@@ -78,13 +78,13 @@ class _Canvas:
         return _TOP + rank * (_ROW + _GAP)
 
 
-def svg_timeline(replay: SimulatedTimes, subtitle: str = "", style: SvgStyle = STANDALONE_STYLE) -> str:
+def svg_timeline(times: SimulatedTimes, subtitle: str = "", style: SvgStyle = STANDALONE_STYLE) -> str:
     """Draw one row per rank and one box per instruction, labeled with its micro-batch; gray is bubble.
 
     `subtitle` follows makespan and bubble below the title.
     """
     canvas = _Canvas(
-        replay, style, _fitting(replay) if style.pixels_per_time_unit is None else style.pixels_per_time_unit
+        times, style, _fitting(times) if style.pixels_per_time_unit is None else style.pixels_per_time_unit
     )
     width, height = canvas.right + _RIGHT, canvas.bottom + 76
     body = [*_heading(canvas, subtitle), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
@@ -99,35 +99,35 @@ def svg_timeline(replay: SimulatedTimes, subtitle: str = "", style: SvgStyle = S
     )
 
 
-def _fitting(replay: SimulatedTimes) -> float:
+def _fitting(times: SimulatedTimes) -> float:
     """Return pixels per unit of time: the shortest box fits its number, unless the picture becomes too wide."""
     durations = [
         end - start
-        for starts, ends in zip(replay.start_times, replay.end_times, strict=True)
+        for starts, ends in zip(times.start_times, times.end_times, strict=True)
         for start, end in zip(starts, ends, strict=True)
     ]
-    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
+    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / times.makespan)
     return max(fitting, _NARROWEST / min(durations))
 
 
 def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
-    yield _text(_LEFT, 30, canvas.look.heading or program_title(canvas.program), size=16, weight="bold")
+    yield _text(_LEFT, 30, canvas.style.heading or program_title(canvas.program), size=16, weight="bold")
     yield _text(
         _LEFT,
         50,
-        "; ".join(filter(None, (bubble_summary(canvas.replay), note))),
+        "; ".join(filter(None, (bubble_summary(canvas.times), note))),
         size=12,
-        color=canvas.look.muted_color,
+        color=canvas.style.muted_color,
     )
 
 
 def _rows(canvas: _Canvas) -> Iterator[str]:
-    replay = canvas.replay
+    times = canvas.times
     for rank, instructions in enumerate(canvas.program.instructions):
         top = canvas.row(rank)
         yield _text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", anchor="end")
-        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble_color)
-        for instruction, start, end in zip(instructions, replay.start_times[rank], replay.end_times[rank], strict=True):
+        yield _rect(_LEFT, top, times.makespan * canvas.scale, _ROW, canvas.style.bubble_color)
+        for instruction, start, end in zip(instructions, times.start_times[rank], times.end_times[rank], strict=True):
             left, right = canvas.x(start) + 0.4, canvas.x(end) - 0.4
             yield f"<g><title>{escape(f'rank {rank}: {instruction}, {start:g} to {end:g}')}</title>"
             yield from _box(canvas.program, instruction, left, top, right - left)
@@ -156,14 +156,14 @@ def _box(program: PipelineProgram, instruction: Instruction, left: float, top: f
 
 
 def _axis(canvas: _Canvas) -> Iterator[str]:
-    y, makespan = canvas.bottom + 8, canvas.replay.makespan
+    y, makespan = canvas.bottom + 8, canvas.times.makespan
     step = _tick(60 / canvas.scale)
-    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.line_color)
+    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.style.line_color)
     for index in range(int(makespan / step) + 1):
         x = canvas.x(index * step)
-        yield _line(x, y, x, y + 4, canvas.look.line_color)
-        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.look.muted_color)
-    yield _text(_LEFT - 10, y + 16, canvas.look.time_unit, size=10, anchor="end", color=canvas.look.muted_color)
+        yield _line(x, y, x, y + 4, canvas.style.line_color)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.style.muted_color)
+    yield _text(_LEFT - 10, y + 16, canvas.style.time_unit, size=10, anchor="end", color=canvas.style.muted_color)
 
 
 def _columns(canvas: _Canvas) -> Iterator[str]:
@@ -172,17 +172,17 @@ def _columns(canvas: _Canvas) -> Iterator[str]:
     for index, (heading, unit, values) in enumerate(
         (
             ("in flight", "chunks, peak", peaks),
-            ("bubble", canvas.look.time_unit, list(canvas.replay.bubble_time_per_rank)),
+            ("bubble", canvas.style.time_unit, list(canvas.times.bubble_time_per_rank)),
         )
     ):
         left = canvas.right + 22 + index * 74
         yield _text(left, _TOP - 20, heading, weight="bold")
-        yield _text(left, _TOP - 8, unit, size=9, color=canvas.look.muted_color)
+        yield _text(left, _TOP - 8, unit, size=9, color=canvas.style.muted_color)
         for rank, value in enumerate(values):
             y = canvas.row(rank)
             yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
-            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble_color)
-            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.muted_color)
+            yield _rect(left, y + _ROW - 7, 54, 3, canvas.style.bubble_color)
+            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.style.muted_color)
 
 
 def _legend(canvas: _Canvas) -> Iterator[str]:
@@ -203,7 +203,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
         )
         x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
     if program.chunks_per_rank > 1:
-        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.look.muted_color)
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.style.muted_color)
 
 
 def _chunk_note(program: PipelineProgram) -> str:

@@ -28,32 +28,32 @@ _NEARLY_SPENT = 0.9
 """Share of the budget from which the bar is red."""
 
 
-def render_frame(look: RunSnapshot) -> RenderableType:
+def render_frame(snapshot: RunSnapshot) -> RenderableType:
     """Return the whole frame; figures that are not known yet have no line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    step = look.last_event("step")
-    grid.add_row("state", Text(*_state(look)))
-    for name, shown in (*_progress(look, step), *_figures(look, step), *_cost(look, step)):
+    step = snapshot.last_event("step")
+    grid.add_row("state", Text(*_state(snapshot)))
+    for name, shown in (*_progress(snapshot, step), *_figures(snapshot, step), *_cost(snapshot, step)):
         grid.add_row(name, shown)
-    return Group(Text(str(look.run_dir), "bold"), Text(""), grid, *_latest(look.events))
+    return Group(Text(str(snapshot.run_dir), "bold"), Text(""), grid, *_latest(snapshot.events))
 
 
-def _state(look: RunSnapshot) -> tuple[str, str]:
-    stop = look.last_event("stop")
-    if look.has_ended:
+def _state(snapshot: RunSnapshot) -> tuple[str, str]:
+    stop = snapshot.last_event("stop")
+    if snapshot.has_ended:
         reason = "its launcher released the GPUs" if stop is None else str(stop.values.get("reason"))
         return (reason, "green") if reason == "done" else (f"ended: {reason}", "red")
-    if look.seconds_since_heartbeat is not None and look.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
-        return f"no heartbeat from the launcher for {format_duration(look.seconds_since_heartbeat)}", "red"
-    if not look.events or look.events[-1].kind in ("run", "resume", "start", "stop"):
+    if snapshot.seconds_since_heartbeat is not None and snapshot.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
+        return f"no heartbeat from the launcher for {format_duration(snapshot.seconds_since_heartbeat)}", "red"
+    if not snapshot.events or snapshot.events[-1].kind in ("run", "resume", "start", "stop"):
         return "starting up", "yellow"
     return "training", "green"
 
 
-def _progress(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    first = step or look.last_event("run")
+def _progress(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+    first = step or snapshot.last_event("run")
     total = None if first is None else parse_number(first.values.get("total_steps"))
     if first is None or not total or not 0 < total < math.inf:
         yield "step", Text("none yet")
@@ -61,20 +61,20 @@ def _progress(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rend
     done = 0 if step is None else step.step
     words = [f"{done:,} of {total:,.0f}"]
     seconds = None if step is None else parse_number(step.values.get("eta_seconds"))
-    if seconds is not None and not look.has_ended:
+    if seconds is not None and not snapshot.has_ended:
         words.append(f"{format_duration(seconds)} left")
     yield "step", _bar_with_text(_bar(done, total, "cyan"), "  ".join(words))
 
 
-def _figures(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _figures(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     if step is None:
         return
     losses = [
-        value for event in look.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
+        value for event in snapshot.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
     ]
     yield "loss", Text(f"{_value(step, 'loss', '.3f')}  {sparkline(losses, _BAR)}")
     more = [f"mtp {_value(step, 'loss/mtp', '.3f')}"] if step.values.get("loss/mtp") is not None else []
-    evaluation = look.last_event("evaluation")
+    evaluation = snapshot.last_event("evaluation")
     if evaluation is not None:
         more.append(f"validation {_value(evaluation, 'loss', '.3f')} at step {evaluation.step:,}")
     more.append(f"gradient {_value(step, 'grad_norm', '.2f')}")
@@ -89,8 +89,8 @@ def _figures(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rende
         yield "expert load", Text(f"largest {1 + violation:.2f} x the mean")
 
 
-def _cost(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    summary = look.summary
+def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+    summary = snapshot.summary
     if summary is None:
         yield "budget", Text("no readable ledger")
         return
@@ -104,7 +104,7 @@ def _cost(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Renderab
     )
     projected = None if step is None else parse_number(step.values.get("projected_gpu_hours"))
     rate, words = summary.gpu_hours_per_trillion_tokens, []
-    if projected is not None and not look.has_ended:
+    if projected is not None and not snapshot.has_ended:
         words.append(f"{format_gpu_hours(projected)} GPU-hours projected at the end")
     if rate is not None:
         published = f"DeepSeek-V3: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"

@@ -37,8 +37,8 @@ def watch(
     # Drawn after each poll, without a thread. Ctrl-C ends the view and leaves the run alone.
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            look = follower.poll()
-            live.update(render_frame(look), refresh=True)
-            if look.has_ended:
+            snapshot = follower.poll()
+            live.update(render_frame(snapshot), refresh=True)
+            if snapshot.has_ended:
                 return
             wait_for_refresh()
