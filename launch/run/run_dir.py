@@ -100,7 +100,8 @@ def _is_a_runs(run_dir: Path) -> bool:
     if not run_dir.is_dir():
         return False
     names = {path.name for path in run_dir.iterdir()}
-    return _MARKER_FILE in names or not names
+    # The marker's unfinished file alone: another machine of this launch is making the directory, or one that was killed.
+    return _MARKER_FILE in names or names <= {f"{_MARKER_FILE}.new"}
 
 
 def _lock(descriptor: int, run_dir: Path) -> None:

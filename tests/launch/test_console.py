@@ -80,7 +80,7 @@ def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path:
         "hf/config.json": ["export", trained, "hf"],
         "imported": ["import", "hf", "imported"],
         "report.html": ["report", trained, "--out", "report.html"],
-        "drawing": ["schedule", "zb_h1", "--stages", 2, "--micro-batches", 4, "--output", "drawing"],
+        "drawing": ["schedule", "zb_h1", "--pp", 2, "--micro-batches", 4, "--output", "drawing"],
     }
     if how != "full":
         made["calibration"] = ["calibrate", "--output", "calibration", "--ranks", 1, "--repeats", 1]

@@ -54,7 +54,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     [
         "saver.write_rank_file",
         "saver.TensorFileWriter.write_tensor",
-        "saver.write_file",
+        "saver.write_file_durably",
         "store.merge_rank_records",
         "store.write_file_durably",
     ],
