@@ -152,7 +152,7 @@ def test_a_search_lends_no_exchange_too_few_sms() -> None:
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
     batch = [
         "training.global_batch_size=64",
-        *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0")),
+        *(f"training.rampup_{name}" for name in ("start_batch_size=null", "batch_size_increment=null", "tokens=0")),
     ]
     found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).search_result
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)

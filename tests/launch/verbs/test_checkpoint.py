@@ -118,7 +118,7 @@ def test_verify_ends_with_2_where_there_is_no_checkpoint(
     for place in ("empty", "nowhere", "step_00000009", "run/checkpoints/step_00000004/complete"):
         code, _, errors = shoestring(capsys, "checkpoint", "verify", tmp_path / place)
         assert code == 2, place
-        assert "has no checkpoint" in errors
+        assert "holds no checkpoint" in errors
 
 
 def test_diff_finds_what_differs(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:

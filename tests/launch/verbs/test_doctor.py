@@ -105,7 +105,7 @@ def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H800")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert "3 of them: H800" in list_implementations()[0].note
+    assert "3 x H800" in list_implementations()[0].note
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     cluster = list_implementations()[-1]
     assert not cluster.usable
