@@ -80,7 +80,7 @@ def estimate_phase_costs(
 def _refuse_illegal(layout: ParallelLayout, batches: BatchRamp) -> None:
     """Raise `ConfigError` for a batch size of the ramp that the layout cannot run."""
     for level in batches.levels:
-        note = _batch_note(layout, level.batch_size)
+        note = batch_size_problem(layout, level.batch_size)
         if note is not None:
             raise ConfigError([Problem("batch of a step", level.batch_size, note)])
 
@@ -136,11 +136,11 @@ def _ramp_hours(
 
 def context_extension_problem(layout: ParallelLayout, phase: ContextExtensionPhase) -> str | None:
     """Return why a phase of long sequences is illegal in this layout, with the nearest legal batch; None if legal."""
-    note = _batch_note(layout, phase.global_batch)
+    note = batch_size_problem(layout, phase.global_batch)
     return None if note is None else f"{phase.sequence_length // 1024} K: {note}"
 
 
-def _batch_note(layout: ParallelLayout, sequences: int) -> str | None:
+def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:
     """Return why a step of `sequences` is illegal in this layout, with the nearest legal number; None if legal."""
     share = layout.topology.dp * layout.micro_batch_size
     count = sequences / share
