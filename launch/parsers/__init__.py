@@ -1,4 +1,4 @@
-"""Options of the verbs of `shoestring`, a file a family, beside what runs each verb.
+"""Command-line options of the verbs of `shoestring`, one file per family of verbs.
 
-All of these files are loaded whichever verb is asked for. What a verb needs is imported where it runs: torch is slow.
+All of these files are imported for every verb. A verb's imports are inside its function, as torch is slow to load.
 """

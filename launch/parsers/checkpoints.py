@@ -1,4 +1,4 @@
-"""Checkpoints: looked at, exchanged with released weights, asked for text."""
+"""Verbs about checkpoints: `checkpoint`, `import`, `export`, `generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_commands(verbs: Subparsers) -> None:
 
 
 def _add_list(actions: Subparsers) -> None:
-    listing = actions.add_parser("ls", help="the checkpoints of a run")
+    listing = actions.add_parser("ls", help="list the checkpoints of a run")
     _add_path(listing)
     add_format_option(listing)
     listing.set_defaults(run=_list)
@@ -36,7 +36,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _add_verify(actions: Subparsers) -> None:
-    words = "read every byte of a checkpoint and check its hash; exit code 1 where it is damaged"
+    words = "read every byte of a checkpoint and check its hashes; exit code 1 if it is damaged"
     verify_checkpoint = actions.add_parser("verify", help=words)
     _add_path(verify_checkpoint)
     add_format_option(verify_checkpoint)
@@ -53,11 +53,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _add_diff(actions: Subparsers) -> None:
-    diff_checkpoints = actions.add_parser("diff", help="where two checkpoints differ; exit code 1 where they do")
+    diff_checkpoints = actions.add_parser("diff", help="compare two checkpoints; exit code 1 if they differ")
     _add_path(diff_checkpoints)
     add_format_option(diff_checkpoints)
-    diff_checkpoints.add_argument("other", type=Path, metavar="RUN", help="the one to compare with")
-    diff_checkpoints.add_argument("--other-step", type=int, metavar="N", help="of the second run")
+    diff_checkpoints.add_argument("other", type=Path, metavar="RUN", help="run or checkpoint to compare with")
+    diff_checkpoints.add_argument(
+        "--other-step", type=int, metavar="N", help="step of the second checkpoint (default: the newest)"
+    )
     _add_step(diff_checkpoints)
     diff_checkpoints.set_defaults(run=_diff)
 
@@ -76,9 +78,11 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _add_import(verbs: Subparsers) -> None:
-    importing = verbs.add_parser("import", help="a checkpoint from released weights (DeepseekV3ForCausalLM)")
-    importing.add_argument("source", type=_named, metavar="DIRECTORY", help="config.json and safetensors")
-    importing.add_argument("target", type=_named, metavar="TARGET", help="the new checkpoint goes into this directory")
+    importing = verbs.add_parser("import", help="create a checkpoint from Hugging Face weights (DeepseekV3ForCausalLM)")
+    importing.add_argument(
+        "source", type=_named, metavar="DIRECTORY", help="directory with config.json and safetensors files"
+    )
+    importing.add_argument("target", type=_named, metavar="TARGET", help="directory of the new checkpoint")
     importing.set_defaults(run=_import)
 
 
@@ -86,19 +90,26 @@ def _import(options: argparse.Namespace) -> int:
     from ..console import print_to_stdout
     from ..verbs.convert import import_command
 
-    print_to_stdout(f"imported to {import_command(options.source, options.target)}")
+    print_to_stdout(f"Imported to {import_command(options.source, options.target)}")
     return 0
 
 
 def _add_export(verbs: Subparsers) -> None:
-    export = verbs.add_parser("export", help="a checkpoint as transformers and others read it")
+    export = verbs.add_parser("export", help="write a checkpoint as a Hugging Face directory (transformers, vLLM)")
     _add_path(export)
-    export.add_argument("directory", type=_named, metavar="DIRECTORY", help="new, or empty")
-    export.add_argument("--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="default bf16")
-    export.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help="order of rotated rows")
-    export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
+    export.add_argument("directory", type=_named, metavar="DIRECTORY", help="output directory, new or empty")
+    export.add_argument(
+        "--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="format of the weights (default bf16)"
+    )
+    export.add_argument(
+        "--rope",
+        choices=["pairs", "halves"],
+        default="pairs",
+        help="rotary layout: interleaved pairs, as DeepSeek's, or halves (default pairs)",
+    )
+    export.add_argument("--max-shard", default="5GB", metavar="SIZE", help="largest file (default 5GB)")
     _add_step(export)
-    _add_average(export)
+    _add_ema_option(export)
     export.set_defaults(run=_export)
 
 
@@ -108,21 +119,23 @@ def _export(options: argparse.Namespace) -> int:
 
     how = options.dtype, options.rope, options.max_shard
     found = export_command(options.path, options.step, options.directory, *how, ema_weights=options.average)
-    what = "the average of the weights of " if options.average else ""
-    print_to_stdout(f"exported {what}{found} to {options.directory}")
+    what = "the EMA weights of " if options.average else ""
+    print_to_stdout(f"Exported {what}{found} to {options.directory}")
     return 0
 
 
 def _add_generate(verbs: Subparsers) -> None:
-    generate = verbs.add_parser("generate", help="text from a checkpoint, with MTP as a draft")
+    generate = verbs.add_parser("generate", help="generate text from a checkpoint, with MTP as draft model")
     _add_path(generate)
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="default 100")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default 0.8)")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--no-draft", action="store_true", help="without MTP, a token a forward")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default 100)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default 0.8)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="sampling seed (default 0)")
+    generate.add_argument("--no-draft", action="store_true", help="one token per forward, without MTP drafts")
     _add_step(generate)
-    _add_average(generate)
+    _add_ema_option(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -138,20 +151,20 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _named(text: str) -> Path:
-    """A path; an empty text, which would be the working directory, is none."""
+    """Convert an argument to a path; an empty one would mean the working directory and is an error."""
     if not text:
-        raise argparse.ArgumentTypeError("must name a directory; an empty name is none")
+        raise argparse.ArgumentTypeError("must name a directory; it is empty")
     return Path(text)
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint")
+    parser.add_argument("path", type=Path, metavar="RUN", help="run directory, or one checkpoint")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, metavar="N", help="instead of the newest")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
 
 
-def _add_average(parser: argparse.ArgumentParser) -> None:
-    words = "the moving average of the weights (optimizer.ema_decay) instead of the weights"
+def _add_ema_option(parser: argparse.ArgumentParser) -> None:
+    words = "use the EMA of the weights (optimizer.ema_decay)"
     parser.add_argument("--average", action="store_true", help=words)

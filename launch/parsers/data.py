@@ -1,4 +1,4 @@
-"""`data`: a corpus made into token shards, and looked at."""
+"""Verb `data`: prepare a corpus as token shards, and inspect them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .options import Subparsers, add_override_arguments, add_subcommands, get_ov
 
 
 def add_commands(verbs: Subparsers) -> None:
-    """Add this family's verb."""
-    actions = add_subcommands(verbs.add_parser("data", help="prepare a corpus, look at a prepared one"))
+    """Add this family's verbs."""
+    actions = add_subcommands(verbs.add_parser("data", help="prepare a corpus, or inspect a prepared one"))
     prepare_corpus = add_override_arguments(
         actions.add_parser("prepare", help="train the tokenizer and write token shards")
     )
     prepare_corpus.set_defaults(run=_prepare)
-    inspect = add_override_arguments(actions.add_parser("inspect", help="what is in them"))
+    inspect = add_override_arguments(actions.add_parser("inspect", help="describe prepared data"))
     inspect.set_defaults(run=_inspect)
 
 

@@ -1,4 +1,4 @@
-"""This machine: what it has, `doctor`, and how fast it is, `bench`."""
+"""Verbs about this machine: `doctor` and `bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_commands(verbs: Subparsers) -> None:
 
 
 def _add_doctor(verbs: Subparsers) -> None:
-    doctor = verbs.add_parser("doctor", help="what serves each operation on this machine, and what cannot")
+    doctor = verbs.add_parser("doctor", help="which implementation runs each operation on this machine")
     add_format_option(doctor)
     doctor.set_defaults(run=_doctor)
 
@@ -28,16 +28,18 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_bench(verbs: Subparsers) -> None:
-    benches = add_subcommands(verbs.add_parser("bench", help="measure a part of this machine"))
-    exchange = benches.add_parser("exchange", help="bytes and times of the token exchanges")
+    benches = add_subcommands(verbs.add_parser("bench", help="benchmark a part of this machine"))
+    exchange = benches.add_parser("exchange", help="bytes and times of the token dispatchers (all-to-all)")
     numbers = {"nodes": 2, "gpus-per-node": 2, "hidden": 1024, "tokens": 512, "experts": 64, "top-k": 8}
     numbers |= {"groups": 4, "top-k-groups": 2, "repeats": 5}
     for name, default in numbers.items():
         exchange.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     exchange.add_argument("--exchanges", default="flat,two_hop", help="default flat,two_hop")
-    exchange.add_argument("--formats", default="bf16,fp8", help="of rows on their way to experts (default bf16,fp8)")
-    exchange.add_argument("--overlap", action="store_true", help="measure also how exchanges hide behind computing")
-    text = "on a simulated cluster with such uplinks, as 200mbit (root)"
+    exchange.add_argument(
+        "--formats", default="bf16,fp8", help="wire formats of rows sent to experts (default bf16,fp8)"
+    )
+    exchange.add_argument("--overlap", action="store_true", help="also measure the overlap with computing")
+    text = "run on a simulated cluster with this bandwidth per node, such as 200mbit (needs root)"
     exchange.add_argument("--uplink", metavar="RATE", help=text)
     add_format_option(exchange)
     exchange.set_defaults(run=_bench_exchange)

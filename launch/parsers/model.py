@@ -1,4 +1,4 @@
-"""A model on paper: `params` and `memory`; its pipeline: `schedule` and `partition`."""
+"""Verbs about a model (`params`, `memory`) and its pipeline (`schedule`, `partition`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_commands(verbs: Subparsers) -> None:
 
 def _add_params(verbs: Subparsers) -> None:
     params = add_override_arguments(
-        verbs.add_parser("params", help="parameters, FLOPs a token and activations of a model")
+        verbs.add_parser("params", help="parameters, FLOPs per token and activations of a model")
     )
     add_format_option(params)
     params.set_defaults(run=_params)
@@ -35,9 +35,15 @@ def _params(options: argparse.Namespace) -> int:
 
 
 def _add_memory(verbs: Subparsers) -> None:
-    memory = add_override_arguments(verbs.add_parser("memory", help="bytes that each rank of a run needs, by kind"))
-    memory.add_argument("--measure", action="store_true", help="run two steps of the real ranks here, and compare")
-    memory.add_argument("--one-rank", action="store_true", help="with all tokens of a group on one rank's experts")
+    memory = add_override_arguments(verbs.add_parser("memory", help="memory of each rank of a run, by kind"))
+    memory.add_argument(
+        "--measure", action="store_true", help="run two steps of all ranks on this machine, and compare"
+    )
+    memory.add_argument(
+        "--one-rank",
+        action="store_true",
+        help="with --measure: route all tokens of each expert-parallel group to one rank",
+    )
     add_format_option(memory)
     memory.set_defaults(run=_memory)
 
@@ -46,7 +52,7 @@ def _memory(options: argparse.Namespace) -> int:
     from ..verbs.memory import build_memory_report, memory_as_dict, memory_table
 
     if options.one_rank and not options.measure:
-        raise ConfigError([Problem("--one-rank", True, "is how a run is measured; write --measure too")])
+        raise ConfigError([Problem("--one-rank", True, "needs --measure too")])
     report = build_memory_report(
         *get_overrides(options), measure=options.measure, all_tokens_to_one_rank=options.one_rank
     )
@@ -55,14 +61,21 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _add_schedule(verbs: Subparsers) -> None:
-    schedule = verbs.add_parser("schedule", help="a pipeline program, checked and drawn")
+    schedule = verbs.add_parser("schedule", help="check and draw a pipeline program")
     schedule.add_argument("name", metavar="NAME", help="gpipe, 1f1b, interleaved, zb_h1, dualpipe or dualpipev")
-    schedule.add_argument("--pp", type=int, required=True, metavar="P", help="pipeline ranks")
-    schedule.add_argument("--micro-batches", type=int, required=True, metavar="N", help="of one global batch")
-    schedule.add_argument("--chunks", type=int, metavar="V", help="stages a rank holds, for interleaved (default 2)")
+    schedule.add_argument("--pp", type=int, required=True, metavar="P", help="number of pipeline ranks")
+    schedule.add_argument(
+        "--micro-batches", type=int, required=True, metavar="N", help="micro-batches per step and data-parallel rank"
+    )
+    schedule.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved (default 2)")
     schedule.add_argument("--format", choices=["ascii", "svg", "json"], default="ascii")
-    schedule.add_argument("--times", default="", metavar="F=1,I=1,W=1,FB=3", help="durations of a chunk, to draw with")
-    schedule.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    schedule.add_argument(
+        "--times",
+        default="",
+        metavar="F=1,I=1,W=1,FB=3",
+        help="durations to draw with (default 1; B and FB: the sum of their parts)",
+    )
+    schedule.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of the terminal")
     schedule.set_defaults(run=_schedule)
 
 
@@ -84,13 +97,13 @@ def _schedule(options: argparse.Namespace) -> int:
 
 def _add_partition(verbs: Subparsers) -> None:
     partition = add_override_arguments(
-        verbs.add_parser("partition", help="a model's layers on the stages of a pipeline")
+        verbs.add_parser("partition", help="layers, parameters and FLOPs of each pipeline stage")
     )
-    partition.add_argument("--stages", type=int, required=True, help="stages the model is cut into")
+    partition.add_argument("--stages", type=int, required=True, help="number of pipeline stages")
     partition.add_argument(
-        "--layers-per-stage", metavar="L,L,…", help="the number of layers of each stage, instead of a search"
+        "--layers-per-stage", metavar="L,L,…", help="number of layers of each stage (default: balanced by FLOPs)"
     )
-    partition.add_argument("--schedule", default="1f1b", help="puts stages on ranks (default 1f1b)")
+    partition.add_argument("--schedule", default="1f1b", help="schedule that places stages on ranks (default 1f1b)")
     add_format_option(partition)
     partition.set_defaults(run=_partition)
 

@@ -1,4 +1,4 @@
-"""Options that verbs have in common, and the printing of what a verb has found."""
+"""Options that verbs have in common, and printing of results."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ else:
 
 
 def add_subcommands(verb: argparse.ArgumentParser) -> Subparsers:
-    """Let a verb have verbs of its own, and want one."""
+    """Give a verb subcommands, one of which is required."""
     return verb.add_subparsers(dest="action", required=True)
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The same parser, for a verb about what a configuration describes."""
+    """Add the options of a verb that composes a configuration; return `parser`."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
-    parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
+    parser.add_argument("--config-dir", type=Path, help="directory with your own configuration groups")
     return parser
 
 
 def get_overrides(options: argparse.Namespace) -> tuple[list[str], Path | None]:
-    """What `add_override_arguments` has asked for: overrides, and where more groups are."""
+    """Return the overrides and the configuration directory of `add_override_arguments`."""
     return options.overrides, options.config_dir
 
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
-    """--format, which `print_result` follows."""
+    """Add --format, which `print_result` reads."""
     parser.add_argument("--format", choices=["table", "json"], default="table")
 
 
 def print_result(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:
-    """Print what --format asks for: `tree()` as JSON, or `table()`, text as it is and anything else as rich draws it.
+    """Print `tree()` as JSON or `table()`, as --format says. Only the chosen one is called.
 
-    A tuple is printed part by part. Only the one that is asked for is made.
+    A string is printed as it is, anything else by rich; a tuple is printed part by part.
     """
     if options.format == "json":
         print_or_raise(json.dumps(tree(), indent=1))
@@ -52,10 +52,10 @@ def print_result(options: argparse.Namespace, table: Callable[[], object], tree:
     found = table()
     for part in found if isinstance(found, tuple) else (found,):
         if isinstance(part, str):
-            print_or_raise(part)  # rich would break its lines
+            print_or_raise(part)  # rich would wrap its lines
             continue
         from rich.console import Console
 
         drawn, terminal = io.StringIO(), sys.stdout.isatty()
-        Console(file=drawn, force_terminal=terminal or None, markup=False).print(part)  # a bracket is a bracket
+        Console(file=drawn, force_terminal=terminal or None, markup=False).print(part)  # no markup: brackets are text
         print_or_raise(drawn.getvalue().removesuffix("\n"))

@@ -1,4 +1,4 @@
-"""A run, going on or over: what it cost, how it stands, where its time went."""
+"""Verbs about a run, finished or not: `budget`, `report`, `watch`, `dashboard`, `trace`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ def add_commands(verbs: Subparsers) -> None:
 
 
 def _add_budget(verbs: Subparsers) -> None:
-    budget = verbs.add_parser("budget", help="what a run has cost, beside the published 2.788 M GPU-hours")
-    budget.add_argument("run_or_project", type=Path, metavar="RUN", help="directory of a run, or a project file")
-    budget.add_argument("--tokens", metavar="14.8T", help="what so many tokens would cost at this run's price")
-    budget.add_argument("--gpus", type=int, metavar="N", help="and how long N such GPUs would take")
-    budget.add_argument("--usd-per-gpu-hour", type=float, metavar="PRICE", help="default 2, as in the report")
-    budget.add_argument("--sacct", type=Path, metavar="FILE", help="compare with the output of sacct")
-    budget.add_argument("--invoice", type=Path, metavar="FILE", help="compare with an invoice, a CSV")
-    columns = "what the CSV calls gpu_hours and amount"
+    budget = verbs.add_parser("budget", help="cost of a run, compared with DeepSeek-V3's 2.788 M GPU-hours")
+    budget.add_argument("run_or_project", type=Path, metavar="RUN", help="run directory, or project file")
+    budget.add_argument(
+        "--tokens", metavar="14.8T", help="forecast the cost of this many tokens at this run's rate; needs --gpus"
+    )
+    budget.add_argument("--gpus", type=int, metavar="N", help="number of GPUs of that forecast")
+    budget.add_argument(
+        "--usd-per-gpu-hour", type=float, metavar="PRICE", help="USD per GPU-hour (default 2, as in DeepSeek's report)"
+    )
+    budget.add_argument("--sacct", type=Path, metavar="FILE", help="reconcile with the output of sacct")
+    budget.add_argument("--invoice", type=Path, metavar="FILE", help="reconcile with an invoice, a CSV file")
+    columns = "names of the invoice's columns for gpu_hours and amount"
     budget.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
-    plan = "compare with a plan: what shoestring plan or simulate prints with --format json"
+    plan = "compare with a plan: output of `shoestring plan` or `simulate` with --format json"
     budget.add_argument("--against", type=Path, metavar="PLAN", help=plan)
-    everything = "read every record of the ledger, and compare the totals that are saved beside it"
+    everything = "read every record of the ledger, and compare with its saved totals"
     budget.add_argument("--verify", action="store_true", help=everything)
     add_format_option(budget)
     budget.set_defaults(run=_budget)
@@ -48,9 +52,9 @@ def _budget(options: argparse.Namespace) -> int:
 
 
 def _add_report(verbs: Subparsers) -> None:
-    report = verbs.add_parser("report", help="a run as one HTML page: curves, bill, timeline, incidents")
-    report.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run, which may be going on")
-    report.add_argument("--out", type=Path, metavar="PATH", help="write there (default: RUN/report.html)")
+    report = verbs.add_parser("report", help="HTML report of a run: loss, cost, timeline, incidents")
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="run directory; the run may still be running")
+    report.add_argument("--out", type=Path, metavar="PATH", help="output file (default RUN/report.html)")
     report.set_defaults(run=_report)
 
 
@@ -58,14 +62,14 @@ def _report(options: argparse.Namespace) -> int:
     from ..console import print_to_stdout
     from ..verbs.report import write_report
 
-    print_to_stdout(f"wrote {write_report(options.run_dir, options.out)}")
+    print_to_stdout(f"Wrote {write_report(options.run_dir, options.out)}")
     return 0
 
 
 def _add_watch(verbs: Subparsers) -> None:
-    watch = verbs.add_parser("watch", help="follow a run in the terminal until it has ended, or Ctrl-C")
-    watch.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run")
-    watch.add_argument("--once", action="store_true", help="print how it stands, and be done")
+    watch = verbs.add_parser("watch", help="live view of a run in the terminal, until it ends or Ctrl-C")
+    watch.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    watch.add_argument("--once", action="store_true", help="print the present state and exit")
     watch.set_defaults(run=_watch)
 
 
@@ -80,9 +84,11 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _add_dashboard(verbs: Subparsers) -> None:
     dashboard = add_override_arguments(
-        verbs.add_parser("dashboard", help="the wandb workspace for a run's metrics, as JSON")
+        verbs.add_parser("dashboard", help="print the wandb workspace for a run's metrics as JSON")
     )
-    dashboard.add_argument("--save", action="store_true", help="create it on wandb's server instead; needs an account")
+    dashboard.add_argument(
+        "--save", action="store_true", help="create it on the wandb server instead; needs an account"
+    )
     dashboard.set_defaults(run=_dashboard)
 
 
@@ -98,9 +104,9 @@ def _dashboard(options: argparse.Namespace) -> int:
 
 
 def _add_trace(verbs: Subparsers) -> None:
-    trace = verbs.add_parser("trace", help="what a traced run's timeline adds up to, and a picture of it")
-    trace.add_argument("place", type=Path, metavar="TRACE", help="a run's directory, or its merged trace.json")
-    picture = "draw a forward's and a backward's layer in turns there"
+    trace = verbs.add_parser("trace", help="time per term of a traced run, and a picture of its timeline")
+    trace.add_argument("place", type=Path, metavar="TRACE", help="run directory, or its merged trace.json")
+    picture = "write a picture of an overlapped pair of MoE layers"
     trace.add_argument("--svg", type=Path, metavar="FILE", help=picture)
     add_format_option(trace)
     trace.set_defaults(run=_trace)

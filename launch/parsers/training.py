@@ -1,4 +1,4 @@
-"""`train`, and its rehearsal on several machines: `cluster`."""
+"""Verbs that run training: `train`, and `cluster` on simulated machines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def add_commands(verbs: Subparsers) -> None:
 
 
 def _add_train(verbs: Subparsers) -> None:
-    train = add_override_arguments(verbs.add_parser("train", help="train, or go on from the run's last checkpoint"))
+    train = add_override_arguments(
+        verbs.add_parser("train", help="train a model; resumes from the run's last checkpoint if there is one")
+    )
     _add_fresh(train)
-    train.add_argument("--cfg", choices=["job"], help="print the composed configuration instead")
+    train.add_argument("--cfg", choices=["job"], help="print the composed configuration, do not train")
     train.set_defaults(run=_train)
 
 
@@ -34,13 +36,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_cluster(verbs: Subparsers) -> None:
     cluster = add_override_arguments(
-        verbs.add_parser("cluster", help="rehearse a run over several machines on this one")
+        verbs.add_parser("cluster", help="train on simulated machines: network namespaces on this one")
     )
-    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="simulated machines")
-    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="ranks on each, on the CPU")
-    cluster.add_argument("--uplink", metavar="RATE", help="of each node, such as 200mbit; no limit without")
+    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="number of simulated machines")
+    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="CPU ranks per machine")
+    cluster.add_argument("--uplink", metavar="RATE", help="bandwidth limit per node, such as 200mbit (default: none)")
     _add_fresh(cluster)
-    for option, text in (("--cut-link", "unplug a node"), ("--kill-node", "kill all processes of a node")):
+    for option, text in (("--cut-link", "disconnect a node"), ("--kill-node", "kill all processes of a node")):
         cluster.add_argument(option, action="append", default=[], metavar="NODE@STEP", help=f"{text} after this step")
     cluster.set_defaults(run=_cluster)
 
@@ -58,5 +60,5 @@ def _cluster(options: argparse.Namespace) -> int:
 
 def _add_fresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--fresh", action="store_true", help="delete what an earlier run left in training.run_dir first"
+        "--fresh", action="store_true", help="first delete the files of an earlier run in training.run_dir"
     )

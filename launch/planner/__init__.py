@@ -1,1 +1,1 @@
-"""The planner: what a run will cost, from measured kernels and the runtime's own schedule."""
+"""Planner: forecast of a run's step time, memory and cost from measured kernels and the runtime's schedule."""

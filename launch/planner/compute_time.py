@@ -1,7 +1,8 @@
-"""Seconds of computing: every operation from a measured row of its shape and role, or from the most similar one.
+"""Seconds of computing: each operation takes the measured time of its shape and role, or of the most similar one.
 
-Computing leaves the lent SMs free whether an exchange runs or not, and takes no longer beside one: in the public trace
-grids are 112 of 132 SMs throughout, and attn(W) takes 2,405 µs alone and 2,375 to 2,392 beside an exchange.
+Computing leaves the SMs reserved for communication free even when no exchange runs, and an exchange does not slow it:
+in the public trace grids are 112 of 132 SMs throughout, and attn(W) takes 2,405 µs alone and 2,375 to 2,392 µs during
+an exchange.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .operations import (
 from .recipe import ForecastRecipe, GemmPrecision
 
 _TILE = 128
-"""Edge of the blocks that a GEMM is cut into (DeepGEMM)."""
+"""Edge of a GEMM's output tile (DeepGEMM)."""
 
 MEASURED_MODEL = ModelConfig(
     name="deepseek_v3",
@@ -44,47 +45,47 @@ MEASURED_MODEL = ModelConfig(
     n_routed_experts=256,
     num_experts_per_tok=8,
 )
-"""The layer whose passes over memory the tables measured, with 4,096 tokens."""
+"""Layer whose memory passes the tables measured, with 4,096 tokens."""
 
 
 def cluster_kernel_table(cluster: ClusterConfig) -> KernelTable:
-    """The kernel times of a cluster. Raises `ConfigError` where it does not say what every price needs."""
+    """Read the kernel times of a cluster. Raises `ConfigError` if a figure that every price needs is missing."""
     if cluster.tables is None:
         hint = (
-            f"{cluster.name} has no kernel times, and nothing can be priced without; write a cluster that has some, as "
+            f"{cluster.name} has no kernel times, so nothing can be priced; choose a cluster that has them, such as "
             "cluster=h800, or measure this machine with `shoestring calibrate`"
         )
         raise ConfigError([Problem("cluster.tables", None, hint)])
     raise_if_any(
-        Problem(f"cluster.{name}", None, f"is not known for {cluster.name}, and nothing can be priced without it")
+        Problem(f"cluster.{name}", None, f"is not known for {cluster.name}; no price is possible without it")
         for name, value in (("peak_tflops", cluster.peak_tflops), ("memory_gb", cluster.memory_gb))
         if value is None
     )
     return read_kernel_table(cluster.tables)
 
 
-def _foreign(table: KernelTable, recipe: ForecastRecipe) -> Iterator[Problem]:
-    """Where phases were timed whole, they are those of one recipe, and say nothing about another."""
-    own = recipe_by_config_key(recipe)
+def _recipe_mismatches(table: KernelTable, recipe: ForecastRecipe) -> Iterator[Problem]:
+    """Yield a problem per value in which the recipe differs from the one a table of whole phases was measured with."""
+    configured = recipe_by_config_key(recipe)
     for field_name, measured in table.measured_recipe.items():
-        if own[field_name] != measured:
-            hint = f"{table.name} was measured with {measured}; write that, or calibrate with this"
-            yield Problem(field_name, own[field_name], hint)
+        if configured[field_name] != measured:
+            hint = f"{table.name} was measured with {measured}; use that, or calibrate with this value"
+            yield Problem(field_name, configured[field_name], hint)
 
 
 def recipe_by_config_key(recipe: ForecastRecipe) -> dict[str, str]:
-    """What changes the time of whole phases, by the key that says so in a configuration."""
+    """Return the values that change the time of whole phases, by configuration key."""
     return {
         "precision": recipe.precision.value,
         "recompute": recipe.recompute_name,
         "exchange": recipe.exchange_name,
-        "optimizer.moments": f"{recipe.moment_bytes} bytes a parameter",
+        "optimizer.moments": f"{recipe.moment_bytes} bytes per parameter",
     }
 
 
 @dataclass(frozen=True)
 class ComputeTimeModel:
-    """Prices phases on one cluster with one recipe. Keeps what it has priced."""
+    """Times of phases on one cluster with one recipe, cached."""
 
     cluster: ClusterConfig
     recipe: ForecastRecipe
@@ -94,21 +95,23 @@ class ComputeTimeModel:
 
     @staticmethod
     def from_cluster(cluster: ClusterConfig, recipe: ForecastRecipe) -> ComputeTimeModel:
-        """Raises `ConfigError` where the cluster does not say enough, or was measured with another recipe."""
+        """Build the model. Raises `ConfigError` if the cluster lacks a figure or was measured with another recipe."""
         table = cluster_kernel_table(cluster)
-        problems = list(_foreign(table, recipe))
+        problems = list(_recipe_mismatches(table, recipe))
         if recipe.precision is GemmPrecision.FP8 and cluster.peak_fp8_tflops is None:
-            problems.append(Problem("precision.linear", "fp8", f"{cluster.name} has no FP8; write precision=bf16"))
+            problems.append(Problem("precision.linear", "fp8", f"{cluster.name} has no FP8; use precision=bf16"))
         raise_if_any(problems)
         return ComputeTimeModel(
             cluster, recipe, table, EvidenceCoverage(strongest_evidence=cluster_evidence_class(cluster, "tables"))
         )
 
     def phase_seconds(self, shape: LayerWorkload, phase: ComputePhase) -> float:
-        """Seconds of one phase of one layer, gaps between its kernels included."""
+        """Return the seconds of one phase of one layer, launch gaps included."""
         key = shape, phase
         if key not in self._priced:
             measured = self.table.find_row("phase", phase.value, _shape_name(shape))
+            # A calibrated table times whole phases on this machine; it has no kernels from which another shape could be
+            # composed.
             if measured is None and self.table.measured_recipe:
                 hint = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
                 raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
@@ -121,12 +124,12 @@ class ComputeTimeModel:
         return self._priced[key]
 
     def gap_seconds(self, phase: ComputePhase) -> float:
-        """Of these, what passes between kernels: the processors are idle."""
-        row = self.table.find_row("launch", "gaps", _like(phase))
+        """Return the seconds of a phase in which no kernel runs: the gaps between launches."""
+        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
         return row.seconds if row is not None else 0.0
 
     def _gaps(self, phase: ComputePhase) -> float:
-        row = self.table.find_row("launch", "gaps", _like(phase))
+        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
         if row is None:
             return 0.0
         self._count(row, row.seconds)
@@ -147,11 +150,12 @@ class ComputeTimeModel:
             seconds = gemm.flops / self._rate(row, gemm.dtype) * self._waves(gemm)
             self._count(row, seconds)
             return seconds
-        # Not measured: the share of peak that the most similar shape reaches, of this format or of another.
+        # Not measured: take the share of peak that the most similar shape reaches, in this format or else in another.
+        # Shapes differ: on H800 FP8 forward GEMMs of the trace reach 563 (512 inputs) to 1,068 TFLOPS (16,384 inputs).
         formats = (p for p in (gemm.dtype, *GemmPrecision) if self.table.select(kind, gemm.role.value, p.value))
         dtype = next(formats, None)
         if dtype is None:
-            hint = f"has no {gemm.role.value} GEMM at all; measure one"
+            hint = f"has no {gemm.role.value} GEMM; measure one"
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         found = self.table.nearest_row(kind, gemm.role.value, dtype.value, shape)
         assert found is not None
@@ -163,7 +167,7 @@ class ComputeTimeModel:
         return seconds
 
     def _rate(self, row: KernelMeasurement, dtype: GemmPrecision) -> float:
-        """FLOPs a second of a measured GEMM."""
+        """Return the FLOP/s of a measured GEMM."""
         if row.unit == "share":
             return row.value * self._peak(dtype)
         return 2.0 * row.tokens * row.inputs * row.outputs / row.seconds
@@ -175,7 +179,7 @@ class ComputeTimeModel:
         return peak * 1e12
 
     def _waves(self, gemm: Gemm) -> float:
-        """By how much more or fewer lent SMs than in the table change a GEMM: whole waves of tiles."""
+        """Return the factor on a GEMM's time from other comm SMs than in the table: the ratio of its waves of tiles."""
         sms, measured = self.cluster.sm_count, self.table.find_row("gemm", "lent_sms", "any")
         if sms is None or measured is None or self.recipe.comm_sms == int(measured.value):
             return 1.0
@@ -185,8 +189,10 @@ class ComputeTimeModel:
             "input_gradient": (gemm.tokens, gemm.in_features),
             "weight_gradient": (gemm.in_features, gemm.out_features),
         }[gemm.role.value]
+        # A GEMM takes whole waves: a last wave with one tile costs as much as a full one. 6 instead of 20 SMs for the
+        # exchange free 14 of 132, but a GEMM gains only where a wave is saved.
         tiles = math.ceil(height / _TILE) * math.ceil(width / _TILE)
-        waves = [math.ceil(tiles / (sms - lent)) for lent in (self.recipe.comm_sms, int(measured.value))]
+        waves = [math.ceil(tiles / (sms - reserved)) for reserved in (self.recipe.comm_sms, int(measured.value))]
         return waves[0] / waves[1]
 
     def _core(self, core: AttentionCore) -> float:
@@ -203,9 +209,10 @@ class ComputeTimeModel:
             if core.role == "backward":
                 widths = 3 * row.inputs + 2 * row.outputs
             seconds = core.flops / (MEASURED_MODEL.num_attention_heads * widths * length**2) * row.seconds
-        lent = self.table.find_row("gemm", "lent_sms", "any")
-        if lent is not None and self.cluster.sm_count is not None:
-            seconds *= (self.cluster.sm_count - lent.value) / (self.cluster.sm_count - self.recipe.comm_sms)
+        # Attention has many more blocks than SMs (32 x 128 in the trace), so its time is proportional to free SMs.
+        reserved = self.table.find_row("gemm", "lent_sms", "any")
+        if reserved is not None and self.cluster.sm_count is not None:
+            seconds *= (self.cluster.sm_count - reserved.value) / (self.cluster.sm_count - self.recipe.comm_sms)
         self._count(row, seconds)
         return seconds
 
@@ -214,13 +221,14 @@ class ComputeTimeModel:
         if row is None:
             default = self.table.find_row("memory", "default", "any")
             if default is None:
-                return 0.0  # this phase has no such pass in the measured layer
+                return 0.0  # the measured layer has no such pass in this phase
             rate = bytes_per_second(
                 self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, f"a {operation.kind} pass"
             )
             seconds = operation.bytes / (default.value * rate)
             self._count(default, seconds)
             return seconds
+        # Memory-bound: time is proportional to bytes, whichever share of the bandwidth the kernel reaches.
         shape = LayerWorkload(MEASURED_MODEL, row.tokens, 1, 1, traced_rows=row.inputs or None)
         seconds = (
             row.seconds * operation.bytes / memory_bound_kernel_bytes(shape, operation.kind, operation.table_phase)
@@ -236,12 +244,12 @@ class ComputeTimeModel:
         self.coverage.substituted_rows[operation] = taken
 
 
-def _like(phase: ComputePhase) -> str:
-    """Phases without gaps of their own have those of the phase that is most alike."""
-    part, way = phase.value[:-3], phase.value[-2]
-    return f"attn({way})" if part == "dense" else phase.value
+def _gap_phase(phase: ComputePhase) -> str:
+    """Return the phase whose launch gaps are used: a dense layer has those of attention."""
+    part, direction = phase.value[:-3], phase.value[-2]
+    return f"attn({direction})" if part == "dense" else phase.value
 
 
 def _shape_name(shape: LayerWorkload) -> str:
-    """How a table of whole phases names the shape."""
+    """Return the name of the shape in a table of whole phases."""
     return f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"

@@ -1,4 +1,4 @@
-"""Between a run's configuration and what the planner prices: layout and recipe of a run, and the run of a layout."""
+"""Conversion between run configurations and the planner's inputs: layout and recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMPUTE = {"float32": GemmPrecision.FP32, "bfloat16": GemmPrecision.BF16}
 
 
 def layout_from_config(config: RunConfig) -> ParallelLayout:
-    """The layout that a configuration describes."""
+    """Return the layout that a configuration describes."""
     schedule = config.schedule
     return ParallelLayout(
         config.topology, schedule.name, schedule.micro_batch_size, schedule.chunks, schedule.layers_per_stage
@@ -30,24 +30,24 @@ def layout_from_config(config: RunConfig) -> ParallelLayout:
 
 
 def recipe_from_config(config: RunConfig, inputs: Mapping[str, Any]) -> ForecastRecipe:
-    """How the run of this configuration computes, with `inputs`, fields that no configuration has.
+    """Return the recipe of a configured run; `inputs` are the fields that no configuration has (options).
 
-    Raises `ConfigError` with all that cannot be priced on its cluster.
+    Raises `ConfigError` with every value that cannot be priced on the run's cluster.
     """
     table = cluster_kernel_table(config.cluster)
-    given = replace(configured_recipe(config), **{"comm_sms": _lent(config, table), **inputs})
+    recipe = replace(configured_recipe(config), **{"comm_sms": _default_comm_sms(config, table), **inputs})
     raise_if_any(
         [
             *unsupported_config_problems(config),
             *cluster_size_problems(config),
-            *_input_problems(config, table, given, inputs),
+            *_input_problems(config, table, recipe, inputs),
         ]
     )
-    return given
+    return recipe
 
 
 def configured_recipe(config: RunConfig) -> ForecastRecipe:
-    """What of the recipe the configuration says."""
+    """Return the recipe fields that the configuration sets."""
     return ForecastRecipe(
         precision=gemm_precision_from_config(config),
         recompute=config.recompute.recompute_modules,
@@ -60,7 +60,7 @@ def configured_recipe(config: RunConfig) -> ForecastRecipe:
 
 
 def gemm_precision_from_config(config: RunConfig) -> GemmPrecision:
-    """What the Linears compute in; `auto` is BF16 on GPUs and FP32 on a CPU."""
+    """Return the format of the Linears' GEMMs; `auto` is BF16 on GPUs and FP32 on a CPU."""
     if config.precision.linear == "fp8":
         return GemmPrecision.FP8
     device = torch.device("cpu" if runs_on_cpu(config) else "cuda")
@@ -69,59 +69,60 @@ def gemm_precision_from_config(config: RunConfig) -> GemmPrecision:
 
 
 def runs_on_cpu(config: RunConfig) -> bool:
-    """Whether the cluster's "GPUs" are processes of a CPU."""
+    """Return whether the cluster's "GPUs" are processes on a CPU."""
     return config.cluster.sm_count is None
 
 
-def _lent(config: RunConfig, table: KernelTable) -> int:
-    """SMs that the exchange takes: what DeepEP is asked for, else as many as where the table was measured."""
-    lent = table.find_row("gemm", "lent_sms", "any")
-    if lent is None:
+def _default_comm_sms(config: RunConfig, table: KernelTable) -> int:
+    """Return the SMs of the exchange: DeepEP's setting, else those of the table's measurement."""
+    measured = table.find_row("gemm", "lent_sms", "any")
+    if measured is None:
         return 0
-    asked = config.exchange.name == "deepep" and config.topology.nodes_per_ep_group > 1
-    return INTER_NODE_SMS if asked else int(lent.value)
+    # Kernel times are of the free SMs: 112 of 132 in the public trace, where 20 communicate (report §3.2.2).
+    uses_deepep = config.exchange.name == "deepep" and config.topology.nodes_per_ep_group > 1
+    return INTER_NODE_SMS if uses_deepep else int(measured.value)
 
 
 def comm_sms_limit(config: RunConfig) -> int | None:
-    """SMs of a GPU; None where the table does not say how many were lent, so that no time depends on it."""
-    lent = cluster_kernel_table(config.cluster).find_row("gemm", "lent_sms", "any")
-    return None if lent is None else config.cluster.sm_count
+    """Return the SMs of a GPU; None if no time depends on them, as the table does not say how many communicated."""
+    measured = cluster_kernel_table(config.cluster).find_row("gemm", "lent_sms", "any")
+    return None if measured is None else config.cluster.sm_count
 
 
 def unsupported_config_problems(config: RunConfig) -> Iterator[Problem]:
-    """What the run would do, and no table says how long it takes."""
+    """Yield configured values whose time no table gives."""
     cluster, precision = config.cluster, config.precision
     here = "cpu" if runs_on_cpu(config) else "cuda"
     if config.training.device not in ("auto", here):
-        hint = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; write auto or {here}"
+        hint = f"{cluster.name} is priced on its {'CPU' if here == 'cpu' else 'GPUs'}; use auto or {here}"
         yield Problem("training.device", config.training.device, hint)
     if precision.compute == "float64":
-        yield Problem("precision.compute", "float64", "no table prices FP64; write precision=bf16 or precision=fp32")
+        yield Problem("precision.compute", "float64", "no table has FP64 times; use precision=bf16 or precision=fp32")
     elif precision.compute == "float32" and not runs_on_cpu(config):
-        hint = f"no table prices FP32 on {cluster.name}; write precision=bf16 or precision=fp8"
+        hint = f"no table has FP32 times on {cluster.name}; use precision=bf16 or precision=fp8"
         yield Problem("precision.compute", "float32", hint)
     if precision.linear == "fp8" and runs_on_cpu(config):
-        hint = "a CPU emulates FP8, and no table prices that; write precision=auto, or price a cluster of GPUs"
+        hint = "a CPU emulates FP8, and no table has times of that; use precision=auto, or a cluster of GPUs"
         yield Problem("precision.linear", "fp8", hint)
     if precision.fp8_backend == "reference" and not runs_on_cpu(config):
-        hint = "no table prices the emulation on a GPU; write precision.fp8_backend=auto"
+        hint = "no table has times of the emulation on a GPU; use precision.fp8_backend=auto"
         yield Problem("precision.fp8_backend", "reference", hint)
     if config.exchange.check_order:
-        hint = "a check before each exchange, which no table prices; write false"
+        hint = "no table has times of the check before each exchange; use false"
         yield Problem("exchange.check_order", True, hint)
 
 
 def cluster_size_problems(config: RunConfig) -> Iterator[Problem]:
-    """A run on other GPUs than the cluster's would be priced as another run."""
+    """Yield differences between the cluster's GPUs and the ranks of the topology."""
     topology, cluster = config.topology, config.cluster
     ranks, gpus, per_node = topology.world_size, cluster.total_gpus, cluster.gpus_per_node
     if ranks != gpus:
         fit = f"cluster.nodes={ranks // per_node}" if ranks % per_node == 0 else f"cluster.gpus_per_node={ranks}"
         grid = f"pp x edp x ep = {topology.pp} x {topology.edp} x {topology.ep} = {ranks}"
-        has = f"with {per_node} GPUs each are {gpus} GPUs, and the topology has {grid} ranks"
-        yield Problem("cluster.nodes", cluster.nodes, f"{has}; write a topology of {gpus} ranks, or {fit}")
+        has = f"with {per_node} GPUs each are {gpus} GPUs, but the topology has {grid} ranks"
+        yield Problem("cluster.nodes", cluster.nodes, f"{has}; use a topology of {gpus} ranks, or {fit}")
     elif min(topology.gpus_per_node, ranks) != min(per_node, ranks):
-        hint = f"{cluster.name} has {per_node} in a node; write topology.gpus_per_node={per_node}"
+        hint = f"{cluster.name} has {per_node} per node; use topology.gpus_per_node={per_node}"
         yield Problem("topology.gpus_per_node", topology.gpus_per_node, hint)
 
 
@@ -131,15 +132,15 @@ def _input_problems(
     sms = comm_sms_limit(config)
     yield from recipe.problems(sms, config.topology.ep)
     if "comm_sms" in inputs and sms is None:
-        hint = f"the table of {config.cluster.name} does not say how many SMs were lent, so nothing depends on it"
+        hint = f"no time in the table of {config.cluster.name} depends on SMs reserved for communication"
         yield Problem("--comm-sms", recipe.comm_sms, f"{hint}; leave it out")
     if recipe.skew > 0 and table.measured_recipe:
-        hint = f"phases of {config.cluster.name} were timed whole, with the rows of balanced experts; leave it out"
+        hint = f"{config.cluster.name} was measured in whole phases with balanced experts; leave it out"
         yield Problem("--skew", recipe.skew, hint)
 
 
 def config_with_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> RunConfig:
-    """The run in another layout, of which the recipe says how it computes and what it makes again."""
+    """Return the run in another layout, with the recipe's precision and recompute modules."""
     names = {"name": layout.schedule, "micro_batch_size": layout.micro_batch_size, "chunks": layout.chunks_per_rank}
     precision = config.precision
     if recipe.precision is GemmPrecision.FP8:
@@ -158,7 +159,7 @@ def config_with_layout(config: RunConfig, layout: ParallelLayout, recipe: Foreca
 
 
 def diff_overrides(before: RunConfig, after: RunConfig) -> list[str]:
-    """What to write behind the overrides of the first to have the second."""
+    """Return the overrides that turn the configuration `before` into `after`."""
     return list(_differences(config_to_dict(before), config_to_dict(after), ""))
 
 

@@ -1,4 +1,4 @@
-"""Which figure stands on what: every assumption of a forecast with its evidence class and source."""
+"""Every assumption of a forecast, with its evidence class and source."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from .recipe import ForecastRecipe, GemmPrecision
 from .stream_simulation import ChunkTimeModel
 
 Assumption = tuple[str, str, str]
-"""(what, evidence class, source). `chosen` is what the run's configuration says."""
+"""(assumption, evidence class, source). Class `chosen`: the run's configuration or an option sets it."""
 
 
 def list_assumptions(config: RunConfig, forecast: StepForecast, costs: ChunkTimeModel) -> list[Assumption]:
-    """Everything that a forecast rests on."""
+    """List the assumptions of a forecast."""
     recipe, table, at_best = forecast.recipe, costs.compute_model.table, forecast.evidence_coverage.strongest_evidence
     found = [*_times(table, at_best), *_figures(config.cluster), *_choices(recipe)]
     if config.exchange.name == "flat" and forecast.layout.topology.ep > 1 and not table.measured_recipe:
-        found.append(("a row for every expert at the links' pace", "assumed", "no measurement of such an exchange"))
+        found.append(("one row per token and expert, at link bandwidth", "assumed", "no measurement"))
     if recipe.comm_sms:
-        found += _lent(config, recipe, table, at_best)
+        found += _reserved_sms(config, recipe, table, at_best)
     found += _of_a_trace(at_best) if table.select("sync", "overlapped") else ()
     found += _of_a_cpu() if table.measured_recipe else _of_kernels(config, recipe, costs.shape)
     if config.optimizer.ema_decay is not None:
-        found.append(("the weights' moving average costs no time", "assumed", "a thread of the host keeps it"))
+        found.append(("the EMA of the weights costs no time", "assumed", "a host thread updates it"))
     skew = "expert skew" if recipe.skew == 0 else f"expert skew {recipe.skew:g}"
     jitter = "jitter" if recipe.jitter == 0 else f"jitter {recipe.jitter:g}"
     found += [
         ("routing uniform within the node limit", "assumed", "the router's balancing (V3 report §2.1.2)"),
         *_outside(recipe, forecast.layout.topology.ep),
-        (f"fragmentation {recipe.fragmentation:.0%} of what comes and goes", *_fragmentation(recipe)),
+        (f"fragmentation {recipe.fragmentation:.0%} of the memory allocated within a step", *_fragmentation(recipe)),
         (f"{jitter}, {skew}, no failures", "assumed", "explicit inputs"),
     ]
     return found
 
 
 def _outside(recipe: ForecastRecipe, expert_ranks: int) -> Iterator[Assumption]:
-    """What a GPU's memory holds that no allocator sees."""
+    """Memory of a GPU outside torch's allocator."""
     if recipe.on_cpu:
         return
     context = f"CUDA context, libraries and NCCL's communicators {CUDA_CONTEXT_BYTES / 1e9:g} GB"
     yield context, "assumed", "no measurement"
     if expert_ranks > 1 and recipe.exchange.name == "deepep":
-        yield "DeepEP's buffer", "published", "DeepEP 2.1.0's own formula (comm/exchange/deepep_buffer.py)"
+        yield "DeepEP's buffer", "published", "DeepEP 2.1.0's formula (comm/exchange/deepep_buffer.py)"
     elif expert_ranks > 1:
         yield f"NCCL's buffers of all-to-alls {NCCL_ALL_TO_ALL_BYTES / 1e9:g} GB", "assumed", "no measurement"
 
@@ -56,7 +56,7 @@ def _times(table: KernelTable, at_best: str) -> Iterator[Assumption]:
     rows: dict[tuple[str, str], str] = {}
     for row in table.rows:
         if row.kind == "recipe":
-            continue  # says what was measured, and how long nothing takes
+            continue  # names the measured configuration; it is not a time
         rows.setdefault((f"times: {row.kind}", weakest_evidence(row.evidence, at_best)), row.source)
     for (what, evidence), source in rows.items():
         yield what, evidence, source
@@ -71,43 +71,43 @@ def _figures(cluster: ClusterConfig) -> Iterator[Assumption]:
 def _choices(recipe: ForecastRecipe) -> Iterator[Assumption]:
     yield f"GEMMs in {recipe.precision.value}", "chosen", "precision"
     yield f"recompute: {recipe.recompute_name}", "chosen", "recompute.modules"
-    yield f"exchange: {recipe.exchange_name}", "chosen", "exchange"
-    yield f"moments of {recipe.moment_bytes} bytes a parameter", "chosen", "optimizer.moments"
+    yield f"token dispatcher: {recipe.exchange_name}", "chosen", "exchange"
+    yield f"optimizer state {recipe.moment_bytes} bytes/param", "chosen", "optimizer.moments"
 
 
-def _lent(config: RunConfig, recipe: ForecastRecipe, table: KernelTable, at_best: str) -> Iterator[Assumption]:
+def _reserved_sms(config: RunConfig, recipe: ForecastRecipe, table: KernelTable, at_best: str) -> Iterator[Assumption]:
     row = table.find_row("gemm", "lent_sms", "any")
     if row is None:
         return
-    what, measured = f"{recipe.comm_sms} SMs lent", int(row.value)
+    what, measured = f"{recipe.comm_sms} SMs reserved for communication", int(row.value)
     if recipe.comm_sms == measured:
         yield what, weakest_evidence(row.evidence, at_best), row.source
         return
     yield what, "chosen", "exchange" if config.exchange.name == "deepep" else "--comm-sms"
-    source = "DeepEP V2's README says so of 6 SMs with 32 ranks; nobody has measured it in this layout"
-    yield f"exchanges as fast as with {measured}", "assumed", source
+    source = "DeepEP V2's README: so with 6 SMs on 32 ranks; not measured in this layout"
+    yield f"all-to-alls as fast as with {measured} SMs", "assumed", source
 
 
 def _of_a_trace(at_best: str) -> Iterator[Assumption]:
-    yield "exchanges wait for other ranks beside another chunk only", "assumed", "the trace has no lone chunk"
-    yield "messages between stages do not slow exchanges down", "assumed", "the trace leaves pipeline messages out"
-    yield "computing is as fast beside an exchange as alone", at_best, "attn(W) of the trace, alone and beside one"
+    yield "all-to-alls wait for other ranks only in overlapped pairs", "assumed", "the trace has no lone chunk"
+    yield "pipeline sends do not slow all-to-alls down", "assumed", "the trace contains no pipeline sends"
+    yield "an all-to-all does not slow computing down", at_best, "attn(W) of the trace, with and without one"
 
 
 def _of_kernels(config: RunConfig, recipe: ForecastRecipe, shape: LayerWorkload) -> Iterator[Assumption]:
-    program = "the program says when they are final and wanted; the pace is that of the links"
-    yield "gradients are summed, and weights handed out, beside computing", "assumed", program
-    yield "the head's three GEMMs are in the forward", "chosen", "trainer/model/loss.py"
+    program = "starts and deadlines from the program, at link bandwidth"
+    yield "gradient reduce-scatter and weight all-gather overlap computing", "assumed", program
+    yield "all three GEMMs of the head are in the forward", "chosen", "trainer/model/loss.py"
     moved = head_gradient_bytes(shape, recipe) / 1e9
-    unfused = f"a kernel that adds its gradient up by itself; loss.py moves {moved:,.3g} GB a micro-batch for it"
-    yield "the head's passes over memory are free", "assumed", unfused
-    yield "norms and SwiGLU cost the same made again or kept", "assumed", "measured where they are made again"
+    unfused = f"a fused kernel sums the gradient; trainer/model/loss.py moves {moved:,.3g} GB per micro-batch for it"
+    yield "memory passes of the head are free", "assumed", unfused
+    yield "norms and SwiGLU cost the same with and without recompute", "assumed", "measured with recompute"
     if recipe.precision is GemmPrecision.FP8:
-        yield "FP8 kernels as fast as the table's", "assumed", f"precision.fp8_backend = {config.precision.fp8_backend}"
+        yield "FP8 kernels as fast as the table's", "assumed", f"precision.fp8_backend={config.precision.fp8_backend}"
 
 
 def _of_a_cpu() -> Iterator[Assumption]:
-    yield "exchanges and sums hide behind nothing", "assumed", "the core that computes does them"
+    yield "all-to-alls and gradient sums overlap nothing", "assumed", "the computing core runs them"
 
 
 def _fragmentation(recipe: ForecastRecipe) -> tuple[str, str]:

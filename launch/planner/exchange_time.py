@@ -1,6 +1,6 @@
-"""Seconds of a token exchange: bytes across InfiniBand and NVLink, each token once a node, then once a rank.
+"""Seconds of a token exchange (all-to-all): bytes over InfiniBand and NVLink.
 
-A figure of the cluster that is not known is refused, and never free.
+A token crosses to a node at most once, then to each of its ranks once. An unknown bandwidth is an error, never free.
 
 Letters: T tokens, D hidden, N nodes and P ranks of the expert-parallel group, G groups of experts, M groups a token may
 visit, K experts it visits.
@@ -24,18 +24,18 @@ from .recipe import ForecastRecipe, GemmPrecision
 
 
 def bytes_per_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
-    """Of `gigabytes`, the value of `cluster.<name>` in 10^9 bytes a second. Raises `ConfigError` where it is null.
+    """Convert `gigabytes`, the value of `cluster.<name>` in GB/s, to bytes/s. Raises `ConfigError` if it is None.
 
-    `need` says what cannot be priced without.
+    `need` names the operation that needs it, for the message.
     """
     if gigabytes is None:
-        hint = f"is not known for {cluster.name}, and {need} cannot be priced without; write a figure"
+        hint = f"is not known for {cluster.name}, and {need} cannot be priced without it; set it"
         raise ConfigError([Problem(f"cluster.{name}", None, hint)])
     return gigabytes * 1e9
 
 
 def cluster_evidence_class(cluster: ClusterConfig, name: str) -> str:
-    """The evidence class of a figure, as its source says; `assumed` where it says none."""
+    """Return the evidence class that a figure's source states; `assumed` if it has no source."""
     return cluster.sources.get(name, "assumed").partition(":")[0]
 
 
@@ -49,22 +49,22 @@ class ExchangeOperation(StrEnum):
 
     @property
     def sends_to_experts(self) -> bool:
-        """Rows go to the experts; else sums of them come back."""
+        """True if rows go to the experts, false if their sums come back."""
         return self in (ExchangeOperation.DISPATCH, ExchangeOperation.COMBINE_BACKWARD)
 
 
 @cache
 def expected_destinations_per_token(model: ModelConfig, places: int) -> float:
-    """Of `places` equal shares of the experts, how many a token visits on average if routing is uniform.
+    """Return how many of `places` equal shares of the experts a token visits on average, with uniform routing.
 
-    M of G groups, then K experts of these. A share is several whole groups, or a part of one.
+    Routing chooses M of G groups, then K experts in these. A share is a part of one group, or several whole groups.
     """
     groups, chosen, experts, top_k = model.n_group, model.topk_group, model.n_routed_experts, model.num_experts_per_tok
     group_size, share = experts // groups, experts // places
     reachable = chosen * group_size
 
     def missed(candidates: int) -> float:
-        """The probability that none of `candidates` reachable experts is among the K."""
+        """Return the probability that none of `candidates` reachable experts is among the K chosen."""
         return comb(reachable - candidates, top_k) / comb(reachable, top_k) if candidates <= reachable else 0.0
 
     if share <= group_size:
@@ -79,18 +79,18 @@ def expected_destinations_per_token(model: ModelConfig, places: int) -> float:
 
 @dataclass(frozen=True)
 class ExchangeTime:
-    """One exchange: how long it takes beside computing and alone, and before that the waits for other ranks."""
+    """Seconds of one exchange, with and without overlapped computing, and of the wait for other ranks before it."""
 
     name: str
     overlapped_seconds: float
     standalone_seconds: float
     peer_wait_seconds_by_layer: tuple[float, ...] = (0.0,)
-    """Of the layers of a chunk in the order in which they run, again from the first after the last."""
+    """Waits of a chunk's layers in execution order; further layers start again at the first."""
 
 
 @dataclass(frozen=True)
 class ExchangeTimeModel:
-    """Prices exchanges of an expert-parallel group on one cluster."""
+    """Times of the exchanges of an expert-parallel group on one cluster, cached."""
 
     cluster: ClusterConfig
     recipe: ForecastRecipe
@@ -99,22 +99,24 @@ class ExchangeTimeModel:
     _priced: dict[tuple[LayerWorkload, ExchangeOperation], ExchangeTime] = field(default_factory=dict)
 
     def exchange_time(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
-        """One exchange of one layer and micro-batch; nothing where all experts are on the rank."""
+        """Return the time of one exchange of one layer and micro-batch; 0 if all experts are on the rank."""
         key = shape, exchange
         if key not in self._priced:
             self._priced[key] = self._price(shape, exchange)
         return self._priced[key]
 
     def bytes_by_link(self, shape: LayerWorkload, exchange: ExchangeOperation) -> tuple[float, float]:
-        """What one rank sends: across InfiniBand, and across NVLink at the nodes that forward it."""
+        """Return the bytes that one rank sends over InfiniBand, and over NVLink at the nodes that forward them."""
         model, ranks = shape.model, shape.ep_size
         nodes = max(1, ranks // self.cluster.gpus_per_node)
         row = self._row_bytes(model, exchange)
-        if self._is_flat:  # a row for every expert, wherever it is
+        if self._is_flat:  # one row per token and expert, no deduplication per node
             inside = min(ranks, self.cluster.gpus_per_node)
             rows = shape.tokens * row * model.num_experts_per_tok
             return rows * (nodes - 1) / nodes, rows * (inside - 1) / ranks
         places = min(ranks, model.n_routed_experts)
+        # A token of V3 visits at most 4 of 8 nodes (report §3.2.2), 3.5 of them remote, for 8 experts: counting one row
+        # per expert would overstate InfiniBand bytes by about two.
         remote = expected_destinations_per_token(model, nodes) * (nodes - 1) / nodes
         forwarded = expected_destinations_per_token(model, places) * (1 - 1 / min(ranks, self.cluster.gpus_per_node))
         return shape.tokens * row * remote, shape.tokens * row * forwarded
@@ -128,7 +130,8 @@ class ExchangeTimeModel:
             ExchangeOperation.DISPATCH_BACKWARD: formats.dispatch_backward,
         }[exchange]
         if named == WireFormat.FP8:
-            return model.hidden_size * (1 + 4 / 128)  # with an FP32 scale for 128 elements, as DeepEP's V1
+            # With an FP32 scale per 128 elements, as in DeepEP V1: 7,392 bytes per token of V3.
+            return model.hidden_size * (1 + 4 / 128)
         return model.hidden_size * (2 if named == WireFormat.BF16 else self.recipe.high_precision_bytes)
 
     @property
@@ -145,16 +148,17 @@ class ExchangeTimeModel:
             self._refuse_unmeasured(shape)
         rows = [row for row in self.table.select("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
+        # An all-to-all ends when its most loaded rank has everything, so it grows with the skew.
         alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.link_speed_factor
-        beside = alone * self._contention(exchange)
-        self.coverage.add_seconds(self._evidence(shape, exchange), beside + sum(syncs) / len(syncs))
-        return ExchangeTime(exchange.value, beside, alone, syncs)
+        overlapped = alone * self._contention(exchange)
+        self.coverage.add_seconds(self._evidence(shape, exchange), overlapped + sum(syncs) / len(syncs))
+        return ExchangeTime(exchange.value, overlapped, alone, syncs)
 
     def _evidence(self, shape: LayerWorkload, exchange: ExchangeOperation) -> str:
-        """Of a price: measured where the trace is of this very exchange."""
+        """Return the evidence class of a price: `measured` if the trace contains this exchange."""
         traced = self._overlapped(exchange)
         if self._is_flat:
-            return "assumed"  # kernels that were measured send a token once a node
+            return "assumed"  # the measured kernels send a token to a node once
         if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.ep_size):
             return traced.evidence
         nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gb_per_second")
@@ -172,7 +176,10 @@ class ExchangeTimeModel:
         raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
 
     def _calibrated(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime | None:
-        """As `shoestring calibrate` measured it whole. On a CPU it hides behind nothing: its core computes."""
+        """Return the time that `shoestring calibrate` measured, None if there is none.
+
+        Overlapped time is infinite: on a CPU the core that communicates cannot compute.
+        """
         row = self.table.find_row(
             "phase", exchange.value, f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"
         )
@@ -182,7 +189,7 @@ class ExchangeTimeModel:
         return ExchangeTime(exchange.value, math.inf, row.seconds)
 
     def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> float:
-        """The slower of both links: forwarding inside the nodes goes on while more arrives."""
+        """Return the seconds of the slower link: forwarding over NVLink overlaps arrival over InfiniBand."""
         cluster, kind = self.cluster, _kind(exchange)
         infiniband, nvlink = self.bytes_by_link(shape, exchange)
         seconds = [
@@ -194,35 +201,38 @@ class ExchangeTimeModel:
         return max(seconds)
 
     def _rate(self, kind: str, ranks: int, link: float | None, name: str) -> float:
-        """Bytes a second: those that kernels which send once a node reached on this cluster, else the link's."""
-        own = self.table.name == self.cluster.name and not self._is_flat
-        measured = self._measured_rate(kind, ranks) if own else None
+        """Return bytes/s that kernels reached on this cluster, else those of the link."""
+        # Published kernels reach 50.6 GB/s over 64 ranks and 45.3 over 128 (DeepEP, logical bytes) on 50 GB/s links.
+        # They send a token to a node once, so the figures say nothing about a flat exchange.
+        same_cluster = self.table.name == self.cluster.name and not self._is_flat
+        measured = self._measured_rate(kind, ranks) if same_cluster else None
         if measured is not None:
             return measured
         return bytes_per_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
 
     def _measured_rate(self, kind: str, ranks: int) -> float | None:
-        """Bytes a second that cross the link, in the measurement of the group that is most alike."""
+        """Return bytes/s over the link, from the measurement with the most similar number of ranks."""
         row, size = self._rate_row(kind, ranks), self.cluster.gpus_per_node
         if row is None:
             return None
         nodes = max(1, row.inputs // size)
-        return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)  # logical: tokens that stay are counted
+        # Published bandwidth is logical: it counts tokens that stay on their node.
+        return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)
 
     def _rate_row(self, kind: str, ranks: int) -> KernelMeasurement | None:
         size = self.cluster.gpus_per_node
         rows = [row for precision in GemmPrecision for row in self.table.select("exchange", "alone", precision.value)]
         rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
-        # Two nodes are left out: there the published kernels are held up by NVLink, not by InfiniBand.
+        # Without two nodes: there NVLink limits the published kernels (43 GB/s over 16 ranks, 58 over 32).
         rows = [row for row in rows if row.inputs <= size or row.inputs > 2 * size]
         return min(rows, key=lambda row: abs(row.inputs - ranks), default=None)
 
     def _contention(self, exchange: ExchangeOperation) -> float:
-        """By how much computing beside it slows an exchange down: the trace's kernels against the same ones alone."""
+        """Return how much slower an exchange is during computing: the trace's kernels over standalone ones."""
         row = self._overlapped(exchange)
         if row is None:
             return 1.0
-        # The report's formats, and nodes as there.
+        # The ratio is formed for the trace's layout: the report's formats, 64 ranks and nodes of 8 GPUs.
         traced = ExchangeTimeModel(
             replace(self.cluster, gpus_per_node=_TRACED_NODE), ForecastRecipe(), self.table, EvidenceCoverage()
         )
@@ -230,12 +240,12 @@ class ExchangeTimeModel:
         infiniband, nvlink = traced.bytes_by_link(shape, exchange)
         rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
         if rates[0] is None or rates[1] is None:
-            hint = f"has the {exchange.value} beside computing, and none alone to compare it with; measure both"
+            hint = f"has {exchange.value} with overlapped computing but not alone; measure both"
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
 
     def _overlapped(self, exchange: ExchangeOperation) -> KernelMeasurement | None:
-        """The exchange beside computing, as it was measured."""
+        """Return the measurement of the exchange with overlapped computing, or None."""
         names = (
             self.table.find_row("exchange", exchange.value, "overlapped", precision.value)
             for precision in GemmPrecision
@@ -248,5 +258,5 @@ def _kind(exchange: ExchangeOperation) -> str:
 
 
 _TRACED_NODE = 8
-"""GPUs of a node in the trace and in the published kernels' measurements, whatever the cluster at hand has."""
+"""GPUs per node in the trace and in the published measurements, also when the priced cluster has another number."""
 _TRACED_MODEL = ModelConfig(hidden_size=7168, n_routed_experts=256, n_group=8, topk_group=4, num_experts_per_tok=8)

@@ -1,4 +1,4 @@
-"""Measured times of kernels, by shape and role, and how much of a forecast they cover."""
+"""Tables of measured kernel times by shape and role, and the evidence behind a forecast."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class KernelMeasurement:
     """One measurement. `tokens`, `inputs` and `outputs` are the shape, as far as the kind has one."""
 
     kind: str
-    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync`, `phase`, `edge`, or `recipe`: with what
-    (`role`) whole phases were measured."""
+    """`gemm`, `grouped`, `attention`, `memory`, `launch`, `exchange`, `sync`, `phase`, `edge` (a P2P message), or
+    `recipe`: the configured value (`role`) with which whole phases were measured."""
     name: str
     role: str
     dtype: str
@@ -43,11 +43,11 @@ class KernelMeasurement:
 
     @property
     def seconds(self) -> float:
-        """Of a row in microseconds. Raises `ConfigError` for a row in another unit."""
+        """Seconds of a row in microseconds. Raises `ConfigError` for a row in another unit."""
         if self.unit != "us":
             where = f"cluster.tables: {self.kind} {self.name} {self.role}"
             raise ConfigError(
-                [Problem(where, self.unit, "must be in us; write the table anew with `shoestring calibrate`")]
+                [Problem(where, self.unit, "must be in us; write the table again with `shoestring calibrate`")]
             )
         return self.value * 1e-6
 
@@ -66,28 +66,30 @@ class KernelTable:
 
     @property
     def measured_recipe(self) -> dict[str, str]:
-        """Of a table of whole phases: the recipe that they were measured with. Empty where kernels were measured."""
+        """Recipe of a table of whole phases, by configuration key; empty for a table of kernels."""
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
     def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
-        """The rows of one kind, role and dtype."""
+        """Return the rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
 
     def find_row(self, kind: str, name: str, role: str, dtype: str = "any") -> KernelMeasurement | None:
-        """The row of this name."""
+        """Return the row with this name, or None."""
         return next((row for row in self.select(kind, role, dtype) if row.name == name), None)
 
     def nearest_row(
         self, kind: str, role: str, dtype: str, shape: tuple[int, int, int]
     ) -> tuple[KernelMeasurement, bool] | None:
-        """The row with the most similar (tokens, inputs, outputs), and whether it is a hit.
+        """Return the row with the most similar (tokens, inputs, outputs), and whether it is a hit.
 
-        A hit has the same weight matrix and at most twice or half the tokens. None where nothing of the kind was
-        measured.
+        A hit has the same weight matrix and between half and twice the tokens. None if the table has no such row.
         """
+        # Grouped GEMMs are found by total rows too, so the number of experts per rank does not count yet: 64 x 512 rows
+        # run at a lower share of peak than 32 x 1,024 (SimuMax's B200 tables).
         rows = [row for row in self.select(kind, role, dtype) if min(row.tokens, row.inputs, row.outputs) > 0]
         if not rows:
             return None
+        # Distance in logarithms: twice as large is as far as half as large.
         row = min(rows, key=lambda row: _distance((row.tokens, row.inputs, row.outputs), shape))
         same = (row.inputs, row.outputs) == shape[1:]
         return row, same and 0.5 <= shape[0] / row.tokens <= 2
@@ -99,15 +101,15 @@ def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
 
 @cache
 def read_kernel_table(name: str) -> KernelTable:
-    """A table that comes with the planner, by name, or a CSV file, by path. Raises `ConfigError`."""
+    """Read a table shipped with the planner by name, or a CSV file by path. Raises `ConfigError`."""
     shipped = files(__package__).joinpath("tables", f"{name}.csv")
     if shipped.is_file():
         text = shipped.read_text()
     elif Path(name).exists():
-        with config_error_context(name, "name a table that `shoestring calibrate` has written"):
+        with config_error_context(name, "name a table that `shoestring calibrate` wrote"):
             text = read_text(Path(name), _MOST_BYTES)
     else:
-        hint = "is no table of the planner and no file; `shoestring calibrate` writes one for this machine"
+        hint = "is neither a table of the planner nor a file; `shoestring calibrate` writes one for this machine"
         raise ConfigError([Problem("cluster.tables", name, hint)])
     reader = csv.DictReader(text.splitlines())
     try:
@@ -115,21 +117,21 @@ def read_kernel_table(name: str) -> KernelTable:
             raise ConfigError([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
         return KernelTable(name, tuple(_checked(name, reader.line_num, line) for line in reader))
     except csv.Error as error:  # a cell of more than 131,072 characters
-        raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is no line of a table: {error}")]) from error
+        raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is not a line of a table: {error}")]) from error
 
 
 def _checked(name: str, number: int, line: dict[str, str]) -> KernelMeasurement:
-    """The row on a line. Raises `ConfigError` for one that is none."""
+    """Parse one line of a table. Raises `ConfigError` for a malformed one."""
     try:
         row = _row(line)
         if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
-            raise ValueError("a number below 0, or without end")
+            raise ValueError("a number that is negative or not finite")
         if row.unit in _RATES and row.value == 0:
             raise ValueError("a rate of 0")
         if row.unit not in _UNITS or row.evidence not in EVIDENCE_CLASSES:
             raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
     except (ValueError, TypeError, AttributeError) as error:
-        hint = f"is no row of the table ({error}); write it anew with `shoestring calibrate`"
+        hint = f"is not a row of the table ({error}); write the table again with `shoestring calibrate`"
         raise ConfigError(
             [Problem(f"{name}:{number}", shorten_for_message(",".join(map(str, line.values()))), hint)]
         ) from error
@@ -137,7 +139,7 @@ def _checked(name: str, number: int, line: dict[str, str]) -> KernelMeasurement:
 
 
 def write_kernel_table(path: Path, rows: Sequence[KernelMeasurement]) -> None:
-    """Write `rows` where `read_kernel_table` finds them."""
+    """Write `rows` to the CSV file `path`, in the format of `read_kernel_table`."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -153,31 +155,31 @@ def _row(line: dict[str, str]) -> KernelMeasurement:
 
 
 EVIDENCE_CLASSES = ("measured", "published", "assumed")
-"""From the strongest to the weakest."""
+"""Evidence classes from the strongest to the weakest."""
 
 
 def weakest_evidence(*classes: str) -> str:
-    """What something stands on that stands on all of these."""
+    """Return the weakest of `classes`: the class of a price that depends on all of them."""
     return max(classes, key=EVIDENCE_CLASSES.index)
 
 
 @dataclass
 class EvidenceCoverage:
-    """How much of the priced time stands on which evidence, and what no table had."""
+    """Priced time by evidence class, and the operations for which no table has a row."""
 
     strongest_evidence: str = "measured"
-    """A table that is assumed to hold for a cluster makes nothing measured there."""
+    """Class of the table for this cluster: no price is stronger. H800 times are `assumed` for H100, for example."""
 
     seconds_by_evidence: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By evidence class."""
+    """Seconds by evidence class."""
     substituted_rows: dict[str, str] = field(default_factory=dict)
-    """Operation to what was taken instead."""
+    """Operation to the row used instead."""
 
     def add_seconds(self, evidence: str, seconds: float) -> None:
-        """Count `seconds` that stand on `evidence`."""
+        """Count `seconds` of evidence class `evidence`."""
         self.seconds_by_evidence[weakest_evidence(evidence, self.strongest_evidence)] += seconds
 
     def evidence_shares(self) -> dict[str, float]:
-        """Of each evidence class, 1 in all."""
+        """Return the fraction of the priced time of each evidence class; they add up to 1."""
         total = sum(self.seconds_by_evidence.values())
         return {name: seconds / total for name, seconds in sorted(self.seconds_by_evidence.items())} if total else {}

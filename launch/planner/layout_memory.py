@@ -1,4 +1,4 @@
-"""The memory of a layout that the planner looks at, by the runtime's own accounting (`trainer/memory/peak.py`)."""
+"""Memory of a candidate layout, by the runtime's accounting (`trainer/memory/peak.py`)."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ from .recipe import ForecastRecipe, GemmPrecision
 
 @dataclass(frozen=True)
 class RankParameters:
-    """What one rank holds: dense parts are replicated over data-parallel ranks, experts over their replicas."""
+    """Parameters of one rank: dense ones are replicated over data-parallel ranks, experts over expert replicas."""
 
     dense: float
     routed: float
     dense_replicas: int
-    """Over how many ranks the optimizer state of the dense part is spread."""
+    """Ranks over which the optimizer state of the dense part is sharded."""
     routed_replicas: int
     embedding_and_head: float = 0.0
-    """Of the dense part, embedding and head, which are never in FP8."""
+    """Parameters of embedding and head, a part of `dense`; they are never in FP8."""
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes of one rank at its worst moment."""
+    """Bytes of one rank at its peak."""
 
     weights: float
-    """BF16, and in FP8 training both layouts that the GEMMs read."""
+    """BF16 weights; in FP8 training also both layouts that the GEMMs read."""
     gradients: float
-    """FP32."""
+    """FP32 gradients."""
     optimizer: float
-    """Masters and moments, sharded."""
+    """FP32 master weights and Adam moments, sharded."""
     activations: float
-    """Of micro-batches in flight."""
+    """Activations of micro-batches in flight."""
     deferred: float
-    """What gradients of weights still need."""
+    """Tensors held for delayed weight gradients."""
     working: float
-    """What layers, losses, exchanges and messages need while they run."""
+    """Temporary tensors of layers, losses, exchanges and P2P messages."""
     fixed: float
-    """Exchange buffers, and what lies outside of the allocator."""
+    """Exchange buffers and other memory outside torch's allocator."""
 
     @staticmethod
     def from_rank_memory(memory: RankMemory) -> MemoryForecast:
-        """The same in the planner's words."""
+        """Group the kinds of `memory` as the planner prints them."""
         state, coming = memory.state, memory.at_peak
         return MemoryForecast(
             weights=state.weights + state.fp8_weights,
@@ -71,18 +71,18 @@ class MemoryForecast:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of all kinds together."""
         parts: list[float] = list(self.__dict__.values())
         return sum(parts)
 
     @property
     def allocated(self) -> float:
-        """Without what the allocator does not see."""
+        """Bytes in torch's allocator."""
         return self.total - self.fixed
 
 
 def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> WorkspaceBytes:
-    """What a micro-batch of this shape keeps and needs."""
+    """Return the activation and temporary bytes of one micro-batch of this shape."""
     model = shape.model
     batch = MicroBatchShape(
         shape.micro_batch_size,
@@ -101,15 +101,17 @@ def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> Worksp
 
 @dataclass
 class ChunkMemoryCache:
-    """Chunks of ranks, each run on paper once."""
+    """Cache of simulated chunk memory, keyed by what its bytes depend on."""
 
+    # A search considers thousands of layouts (11,232 for DeepSeek-V3 on 2,048 GPUs), of which many share a stage,
+    # micro-batch and recipe; the allocations of a chunk are simulated once for all of them.
     _working: dict[tuple[object, ...], WorkspaceBytes] = field(default_factory=dict)
     _chunks: dict[tuple[object, ...], RankChunksMemory] = field(default_factory=dict)
 
     def get_chunks(
         self, stages: Sequence[StageShape], shape: LayerWorkload, recipe: ForecastRecipe
     ) -> RankChunksMemory:
-        """Those of a rank that holds `stages`."""
+        """Return the chunks of a rank that holds `stages`."""
         computing = recipe.precision, recipe.recompute, recipe.exchange, recipe.expert_block_rows, recipe.on_cpu
         key = shape.micro_batch_size, shape.ep_size, shape.expert_skew, *computing
         if key not in self._working:
@@ -124,16 +126,18 @@ class ChunkMemoryCache:
 def forecast_rank_memory(
     worst: Collection[LiveInstruction], chunks: RankChunksMemory, state: StateBytes, outside: NonAllocatorMemory
 ) -> MemoryForecast:
-    """One rank, whose program has these moments."""
+    """Predict the memory of one rank at the instructions `worst`, where its program can have its peak."""
     return MemoryForecast.from_rank_memory(
         predict_rank_memory(state, chunks, worst, between_instructions=(), optimizer_bytes=0.0, non_allocator=outside)
     )
 
 
 def non_allocator_memory(shape: LayerWorkload, recipe: ForecastRecipe, topology: Topology) -> NonAllocatorMemory:
-    """What no allocator sees of a rank's memory."""
+    """Return the bytes of a rank outside torch's allocator: CUDA context, and NCCL's or DeepEP's buffers."""
     if recipe.on_cpu:
         return NonAllocatorMemory()
+    # These bytes decide whether DeepSeek-V3 fits: with DeepEP's buffer (4.88 GB) the largest rank needs 87.2 GB of an
+    # H800's 84.94, with `two_hop_fp8` 84.5.
     buffer = DeepEPBufferShape(shape.tokens, shape.model.hidden_size, shape.model.num_experts_per_tok)
     return NonAllocatorMemory.for_exchange(
         recipe.exchange, buffer, topology.nodes_per_ep_group, topology.ep_ranks_per_node
@@ -141,12 +145,12 @@ def non_allocator_memory(shape: LayerWorkload, recipe: ForecastRecipe, topology:
 
 
 def model_state_bytes(recipe: ForecastRecipe, held: RankParameters) -> StateBytes:
-    """Weights, gradients, optimizer state of one rank, and its FP8 copies."""
+    """Return the bytes of weights, gradients and optimizer state of one rank, and of its FP8 weights."""
     weight, moment = recipe.high_precision_bytes, recipe.moment_bytes // 2
     parts = (held.dense, held.dense_replicas), (held.routed, held.routed_replicas)
-    low = (
-        2 * (1 + 4 / TILE_WIDTH**2) if recipe.precision is GemmPrecision.FP8 else 0.0
-    )  # both layouts of a Linear's weight
+    # FP8 GEMMs read a weight in both layouts: one for the forward, a transposed one for the input gradient. Each
+    # 128x128 block has an FP32 scale (report §3.3.2).
+    low = 2 * (1 + 4 / TILE_WIDTH**2) if recipe.precision is GemmPrecision.FP8 else 0.0
     return StateBytes.from_groups(
         (ParameterGroup(count, copies, weight, moment_bytes=moment) for count, copies in parts),
         fp8_weights=low * (held.dense + held.routed - held.embedding_and_head),
@@ -154,7 +158,7 @@ def model_state_bytes(recipe: ForecastRecipe, held: RankParameters) -> StateByte
 
 
 def count_stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float, float]:
-    """Dense and routed parameters of a stage, of all expert-parallel ranks together."""
+    """Return the (dense, routed) parameters of a stage; routed ones of all expert-parallel ranks together."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     query = hidden * heads * model.qk_head_dim
     if model.q_lora_rank is not None:
@@ -163,6 +167,8 @@ def count_stage_parameters(model: ModelConfig, stage: StageShape) -> tuple[float
     attention += model.kv_lora_rank * (heads * (model.qk_nope_head_dim + model.v_head_dim) + 1) + 2 * hidden
     expert = 3 * hidden * model.moe_intermediate_size
     routed_layer = attention + model.n_shared_experts * expert + hidden * model.n_routed_experts
+    # An MTP module is one MoE layer, a projection of 2 x hidden inputs and three norms. It shares embedding and head,
+    # which the first and the last stage count (report §2.2).
     depth = model.num_nextn_predict_layers if stage.is_last else 0
     dense = (
         stage.dense_layers * (attention + 3 * hidden * model.intermediate_size)

@@ -1,4 +1,4 @@
-"""What the phases of a layer compute: GEMMs, attention cores and passes over memory, from the model's shapes.
+"""Operations of a layer's phases: GEMMs, attention cores and memory-bound passes, from the model's shapes.
 
 Letters: T tokens of a micro-batch, R rows that reach this rank's experts, D hidden, F expert FFN width.
 """
@@ -17,7 +17,7 @@ from .recipe import ForecastRecipe, GemmPrecision
 
 
 class ComputePhase(StrEnum):
-    """Compute phases, in the words of the runtime's trace; B is for gradients of inputs, W for those of weights."""
+    """Compute phases, named as in the runtime's trace; B computes input gradients, W weight gradients."""
 
     ATTENTION_F = "attn(F)"
     ATTENTION_B = "attn(B)"
@@ -39,7 +39,7 @@ class ComputePhase(StrEnum):
 
 
 class GemmRole(StrEnum):
-    """Which of a Linear's three GEMMs."""
+    """One of a Linear's three GEMMs."""
 
     FORWARD = "forward"
     INPUT_GRADIENT = "input_gradient"
@@ -48,7 +48,7 @@ class GemmRole(StrEnum):
 
 @dataclass(frozen=True)
 class Gemm:
-    """One Linear, or the same one of several experts: 2 · tokens · inputs · outputs FLOPs."""
+    """GEMM of one Linear, or the grouped GEMM of several experts: 2 · tokens · in_features · out_features FLOPs."""
 
     name: str
     role: GemmRole
@@ -60,13 +60,13 @@ class Gemm:
 
     @property
     def flops(self) -> float:
-        """2 a multiply-add."""
+        """FLOPs; a multiply-add is two."""
         return 2.0 * self.tokens * self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
 class AttentionCore:
-    """The attention core, causal."""
+    """Causal attention core."""
 
     role: str
     flops: float
@@ -74,11 +74,11 @@ class AttentionCore:
 
 @dataclass(frozen=True)
 class MemoryBoundKernel:
-    """A pass over memory; `bytes` are what must move at least once, in the shape that the table measured too."""
+    """Memory-bound pass; `bytes` are the fewest that it must move."""
 
     kind: str
     table_phase: ComputePhase
-    """Under which the table has it."""
+    """Phase of the table row."""
     bytes: float
 
 
@@ -87,7 +87,7 @@ ComputeOperation = Gemm | AttentionCore | MemoryBoundKernel
 
 @dataclass(frozen=True)
 class LayerWorkload:
-    """A model with what one rank sees of a micro-batch."""
+    """Model, and one rank's part of a micro-batch."""
 
     model: ModelConfig
     sequence_length: int
@@ -95,43 +95,44 @@ class LayerWorkload:
     ep_size: int
     expert_skew: float = 0.0
     traced_rows: int | None = None
-    """Rows that reached this rank, where a trace says so."""
+    """Rows that reached this rank's experts in a trace; None: the balanced number."""
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the tokens of a micro-batch."""
         return self.sequence_length * self.micro_batch_size
 
     @property
     def routed_rows(self) -> int:
-        """R, with balanced routing and on the rank with the most of them above that by `skew`."""
+        """R, the rows of the rank's experts: the balanced number times 1 + `expert_skew`."""
         if self.traced_rows is not None:
             return self.traced_rows
         return round(self.tokens * self.model.num_experts_per_tok * (1 + self.expert_skew))
 
 
 def phase_operations(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
-    """Everything that `phase` of one layer computes on one rank."""
-    part, way = phase.value[:-3], phase.value[-2]
+    """Yield the operations of `phase` of one layer on one rank."""
+    part, direction = phase.value[:-3], phase.value[-2]
     if part == "loss":
         yield from _loss(shape, recipe, phase)
         return
-    role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT_GRADIENT, "W": GemmRole.WEIGHT_GRADIENT}[way]
-    # The runtime leaves the weights of shared and routed experts for the same moment.
+    role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT_GRADIENT, "W": GemmRole.WEIGHT_GRADIENT}[direction]
+    # The runtime computes the weight gradients of shared and routed experts in one phase, mlp(W): it hides the
+    # dispatch's backward (report fig. 4).
     for linears in ("shared", "mlp") if phase is ComputePhase.EXPERTS_W else (part,):
         for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, linears):
             yield Gemm(name, role, dtype, tokens, inputs, outputs, grouped)
-    if way == "B":
+    if direction == "B":
         yield from _recomputed(shape, recipe, part)
-    if part in ("attn", "dense") and way != "W":
-        yield from _core(shape, "forward" if way == "F" else "backward")
+    if part in ("attn", "dense") and direction != "W":
+        yield from _core(shape, "forward" if direction == "F" else "backward")
     yield from _passes(shape, recipe, phase)
 
 
 def _linears(
     shape: LayerWorkload, recipe: ForecastRecipe, part: str
 ) -> Iterator[tuple[str, int, int, int, GemmPrecision, bool]]:
-    """Name, tokens, inputs, outputs, format and whether grouped of each Linear of a part."""
+    """Yield (name, tokens, in_features, out_features, format, is grouped) of each Linear of a part."""
     model, tokens, low = shape.model, shape.tokens, recipe.precision
     hidden, inner = model.hidden_size, model.moe_intermediate_size
     if part in ("attn", "dense"):
@@ -153,18 +154,20 @@ def _linears(
 
 
 def _loss(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
-    """The runtime forms the gradients together with the loss: all three products are in the forward."""
+    """Yield the head's GEMMs."""
     if phase is not ComputePhase.HEAD_F:
         return
+    # The runtime computes the gradients along with the loss, block by block, so that 129,280 logits per token never
+    # exist together: all three GEMMs are in the forward, none in the backward.
     for role in GemmRole:
         dtype = _out_of_fp8(recipe)
         yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden_size, shape.model.vocab_size)
 
 
 def head_gradient_bytes(shape: LayerWorkload, recipe: ForecastRecipe) -> float:
-    """Bytes that adding up the head's FP32 gradient moves: for each chunk of tokens a product, and the sum.
+    """Return the bytes moved to sum the head's FP32 gradient: per block of tokens one product and one addition.
 
-    No pass of `_loss`: nobody has measured a head, and a kernel may keep the sum to itself.
+    Not priced in `_loss`: no measurement of a head exists, and a fused kernel can sum in registers.
     """
     chunks = math.ceil(shape.tokens / tokens_per_logit_block(shape.model.vocab_size, on_gpu=True))
     return float(chunks) * shape.model.vocab_size * shape.model.hidden_size * (2 * recipe.high_precision_bytes + 2 * 4)
@@ -186,16 +189,16 @@ def _attention_linears(model: ModelConfig) -> Iterator[tuple[str, int, int]]:
     yield "out", heads * model.v_head_dim, hidden
 
 
-_REMADE = {
+_RECOMPUTED_LINEARS = {
     RecomputeModule.UP_PROJECTION: ("q_proj", "q_up", "kv_up"),
     RecomputeModule.GATE_UP: ("gate_up", "shared_gate_up", "ffn_gate_up"),
 }
-"""Linears that a policy runs again. Norms and SwiGLU are in the measured passes, of a run that makes them again."""
+"""Linears that a recompute module runs again. Norms and SwiGLU are in the memory passes, measured with recompute."""
 
 
 def _recomputed(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iterator[ComputeOperation]:
-    """What the backward makes again."""
-    names = [name for policy, linears in _REMADE.items() if policy in recipe.recompute for name in linears]
+    """Yield the operations that the backward recomputes."""
+    names = [name for policy, linears in _RECOMPUTED_LINEARS.items() if policy in recipe.recompute for name in linears]
     for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
         if name in names:
             yield Gemm(name, GemmRole.FORWARD, dtype, tokens, inputs, outputs, grouped)
@@ -204,15 +207,17 @@ def _recomputed(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iter
 
 
 def _core(shape: LayerWorkload, role: str) -> Iterator[AttentionCore]:
-    """Two matrix products forward, five backward, half of S x S."""
+    """Yield the attention core: two GEMMs forward, five backward, on the causal half of S x S."""
     model, length = shape.model, shape.sequence_length
     widths = model.qk_head_dim + model.v_head_dim
     if role == "backward":
+        # S recomputed, dQ and dK are as wide as the query; dV and dP as the value. A flash kernel keeps no S x S.
         widths = 3 * model.qk_head_dim + 2 * model.v_head_dim
     yield AttentionCore(role, float(shape.micro_batch_size) * model.num_attention_heads * widths * length**2)
 
 
-# Kinds of passes in each phase; a dense layer is attention and a wide shared expert.
+# Memory passes of each phase; a dense layer is priced as attention plus a wide shared expert. They are 29.6 % of the
+# compute streams' time in the public trace, so a forecast from GEMMs and attention alone is far too fast.
 _KINDS: dict[str, tuple[str, ...]] = {
     "attn": ("norm", "quantize", "rope", "router", "elementwise"),
     "mlp": ("norm", "quantize", "swiglu", "permute", "elementwise"),
@@ -221,20 +226,23 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 
 def _passes(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[MemoryBoundKernel]:
-    part, way = phase.value[:-3], phase.value[-2]
+    part, direction = phase.value[:-3], phase.value[-2]
     for kind in _KINDS.get(part, ()):
         if kind == "quantize" and recipe.precision is not GemmPrecision.FP8:
             continue
-        under = ComputePhase(f"attn({way})") if part == "dense" else phase
+        under = ComputePhase(f"attn({direction})") if part == "dense" else phase
         yield MemoryBoundKernel(kind, under, memory_bound_kernel_bytes(shape, kind, under))
     if part == "dense":
         for kind in ("quantize", "swiglu"):
             if kind != "quantize" or recipe.precision is GemmPrecision.FP8:
-                yield MemoryBoundKernel(kind, ComputePhase(f"mlp({way})"), _dense_bytes(shape, kind))
+                yield MemoryBoundKernel(kind, ComputePhase(f"mlp({direction})"), _dense_bytes(shape, kind))
 
 
 def memory_bound_kernel_bytes(shape: LayerWorkload, kind: str, phase: ComputePhase) -> float:
-    """Bytes that a pass of this kind must move at least once in this phase of a routed layer."""
+    """Return the fewest bytes that a pass of this kind must move in this phase of an MoE layer."""
+    # Factors are bytes per element read and written, BF16 2 and FP8 1 each: 4 is a BF16 read and write, 3 a cast to
+    # FP8, 6 is SwiGLU's two inputs and one output. Against a measured row only the
+    # ratio to the measured layer's bytes counts.
     model, tokens, rows = shape.model, shape.tokens, shape.routed_rows
     hidden, inner, heads = model.hidden_size, model.moe_intermediate_size, model.num_attention_heads
     if phase.value.startswith("mlp"):

@@ -1,9 +1,8 @@
-"""The end of a step: gradients summed over replicas, shards updated, weights handed out; when each begins, and what
-shows of it.
+"""Exposed time of the end of a step: gradient reduce-scatter, optimizer, weight all-gather.
 
-The gradients of a stage are reduced as soon as the program has run the last instruction that adds to them, and its new
-weights are handed out until the next program first computes with them (`parallelism/zero/`). A rank's collectives run
-one after the other; they and the exchanges are taken not to slow each other down.
+A stage's gradients are reduced after the last instruction that adds to them, and its weights are gathered until the
+next step's first instruction that reads them (`parallelism/zero/`). A rank's collectives run one after the other; the
+model assumes that they and the exchanges do not slow each other down.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ _GRADIENT = 4  # bytes: FP32
 
 @dataclass(frozen=True)
 class WeightLiveness:
-    """Which instructions of a program first and last compute with the weights of each stage, on each of its ranks."""
+    """Indices of the first and last instructions that use the weights of each stage, on each of its ranks."""
 
     first_use_by_stage: tuple[dict[int, int], ...]
-    """By stage: rank to index."""
+    """One mapping per stage: rank to instruction index."""
     last_use_by_stage: tuple[dict[int, int], ...]
 
     @staticmethod
     def from_program(program: PipelineProgram) -> WeightLiveness:
-        """Read off the program, as the runtime does."""
+        """Derive the indices from the program, as the runtime does."""
         holders = [
             sorted({place.rank for place in program.placement.locations_of_stage(stage)})
             for stage in range(program.placement.num_stages)
@@ -48,7 +47,7 @@ class WeightLiveness:
 
 @dataclass(frozen=True)
 class CollectiveSeconds:
-    """Seconds of one stage's collectives: of gradients, and of weights."""
+    """Seconds of one stage's gradient reduce-scatter and weight all-gather."""
 
     reduce_scatter: float
     all_gather: float
@@ -56,7 +55,7 @@ class CollectiveSeconds:
 
 @dataclass(frozen=True)
 class OptimizerStepTimeModel:
-    """Prices of updates in one layout."""
+    """Times of the optimizer step in one layout."""
 
     cluster: ClusterConfig
     recipe: ForecastRecipe
@@ -65,11 +64,14 @@ class OptimizerStepTimeModel:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the table has the update whole, for a thousand parameters, as `shoestring calibrate` times it."""
+        """True if the table has the whole update per thousand parameters, as `shoestring calibrate` times it."""
         return self.table.find_row("phase", "optimizer", "any") is not None
 
     def measured_seconds(self, held: RankParameters) -> tuple[float, float]:
-        """Seconds of sums over replicas and of the rest on one rank. Nothing hides there: one core does everything."""
+        """Return the seconds of gradient sums and of the rest of the update on one rank, as calibrated.
+
+        Nothing overlaps there: a CPU process sums and computes on one core.
+        """
         reduce, update, rest = (self._timed_row(name) for name in ("reduce", "optimizer", "step"))
         copied = held.dense * (held.dense_replicas > 1) + held.routed * (held.routed_replicas > 1)
         return copied / 1e3 * reduce, (held.dense + held.routed) / 1e3 * update + rest
@@ -81,13 +83,15 @@ class OptimizerStepTimeModel:
         return row.seconds
 
     def optimizer_seconds(self, held: RankParameters) -> float:
-        """Seconds of updating the shards of one rank: what it reads and writes, over the memory's bandwidth."""
+        """Return the seconds of updating one rank's shard: bytes read and written over the memory bandwidth."""
         wide = self.recipe.high_precision_bytes
         shard = held.dense / held.dense_replicas + held.routed / held.routed_replicas
-        # Gradient for the norm and again, master, both moments, weight.
+        # A pure memory pass: read the gradient for the norm and again for the update, read and write the FP32 master
+        # (8 bytes) and both moments, write the weight.
         touched = shard * (2 * _GRADIENT + 8 + 2 * self.recipe.moment_bytes + wide)
         if self.recipe.precision is GemmPrecision.FP8:
-            touched += (held.dense + held.routed) * 4  # weights read, both layouts written
+            # Quantizing reads BF16 (2 bytes) and writes both FP8 layouts (1 each), of all weights and not the shard.
+            touched += (held.dense + held.routed) * 4
         share = self.table.find_row("memory", "update", "any")
         rate = bytes_per_second(
             self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, "the optimizer's update"
@@ -95,17 +99,18 @@ class OptimizerStepTimeModel:
         return touched / (rate * (share.value if share is not None else 1.0))
 
     def collective_seconds(self, held: RankParameters) -> CollectiveSeconds:
-        """Of the parameters of one stage."""
+        """Return the collective times of one stage's parameters."""
         return CollectiveSeconds(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.high_precision_bytes))
 
     def _seconds(self, held: RankParameters, size: int) -> float:
         topology, per_node = self.topology, self.topology.gpus_per_node
         dense = self._collective(held.dense * size, held.dense_replicas, min(topology.dp, per_node))
+        # Replicas of an expert are `ep` ranks apart: at V3's EP64 each is on another node, and only InfiniBand counts.
         neighbors = max(1, min(topology.edp, per_node // topology.ep))
         return dense + self._collective(held.routed * size, held.routed_replicas, neighbors)
 
     def _collective(self, count: float, ranks: int, inside: int) -> float:
-        """A reduce-scatter or all-gather of `count` bytes: rings inside nodes and between them run at the same time."""
+        """Return the seconds of a reduce-scatter or all-gather of `count` bytes over `ranks`, `inside` per node."""
         if ranks == 1 or not count:
             return 0.0
         nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
@@ -116,28 +121,30 @@ class OptimizerStepTimeModel:
         if nodes > 1:
             rate = bytes_per_second(cluster, "infiniband_gb_per_second", cluster.infiniband_gb_per_second, need)
             seconds.append(count * (nodes - 1) / nodes / inside / rate)
+        # Rings inside nodes and between them run at the same time, so the slower one counts.
         return max(seconds) / self.recipe.link_speed_factor
 
 
 def exposed_reduce_scatter_seconds(
-    uses: WeightLiveness, replay: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
+    uses: WeightLiveness, times: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
 ) -> float:
-    """Seconds after the last instruction until all gradients are reduced, in the order of their ends in the program."""
+    """Return the seconds from the last instruction until all gradients are reduced."""
+    # All ranks must start their collectives in one order, or they deadlock: that of the stages' last uses.
     order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last_use_by_stage[stage].values()), stage))
-    ready = [{rank: replay.end_times[rank][index] for rank, index in ends.items()} for ends in uses.last_use_by_stage]
-    ends = list(_one_by_one(order, ready, [each.reduce_scatter for each in traffic], len(replay.end_times)))
-    return max(0.0, max(end for _, end in ends) - replay.makespan)
+    ready = [{rank: times.end_times[rank][index] for rank, index in ends.items()} for ends in uses.last_use_by_stage]
+    ends = list(_one_by_one(order, ready, [each.reduce_scatter for each in traffic], len(times.end_times)))
+    return max(0.0, max(end for _, end in ends) - times.makespan)
 
 
 def exposed_all_gather_seconds(
-    uses: WeightLiveness, replay: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
+    uses: WeightLiveness, times: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
 ) -> float:
-    """Seconds by which the next program waits for weights, on the rank that waits longest."""
+    """Return the seconds by which the next step waits for weights, on the rank that waits longest."""
     order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first_use_by_stage[stage].values()), stage))
     ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first_use_by_stage]
-    ends = _one_by_one(order, ready, [each.all_gather for each in traffic], len(replay.end_times))
+    ends = _one_by_one(order, ready, [each.all_gather for each in traffic], len(times.end_times))
     return max(
-        end - replay.start_times[rank][index]
+        end - times.start_times[rank][index]
         for stage, end in ends
         for rank, index in uses.first_use_by_stage[stage].items()
     )
@@ -146,7 +153,7 @@ def exposed_all_gather_seconds(
 def _one_by_one(
     order: Sequence[int], ready: Sequence[dict[int, float]], seconds: Sequence[float], ranks: int
 ) -> Iterator[tuple[int, float]]:
-    """Stages with the end of their collective, which begins when all its ranks have what it needs and are free."""
+    """Yield (stage, end of its collective), which begins when its input is ready and its ranks are free."""
     free = [0.0] * ranks
     for stage in order:
         end = max(max(free[rank], moment) for rank, moment in ready[stage].items()) + seconds[stage]

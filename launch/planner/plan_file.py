@@ -1,4 +1,4 @@
-"""What a plan says of the layout that a run has: read from the JSON of `shoestring plan` or `shoestring simulate`."""
+"""The planned figures of a run's layout, read from the JSON of `shoestring plan` or `shoestring simulate`."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from .config_adapter import configured_recipe
 _OPTION = "--against"
 _MOST_BYTES = 2**28
 _SAME = ("model", "sequence_length", "global_batch_size")
-"""Of a plan's facts, those that a run must share: without them its prices are of something else."""
+"""Facts of a plan that a run must share: with others its steps are different work."""
 _LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """The price of one layout. Times are means over ranks."""
+    """Planned figures of one layout. Times are means over ranks."""
 
     layout_name: str
-    """Which layout of the plan it is."""
+    """Which layout of the plan this is, in words."""
     time_terms: Mapping[str, float]
-    """Seconds a step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
+    """Seconds per step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
     step_seconds: float
-    """Their sum."""
+    """Seconds per step, the sum of the terms."""
     tokens_per_second: float
-    """Of all GPUs together."""
+    """Throughput of all GPUs together."""
     gpu_hours: float
-    """Of pre-training to its end, steps alone."""
+    """GPU-hours of the whole pre-training, steps only."""
     memory_bytes: float
-    """Of the fullest rank."""
+    """Bytes of the rank that needs most memory."""
     deviations: Sequence[str]
-    """Where the run is not what was planned, although its steps are."""
+    """Differences between plan and run that leave the plan comparable, in words."""
 
 
 def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> PlanEntry:
-    """What the plan at `path` says of a run with this configuration, whose GEMMs are in `precision`, if that is known.
+    """Read the planned figures of the layout of `config`; `precision` is that of the run's GEMMs, None if unknown.
 
-    Of several layouts it is the one of the run; where several differ from each other in their recipe alone, the one
-    with most in common with the run, and of these the fastest. Raises `ConfigError` for a file that is no plan, and a
-    plan of another model, sequence length, batch or layout.
+    Among entries with the run's layout it takes the one whose recipe has most in common with the run, then the
+    fastest. Raises `ConfigError` for a file that is not a plan, and for a plan of another model, sequence length,
+    batch or layout.
     """
     tree = _read(path)
     wanted = _layout_of(config)
@@ -59,6 +59,8 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
         same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
         if not same:
             raise ConfigError([_no_such_layout(path, rows, wanted)])
+        # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
+        # and the file lists the fastest first.
         name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
         return _planned(
             name, same[name], [*_other_facts(tree["of"], config), *_other_recipe(same[name], config, precision)]
@@ -78,13 +80,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _no_plan(path: Path) -> Problem:
     command = "`shoestring plan … --format json > FILE`, or with simulate"
-    return Problem(_OPTION, str(path), f"is no plan of this version of Shoestring; write one with {command}")
+    return Problem(_OPTION, str(path), f"is not a plan of this version of Shoestring; write one with {command}")
 
 
 def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every layout of the file by a name for it, the fastest first."""
+    """Yield (name, layout) of every layout of the file, the fastest first."""
     if "layouts" not in tree:
-        yield "the layout that was simulated", tree["layout"]
+        yield "the simulated layout", tree["layout"]
         return
     count = len(tree["layouts"])
     for place, row in enumerate(tree["layouts"], 1):
@@ -105,7 +107,7 @@ def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> Pl
 
 
 def _facts(config: RunConfig) -> dict[str, Any]:
-    """As they are after a way through JSON."""
+    """Return the run's facts as JSON gives them back: tuples are lists, for example."""
     facts: dict[str, Any] = json.loads(json.dumps(run_description(config)))
     return facts
 
@@ -123,7 +125,7 @@ def _layout_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Problem]:
-    """Where the plan is not of this run."""
+    """Yield a problem per fact in which the plan is not for this run."""
     for key in _SAME:
         both = (planned[key], run[key])
         pairs = (
@@ -131,14 +133,14 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
         )
         for name, theirs, ours in pairs:
             if theirs != ours:
-                hint = f"is a plan for {key}{name} = {theirs!r}, and the run has {ours!r}; plan for the run's"
+                hint = f"is a plan for {key}{name}={theirs!r}, but the run has {ours!r}; make a plan for this run"
                 yield Problem(_OPTION, str(path), hint)
 
 
 def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> Problem:
-    there = list(dict.fromkeys(map(_words, rows.values())))
-    hint = f"has no layout like the run's, {_words(wanted)}; it has {'; '.join(there) or 'none at all'}"
-    return Problem(_OPTION, str(path), f"{hint}. Price the run's own with shoestring simulate")
+    listed = list(dict.fromkeys(map(_words, rows.values())))
+    hint = f"does not contain the run's layout, {_words(wanted)}; it contains {'; '.join(listed) or 'none'}"
+    return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
 
 
 def _words(row: Mapping[str, Any]) -> str:
@@ -147,14 +149,14 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 def _other_facts(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
-    """What changes the cost of a run and not its steps, or is only named."""
+    """Yield differences that change a run's cost but not its steps."""
     for key, ours in _facts(config).items():
         if key not in _SAME and planned[key] != ours:
             yield f"{key}: {_word(planned[key])} planned, {_word(ours)} run"
 
 
 def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | None) -> Iterator[str]:
-    """What changes the time of a step."""
+    """Yield differences that change the time of a step."""
     if precision is not None and row["precision"] != precision:
         yield f"precision: {row['precision']} planned, {precision} run"
     run = configured_recipe(config)

@@ -1,7 +1,7 @@
-"""DeepSeek-V3's own figures for its run, to stand beside a forecast. None of the step is an input of one.
+"""Published figures of DeepSeek-V3's run, for comparison. None of the step's figures is an input of a forecast.
 
-The pair of chunks of which DeepSeek has published a trace is another matter: the kernel table is made of that trace, so
-its simulated span shows that lanes put together again what was taken apart, and no more.
+The kernel table comes from the trace of one pair of chunks that DeepSeek published. Comparing the simulated pair with
+that trace therefore checks the stream simulation only, not the kernel times.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ PUBLISHED_STEP_SECONDS = 19.926
 PUBLISHED_PHASE_SECONDS: Mapping[str, float] = MappingProxyType(
     {"1F": 1.13, "bubble": 2.06, "1B": 1.99, "1W": 0.48, "1F1B": 13.95, "opt": 0.29}
 )
-"""Of that table, in seconds a step; see `seconds_by_published_phase`."""
+"""Phases of that table in seconds per step; see `seconds_by_published_phase`."""
 TRACED_CHUNK_PAIR_SECONDS = 0.129012
-"""A forward and a backward of four routed layers (deepseek-ai/profile-data train.json)."""
+"""Seconds of a forward and a backward chunk of four MoE layers (deepseek-ai/profile-data train.json)."""
 TRACED_EXPERT_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
-"""Rows that reached the traced rank's experts in the four layers of the forward and of the backward."""
+"""Rows that reached the traced rank's experts, per layer, in the forward and in the backward."""
 PUBLISHED_GLOBAL_BATCH, PUBLISHED_SEQUENCE_LENGTH, PUBLISHED_GPUS = 15_360, 4096, 2048
 PUBLISHED_TOKENS = 14_800_000_000_000
 PUBLISHED_INITIAL_BATCH = 3072
-"""Sequences of the first step (V3 report §4.2)."""
+"""Sequences in the first step (V3 report §4.2)."""
 _MODEL = (61, 3, 7168, 256, 8, 2048, 129_280, 1)
 
 
 def is_deepseek_v3_run(config: RunConfig) -> bool:
-    """Whether this is DeepSeek-V3's pre-training, in whatever layout: model, cluster, batch and tokens."""
+    """Return whether model, cluster, batch and tokens are those of DeepSeek-V3's pre-training, in any layout."""
     training, cluster = config.training, config.cluster
     same = (training.global_batch_size, training.sequence_length, training.tokens) == (
         PUBLISHED_GLOBAL_BATCH,
@@ -47,21 +47,23 @@ def is_deepseek_v3_run(config: RunConfig) -> bool:
 
 
 def is_deepseek_v3_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> bool:
-    """Whether it also computes and is spread as the step that the figures above are of."""
-    own, topology = ForecastRecipe(), layout.topology
+    """Return whether run, layout and recipe are those of the published step."""
+    reported, topology = ForecastRecipe(), layout.topology
     fields = ("precision", "recompute", "exchange", "overlap", "moment_bytes", "comm_sms")
-    as_reported = all(getattr(recipe, name) == getattr(own, name) for name in fields)
+    as_reported = all(getattr(recipe, name) == getattr(reported, name) for name in fields)
     grid = topology.pp, topology.ep, layout.schedule, layout.micro_batch_size
     return is_deepseek_v3_run(config) and as_reported and grid == (16, 64, "dualpipe", 1)
 
 
 def seconds_by_published_phase(forecast: StepForecast) -> dict[str, float]:
-    """A forecast's seconds in the rows of `PUBLISHED_PHASE_SECONDS`, which are a step without a rest.
+    """Return a forecast's seconds in the rows of `PUBLISHED_PHASE_SECONDS`, which add up to a step.
 
-    So instructions are with the exchanges that they wait for there, the bubble is every wait for another stage, also
-    behind a rank's last instruction, and opt are sums over ranks and the update. `report_view` says the same names of
-    what the ledger can tell apart.
+    Instructions include the exchanges they wait for; `bubble` is all waiting for other stages, also after a rank's last
+    instruction; `opt` is exposed gradient and weight collectives plus the update. `StepForecast.deepseek_report_terms`
+    gives these names to what the ledger can measure.
     """
+    # The paper does not say which rank it shows, nor whether 1W includes the W of full backwards: the mean over ranks
+    # is compared, and 1B + 1W together is the safer comparison.
     mean = {op: sum(forecast.instruction_seconds(op)) / len(forecast.time_terms_by_rank) for op in Op}
     waits = forecast.program_times.bubble_time_per_rank
     return {
@@ -84,17 +86,21 @@ TRACED_STAGE = StageShape(dense_layers=0, moe_layers=4, is_first=False, is_last=
 
 
 def simulate_traced_chunk_pair(costs: ChunkTimeModel, *, use_traced_rows: bool = True) -> SimulatedStreams:
-    """Forward and backward of four routed layers in turns; `as_routed`: with the rows that reached the traced rank."""
+    """Simulate the traced pair: forward and backward of four MoE layers, overlapped.
+
+    `use_traced_rows`: give the experts the rows that they had in the trace, not the balanced number.
+    """
     forward_rows, backward_rows = TRACED_EXPERT_ROWS if use_traced_rows else ((), ())
-    lanes, costs = SimulatedStreams(), costs.with_separate_coverage()  # a look aside, which is no part of the forecast
-    parts = costs.shape, costs.compute_model, costs.exchange_model, lanes, True
+    # The comparison must not count in the forecast's evidence shares.
+    streams, costs = SimulatedStreams(), costs.with_separate_coverage()
+    parts = costs.shape, costs.compute_model, costs.exchange_model, streams, True
     interleave(
         SimulatedChunk(TRACED_STAGE, *parts, backward_rows).backward(with_weight_gradients=True),
         SimulatedChunk(TRACED_STAGE, *parts, forward_rows).forward(),
     )
-    return lanes
+    return streams
 
 
-def exposed_communication_share(lanes: SimulatedStreams) -> float:
-    """Of the time, in which no kernel runs but an exchange's: waits, and gaps between kernels beside an exchange."""
-    return (lanes.exposed_seconds + lanes.overlapped_gap_seconds) / lanes.elapsed_seconds
+def exposed_communication_share(streams: SimulatedStreams) -> float:
+    """Return the fraction of time in which only an exchange's kernel runs: exposed waits and overlapped launch gaps."""
+    return (streams.exposed_seconds + streams.overlapped_gap_seconds) / streams.elapsed_seconds

@@ -1,4 +1,4 @@
-"""What a forecast assumes beside the layout: how the run computes, and every deviation from a perfect machine."""
+"""Assumptions of a forecast besides the layout: how the run computes, and deviations from a perfect machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...trainer.model.recompute import RecomputeModule
 
 
 class GemmPrecision(StrEnum):
-    """In which format the GEMMs of Linears compute."""
+    """Format in which the GEMMs of Linears compute."""
 
     FP8 = "fp8"  # report §3.3: embedding, head, router and attention core stay in BF16
     BF16 = "bf16"
@@ -21,13 +21,13 @@ class GemmPrecision(StrEnum):
 
     @property
     def element_bytes(self) -> int:
-        """Of one element as computed with."""
+        """Bytes of one GEMM input element."""
         return {"fp8": 1, "bf16": 2, "fp32": 4}[self.value]
 
 
 RECOMPUTE_NOTHING: frozenset[RecomputeModule] = frozenset()
 RECOMPUTE_DEEPSEEK_V3 = frozenset({RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU})
-"""What DeepSeek-V3's run makes again in the backward (report §3.2.3, and §3.3.3 for SwiGLU)."""
+"""Modules that DeepSeek-V3's run recomputes in the backward (report §3.2.3, and §3.3.3 for SwiGLU)."""
 RECOMPUTE_EVERYTHING = frozenset(RecomputeModule)
 
 DEEPSEEK_V3_EXCHANGE = ExchangeConfig(
@@ -37,72 +37,74 @@ DEEPSEEK_V3_EXCHANGE = ExchangeConfig(
     combine_backward=WireFormat.FP8,
     dispatch_backward=WireFormat.BF16,
 )
-"""Once a node, in the report's formats (§3.3): conf/exchange/two_hop_fp8."""
+"""Each token is sent to a node at most once, in the report's formats (§3.3): conf/exchange/two_hop_fp8."""
 
 MIN_COMM_SMS = 6
-"""Of the published exchanges between ranks, none takes fewer: DeepEP V2's README names 4 to 6 for V3's shape."""
+"""Fewest SMs of a published all-to-all: DeepEP V2's README gives 4 to 6 for DeepSeek-V3's shape."""
 
 
 class PeerWaits(StrEnum):
-    """Where exchanges wait for other ranks as long as the public trace's do."""
+    """Exchanges that wait for other ranks for as long as those of the public trace."""
 
-    OVERLAPPED_PAIRS = "pairs"  # where it was measured: beside another chunk
+    OVERLAPPED_PAIRS = "pairs"  # where it was measured: exchanges that overlap another chunk
     EVERYWHERE = "everywhere"
     NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastRecipe:
-    """Defaults are what the report says of DeepSeek-V3's run, and a machine without disturbances.
+    """Inputs of a forecast; the defaults are those of DeepSeek-V3's report, on a machine without disturbances.
 
-    The first group follows from the run's configuration: see `configured.recipe_of`. All that disturbs a run (`skew` to
-    `slowed`) is an explicit input and never fitted; `shoestring simulate` prints what some of them would explain.
+    The first group follows from the run's configuration (`config_adapter.configured_recipe`). Disturbances (`skew` to
+    `slowdown_by_pp_rank`) are explicit inputs, never fitted; `shoestring simulate` prints the effect of some of them.
     """
 
     precision: GemmPrecision = GemmPrecision.FP8
     """Format of the GEMMs; caching of activations follows it."""
     recompute: frozenset[RecomputeModule] = RECOMPUTE_DEEPSEEK_V3
-    """What the backward makes again."""
+    """Modules that the backward recomputes."""
     exchange: ExchangeConfig = DEEPSEEK_V3_EXCHANGE
-    """How tokens cross, and in which formats."""
+    """Token dispatcher and its wire formats."""
     overlap: bool = True
-    """Whether the halves of an FB take turns at each exchange."""
+    """Overlap of an FB's forward and backward at each exchange."""
     moment_bytes: int = 4
-    """Bytes a parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
+    """Bytes per parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
     expert_block_rows: int | None = None
-    """Rows that the experts of a rank compute at once; None: twice the even share."""
+    """Most rows that a rank's experts compute in one call; None: twice the balanced share."""
     on_cpu: bool = False
-    """Whether ranks compute on CPUs, which keep attention's probabilities."""
+    """True for ranks on CPUs, where attention keeps its probabilities for the backward."""
 
     comm_sms: int = 20
-    """SMs lent to the exchange (report §3.2.2: 20)."""
+    """SMs reserved for communication (report §3.2.2: 20)."""
     fragmentation: float = 0.1
-    """What the allocator loses of the memory that comes and goes within a step, as a fraction; PithTrain's default."""
+    """Fraction of the memory allocated within a step that fragmentation adds; PithTrain's default."""
+    # One rank with more rows sets the pace of its whole expert-parallel group, for every exchange waits for all its
+    # ranks. The most loaded rank changes from step to step, so every rank needs the memory.
     skew: float = 0.0
-    """By how much the rank with the most rows is above the mean: its experts' time, and the memory of all, grow so."""
+    """Rows of the most loaded rank over the mean, minus 1; scales expert time and the memory of every rank."""
     jitter: float = 0.0
-    """Spread of a node's speed as a fraction (standard deviation); the slowest of all nodes sets the pace."""
+    """Standard deviation of node speed, as a fraction of the mean; the slowest node sets the pace."""
     peer_waits: PeerWaits = PeerWaits.OVERLAPPED_PAIRS
-    """Which exchanges wait for other ranks."""
+    """Exchanges that wait for other ranks."""
     uneven_stages: bool = True
-    """Whether stages cost what their layers cost; false: all the mean of them, as no real partition does."""
+    """True: each stage takes the time of its layers. False: every stage takes the mean (a what-if)."""
     p2p_takes_time: bool = True
-    """Whether messages between stages take bytes over bandwidth; false: no time."""
+    """True: a P2P message takes its bytes over the bandwidth. False: no time (a what-if)."""
     link_speed_factor: float = 1.0
-    """Factor on the pace of every link, for what-ifs."""
+    """Factor on the bandwidth of every link, for what-ifs."""
     p2p_seconds: float | None = None
-    """Of a message between stages, for what-ifs; None: bytes over bandwidth."""
+    """Seconds of a P2P message, for what-ifs; None: bytes over bandwidth."""
     slowdown_by_pp_rank: tuple[tuple[int, float], ...] = ()
-    """Pipeline ranks that take longer by a factor, for what-ifs; negative ranks count from the last."""
+    """(pipeline rank, time factor) pairs, for what-ifs; negative ranks count from the last."""
 
     @property
     def high_precision_bytes(self) -> int:
-        """Bytes of an element outside of FP8 products."""
+        """Bytes of one element outside FP8 GEMMs."""
         return max(2, self.precision.element_bytes)
 
     @property
     def recompute_name(self) -> str:
-        """The file of conf/recompute with this policy, the one part it keeps, or those it makes again."""
+        """Name of the file in conf/recompute with this policy, else the one module it keeps or those it recomputes."""
         known = {RECOMPUTE_NOTHING: "nothing", RECOMPUTE_DEEPSEEK_V3: "deepseek_v3", RECOMPUTE_EVERYTHING: "everything"}
         if len(kept := RECOMPUTE_EVERYTHING - self.recompute) == 1:
             return f"everything but {min(kept)}"
@@ -110,18 +112,18 @@ class ForecastRecipe:
 
     @property
     def exchange_name(self) -> str:
-        """Name and formats of its four operations."""
+        """Name of the token dispatcher, and the wire formats of its four operations."""
         exchange = self.exchange
         formats = exchange.dispatch, exchange.combine, exchange.combine_backward, exchange.dispatch_backward
         return " ".join((exchange.name, *formats))
 
     def problems(self, sms: int | None, expert_ranks: int) -> Iterator[Problem]:
-        """What is impossible about these values on a GPU with so many SMs and over so many expert-parallel ranks."""
+        """Yield the values that a GPU with `sms` SMs and `expert_ranks` expert-parallel ranks cannot have."""
         if sms is not None and not 0 <= self.comm_sms < sms:
             yield Problem("--comm-sms", self.comm_sms, f"must be at least 0 and less than the {sms} SMs of a GPU")
         elif sms is not None and expert_ranks > 1 and self.comm_sms < MIN_COMM_SMS:
-            hint = f"must be at least {MIN_COMM_SMS}: {expert_ranks} expert-parallel ranks exchange, and no published "
-            yield Problem("--comm-sms", self.comm_sms, f"{hint}exchange takes fewer")
+            hint = f"must be at least {MIN_COMM_SMS}: no published all-to-all uses fewer SMs"
+            yield Problem("--comm-sms", self.comm_sms, f"{hint} (here over {expert_ranks} ranks)")
         for name in ("skew", "jitter", "fragmentation"):
             if self.__dict__[name] < 0:
                 yield Problem(f"--{name}", self.__dict__[name], "must be at least 0")

@@ -1,7 +1,7 @@
-"""A whole run in GPU-hours and dollars: batch ramp, steady batch, failures, and what came after in DeepSeek's run.
+"""Cost of a whole run in GPU-hours: batch ramp, full batch, failures, and the later phases of DeepSeek's run.
 
-What is illegal on the grid is explained with the nearest legal numbers; what cannot be simulated stands at its
-published cost and is marked so.
+A batch that the layout cannot run is reported with the nearest legal one. Phases that cannot be simulated have their
+published cost and are marked `published`.
 
 Failures follow Young's and Daly's first-order model: with a failure every M seconds, a checkpoint every t seconds that
 blocks for d and a restart that takes r, the lost share is d/t + t/(2 M) + r/M, least at t = sqrt(2 d M).
@@ -23,12 +23,12 @@ from .recipe import MIN_COMM_SMS, ForecastRecipe
 
 SIMULATED = "simulated"
 _RAMP_POINTS = 3
-"""Batches of the ramp that are simulated; between them a step's time is taken to be linear in its micro-batches."""
+"""Simulated batch sizes of the ramp; between them step time is taken as linear in the number of micro-batches."""
 
 
 @dataclass(frozen=True)
 class RunPhaseCost:
-    """One phase of a run."""
+    """Cost of one phase of a run."""
 
     name: str
     gpu_hours: float
@@ -39,7 +39,7 @@ class RunPhaseCost:
 
 @dataclass(frozen=True)
 class ContextExtensionPhase:
-    """A phase of context extension (report §4.3)."""
+    """Phase of context extension (report §4.3)."""
 
     sequence_length: int
     global_batch: int
@@ -58,10 +58,10 @@ def estimate_phase_costs(
     batch_ramp: BatchRamp,
     include_published_phases: bool,
 ) -> list[RunPhaseCost]:
-    """The cost of each phase of a run in this layout; pre-training takes `tokens` in `batches`.
+    """Estimate the cost of each phase of a run in this layout; pre-training takes `tokens` with `batch_ramp`.
 
-    `published`: of DeepSeek-V3's run, whose later phases are known too. Raises `ConfigError` for a batch size that the
-    layout cannot run.
+    `include_published_phases` adds the later phases of DeepSeek-V3's run at their published cost. Raises `ConfigError`
+    for a batch size that the layout cannot run.
     """
     _refuse_illegal(layout, batch_ramp)
     phases, full = [], batch_ramp.levels[-1]
@@ -78,28 +78,28 @@ def estimate_phase_costs(
 
 
 def _refuse_illegal(layout: ParallelLayout, batches: BatchRamp) -> None:
-    """The price of a step that cannot be taken is no one's to know."""
+    """Raise `ConfigError` for a batch size of the ramp that the layout cannot run."""
     for level in batches.levels:
-        note = _batch_note(layout, level.batch_size)
+        note = batch_size_problem(layout, level.batch_size)
         if note is not None:
             raise ConfigError([Problem("batch of a step", level.batch_size, note)])
 
 
 def _published(layout: ParallelLayout) -> Iterator[RunPhaseCost]:
-    """What DeepSeek's run did after pre-training, at what it has cost there."""
+    """Yield DeepSeek's phases after pre-training, at their published cost."""
     reasons = [context_extension_problem(layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
-    note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which this runtime has not"])
+    note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which is not supported"])
     yield RunPhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
     yield RunPhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
 
 
 def pretraining_gpu_hours(phases: Iterable[RunPhaseCost]) -> float:
-    """GPU-hours of what was simulated: pre-training with its ramp."""
+    """Return the GPU-hours of the simulated phases: pre-training with its batch ramp."""
     return sum(phase.gpu_hours for phase in phases if phase.evidence == SIMULATED)
 
 
 def format_significant(number: float) -> str:
-    """Whole from 100 on, else three digits that say something."""
+    """Format a number with three significant digits, or as an integer from 100 on."""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
@@ -113,9 +113,11 @@ def _scaled(tokens: float) -> str:
 def _ramp_hours(
     forecaster: StepForecaster, layout: ParallelLayout, recipe: ForecastRecipe, batches: BatchRamp, tokens: int
 ) -> float:
-    """Of the first `tokens`, which steps of the ramp take."""
+    """Return the GPU-hours of the ramp, the first `tokens`."""
     share = layout.topology.dp * layout.micro_batch_size
     counts = [level.batch_size // share for level in batches.levels]
+    # A pipeline's step is a constant (fill and drain) plus a time per micro-batch, so few points suffice; a full
+    # simulation per level would cost one for each batch size between 3,072 and 15,360 sequences.
     points = sorted({counts[k * (len(counts) - 1) // (_RAMP_POINTS - 1)] for k in range(_RAMP_POINTS)})
     times = {count: forecaster.forecast(layout, recipe, count * share).step_seconds for count in points}
 
@@ -133,16 +135,16 @@ def _ramp_hours(
 
 
 def context_extension_problem(layout: ParallelLayout, phase: ContextExtensionPhase) -> str | None:
-    """Why a long phase is illegal on this grid, and the nearest legal batch; None if it is legal."""
-    note = _batch_note(layout, phase.global_batch)
+    """Return why a phase of long sequences is illegal in this layout, with the nearest legal batch; None if legal."""
+    note = batch_size_problem(layout, phase.global_batch)
     return None if note is None else f"{phase.sequence_length // 1024} K: {note}"
 
 
-def _batch_note(layout: ParallelLayout, sequences: int) -> str | None:
-    """Why a step cannot take so many, and the nearest number that it can; None if it can."""
+def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:
+    """Return why a step of `sequences` is illegal in this layout, with the nearest legal number; None if legal."""
     share = layout.topology.dp * layout.micro_batch_size
     count = sequences / share
-    where = f"{sequences:,} sequences are {count:g} micro-batches of {share}"
+    where = f"{sequences:,} sequences = {count:g} micro-batches of {share}"
     if sequences % share:
         why = "not a whole number"
     elif any(schedule_problems(layout.schedule, layout.topology.pp, int(count), layout.chunks_per_rank)):
@@ -155,7 +157,7 @@ def _batch_note(layout: ParallelLayout, sequences: int) -> str | None:
 
 @dataclass(frozen=True)
 class WhatIfStep:
-    """A changed input and the step it would give."""
+    """A changed input, and the step time with it."""
 
     name: str
     step_seconds: float
@@ -165,7 +167,10 @@ class WhatIfStep:
 def sensitivity_analysis(
     forecaster: StepForecaster, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
 ) -> list[WhatIfStep]:
-    """What a change of one input would do to a step. Where phases were timed whole, some inputs change nothing."""
+    """Forecast the step with one input changed at a time.
+
+    A table of whole phases depends on fewer inputs, so its list is shorter.
+    """
     changes: dict[str, ForecastRecipe] = {}
     if layout.topology.pp > 1:
         changes["first and last pipeline rank 8 % slower"] = replace(
@@ -174,13 +179,13 @@ def sensitivity_analysis(
     if layout.topology.world_size > layout.topology.gpus_per_node:
         changes["nodes that differ by 1.4 % (standard deviation)"] = replace(recipe, jitter=0.014)
     if not forecaster.chunk_time_model(layout, recipe).compute_model.table.measured_recipe:
-        changes["+10 % pace of every link"] = replace(recipe, link_speed_factor=recipe.link_speed_factor * 1.1)
-        changes["experts' rows 20 % above the mean on every rank's critical path"] = replace(recipe, skew=0.2)
+        changes["+10 % bandwidth of every link"] = replace(recipe, link_speed_factor=recipe.link_speed_factor * 1.1)
+        changes["expert load 20 % above the mean on every critical path"] = replace(recipe, skew=0.2)
     if recipe.comm_sms > MIN_COMM_SMS and layout.topology.ep > 1:
-        # Nothing says how the pace of an exchange depends on its SMs: these are the ends of what it may be.
-        lent = f"{MIN_COMM_SMS} instead of {recipe.comm_sms} SMs lent"
+        # No source gives all-to-all bandwidth by number of SMs: these two are the extremes.
+        lent = f"{MIN_COMM_SMS} instead of {recipe.comm_sms} SMs reserved for communication"
         few = replace(recipe, comm_sms=MIN_COMM_SMS)
-        changes[f"{lent}, exchanges as fast (DeepEP V2 with 32 ranks)"] = few
+        changes[f"{lent}, all-to-alls as fast (DeepEP V2 on 32 ranks)"] = few
         changes[f"{lent}, links slower in proportion"] = replace(
             few, link_speed_factor=recipe.link_speed_factor * MIN_COMM_SMS / recipe.comm_sms
         )
@@ -196,24 +201,25 @@ GPU_HOURS_BETWEEN_FAILURES = 16_384 * 54 * 24 / 419
 
 @dataclass(frozen=True)
 class FailureModel:
-    """Inputs, all of them to be replaced by those of the cluster at hand. The last two are assumed."""
+    """Failure and checkpoint times of a cluster. The last two defaults are assumed."""
 
     gpu_hours_between_failures: float = GPU_HOURS_BETWEEN_FAILURES
     checkpoint_seconds: float = 10.0
-    """For which a checkpoint blocks the step."""
+    """Seconds for which a checkpoint blocks the step."""
     restart_seconds: float = 600.0
-    """From a failure to the next step, without the steps that are run again."""
+    """Seconds from a failure to the next step, without the repeated steps."""
 
     def mean_seconds_between_failures(self, gpus: int) -> float:
-        """M, of a run on so many GPUs."""
+        """Return M, the mean seconds between failures of a run on `gpus` GPUs."""
         return self.gpu_hours_between_failures * 3600 / gpus
 
     def best_checkpoint_interval(self, gpus: int) -> float:
-        """Seconds between checkpoints that lose least."""
+        """Return the seconds between checkpoints that lose least time."""
         return math.sqrt(2 * self.checkpoint_seconds * self.mean_seconds_between_failures(gpus))
 
     def effective_training_share(self, gpus: int) -> float:
-        """Of the allocated time, what is spent on steps that stay, with the best interval."""
+        """Return the share of allocated time spent on kept steps, with the best checkpoint interval."""
         mean, interval = self.mean_seconds_between_failures(gpus), self.best_checkpoint_interval(gpus)
+        # First order: exact only while an interval is much shorter than M. Above 1 nothing would be kept.
         lost = self.checkpoint_seconds / interval + interval / (2 * mean) + self.restart_seconds / mean
         return max(0.0, 1 - lost)

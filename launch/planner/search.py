@@ -1,4 +1,4 @@
-"""Every layout of a model on a cluster: illegal, too big, simulated, or excluded by a bound."""
+"""Search over the layouts of a model on a cluster: each is illegal, out of memory, simulated or pruned by a bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_EVERYTHING, RECOMPUTE_NOTHI
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched. Powers of two divide a cluster of whole nodes."""
+    """Values that the search combines."""
 
     gpus: int
     gpus_per_node: int
@@ -33,7 +33,9 @@ class SearchSpace:
     precisions: tuple[GemmPrecision, ...] = (GemmPrecision.FP8, GemmPrecision.BF16)
 
     def candidates(self, recipe: ForecastRecipe) -> Iterator[tuple[ParallelLayout, ForecastRecipe]]:
-        """Every combination, legal or not; `recipe` says what is not searched."""
+        """Yield every combination, legal or not; `recipe` gives the values that are not searched."""
+        # Only powers of two: they divide nodes of 8 GPUs and V3's 256 experts. Layouts such as pp 14 x edp 9 x ep 16 on
+        # 2,016 GPUs, which would fit, are not found.
         for pp, ep in product(_powers(self.gpus), _powers(self.gpus)):
             if pp * ep > self.gpus or self.gpus % (pp * ep):
                 continue
@@ -50,26 +52,26 @@ def _powers(limit: int) -> list[int]:
 
 @dataclass
 class SearchResult:
-    """The best layouts, and what has become of all others."""
+    """The best layouts, and the number of others by outcome."""
 
     best_forecasts: list[StepForecast] = field(default_factory=list)
-    """Fastest first."""
+    """Best layouts, fastest first."""
     considered: int = 0
     illegal: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Number of illegal layouts by reason."""
     out_of_memory: Counter[str] = field(default_factory=Counter)
-    """By what takes most of the memory."""
+    """Number of layouts that do not fit, by the largest part of their memory."""
     missing_figures: Counter[str] = field(default_factory=Counter)
-    """By what the cluster does not say."""
+    """Number of layouts without a price, by the cluster figure that is missing."""
     simulated: int = 0
     pruned: int = 0
-    """By their lower bound."""
+    """Number of layouts whose lower bound exceeds the slowest of `best_forecasts`."""
     smallest_pruned_bound: float | None = None
-    """The smallest of these bounds, in seconds a step: above the slowest of `best`."""
+    """Smallest bound of a pruned layout, in seconds per step."""
     search_seconds: float = 0.0
-    """Of the search."""
+    """Wall-clock seconds of the search."""
     simulation_cpu_seconds: float = 0.0
-    """Of the processor, in full simulations; programs are built once and for several of them."""
+    """CPU seconds of the full simulations, without building programs, which several layouts share."""
 
 
 def search_layouts(
@@ -81,13 +83,14 @@ def search_layouts(
     exhaustive: bool = False,
     find_refusal: Callable[[ParallelLayout, ForecastRecipe], str | None] = lambda layout, recipe: None,
 ) -> SearchResult:
-    """The `keep` (at least 1) fastest layouts that are legal and fit. With `exhaustive` nothing is excluded by a bound.
+    """Return the `max_results` (at least 1) fastest layouts that are legal and fit; with `exhaustive` none is pruned.
 
-    `refusal`: why the run itself would be refused in a layout, None where it would not.
+    `find_refusal` returns why `train` would refuse a layout, or None.
     """
     began = time.perf_counter()
-    result, open_ones = SearchResult(), []
+    result, priced = SearchResult(), []
     for layout, recipe in candidates:
+        # In order of cost: legality is arithmetic, memory replays the program, and only the rest gets a bound.
         result.considered += 1
         try:
             if reason := find_layout_problem(forecaster, layout, global_batch) or find_refusal(layout, recipe):
@@ -95,17 +98,18 @@ def search_layouts(
             elif reason := find_memory_problem(forecaster, layout, recipe, global_batch):
                 result.out_of_memory[reason] += 1
             else:
-                open_ones.append((forecaster.step_seconds_lower_bound(layout, recipe, global_batch), layout, recipe))
+                priced.append((forecaster.step_seconds_lower_bound(layout, recipe, global_batch), layout, recipe))
         except ConfigError as refused:
             result.missing_figures[_unknown(refused)] += 1
-    open_ones.sort(key=lambda entry: entry[0])
-    for number, (bound, layout, recipe) in enumerate(open_ones):
+    # Sorted by bound, the first bound above the slowest kept layout proves that no later layout can be better.
+    priced.sort(key=lambda entry: entry[0])
+    for number, (bound, layout, recipe) in enumerate(priced):
         if (
             not exhaustive
             and len(result.best_forecasts) >= max_results
             and bound > result.best_forecasts[-1].step_seconds
         ):
-            result.pruned = len(open_ones) - number
+            result.pruned = len(priced) - number
             result.smallest_pruned_bound = bound
             break
         forecaster.cache_program(layout, global_batch)
@@ -128,10 +132,11 @@ def _unknown(refused: ConfigError) -> str:
 
 
 def find_layout_problem(forecaster: StepForecaster, layout: ParallelLayout, global_batch: int) -> str | None:
-    """Why a layout cannot be, in a few words that many share; None if it can."""
+    """Return why a layout is illegal, in one of a few phrases that are counted; None if it is legal."""
     topology, model = layout.topology, forecaster.model
     if model.n_routed_experts % topology.ep:
         return "experts do not divide over ep"
+    # Node-limited routing assigns whole groups of experts to nodes (report §2.1.2), so each node needs equally many.
     if model.n_routed_experts % max(1, topology.nodes_per_ep_group):
         return "experts do not divide over nodes"
     if any(True for _ in topology.problems()):
@@ -150,10 +155,11 @@ def find_layout_problem(forecaster: StepForecaster, layout: ParallelLayout, glob
 def find_memory_problem(
     forecaster: StepForecaster, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
 ) -> str | None:
-    """What takes most of the memory of a layout that does not fit; None if it does."""
+    """Return the largest part of the memory of a layout that does not fit; None if it fits."""
     limit = forecaster.cluster.memory_gb
     assert limit is not None
     limit *= 1e9
+    # A sum over parameters; the simulation of activations below needs the whole program.
     static = forecaster.static_memory_bytes(layout, recipe)
     if static > limit:
         return "weights, gradients and optimizer alone"

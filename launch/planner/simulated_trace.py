@@ -1,4 +1,4 @@
-"""A simulated step in the runtime's trace vocabulary, for Perfetto beside a real one."""
+"""A simulated step as a Chrome trace with the runtime's names, to compare with a real one in Perfetto."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stream_simulation import ChunkTimeModel
 
 
 def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeModel) -> None:
-    """Write one column of the grid, a rank of each pipeline rank: instructions, waits, and both lanes inside them."""
+    """Write the trace of one rank per pipeline rank: instructions, waits, and the compute and exchange streams."""
     events = [
         event
         for rank in range(len(forecast.time_terms_by_rank))
@@ -25,23 +25,22 @@ def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeMo
 
 
 def _spans(forecast: StepForecast, costs: ChunkTimeModel, rank: int) -> Iterator[Span]:
-    replay = forecast.program_times
+    times = forecast.program_times
     now = 0.0
-    rows = replay.program.instructions[rank], replay.start_times[rank], replay.end_times[rank]
+    rows = times.program.instructions[rank], times.start_times[rank], times.end_times[rank]
     for entry, start, end in zip(*rows, strict=True):
         if start > now:
             yield _span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", now, start)
         yield _span(TimelineTrack.INSTRUCTION, entry.op.value, str(entry), start, end)
-        yield from _lanes(forecast, costs, rank, entry, start, end)
+        yield from _stream_spans(forecast, costs, rank, entry, start, end)
         now = end
-    reduced = (
-        replay.makespan + forecast.exposed_collective_seconds
-    )  # behind its last instruction a rank waits for all others
+    # After its last instruction a rank waits for all others: the gradient norm is a sum over all ranks.
+    reduced = times.makespan + forecast.exposed_collective_seconds
     yield _span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT, "", now, reduced)
     yield _span(TimelineTrack.INSTRUCTION, OPTIMIZER, "", reduced, forecast.step_seconds)
 
 
-def _lanes(
+def _stream_spans(
     forecast: StepForecast, costs: ChunkTimeModel, rank: int, entry: Instruction, start: float, end: float
 ) -> Iterator[Span]:
     placement = forecast.program_times.program.placement
@@ -49,11 +48,10 @@ def _lanes(
         None if work is None else forecast.stage_shapes[placement.stage_at(StageLocation(rank, work.chunk))]
         for work in (entry.forward, entry.backward)
     )
-    lanes = costs.simulate_instruction(entry.op.value, forward, backward)
-    scale = (
-        (end - start) / lanes.elapsed_seconds if lanes.elapsed_seconds else 0.0
-    )  # a slowed rank's lanes are stretched
-    for span in lanes.spans:
+    streams = costs.simulate_instruction(entry.op.value, forward, backward)
+    # The streams are simulated at nominal speed; a rank that is slowed (--jitter, what-ifs) stretches them.
+    scale = (end - start) / streams.elapsed_seconds if streams.elapsed_seconds else 0.0
+    for span in streams.spans:
         yield _span(span.track, span.name, str(entry), start + span.begin * scale, start + span.end * scale)
 
 

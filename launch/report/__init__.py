@@ -1,1 +1,1 @@
-"""`shoestring report`: what a run was, as one self-contained page. A file a section."""
+"""Report of a run as one self-contained HTML page, one file per section."""

@@ -1,4 +1,4 @@
-"""What a section of a report is made of. page.html says how each looks."""
+"""Blocks of a report's sections; page.html renders them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A sentence or two."""
+    """Paragraph of text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class MissingDataNotice:
-    """What is not there, said in its place, and how the next run records it."""
+    """Notice in the place of data that is missing, with a hint how the next run records it."""
 
     text: str
     hint: str = ""
@@ -25,24 +25,24 @@ class MissingDataNotice:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """An entry of a legend."""
+    """Entry of a legend."""
 
     name: str
     style: str
-    """Class of its color."""
+    """Style class of its color."""
     value: str = ""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its heading."""
+    """Picture with a heading."""
 
     title: str
     picture: Markup
     legend: Sequence[LegendEntry] = ()
     note: str = ""
     is_wide: bool = False
-    """Whether it keeps its size and scrolls, instead of shrinking to the page."""
+    """True: the picture keeps its size and scrolls. False: it shrinks to the page."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class BarSegment:
-    """Of a bar."""
+    """Segment of a stacked bar."""
 
     name: str
     share: float
@@ -65,7 +65,7 @@ class BarSegment:
 
 @dataclass(frozen=True)
 class StackedBar:
-    """A whole, split."""
+    """Stacked bar of shares of a whole."""
 
     title: str
     segments: Sequence[BarSegment]
@@ -73,31 +73,31 @@ class StackedBar:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Of a table."""
+    """Row of a table."""
 
     cells: Sequence[str]
     style: str = ""
-    """Class of the color that its first cell shows; none if empty."""
+    """Style class of the color in its first cell; empty: none."""
     is_total: bool = False
 
 
 @dataclass(frozen=True)
 class TableBlock:
-    """Columns of words, and of numbers."""
+    """Table of text and numbers."""
 
     headings: Sequence[str]
     rows: Sequence[TableRow]
     right_aligned_columns: frozenset[int] = frozenset()
-    """Columns that are aligned to the right."""
+    """Indices of right-aligned columns."""
     title: str = ""
     note: str = ""
     is_collapsed: bool = False
-    """Whether it is shown only to who asks."""
+    """True: shown only when it is opened."""
 
 
 @dataclass(frozen=True)
 class PreformattedText:
-    """Text as it is."""
+    """Preformatted text."""
 
     title: str
     text: str
@@ -105,7 +105,7 @@ class PreformattedText:
 
 @dataclass(frozen=True)
 class ConfigurationBlock:
-    """The configuration: of each group its keys and values."""
+    """Configuration: (group, its keys and values)."""
 
     groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
@@ -117,7 +117,7 @@ Block = (
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the page."""
+    """Section of the page."""
 
     anchor: str
     title: str
@@ -126,7 +126,7 @@ class PageSection:
 
 @dataclass(frozen=True)
 class HeadlineCard:
-    """A figure of the headline."""
+    """Main figure of a run."""
 
     name: str
     value: str
@@ -136,16 +136,16 @@ class HeadlineCard:
 
 @dataclass(frozen=True)
 class ReportPage:
-    """All of it."""
+    """Whole page."""
 
     title: str
     state: str
-    """In a word."""
+    """State of the run."""
     state_style: str
     header_lines: Sequence[str]
     cards: Sequence[HeadlineCard]
     sections: Sequence[PageSection] = field(default_factory=tuple)
     created_at: str = ""
-    """When."""
+    """Time at which the page was made."""
     version: str = ""
-    """Of Shoestring, which made it."""
+    """Version of Shoestring that made the page."""

@@ -1,4 +1,4 @@
-"""What the run has cost: how its budget went down, and where the time went."""
+"""Budget section of a report: cost over steps, and time by category."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ _TERM_STYLES = {
 
 
 def budget_section(record: RunRecord) -> PageSection:
-    """Burn-down, buckets, terms, and the published run beside."""
+    """Return the section: burn-down, buckets, terms, and a comparison with DeepSeek-V3."""
     blocks: list[Block] = [*_burn_down(record)]
     if record.summary is None:
         blocks.append(
             MissingDataNotice(
-                f"No bill: {record.no_summary_reason}", "The launcher of a run and its rank 0 keep a ledger."
+                f"No cost figures: {record.no_summary_reason}", "The launcher and rank 0 of a run write the ledger."
             )
         )
     else:
-        blocks += [*_buckets(record.summary), *_terms(record.summary), _beside(record.summary)]
+        blocks += [*_buckets(record.summary), *_terms(record.summary), _comparison(record.summary)]
     return PageSection("budget", "Budget", blocks)
 
 
 def _burn_down(record: RunRecord) -> Iterator[Block]:
     left, total = record.metric_points("budget_left"), record.total_steps
     if not left or total is None:
-        yield MissingDataNotice("No burn-down: no step has told what is left of the budget.", "")
+        yield MissingDataNotice("No burn-down: no step has logged the budget left.", "")
         return
     budget = left[0][1]
-    if record.summary is not None:  # which knows of evaluations and waiting after the last step that was told of
+    if record.summary is not None:  # includes evaluations and waits after the last logged step
         budget = record.summary.budget_gpu_hours
         left.append((left[-1][0], budget - record.summary.gpu_hours))
     step, now = left[-1]
     series = [
-        Series("spending evenly", [(0.0, budget), (float(total), 0.0)], "c5", is_dashed=True),
+        Series("even spending", [(0.0, budget), (float(total), 0.0)], "c5", is_dashed=True),
         Series("left", left, "c1"),
     ]
     projected, spent = record.last_value("projected_gpu_hours"), record.last_value("gpu_hours")
@@ -88,16 +88,16 @@ def _burn_down(record: RunRecord) -> Iterator[Block]:
     )
     picture = plot.svg()
     if picture is not None:
-        note = "Above the dashed line the run costs less than its budget, below it more."
+        note = "Above the dashed line the run spends less than its budget, below it more."
         yield Figure("GPU-hours left of the budget, over optimizer steps", picture, plot.legend(), note)
 
 
 def _buckets(summary: LedgerSummary) -> Iterator[Block]:
     meanings = {
-        "productive": f"{summary.steps_retained:,} steps in the weights",
+        "productive": f"time in the {summary.steps_retained:,} steps kept",
         "rolled_back": "steps undone by a crash",
         **LEDGER_BUCKETS,
-        "unattributed": "charged to nothing",
+        "unattributed": "time in no other category",
     }
     spent = {
         "productive": summary.productive_ms,
@@ -109,43 +109,44 @@ def _buckets(summary: LedgerSummary) -> Iterator[Block]:
     some = {name: gpu_ms for name, gpu_ms in spent.items() if gpu_ms}
     yield _bar("Where the time went", some, whole, _STYLES)
     lines = [_line(name, some[name], whole, meanings[name], _STYLES[name]) for name in some]
-    launches = "1 launch" if summary.num_attempts == 1 else f"{summary.num_attempts} launches"
+    attempts = "1 attempt" if summary.num_attempts == 1 else f"{summary.num_attempts} attempts"
     total = TableRow(
-        ("allocated", format_gpu_hours(to_gpu_hours(summary.allocated_ms)), "100 %", f"all of it, in {launches}"),
+        ("allocated", format_gpu_hours(to_gpu_hours(summary.allocated_ms)), "100 %", f"total of {attempts}"),
         is_total=True,
     )
-    nothing = ", ".join(name.replace("_", " ") for name in spent if name not in some)
-    note = f"Nothing went to {nothing}." if nothing else ""
+    nothing = ", ".join(term_label(name) for name in spent if name not in some)
+    note = f"No time: {nothing}." if nothing else ""
     if summary.inherited_ms:
-        note += f" {format_gpu_hours(to_gpu_hours(summary.inherited_ms))} GPU-hours more were inherited with the checkpoint."
+        inherited = format_gpu_hours(to_gpu_hours(summary.inherited_ms))
+        note += f" {inherited} GPU-hours more are inherited from the initial checkpoint."
     yield _table([*lines, total], note)
 
 
 def _terms(summary: LedgerSummary) -> Iterator[Block]:
     if not summary.gpu_ms_by_term:
-        hint = "A run looks closely at its second step and at one in telemetry.terms_every."
-        yield MissingDataNotice("What steps are made of is not recorded: no step was looked at closely.", hint)
+        hint = "A run samples step 2 and every telemetry.terms_every steps."
+        yield MissingDataNotice("No step time breakdown: no step was sampled.", hint)
         return
     whole = max(1, summary.productive_ms)
     some = {name: gpu_ms for name, gpu_ms in summary.gpu_ms_by_term.items() if gpu_ms}
-    yield _bar("What steps are made of", some, whole, _TERM_STYLES)
+    yield _bar("Where a step goes", some, whole, _TERM_STYLES)
     lines = [_line(name, some[name], whole, TERM_MEANINGS[name], _TERM_STYLES[name]) for name in some]
-    looks = "1 step" if summary.sampled_steps == 1 else f"{summary.sampled_steps} steps"
-    yield _table(lines, f"Of productive time, from {looks} looked at on all ranks.")
+    samples = "1 step" if summary.sampled_steps == 1 else f"{summary.sampled_steps} steps"
+    yield _table(lines, f"Share of productive time, from {samples} sampled on all ranks.")
     meanings = TERM_MEANINGS | PAPER_TERM_MEANINGS
     view = [
         _line(name, gpu_ms, whole, meanings[name], "")
         for name, gpu_ms in summary.gpu_ms_by_paper_term.items()
         if gpu_ms
     ]
-    yield _table(view, "", title="Under the names of DeepSeek's report", is_folded=True)
+    yield _table(view, "", title="In the terms of the DeepSeek-V3 report", is_folded=True)
 
 
-def _beside(summary: LedgerSummary) -> TableBlock:
+def _comparison(summary: LedgerSummary) -> TableBlock:
     rate = summary.gpu_hours_per_trillion_tokens
     lines = [
         (
-            "a trillion retained tokens",
+            "per trillion tokens",
             "–" if rate is None else f"{rate:,.0f}",
             f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
             "–" if rate is None else _ratio(rate / PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
@@ -160,9 +161,14 @@ def _beside(summary: LedgerSummary) -> TableBlock:
                 (phase.replace("_", " "), format_gpu_hours(spent), f"{published:,}", _ratio(spent / published))
             )
     whole = PUBLISHED_TOTAL_GPU_HOURS
-    lines.append(("all", format_gpu_hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
-    heads = ("GPU-hours of", "this run", "DeepSeek-V3", "this of that")
-    return TableBlock(heads, [TableRow(cells) for cells in lines], frozenset({1, 2, 3}), "Beside DeepSeek-V3, on H800")
+    lines.append(("total", format_gpu_hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
+    heads, title = ("GPU-hours", "this run", "DeepSeek-V3", "ratio"), "Compared with DeepSeek-V3 on H800"
+    return TableBlock(heads, [TableRow(cells) for cells in lines], frozenset({1, 2, 3}), title)
+
+
+def term_label(name: str) -> str:
+    """Return the label of a term or bucket: `exposed_all_to_all` is "exposed all-to-all"."""
+    return name.replace("all_to_all", "all-to-all").replace("_", " ")
 
 
 def _ratio(share: float) -> str:
@@ -171,16 +177,16 @@ def _ratio(share: float) -> str:
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> StackedBar:
     return StackedBar(
-        title, [BarSegment(name.replace("_", " "), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
+        title, [BarSegment(term_label(name), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
     )
 
 
 def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> TableRow:
     return TableRow(
-        (name.replace("_", " "), format_gpu_hours(to_gpu_hours(gpu_ms)), format_percent(gpu_ms / whole), meaning), style
+        (term_label(name), format_gpu_hours(to_gpu_hours(gpu_ms)), format_percent(gpu_ms / whole), meaning), style
     )
 
 
 def _table(lines: list[TableRow], note: str, *, title: str = "", is_folded: bool = False) -> TableBlock:
-    heads = ("spent on", "GPU-hours", "share", "what it is")
+    heads = ("category", "GPU-hours", "share", "meaning")
     return TableBlock(heads, lines, frozenset({1, 2}), title, note, is_folded)

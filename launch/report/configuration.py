@@ -1,4 +1,4 @@
-"""Everything that was configured, by group."""
+"""Configuration section of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .run_record import RunRecord
 
 
 def configuration_section(record: RunRecord) -> PageSection:
-    """Of the last launch."""
+    """Return the section with the configuration of the last attempt, by group."""
     if not record.config:
         return PageSection(
             "configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.", "")]

@@ -1,4 +1,4 @@
-"""How evenly experts were used."""
+"""Expert load section of a report."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _SHADES = (
 
 
 def expert_load_section(record: RunRecord) -> PageSection:
-    """Maximum violation over steps, and a heat map of each routed layer."""
+    """Return the section: expert imbalance over steps, and a heat map per MoE layer."""
     return PageSection("experts", "Expert load", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
     names = dict.fromkeys(key for event in record.step_events for key in event.values if key.startswith(_PREFIX))
     if not names:
-        why = "no step has been told of yet" if not record.step_events else "the model has no routed experts"
+        why = "no step is logged yet" if not record.step_events else "the model has no routed experts"
         yield MissingDataNotice(f"No expert load: {why}.", "")
         return
     yield from _violations(record)
     maps = [figure for name in names if (figure := _map(record, name)) is not None]
-    yield FigureRow(maps, "Load of each expert (a row) at each step that was told of (a column)", _SHADES)
+    yield FigureRow(maps, "Expert load per logged step", _SHADES)
 
 
 def _violations(record: RunRecord) -> Iterator[Block]:
@@ -44,7 +44,7 @@ def _violations(record: RunRecord) -> Iterator[Block]:
     plot = Plot([each for each in series if any(y for _, y in each.points)], height=190, y_axis_from_zero=True)
     picture = plot.svg()
     if picture is not None:
-        title = "Maximum violation, worst layer: the fullest over the mean, minus 1"
+        title = "Expert imbalance, worst layer (max load ÷ mean − 1)"
         yield Figure(title, picture, plot.legend())
 
 
@@ -54,12 +54,12 @@ def _map(record: RunRecord, name: str) -> Figure | None:
     if not columns:
         return None
     layer, last = name.removeprefix(_PREFIX), columns[-1]
-    picture = heat_map(columns, f"load of {len(last)} experts of {layer}")
+    picture = heat_map(columns, f"load of the {len(last)} experts of {layer}")
     return Figure(layer.replace("_", " "), picture, (), _words(last))
 
 
 def _words(loads: Sequence[float]) -> str:
-    """The last step in words."""
+    """Describe the last step's loads."""
     mean = sum(loads) / len(loads)
     if not mean or not math.isfinite(mean):
         return ""

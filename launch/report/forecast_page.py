@@ -1,4 +1,4 @@
-"""A forecast as one self-contained HTML page: figures, the timeline of all ranks, the memory of each."""
+"""Forecast as one self-contained HTML page: figures, timeline of all ranks, memory per rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ _STYLE = (
     "table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid #d5d9de}"
     "td.n{text-align:right}.wide{overflow-x:auto}"
 )
-_PARTS = {
+MEMORY_LABELS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "deferred": "delayed wgrad",
+    "working": "workspace",
+    "fixed": "outside allocator",
+}
+"""Labels of the parts of `MemoryForecast`."""
+_COLORS = {
     "weights": "#4a78b5",
     "gradients": "#2f8f83",
     "optimizer": "#a38cc6",
@@ -25,14 +35,14 @@ _PARTS = {
 
 
 def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
-    """The page. `memory_gb` is what a GPU has."""
+    """Return the page; `memory_gb` is the capacity of one GPU."""
     figures = {
         "step": f"{forecast.step_seconds:.3f} s",
         "throughput": f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
         "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, {forecast.peak_bytes_with_fragmentation / 1e9:.1f} with "
-        f"fragmentation, of {memory_gb:g}",
-        "limited by": forecast.bottleneck,
+        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, "
+        f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f} with fragmentation, of {memory_gb:g}",
+        "bottleneck": forecast.bottleneck,
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
     view = "".join(
@@ -43,7 +53,7 @@ def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
         f"<h1>{escape(title)}</h1><table>{rows}</table>"
         f"<h2>Where a step goes (seconds, mean over ranks)</h2><table>{view}</table>"
         f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.program_times, 'seconds')}</div>"
-        f"<h2>Memory by pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
+        f"<h2>Memory per pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
     )
 
 
@@ -55,9 +65,9 @@ def _memory_plot(forecast: StepForecast, memory_gb: float) -> Iterator[str]:
     for rank, memory in enumerate(forecast.memory_by_rank):
         x, y = 60.0, 10 + rank * step
         yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
-        for part, color in _PARTS.items():
+        for part, color in _COLORS.items():
             size = memory.__dict__[part] / 1e9 / most * width
-            label = f"{part}: {memory.__dict__[part] / 1e9:.1f} GB"
+            label = f"{MEMORY_LABELS[part]}: {memory.__dict__[part] / 1e9:.1f} GB"
             box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
             yield f'<rect {box} fill="{color}"><title>{label}</title></rect>'
             x += size
@@ -65,8 +75,8 @@ def _memory_plot(forecast: StepForecast, memory_gb: float) -> Iterator[str]:
     limit = 60 + memory_gb / most * width
     yield f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{total - 40}" stroke="#b3261e" stroke-dasharray="4 3"/>'
     x = 60
-    for part, color in _PARTS.items():
+    for part, color in _COLORS.items():
         yield f'<rect x="{x}" y="{total - 24}" width="12" height="12" fill="{color}"/>'
-        yield f'<text x="{x + 17}" y="{total - 13}">{part}</text>'
+        yield f'<text x="{x + 17}" y="{total - 13}">{MEMORY_LABELS[part]}</text>'
         x += 115
     yield "</svg>"

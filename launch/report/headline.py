@@ -1,4 +1,4 @@
-"""The first lines of a report: what it is of, and the figures that one asks for first."""
+"""Head of a report: facts about the run, and its main figures."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ UNKNOWN_VALUE = "–"
 
 
 def run_state(record: RunRecord) -> tuple[str, str]:
-    """How the run stands, in a word, and the class of that word's color."""
+    """Return the state of the run, and the style class of its color."""
     summary, stop = record.summary, record.last_event("stop")
     if summary is not None and summary.is_running:
-        return "running, or its launcher was killed", "busy"
+        return "running (or its launcher was killed)", "busy"
     if stop is None:
-        return ("not begun", "busy") if summary is None else ("ended by a fault", "bad")
+        return ("not started", "busy") if summary is None else ("failed", "bad")
     begun = record.last_event("run")
     if begun is not None and begun.time > stop.time:
-        return "ended by a fault", "bad"
+        return "failed", "bad"
     reason = str(stop.values.get("reason"))
     if reason == "done":
         return "done", "good"
-    return ("stopped" if reason.startswith("stopped") else "ended by a fault"), "bad"
+    return ("stopped" if reason.startswith("stopped") else "failed"), "bad"
 
 
 def header_lines(record: RunRecord) -> Iterator[str]:
-    """Lines below the title."""
+    """Yield the lines below the title."""
     run = record.last_event("run")
     if run is not None:
         values = run.values
         total, active = (format_si(parse_number(values.get(key)) or 0) for key in ("parameters", "active_parameters"))
-        yield f"{total} parameters, {active} active a token"
+        yield f"{total} parameters, {active} active per token"
         numbers = f"{values.get('compute_dtype')}{', Linears in FP8' if values.get('linear') == 'fp8' else ''}"
-        yield f"{values.get('ranks')} ranks on {values.get('device')}, computing in {numbers}"
+        yield f"{values.get('ranks')} ranks on {values.get('device')}, precision {numbers}"
     sizes = [f"{name} {record.config_value(f'topology.{name}')}" for name in ("pp", "edp", "ep")]
     if record.config_value("topology") is not None:
-        yield f"{', '.join(sizes)}; {record.config_value('schedule.name')}; exchange {record.config_value('exchange.name')}"
+        dispatcher = f"token dispatcher {record.config_value('exchange.name')}"
+        yield f"{', '.join(sizes)}; {record.config_value('schedule.name')}; {dispatcher}"
     if record.events:
         first, last = record.events[0].time, record.events[-1].time
-        began = datetime.fromtimestamp(first).astimezone().strftime("%-d %B %Y, %H:%M")
-        yield f"began {began}, {format_duration(last - first)} to its last word"
+        started = datetime.fromtimestamp(first).astimezone().strftime("%-d %B %Y, %H:%M")
+        yield f"started {started}, ran {format_duration(last - first)}"
 
 
 def headline_cards(record: RunRecord) -> list[HeadlineCard]:
-    """The headline."""
+    """Return the cards: loss, tokens, cost and throughput."""
     return [*_losses(record), _tokens(record), *_cost(record), _speed(record)]
 
 
@@ -61,20 +62,20 @@ def _losses(record: RunRecord) -> Iterator[HeadlineCard]:
     if evaluation:
         step, loss = evaluation[-1]
         floor = record.last_value("unigram_entropy", "evaluation")
-        beside = "" if floor is None else f"; unigram entropy {floor:.3f}"
-        yield HeadlineCard("validation loss", f"{loss:.3f}", "nats a token", f"step {step:,.0f}{beside}")
+        entropy = "" if floor is None else f"; unigram entropy {floor:.3f}"
+        yield HeadlineCard("validation loss", f"{loss:.3f}", "nats/token", f"step {step:,.0f}{entropy}")
         return
     training = record.metric_points("loss")
     step, loss = training[-1] if training else (0, math.nan)
     note = f"step {step:,.0f}; no evaluation yet" if training else "no step yet"
     yield HeadlineCard(
-        "training loss", f"{loss:.3f}" if training else UNKNOWN_VALUE, "nats a token" if training else "", note
+        "training loss", f"{loss:.3f}" if training else UNKNOWN_VALUE, "nats/token" if training else "", note
     )
 
 
 def _tokens(record: RunRecord) -> HeadlineCard:
     summary, wanted = record.summary, parse_number(record.config_value("training.tokens"))
-    target = "" if wanted is None else f"of {format_si(wanted)} asked for"
+    target = "" if wanted is None else f"of {format_si(wanted)} configured"
     if summary is None:
         tokens = record.last_value("tokens")
         return HeadlineCard("tokens", UNKNOWN_VALUE if tokens is None else format_si(tokens), "", target)
@@ -87,21 +88,21 @@ def _cost(record: RunRecord) -> Iterator[HeadlineCard]:
     summary = record.summary
     published = f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
     if summary is None:
-        for name in ("GPU-hours", "GPU-hours a trillion retained tokens", "goodput"):
-            yield HeadlineCard(name, UNKNOWN_VALUE, "", "no ledger to read")
+        for name in ("GPU-hours", "GPU-hours per trillion tokens", "goodput"):
+            yield HeadlineCard(name, UNKNOWN_VALUE, "", "no readable ledger")
         return
-    share = f"{format_percent(summary.budget_share)} of its budget of {format_gpu_hours(summary.budget_gpu_hours)}"
+    share = f"{format_percent(summary.budget_share)} of the budget of {format_gpu_hours(summary.budget_gpu_hours)}"
     yield HeadlineCard("GPU-hours", format_gpu_hours(summary.gpu_hours), "", share)
     rate = summary.gpu_hours_per_trillion_tokens
     shown = UNKNOWN_VALUE if rate is None else f"{rate:,.0f}"
-    yield HeadlineCard("GPU-hours a trillion retained tokens", shown, "", f"DeepSeek-V3: {published}")
-    yield HeadlineCard("goodput", format_percent(summary.goodput), "", "of the time held is in the weights")
+    yield HeadlineCard("GPU-hours per trillion tokens", shown, "", f"DeepSeek-V3: {published}")
+    yield HeadlineCard("goodput", format_percent(summary.goodput), "", "share of allocated time spent on kept steps")
 
 
 def _speed(record: RunRecord) -> HeadlineCard:
-    """Medians; the first step of a run warms up, and counts only where it is all there is."""
+    """Return medians over steps, without the first one, which warms up."""
     rates, shares = (_settled(record.metric_points(key)) for key in ("tokens_per_second", "mfu"))
-    rate = f"median; {format_si(median(rates))} tokens a second" if rates else ""
+    rate = f"median; {format_si(median(rates))} tokens/s" if rates else ""
     return HeadlineCard("MFU", format_percent(median(shares)) if shares else UNKNOWN_VALUE, "", rate)
 
 

@@ -1,7 +1,7 @@
-"""The load of experts as a heat map: a pixel an expert and step, blue below the mean, amber above, clear at it.
+"""Heat map of expert load: one pixel per expert and step, blue below the mean, amber above, transparent at it.
 
-A PNG inside the page: a frontier model has fifteen thousand experts, too many for a box each. Letters: N moments, E
-experts.
+It is an embedded PNG, since DeepSeek-V3's 15 thousand routed experts are too many for one SVG box each. Letters: N
+steps, E experts.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 _OCTAVES = 2
-"""From a quarter of the mean to four times."""
+"""Range of colors: from a quarter of the mean to four times the mean."""
 _SHADES = 16
-"""From clear to full, to either side."""
+"""Shades on each side of the mean."""
 _BELOW, _ABOVE = (58, 110, 176), (224, 138, 30)
 MAX_COLUMNS = 240
 
 
 def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
-    """`loads` hold the load of each expert at one moment after another; those that do not fit in are averaged."""
+    """Draw `loads`, one sequence of expert loads per step; neighboring steps are averaged if there are too many."""
     rows = _shades(_averaged(np.array(loads, dtype=np.float64))).T
     image = base64.b64encode(_png(rows)).decode()
     return Markup('<img class="heat" alt="{}" src="data:image/png;base64,{}">').format(label, image)
 
 
 def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each stretch of neighboring moments the mean."""
+    """Return the mean of each stretch of neighboring steps."""
     starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MAX_COLUMNS))
     counts = np.diff(np.append(starts, len(loads_NE)))
     means: NDArray[np.float64] = np.add.reduceat(loads_NE, starts, axis=0) / counts[:, None]
@@ -39,7 +39,7 @@ def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _shades(loads_NE: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """The places of loads in the palette, whose middle is the mean of a moment; without any load all is mean."""
+    """Return palette indices; the middle is the mean load of a step, also for a step without load."""
     mean_N1 = loads_NE.mean(axis=1, keepdims=True)
     ratios_NE = np.where(mean_N1 > 0, loads_NE / np.where(mean_N1 > 0, mean_N1, 1), 1)
     octaves_NE = np.log2(np.clip(ratios_NE, 2.0**-_OCTAVES, 2.0**_OCTAVES))
@@ -48,13 +48,13 @@ def _shades(loads_NE: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def _palette() -> list[tuple[int, int, int, int]]:
-    """Red, green, blue and opacity, so that it suits a light and a dark page."""
+    """Return (red, green, blue, opacity) colors; opacity makes them fit light and dark pages."""
     strength = [round(255 * step / _SHADES) for step in range(_SHADES + 1)]
     return [(*_BELOW, s) for s in reversed(strength[1:])] + [(*_ABOVE, s) for s in strength]
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """An image of the palette's colors, by the PNG specification: each row of pixels behind a 0, for no filter."""
+    """Encode palette indices as PNG. Each row of pixels follows a 0, the filter type `none`."""
     palette, (height, width) = _palette(), pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     chunks = (

@@ -1,4 +1,4 @@
-"""What did not go as planned: warnings, launches that ended early, steps that were undone."""
+"""Incidents section of a report: warnings, attempts that ended early, undone steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run_record import RunRecord
 
 @dataclass(frozen=True)
 class Incident:
-    """One of them."""
+    """One incident of a run."""
 
     time: float
     """Seconds since the epoch."""
@@ -29,7 +29,7 @@ class Incident:
 
 
 def incidents_section(record: RunRecord) -> PageSection:
-    """All of them, in order of time."""
+    """Return the section with all incidents, in order of time."""
     return PageSection("incidents", "Incidents", [*_blocks(record)])
 
 
@@ -39,17 +39,17 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         if not record.events and record.summary is None:
             yield MissingDataNotice("Nothing is recorded yet.", "")
         else:
-            yield Paragraph("None: no warning, no step undone, no launch that ended before its time.")
+            yield Paragraph("None: no warning, no undone step, no attempt that ended early.")
         return
     lines = [
         TableRow((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.category, each.text))
         for each in found
     ]
-    yield TableBlock(("time", "step", "about", "what"), lines, frozenset({1}))
+    yield TableBlock(("time", "step", "category", "message"), lines, frozenset({1}))
 
 
 def collect_incidents(record: RunRecord) -> list[Incident]:
-    """From the event stream, and where the ledger can be read from that."""
+    """Collect the incidents from the event log, and from the ledger if it is readable."""
     found = [*_of_events(record.events)]
     if record.summary is not None:
         said = {incident.text for incident in found}
@@ -68,7 +68,7 @@ def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
 
 
 def _of_launches(run_dir: Path) -> Iterator[Incident]:
-    """Those that did not end with the last step; the launcher's words for one that did are `196 steps done`."""
+    """Yield attempts that did not complete the run; the launcher's reason for one that did is `196 steps done`."""
     for record in read_checked_records(run_dir / ALLOCATION_FILE):
         reason = str(record.get("reason", ""))
         if record["kind"] == "close" and not reason.endswith("steps done"):
@@ -76,9 +76,9 @@ def _of_launches(run_dir: Path) -> Iterator[Incident]:
 
 
 def _undone(path: Path) -> Iterator[Incident]:
-    """Where a life has gone on from, and how many steps of those before it that has cost.
+    """Yield the resumed attempts, with the step they started from and the number of steps undone.
 
-    Of the journal of a long run only these records are parsed.
+    A long run's journal is scanned as text; only its resume records and the step before each are parsed.
     """
     if not path.exists():
         return
@@ -92,7 +92,7 @@ def _undone(path: Path) -> Iterator[Incident]:
             elif b'"kind":"resume"' in line:
                 record, before = _step_record(line), 0 if last is None else _step_record(last).get("step", 0)
                 undone = before - record["step"]
-                text = f"went on from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+                text = f"resumed from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
                 last = line
                 yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
 

@@ -1,4 +1,4 @@
-"""What the run has learned: losses over steps, and what moved them."""
+"""Loss section of a report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .run_record import RunRecord
 
 
 def loss_section(record: RunRecord) -> PageSection:
-    """Curves, and the last text that was sampled."""
+    """Return the section: loss curves, and the last sampled text."""
     return PageSection("loss", "Loss", [*_curves(record), *_sample(record)])
 
 
 def step_annotations(record: RunRecord) -> list[tuple[float, str]]:
-    """Steps at which the curves may jump, and why: all that has happened at one step together."""
+    """Return (step, text) of resumes and warnings, after which curves may jump; one entry per step."""
     found: dict[int, list[str]] = {}
     for event in record.events:
         if event.kind == "resume":
-            found.setdefault(event.step, []).append("went on from a checkpoint")
+            found.setdefault(event.step, []).append("resumed from a checkpoint")
         elif event.kind == "warning":
             found.setdefault(event.step, []).append(str(event.values.get("message")))
     return [(step, "; ".join(texts)) for step, texts in found.items()]
@@ -31,7 +31,7 @@ def _curves(record: RunRecord) -> Iterator[Block]:
         Series("training", record.metric_points("loss"), "c1"),
         Series("multi-token prediction", record.metric_points("loss/mtp"), "c4"),
         Series("validation", record.metric_points("loss", "evaluation"), "c2"),
-        Series("validation, averaged weights", record.metric_points("loss/averaged", "evaluation"), "c3"),
+        Series("validation, EMA weights", record.metric_points("loss/averaged", "evaluation"), "c3"),
     ]
     floor = record.last_value("unigram_entropy", "evaluation")
     plot = Plot(
@@ -43,13 +43,11 @@ def _curves(record: RunRecord) -> Iterator[Block]:
     )
     picture = plot.svg()
     if picture is None:
-        why = "no step has been told of yet" if not record.step_events else "no loss that was told of is finite"
-        yield MissingDataNotice(
-            f"No curves: {why}.", "A run tells of its first step, and of one in telemetry.log_every."
-        )
+        why = "no step is logged yet" if not record.step_events else "no logged loss is finite"
+        yield MissingDataNotice(f"No curves: {why}.", "A run logs its first step, and every telemetry.log_every steps.")
         return
-    note = "Dashed uprights: a resume or a warning." if step_annotations(record) else ""
-    yield Figure("Nats a token, over optimizer steps", picture, plot.legend(), note)
+    note = "Dashed vertical lines: a resume or a warning." if step_annotations(record) else ""
+    yield Figure("Loss in nats/token, over optimizer steps", picture, plot.legend(), note)
     yield FigureRow([figure for figure in _small(record) if figure is not None])
 
 
@@ -57,14 +55,14 @@ def _small(record: RunRecord) -> Iterator[Figure | None]:
     shown = (
         ("Gradient norm", "grad_norm", "c1"),
         ("Learning rate", "learning_rate", "c3"),
-        ("Tokens a second", "tokens_per_second", "c2"),
+        ("Tokens/s", "tokens_per_second", "c2"),
     )
     for title, key, style in shown:
         yield small_figure(title, [Series(title.lower(), record.metric_points(key), style)])
 
 
 def small_figure(title: str, series: list[Series]) -> Figure | None:
-    """A third of the page wide; None where there is nothing to draw."""
+    """Return a plot of a third of the page's width, or None if there is nothing to draw."""
     plot = Plot([each for each in series if each.points], width=300, height=150, y_axis_from_zero=True)
     picture = plot.svg()
     return None if picture is None else Figure(title, picture, plot.legend() if len(series) > 1 else ())
@@ -78,5 +76,5 @@ def _sample(record: RunRecord) -> Iterator[Block]:
         )
     else:
         asks_for_none = record.config_value("training.sample_tokens") == 0
-        hint = "training.sample_tokens=100 asks for one." if asks_for_none else "It comes at the end of the run."
+        hint = "Set training.sample_tokens=100." if asks_for_none else "A text is sampled at the end of the run."
         yield MissingDataNotice("No text was sampled.", hint)

@@ -1,4 +1,4 @@
-"""How much memory ranks have used."""
+"""Memory section of a report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MOST_ROWS = 16
 
 
 def memory_section(record: RunRecord) -> PageSection:
-    """Over steps on the fullest rank and on the others, and of each rank at the last look."""
+    """Return the section: memory over steps on the largest and the median rank, and the latest of each rank."""
     return PageSection("memory", "Memory", [*_blocks(record)])
 
 
 def _blocks(record: RunRecord) -> Iterator[Block]:
     events = [event for event in record.events_of_kind("memory") if _is_whole(event)]
     if not events:
-        hint = "A run asks its ranks at the second step and at one in telemetry.terms_every, on GPUs and on Linux."
+        hint = "It is measured at step 2 and every telemetry.terms_every steps, on GPUs and on Linux."
         yield MissingDataNotice("Memory is not recorded.", hint)
         return
     looks = [
@@ -32,13 +32,13 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     limit = parse_number(events[-1].values.get("limit"))
     plot = Plot(
         [
-            Series("peak of the fullest rank", [(step, max(peak)) for step, _, peak in looks], "c2"),
-            Series("fullest rank", [(step, max(now)) for step, now, _ in looks], "c1"),
+            Series("largest rank, peak", [(step, max(peak)) for step, _, peak in looks], "c2"),
+            Series("largest rank", [(step, max(now)) for step, now, _ in looks], "c1"),
             Series("median rank", [(step, median(now)) for step, now, _ in looks], "c5"),
         ],
         height=190,
         y_axis_from_zero=True,
-        reference_lines=[] if limit is None else [("the device has", limit)],
+        reference_lines=[] if limit is None else [("capacity", limit)],
         format_value=_size,
         format_tick=_size,
     )
@@ -50,15 +50,15 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)
         lines = [TableRow((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
-        yield TableBlock(("", "at the last look", "peak"), lines, frozenset({1, 2}), "By rank")
+        yield TableBlock(("", "latest", "peak"), lines, frozenset({1, 2}), "Memory per rank")
 
 
 def _is_whole(event: Event) -> bool:
-    """Whether it has two finite numbers of each rank."""
+    """Return whether the event has two finite numbers per rank."""
     now, peak = (parse_numbers(event.values.get(key)) for key in ("now", "peak"))
     return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
 
 
 def _size(value: float) -> str:
-    """Bytes for the reader."""
+    """Format bytes as MB or GB."""
     return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"

@@ -1,4 +1,4 @@
-"""A report as HTML: one file that loads nothing."""
+"""Report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SECTIONS = (
 
 
 def html_report(record: RunRecord) -> str:
-    """The page of one run."""
+    """Return the HTML page of one run."""
     word, style = run_state(record)
     page = ReportPage(
         title=Path(os.path.realpath(record.run_dir)).name,

@@ -1,4 +1,4 @@
-"""Lines over steps, as SVG: colors are classes of the page's style sheet, and pointing at a step tells its figures."""
+"""Line plots over steps, as SVG: colors are classes of the page's style sheet; hovering a step shows its values."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
 _MOST_POINTS = 800
 _MOST_BANDS = 240
 _LARGEST = 1e150
-"""Differences of drawn values stay finite."""
+"""Largest drawn magnitude, so that differences of drawn values stay finite."""
 _NO_ROOM = 1e-12
-"""Of the larger value: below it, rounding is all that is seen."""
+"""Smallest relative range that is drawn: a smaller one is rounding noise."""
 _MOST_DOTS = 12
-"""A series of so few points shows each."""
+"""A series of at most this many points shows each as a dot."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. A value that is not finite, or beyond 1e150, breaks it."""
+    """One line of a plot. A value that is not finite, or beyond 1e150, leaves a gap."""
 
     name: str
     points: Sequence[Point]
@@ -35,39 +35,39 @@ class Series:
 
 
 def _is_drawn(value: float) -> bool:
-    """Whether a value has a place in a frame: not NaN, not infinite, and no figure that only overflows."""
+    """Return whether a value can be drawn: not NaN, and not beyond 1e150."""
     return abs(value) < _LARGEST
 
 
 def format_number(value: float) -> str:
-    """A number with four digits, or with a letter from ten thousand on."""
+    """Format a number with four digits, or with an SI letter from ten thousand on."""
     return format_si(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Series in one frame."""
+    """Line plot of several series."""
 
     series: Sequence[Series]
     width: float = 900
     height: float = 260
     y_axis_from_zero: bool = False
     reference_lines: Sequence[tuple[str, float]] = ()
-    """Lines from left to right, with their names."""
+    """(name, value) of horizontal lines."""
     step_annotations: Sequence[tuple[float, str]] = ()
-    """Steps at which something has happened, and what."""
+    """(step, text) of vertical marks."""
     format_value: Callable[[float], str] = format_number
-    """A value for the reader."""
+    """Formatter of values."""
     format_tick: Callable[[float], str] = format_number
-    """A round value."""
+    """Formatter of axis ticks."""
 
     @property
     def finite_points(self) -> list[Point]:
-        """What can be drawn."""
+        """Points that can be drawn."""
         return [point for series in self.series for point in series.points if _is_drawn(point[1])]
 
     def legend(self) -> list[LegendEntry]:
-        """Each series with its last value."""
+        """Return an entry per series, with its last value."""
         return [
             LegendEntry(each.name, each.style, "" if each.is_dashed else self.format_value(each.points[-1][1]))
             for each in self.series
@@ -75,7 +75,7 @@ class Plot:
         ]
 
     def svg(self) -> Markup | None:
-        """The picture; None where there is nothing to draw."""
+        """Return the SVG, or None if there is nothing to draw."""
         if not self.finite_points:
             return None
         canvas = _Canvas.of(self)
@@ -87,11 +87,11 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Where values are."""
+    """Scale from values to pixels."""
 
     plot: Plot
     last: float
-    """Step on the right; 0 is on the left."""
+    """Step at the right edge; the left edge is 0."""
     low: float
     high: float
 
@@ -125,7 +125,7 @@ class _Canvas:
 
 
 def tick_values(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from `low` to `high`, `most` of them at most."""
+    """Return at most `most` round numbers from `low` to `high`."""
     least = (high - low) / most
     magnitude = 10.0 ** math.floor(math.log10(least))
     step = next(step for base in (1, 2, 2.5, 5, 10, 20) if (step := base * magnitude) >= least)
@@ -179,7 +179,7 @@ def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
 
 
 def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
-    """Points that look the same where there are more than `most`: of each stretch its lowest and its highest."""
+    """Return at most `most` points that look the same: the lowest and the highest of each stretch."""
     if len(points) <= most:
         return list(points)
     size = -(-2 * len(points) // most)
@@ -193,18 +193,18 @@ def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def _bands(canvas: _Canvas) -> Iterator[Markup]:
-    """Over each step a strip that can be pointed at."""
+    """Yield a transparent strip per step, whose title shows the step's values."""
     plot = canvas.plot
-    told: dict[float, list[str]] = {}
+    texts_by_step: dict[float, list[str]] = {}
     for series in plot.series:
         if not series.is_dashed:
             for x, y in series.points:
-                told.setdefault(x, []).append(f"{series.name} {plot.format_value(y)}")
-    steps = sorted(told)
+                texts_by_step.setdefault(x, []).append(f"{series.name} {plot.format_value(y)}")
+    steps = sorted(texts_by_step)
     steps = steps[:: -(-len(steps) // _MOST_BANDS)]
     edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]
     for step, (left, right) in zip(steps, pairwise(edges), strict=True):
-        text = "\n".join([f"step {step:,.0f}", *told[step]])
+        text = "\n".join([f"step {step:,.0f}", *texts_by_step[step]])
         size = f"{left:.1f}", f"{_TOP:g}", f"{max(right - left, 0.5):.1f}", f"{canvas.bottom - _TOP:g}"
         strip = '<rect class="band" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>'
         yield Markup(strip).format(*size, text)

@@ -1,4 +1,4 @@
-"""Looking at a run from outside while it goes on, time and again."""
+"""Follower of a run directory: repeated snapshots while the run continues."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from ...trainer.telemetry.history import MetricsHistory, MetricsReader
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """What could be seen of a run at one moment."""
+    """Snapshot of a run."""
 
     run_dir: Path
     events: Sequence[Event]
-    """The last ones that still hold, in order."""
+    """Latest events in order, without undone ones."""
     summary: LedgerSummary | None
-    """Of its ledger; None where there is none to be read."""
+    """Ledger summary; None if there is no readable ledger."""
     seconds_since_heartbeat: float | None
-    """Since the last sign of life of its launcher; None where it has left none."""
+    """Seconds since the launcher's last heartbeat; None if there is none."""
 
     def last_event(self, kind: str) -> Event | None:
-        """The last event of a kind."""
+        """Return the last event of a kind, or None."""
         return next((event for event in reversed(self.events) if event.kind == kind), None)
 
     @property
     def has_ended(self) -> bool:
-        """Whether its GPUs have been given back, or, where no ledger says, it has told of its end."""
+        """True if the run's GPUs are released; without a ledger, if its last event is `stop`."""
         if self.summary is not None:
             return not self.summary.is_running
         return bool(self.events) and self.events[-1].kind == "stop"
 
 
 _MOST_EVENTS = 10_000
-"""A frame shows the last of each kind and the losses of some dozen steps."""
+"""Events kept: a frame shows the last of each kind and the losses of a few dozen steps."""
 
 
 class RunFollower:
-    """Reads what is new in the directory of a run, of a long one from its last part on.
+    """Incremental reader of a run directory; of a long run it reads the last part.
 
-    A directory that another run has begun anew is read anew.
+    It starts again when another run replaces the directory's files.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -61,7 +61,7 @@ class RunFollower:
         self._ledger = LedgerReader(self._run_dir)
 
     def poll(self) -> RunSnapshot:
-        """As of now. Raises `ConfigError` for a broken line of metrics."""
+        """Return a snapshot of the present state. Raises `ConfigError` for a damaged metrics line."""
         try:
             self._history.add_events(self._metrics.new_events())
         except (FileReplacedError, FileNotFoundError):
@@ -69,11 +69,11 @@ class RunFollower:
         return RunSnapshot(self._run_dir, self._history.events, self._summary(), self._silent())
 
     def _summary(self) -> LedgerSummary | None:
-        """None also for a ledger that is broken: `shoestring budget` says where, and watching goes on without."""
+        """Return the ledger's summary, or None if it is missing or damaged (`shoestring budget` says where)."""
         try:
             return self._ledger.summarize()
         except ConfigError:
-            self._ledger = LedgerReader(self._run_dir)  # the one that has refused is not to be used again
+            self._ledger = LedgerReader(self._run_dir)  # a reader that failed cannot be reused
             return None
 
     def _silent(self) -> float | None:

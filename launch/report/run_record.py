@@ -1,4 +1,4 @@
-"""Everything that a run has left behind and a report tells of."""
+"""Recorded data of a run, as a report shows it."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _MOST_STEPS = 2**53
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, as of now."""
+    """Recorded data of a run at this time."""
 
     run_dir: Path
     events: Sequence[Event]
-    """That still hold, in order; of a long run a sample (see `telemetry/sampled.py`)."""
+    """Events in order, without undone ones; a sample for a long run (`trainer/telemetry/downsample.py`)."""
     config: Mapping[str, Any]
-    """Of the last launch, as a tree of plain values; empty where none is recorded."""
+    """Configuration of the last attempt, as a tree of plain values; empty if none is recorded."""
     summary: LedgerSummary | None
-    """What it has cost; None where its ledger does not say."""
+    """Ledger summary; None if the ledger is missing or damaged."""
     no_summary_reason: str
-    """Why there is none."""
+    """Why `summary` is None."""
 
     @cached_property
     def step_events(self) -> list[Event]:
-        """The `step` events."""
+        """Events of kind `step`."""
         return self.events_of_kind("step")
 
     def events_of_kind(self, kind: str) -> list[Event]:
-        """The events of one kind."""
+        """Return the events of one kind."""
         return [event for event in self.events if event.kind == kind]
 
     def last_event(self, kind: str) -> Event | None:
-        """The last event of a kind."""
+        """Return the last event of a kind, or None."""
         found = self.events_of_kind(kind)
         return found[-1] if found else None
 
     def metric_points(self, key: str, kind: str = "step") -> list[Point]:
-        """(step, value) of a number in the events of a kind; it may be not finite."""
+        """Return (step, value) of a number in the events of a kind; values may be NaN or infinite."""
         return [
             (event.step, value)
             for event in self.events_of_kind(kind)
@@ -58,12 +58,12 @@ class RunRecord:
         ]
 
     def last_value(self, key: str, kind: str = "step") -> float | None:
-        """The last of these."""
+        """Return the last value of `metric_points`, or None."""
         points = self.metric_points(key, kind)
         return points[-1][1] if points else None
 
     def config_value(self, key: str) -> Any:
-        """The configured value of a dotted key; None where it is not recorded."""
+        """Return the configured value of a dotted key, or None if it is not recorded."""
         tree: Any = self.config
         for name in key.split("."):
             tree = tree.get(name) if isinstance(tree, Mapping) else None
@@ -71,7 +71,7 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run, or None if not recorded."""
         for kind in ("step", "run"):
             total = self.last_value("total_steps", kind)
             if total is not None and 0 < total < _MOST_STEPS:
@@ -80,16 +80,16 @@ class RunRecord:
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
-    """What is in the directory of a run. Raises `ConfigError` for any other place, and for a broken line of metrics."""
+    """Read the directory of a run. Raises `ConfigError` for any other directory, and for a damaged metrics line."""
     require_run_dir(run_dir)
     metrics = run_dir / METRICS_FILE
     events = read_downsampled_metrics(metrics) if metrics.exists() else []
-    summary, no_summary = _bill(run_dir)
-    return RunRecord(run_dir, events, _config(run_dir, events), summary, no_summary)
+    summary, reason = _read_summary(run_dir)
+    return RunRecord(run_dir, events, _config(run_dir, events), summary, reason)
 
 
-def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
-    """What the ledger says, or why it says nothing: a broken one is told in its place, and the rest all the same."""
+def _read_summary(run_dir: Path) -> tuple[LedgerSummary | None, str]:
+    """Return the ledger's summary, or the reason why there is none: the report shows the rest all the same."""
     if not (run_dir / WORK_FILE).parent.exists():
         return None, "there is no ledger yet."
     try:
@@ -99,21 +99,21 @@ def _bill(run_dir: Path) -> tuple[LedgerSummary | None, str]:
 
 
 def require_run_dir(run_dir: Path) -> None:
-    """Raise `ConfigError` unless a run has made `run_dir`."""
+    """Raise `ConfigError` unless `run_dir` is the directory of a run."""
     if not run_dir.is_dir():
-        raise ConfigError([Problem("RUN", str(run_dir), "is no directory; name that of a run, its training.run_dir")])
+        raise ConfigError([Problem("RUN", str(run_dir), "is not a directory; name the training.run_dir of a run")])
     if not is_run_dir(run_dir) and not (run_dir / METRICS_FILE).exists():
-        hint = f"holds no run (neither {METRICS_FILE} nor what marks a run's directory); name its training.run_dir"
+        hint = f"is not a run directory (no {METRICS_FILE}, no run marker); name the training.run_dir of a run"
         raise ConfigError([Problem("RUN", str(run_dir), hint)])
 
 
 def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
-    """What rank 0 has told; else, where no rank has come so far, what its launcher has written."""
-    told = [event.values["config"] for event in events if isinstance(event.values.get("config"), Mapping)]
-    if told:
-        tree: Any = told[-1]
+    """Return the configuration that rank 0 logged, else the one that the launcher wrote."""
+    logged = [event.values["config"] for event in events if isinstance(event.values.get("config"), Mapping)]
+    if logged:
+        tree: Any = logged[-1]
     else:
         path = run_dir / CONFIG_FILE
-        with config_error_context(path, "restore it, or remove it"):  # unresolved: a report shows no secret
+        with config_error_context(path, "restore it, or remove it"):  # unresolved: a report must not show secrets
             tree = read_yaml(path, resolve=False) if path.exists() else {}
     return tree if isinstance(tree, Mapping) else {}

@@ -1,4 +1,4 @@
-"""The pipeline's program as it ran, in the last step that was traced, and beside it as it runs on paper."""
+"""Schedule section of a report: the last traced step, measured and simulated."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .trace_svg import svg_layer_pair
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
 _MOST_INSTRUCTIONS = 10**6
-"""Of a kind, on all ranks: a drawing of more would be of no use, and a damaged number may ask for any number."""
+"""Most instructions that are drawn. More would be unreadable, and a damaged number may ask for any size."""
 _PAGE = 760.0
-"""Pixels of the timeline alone that fit on the page."""
+"""Pixels of the timeline that fit on the page."""
 _LEAST = 5.0
-"""Pixels of a box, on the average; a longer program scrolls."""
+"""Least mean pixels per box; a longer program scrolls."""
 
 
 def schedule_section(record: RunRecord) -> PageSection:
-    """The real timeline and the simulated one, to the same scale, and one pair of layers."""
+    """Return the section: measured and simulated timelines to one scale, and one pair of layers."""
     return PageSection("schedule", "Schedule", [*_blocks(record)])
 
 
@@ -44,14 +44,14 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         return
     path = record.run_dir / TRACE_FOLDER / TRACE_FILE
     if not path.exists():
-        yield MissingDataNotice("How the program ran is not recorded.", _RECORDS)
-        yield from _on_paper(program)
+        yield MissingDataNotice("No measured timeline is recorded.", _RECORDS)
+        yield from _simulated(program)
         return
-    yield from _as_it_ran(record, program, path)
+    yield from _measured(record, program, path)
 
 
 def _program(record: RunRecord) -> PipelineProgram | None:
-    """The program that the run's configuration describes."""
+    """Return the program that the run's configuration describes, or None."""
     names = "topology.pp", "topology.edp", "topology.ep", "schedule.micro_batch_size", "training.global_batch_size"
     numbers = [record.config_value(name) for name in names]
     if not all(type(number) is int and number > 0 for number in numbers):
@@ -64,56 +64,58 @@ def _program(record: RunRecord) -> PipelineProgram | None:
         return build_program(
             record.config_value("schedule.name"), pp, micro_batches, record.config_value("schedule.chunks")
         )
-    except (ConfigError, TypeError, ValueError):  # of a version of Shoestring whose schedules were others
+    except (ConfigError, TypeError, ValueError):  # written by a version with other schedules
         return None
 
 
-def _on_paper(program: PipelineProgram) -> Iterator[Block]:
+def _simulated(program: PipelineProgram) -> Iterator[Block]:
     simulated = simulate_program(program, OpDurations())
-    note = "every F, I and W takes 1, and nothing of an FB overlaps"
-    yield _picture(svg_timeline(simulated, note, _look([simulated], f"{program_title(program)}, on paper", "time")))
+    note = "every F, I and W takes 1, FB without overlap"
+    yield _picture(
+        svg_timeline(simulated, note, _svg_style([simulated], f"{program_title(program)}, simulated", "time"))
+    )
 
 
 def _picture(svg: str) -> Figure:
-    """Drawn by another part of the package, with a heading of its own."""
+    """Return an SVG that contains its heading as a figure."""
     return Figure("", Markup(svg), is_wide=True)
 
 
-def _as_it_ran(record: RunRecord, program: PipelineProgram, path: Path) -> Iterator[Block]:
+def _measured(record: RunRecord, program: PipelineProgram, path: Path) -> Iterator[Block]:
     try:
         ranks = read_trace(path)
     except (ValueError, OSError) as error:
         yield MissingDataNotice(f"{path} {error}.", _RECORDS)
-        yield from _on_paper(program)
+        yield from _simulated(program)
         return
     columns = record.config_value("topology.edp") * record.config_value("topology.ep")
     real = last_traced_step(program, [ranks.get(rank * columns, []) for rank in range(program.ranks)])
     if real is None:
-        yield MissingDataNotice("The timeline is not of the program that the configuration describes.", _RECORDS)
-        yield from _on_paper(program)
+        yield MissingDataNotice("The timeline does not match the configured program.", _RECORDS)
+        yield from _simulated(program)
         return
     ideal = simulate_program(program, mean_op_times(real))
     share = 100 * (real.makespan - ideal.makespan) / real.makespan
-    of = "" if columns == 1 else f" Shown is the first of the {columns} ranks of each stage."
+    of = "" if columns == 1 else f" The first of each stage's {columns} ranks is shown."
     yield Paragraph(
-        f"{program_title(program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward to the "
-        "last backward; on paper, where each kind of instruction always takes its mean of that step, it takes "
-        f"{ideal.makespan:.1f}\u00a0ms. The rest, {share:.1f}\u00a0%, is unevenness, messages, waiting for others.{of}"
+        f"{program_title(program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward to "
+        "the last backward. Simulated, with every instruction at the mean duration of its kind in that step, it takes "
+        f"{ideal.makespan:.1f}\u00a0ms. The other {share:.1f}\u00a0% are uneven durations and P2P communication.{of}"
     )
-    for heading, timeline in (("As it ran", real), ("As it runs on paper", ideal)):
-        yield _picture(svg_timeline(timeline, style=_look((real, ideal), heading, "ms")))
+    for heading, timeline in (("Measured", real), ("Simulated", ideal)):
+        yield _picture(svg_timeline(timeline, style=_svg_style((real, ideal), heading, "ms")))
     try:
         yield _picture(svg_layer_pair(ranks))
-    except ValueError:  # not every schedule has one
+    except ValueError:  # not every schedule overlaps layer pairs
         return
 
 
 def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) -> SimulatedTimes | None:
-    """The times of the last step in the spans of each pipeline rank, in ms; None if they are not of this program."""
+    """Return the last step's times in ms from each pipeline rank's spans; None if they are of another program."""
     rows: list[list[Span]] = []
     for instructions, spans in zip(program.instructions, ranks, strict=True):
-        own = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS]
-        last = sorted(own, key=lambda span: span.begin)[-len(instructions) :]
+        traced = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name in INSTRUCTIONS]
+        last = sorted(traced, key=lambda span: span.begin)[-len(instructions) :]
         if [span.detail for span in last] != [str(instruction) for instruction in instructions]:
             return None
         rows.append(last)
@@ -126,18 +128,17 @@ def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) 
 
 
 def mean_op_times(real: SimulatedTimes) -> OpDurations:
-    """Of each kind of instruction, over all ranks."""
+    """Return the mean duration per op, over all ranks."""
     lengths: Mapping[Op, list[float]] = defaultdict(list)
     for row, starts, ends in zip(real.program.instructions, real.start_times, real.end_times, strict=True):
         for instruction, start, end in zip(row, starts, ends, strict=True):
             lengths[instruction.op].append(end - start)
     times = {op: mean(found) for op, found in lengths.items()}
-    own = (times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB))
-    return OpDurations(*own)
+    return OpDurations(*(times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB)))
 
 
-def _look(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
-    """In the page's colors, to a scale that suits all of `timelines`."""
+def _svg_style(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
+    """Return the page's style, with one scale for all `timelines`."""
     makespan = max(timeline.makespan for timeline in timelines)
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
     return SvgStyle(

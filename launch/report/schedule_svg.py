@@ -1,4 +1,4 @@
-"""Programs as a picture: a timeline in SVG, for a paper or a browser."""
+"""Timeline of a pipeline program as SVG, for a paper or a browser."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ...parallelism.pipeline.program import ChunkMicroBatch, Instruction, Op, Pi
 from ...parallelism.pipeline.simulate import SimulatedTimes
 
 _INK = "#22272e"
-# Apart in hue and in lightness, so that they stay apart for the color-blind and in print without colors.
+# Different in hue and in lightness: also distinct for color-blind readers and in black-and-white print.
 _COLORS = {Op.F: "#f0a830", Op.B: "#2f8f83", Op.I: "#4a78b5", Op.W: "#a38cc6"}
 _NAMES = {
     Op.F: "forward",
-    Op.B: "backward, whole",
-    Op.I: "backward of inputs",
-    Op.W: "backward of weights",
+    Op.B: "full backward",
+    Op.I: "input gradients",
+    Op.W: "weight gradients",
     Op.FB: "forward and backward, overlapped",
 }
 
 _ROW, _GAP = 24.0, 5.0  # height of a rank's row, space between rows
 _LEFT, _TOP, _RIGHT = 62.0, 78.0, 166.0
-_UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # of the shortest instruction; of the timeline
+_UNIT_WIDTH, _WIDEST, _NARROWEST = 19.0, 2600.0, 3.0  # shortest box: wanted; timeline: most; shortest box: least
 
 
 @dataclass(frozen=True)
 class SvgStyle:
-    """How a picture fits in with what is around it; as given here it stands alone, on white paper."""
+    """Style of a timeline; the defaults are for a standalone picture on white."""
 
     text_color: str = _INK
     muted_color: str = "#6b7280"
@@ -38,13 +38,13 @@ class SvgStyle:
     line_color: str = "#d5d9de"
     background_color: str = "#ffffff"
     pixels_per_time_unit: float | None = None
-    """Pixels a unit of time, for pictures that are to be compared; None: as many as the boxes need."""
+    """Pixels per unit of time, for pictures that are compared; None: as many as the boxes need."""
     min_width: float = 330.0
-    """Pixels of the timeline, at least."""
+    """Least pixels of the timeline."""
     time_unit: str = "time"
-    """What the axis counts."""
+    """Unit on the time axis."""
     heading: str = ""
-    """In the place of the schedule and its size."""
+    """Title; empty: the schedule and its size."""
 
 
 STANDALONE_STYLE = SvgStyle()
@@ -52,20 +52,20 @@ STANDALONE_STYLE = SvgStyle()
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Where things are."""
+    """Positions of rows and times in pixels."""
 
-    replay: SimulatedTimes
-    look: SvgStyle
+    times: SimulatedTimes
+    style: SvgStyle
     scale: float
-    """Pixels a unit of time."""
+    """Pixels per unit of time."""
 
     @property
     def program(self) -> PipelineProgram:
-        return self.replay.program
+        return self.times.program
 
     @property
     def right(self) -> float:
-        return _LEFT + max(self.replay.makespan * self.scale, self.look.min_width)
+        return _LEFT + max(self.times.makespan * self.scale, self.style.min_width)
 
     @property
     def bottom(self) -> float:
@@ -78,13 +78,13 @@ class _Canvas:
         return _TOP + rank * (_ROW + _GAP)
 
 
-def svg_timeline(replay: SimulatedTimes, subtitle: str = "", style: SvgStyle = STANDALONE_STYLE) -> str:
-    """A row a rank, a box an instruction with the number of its micro-batch; what is left gray is bubble.
+def svg_timeline(times: SimulatedTimes, subtitle: str = "", style: SvgStyle = STANDALONE_STYLE) -> str:
+    """Draw one row per rank and one box per instruction, labeled with its micro-batch; gray is bubble.
 
-    `note` goes below the title, behind makespan and bubble.
+    `subtitle` follows makespan and bubble below the title.
     """
     canvas = _Canvas(
-        replay, style, _fitting(replay) if style.pixels_per_time_unit is None else style.pixels_per_time_unit
+        times, style, _fitting(times) if style.pixels_per_time_unit is None else style.pixels_per_time_unit
     )
     width, height = canvas.right + _RIGHT, canvas.bottom + 76
     body = [*_heading(canvas, subtitle), *_rows(canvas), *_axis(canvas), *_columns(canvas), *_legend(canvas)]
@@ -99,35 +99,35 @@ def svg_timeline(replay: SimulatedTimes, subtitle: str = "", style: SvgStyle = S
     )
 
 
-def _fitting(replay: SimulatedTimes) -> float:
-    """Pixels a unit of time that let the shortest box hold its number, unless the picture becomes too wide."""
+def _fitting(times: SimulatedTimes) -> float:
+    """Return pixels per unit of time: the shortest box fits its number, unless the picture becomes too wide."""
     durations = [
         end - start
-        for starts, ends in zip(replay.start_times, replay.end_times, strict=True)
+        for starts, ends in zip(times.start_times, times.end_times, strict=True)
         for start, end in zip(starts, ends, strict=True)
     ]
-    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / replay.makespan)
+    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / times.makespan)
     return max(fitting, _NARROWEST / min(durations))
 
 
 def _heading(canvas: _Canvas, note: str) -> Iterator[str]:
-    yield _text(_LEFT, 30, canvas.look.heading or program_title(canvas.program), size=16, weight="bold")
+    yield _text(_LEFT, 30, canvas.style.heading or program_title(canvas.program), size=16, weight="bold")
     yield _text(
         _LEFT,
         50,
-        "; ".join(filter(None, (bubble_summary(canvas.replay), note))),
+        "; ".join(filter(None, (bubble_summary(canvas.times), note))),
         size=12,
-        color=canvas.look.muted_color,
+        color=canvas.style.muted_color,
     )
 
 
 def _rows(canvas: _Canvas) -> Iterator[str]:
-    replay = canvas.replay
+    times = canvas.times
     for rank, instructions in enumerate(canvas.program.instructions):
         top = canvas.row(rank)
         yield _text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", anchor="end")
-        yield _rect(_LEFT, top, replay.makespan * canvas.scale, _ROW, canvas.look.bubble_color)
-        for instruction, start, end in zip(instructions, replay.start_times[rank], replay.end_times[rank], strict=True):
+        yield _rect(_LEFT, top, times.makespan * canvas.scale, _ROW, canvas.style.bubble_color)
+        for instruction, start, end in zip(instructions, times.start_times[rank], times.end_times[rank], strict=True):
             left, right = canvas.x(start) + 0.4, canvas.x(end) - 0.4
             yield f"<g><title>{escape(f'rank {rank}: {instruction}, {start:g} to {end:g}')}</title>"
             yield from _box(canvas.program, instruction, left, top, right - left)
@@ -135,7 +135,7 @@ def _rows(canvas: _Canvas) -> Iterator[str]:
 
 
 def _box(program: PipelineProgram, instruction: Instruction, left: float, top: float, width: float) -> Iterator[str]:
-    """One instruction; an FB has its forward above its backward, as both happen at once."""
+    """Yield one instruction's boxes; an FB has its forward above its backward, as they overlap."""
     height = _ROW / len(instruction.chunk_micro_batches)
     for index, (op, work) in enumerate(
         zip(map(Op, instruction.op.value), instruction.chunk_micro_batches, strict=True)
@@ -156,33 +156,33 @@ def _box(program: PipelineProgram, instruction: Instruction, left: float, top: f
 
 
 def _axis(canvas: _Canvas) -> Iterator[str]:
-    y, makespan = canvas.bottom + 8, canvas.replay.makespan
+    y, makespan = canvas.bottom + 8, canvas.times.makespan
     step = _tick(60 / canvas.scale)
-    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.look.line_color)
+    yield _line(_LEFT, y, canvas.x(makespan), y, canvas.style.line_color)
     for index in range(int(makespan / step) + 1):
         x = canvas.x(index * step)
-        yield _line(x, y, x, y + 4, canvas.look.line_color)
-        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.look.muted_color)
-    yield _text(_LEFT - 10, y + 16, canvas.look.time_unit, size=10, anchor="end", color=canvas.look.muted_color)
+        yield _line(x, y, x, y + 4, canvas.style.line_color)
+        yield _text(x, y + 16, f"{index * step:g}", size=10, anchor="middle", color=canvas.style.muted_color)
+    yield _text(_LEFT - 10, y + 16, canvas.style.time_unit, size=10, anchor="end", color=canvas.style.muted_color)
 
 
 def _columns(canvas: _Canvas) -> Iterator[str]:
-    """Beside each rank its peak of chunks in flight and its bubble, as a number and as a bar."""
+    """Yield each rank's peak of chunks in flight and its bubble, as a number and a bar."""
     peaks = [float(max(alive)) for alive in count_in_flight(canvas.program)]
     for index, (heading, unit, values) in enumerate(
         (
             ("in flight", "chunks, peak", peaks),
-            ("bubble", canvas.look.time_unit, list(canvas.replay.bubble_time_per_rank)),
+            ("bubble", canvas.style.time_unit, list(canvas.times.bubble_time_per_rank)),
         )
     ):
         left = canvas.right + 22 + index * 74
         yield _text(left, _TOP - 20, heading, weight="bold")
-        yield _text(left, _TOP - 8, unit, size=9, color=canvas.look.muted_color)
+        yield _text(left, _TOP - 8, unit, size=9, color=canvas.style.muted_color)
         for rank, value in enumerate(values):
             y = canvas.row(rank)
             yield _text(left, y + _ROW / 2 + 1, f"{value:.4g}")
-            yield _rect(left, y + _ROW - 7, 54, 3, canvas.look.bubble_color)
-            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.look.muted_color)
+            yield _rect(left, y + _ROW - 7, 54, 3, canvas.style.bubble_color)
+            yield _rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, canvas.style.muted_color)
 
 
 def _legend(canvas: _Canvas) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
         for chunk in range(program.chunks_per_rank):
             pair = (Op.F, Op.B) if op is Op.FB else (op,)
             for index, part in enumerate(pair):
-                # The backward of a pair is of the other chunk.
+                # An FB's backward belongs to the other chunk.
                 work = ChunkMicroBatch(chunk if index == 0 else program.chunks_per_rank - 1 - chunk, 0)
                 height = 14 / len(pair)
                 yield _rect(x, y + index * height, 14, height, _color(part, work, program.chunks_per_rank))
@@ -203,21 +203,22 @@ def _legend(canvas: _Canvas) -> Iterator[str]:
         )
         x += 34 + 8 * len(op.value) + 5.6 * len(_NAMES[op])
     if program.chunks_per_rank > 1:
-        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.look.muted_color)
+        yield _text(_LEFT, y + 28, _chunk_note(program), size=10, color=canvas.style.muted_color)
 
 
 def _chunk_note(program: PipelineProgram) -> str:
-    arrows = {Direction.NEXT: "up", Direction.PREV: "down"}
-    ways = [
+    arrows = {Direction.NEXT: "to next rank", Direction.PREV: "to previous rank"}
+    chunks = [
         f"chunk {chunk} ({arrows[program.placement.direction_of_chunk(chunk)]})"
         for chunk in range(program.chunks_per_rank)
     ]
-    note = f"from dark to light: {', '.join(ways)}"
-    return note + ("; each has its own count" if program.placement.style is PlacementStyle.BIDIRECTIONAL else "")
+    note = f"dark to light: {', '.join(chunks)}"
+    bidirectional = program.placement.style is PlacementStyle.BIDIRECTIONAL
+    return f"{note}; micro-batches are numbered per direction" if bidirectional else note
 
 
 def _color(op: Op, work: ChunkMicroBatch, chunks: int) -> str:
-    """The op's color, mixed with more white the later the chunk."""
+    """Return the op's color, lighter for later chunks."""
     white = 0.55 * work.chunk / max(chunks - 1, 1)
     return "#" + "".join(f"{round(value + (255 - value) * white):02x}" for value in _channels(_COLORS[op]))
 
@@ -227,13 +228,13 @@ def _channels(color: str) -> tuple[int, ...]:
 
 
 def _readable(background: str) -> str:
-    """White or ink, whichever stands out: by luma, which weighs green most."""
+    """Return white or dark text, whichever is readable on `background`, by luma."""
     red, green, blue = _channels(background)
     return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 135 else _INK
 
 
 def _tick(least: float) -> float:
-    """The first of …, 1, 2, 5, 10, 20, … that is at least `least`."""
+    """Return the first of …, 1, 2, 5, 10, 20, … that is at least `least`."""
     magnitude = 10.0 ** math.floor(math.log10(least))
     return next(step for base in (1, 2, 5, 10) if (step := base * magnitude) >= least)
 
@@ -256,7 +257,7 @@ def _text(
     weight: str = "normal",
     color: str | None = None,
 ) -> str:
-    """In the picture's ink, unless `color` says otherwise."""
+    """Return a text element in the picture's text color, or in `color`."""
     fill = "" if color is None else f' fill="{color}"'
     return (
         f'<text x="{x:.2f}" y="{y:.2f}" font-size="{size:g}" text-anchor="{anchor}" font-weight="{weight}"'

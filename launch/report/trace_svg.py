@@ -1,6 +1,6 @@
-"""A forward's layer and a backward's layer in turns, as a picture of a real trace: two lanes, to scale.
+"""SVG of one overlapped pair of MoE layers, a forward's and a backward's, from a real trace: two streams, to scale.
 
-Text and rules are of a gray that stands out from white paper and from a dark page; the ground is left clear.
+Text and rules have a gray that is readable on light and dark backgrounds; the background is transparent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from ...trainer.telemetry.trace import Span
 
 LAYER_PAIR_PHASES = ("attn(W)", "attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)")
-"""What is computed from one combine(B) to the next, in the order of the published trace of DeepSeek-V3's training."""
+"""Compute phases from one combine(B) to the next, in the order of DeepSeek-V3's published trace."""
 _FIRST = "combine_backward of "
 _NAMES = {
     "dispatch": "dispatch(F)",
@@ -23,7 +23,7 @@ _NAMES = {
     "dispatch_backward": "dispatch(B)",
 }
 _GRAY, _RULE = "#7d8590", "#7d859066"
-# As in the pictures of programs (launch/report/schedule_svg.py); ink that stands out from each.
+# Fill and text color; fills as in launch/report/schedule_svg.py.
 _COLORS = {"F": ("#f0a830", "#22272e"), "B": ("#2f8f83", "#ffffff"), "W": ("#a38cc6", "#22272e")}
 _LEFT, _WIDTH, _RIGHT = 96.0, 880.0, 24.0
 _TOP, _LANE, _GAP = 84.0, 54.0, 40.0
@@ -31,39 +31,37 @@ _TOP, _LANE, _GAP = 84.0, 54.0, 40.0
 
 @dataclass(frozen=True)
 class LayerPair:
-    """One of those in an FB: from the launch of one combine(B) to that of the next, in nanoseconds."""
+    """One overlapped layer pair of an FB, from the launch of one combine(B) to the next; nanoseconds."""
 
     rank: int
     begin: int
     end: int
     compute_spans: tuple[Span, ...]
-    """In order, without a gap but for waiting."""
+    """Compute spans in order; the only gaps are waits."""
     exchange_spans: tuple[Span, ...]
-    """All that the exchange was busy with meanwhile; the first and the last may reach beyond."""
+    """Exchange spans that overlap the pair; the first and the last may extend beyond it."""
     wait_spans: tuple[Span, ...]
     launch_spans: tuple[Span, ...]
 
     @property
     def duration_ns(self) -> int:
-        """Nanoseconds."""
+        """Length in nanoseconds."""
         return self.end - self.begin
 
     @property
     def wait_ns(self) -> int:
-        """Nanoseconds in which nothing was computed because an exchange was not done."""
+        """Nanoseconds of waiting for exchanges."""
         return sum(wait.end - wait.begin for wait in self.wait_spans)
 
 
 def find_layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
-    """Those of every FB of one rank in which nothing else is computed: neither a dense layer nor a loss."""
+    """Yield the layer pairs of every FB of one rank, without those that contain a dense layer or a loss."""
     ordered = sorted(spans, key=lambda span: span.begin)
     for pair in ordered:
         if pair.track is not TimelineTrack.INSTRUCTION or pair.name != "FB":
             continue
         inside = [span for span in ordered if pair.begin <= span.begin and span.end <= pair.end]
-        launches = [
-            span.begin for span in inside if span.track is TimelineTrack.LAUNCH and span.name.startswith(_FIRST)
-        ]
+        launches = [span.begin for span in inside if _is_first_launch(span)]
         for begin, end in pairwise(launches):
             found = _between(rank, begin, end, inside)
             if tuple(span.name for span in found.compute_spans) == LAYER_PAIR_PHASES:
@@ -71,12 +69,12 @@ def find_layer_pairs(rank: int, spans: Sequence[Span]) -> Iterator[LayerPair]:
 
 
 def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
-    """The pair of median length of all ranks' in this trace; raises `ValueError` when there is none."""
+    """Draw the pair of median length over all ranks of the trace. Raises `ValueError` if there is none."""
     pairs = sorted(
         (pair for rank in ranks for pair in find_layer_pairs(rank, ranks[rank])), key=lambda pair: pair.duration_ns
     )
     if not pairs:
-        raise ValueError("holds no FB in which layers with experts take turns")
+        raise ValueError(f"this trace has no overlapped pair of MoE layers: {_missing_pair_reason(ranks)}")
     pair = pairs[len(pairs) // 2]
     canvas = _Canvas(pair)
     width, height = _LEFT + _WIDTH + _RIGHT, canvas.axis + 72
@@ -93,8 +91,22 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> str:
     )
 
 
+def _missing_pair_reason(ranks: Mapping[int, Sequence[Span]]) -> str:
+    pairs = [(fb, spans) for spans in ranks.values() for fb in spans if fb.name == "FB"]
+    if not pairs:
+        return "its schedule has no FB; use dualpipe or dualpipev"
+    layers = max(sum(_is_first_launch(s) and fb.begin <= s.begin < fb.end for s in spans) for fb, spans in pairs)
+    if layers > 1:
+        return "a dense layer or a loss is in each of them"
+    return f"each stage needs at least two MoE layers (here: {'one' if layers == 1 else layers})"
+
+
+def _is_first_launch(span: Span) -> bool:
+    return span.track is TimelineTrack.LAUNCH and span.name.startswith(_FIRST)
+
+
 def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPair:
-    """Everything that went on meanwhile in an FB."""
+    """Return the spans of an FB from `begin` to `end`."""
     meeting = [span for span in inside if span.begin < end and span.end > begin]
     return LayerPair(
         rank=rank,
@@ -115,7 +127,7 @@ class _Canvas:
 
     @property
     def exchange(self) -> float:
-        """Top of the lower lane."""
+        """Y of the exchange lane's top."""
         return _TOP + _LANE + _GAP
 
     @property
@@ -151,7 +163,7 @@ def _lanes(canvas: _Canvas) -> Iterator[str]:
 
 
 def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Iterator[str]:
-    """A span as far as it lies in the picture, without what it waits; in words its whole length without that."""
+    """Yield the boxes of a span without its waits, cut at the picture's edges; the label has its full busy time."""
     waits = [wait for wait in canvas.pair.wait_spans if span.track is TimelineTrack.COMPUTE and _inside(wait, span)]
     edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
     pieces = [(canvas.x(begin) + 0.5, canvas.x(end) - 0.5) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
@@ -175,7 +187,7 @@ def _inside(wait: Span, span: Span) -> bool:
 
 
 def _launches(canvas: _Canvas) -> Iterator[str]:
-    """From where the computing thread launches an exchange to where that begins."""
+    """Yield a line from the launch of each exchange to its start."""
     begins = {span.name: span.begin for span in canvas.pair.exchange_spans}
     for launch in canvas.pair.launch_spans:
         if launch.name in begins:

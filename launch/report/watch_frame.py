@@ -1,4 +1,4 @@
-"""A run as it stands, in a few lines of a terminal."""
+"""Live view of a run, in a few lines of a terminal."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from ...trainer.telemetry.format import describe_event, format_duration, format_
 from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
-"""Launchers give a sign of life every two seconds: one that is silent for so long was killed, or cannot write."""
-_BAR = 40
+"""Launchers write a heartbeat every two seconds: one without for this long was killed or cannot write."""
+_BAR = 36
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_TOLD = frozenset({"evaluation", "checkpoint", "resume", "start", "warning", "stop", "trace", "memory"})
+_SHOWN_KINDS = frozenset({"evaluation", "checkpoint", "resume", "start", "warning", "stop", "trace", "memory"})
 _LATEST = 6
-_NEARLY = 0.9
-"""Of its budget: a run that has used so much of it is shown in red."""
+_NEARLY_SPENT = 0.9
+"""Share of the budget from which the bar is red."""
 
 
-def render_frame(look: RunSnapshot) -> RenderableType:
-    """All of it; of what is not known yet there is no line."""
+def render_frame(snapshot: RunSnapshot) -> RenderableType:
+    """Return the whole frame; figures that are not known yet have no line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    step = look.last_event("step")
-    grid.add_row("state", Text(*_state(look)))
-    for name, shown in (*_progress(look, step), *_figures(look, step), *_cost(look, step)):
+    step = snapshot.last_event("step")
+    grid.add_row("state", Text(*_state(snapshot)))
+    for name, shown in (*_progress(snapshot, step), *_figures(snapshot, step), *_cost(snapshot, step)):
         grid.add_row(name, shown)
-    return Group(Text(str(look.run_dir), "bold"), Text(""), grid, *_latest(look.events))
+    return Group(Text(str(snapshot.run_dir), "bold"), Text(""), grid, *_latest(snapshot.events))
 
 
-def _state(look: RunSnapshot) -> tuple[str, str]:
-    stop = look.last_event("stop")
-    if look.has_ended:
-        reason = "its launcher gave the GPUs back" if stop is None else str(stop.values.get("reason"))
+def _state(snapshot: RunSnapshot) -> tuple[str, str]:
+    stop = snapshot.last_event("stop")
+    if snapshot.has_ended:
+        reason = "its launcher released the GPUs" if stop is None else str(stop.values.get("reason"))
         return (reason, "green") if reason == "done" else (f"ended: {reason}", "red")
-    if look.seconds_since_heartbeat is not None and look.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
-        return f"no sign of life from its launcher for {format_duration(look.seconds_since_heartbeat)}", "red"
-    if not look.events or look.events[-1].kind in ("run", "resume", "start", "stop"):
-        return "on the way to its next step", "yellow"
+    if snapshot.seconds_since_heartbeat is not None and snapshot.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
+        return f"no heartbeat from the launcher for {format_duration(snapshot.seconds_since_heartbeat)}", "red"
+    if not snapshot.events or snapshot.events[-1].kind in ("run", "resume", "start", "stop"):
+        return "starting up", "yellow"
     return "training", "green"
 
 
-def _progress(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    first = step or look.last_event("run")
+def _progress(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+    first = step or snapshot.last_event("run")
     total = None if first is None else parse_number(first.values.get("total_steps"))
     if first is None or not total or not 0 < total < math.inf:
         yield "step", Text("none yet")
@@ -61,77 +61,78 @@ def _progress(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rend
     done = 0 if step is None else step.step
     words = [f"{done:,} of {total:,.0f}"]
     seconds = None if step is None else parse_number(step.values.get("eta_seconds"))
-    if seconds is not None and not look.has_ended:
-        words.append(f"{format_duration(seconds)} to go")
-    yield "step", _beside(_bar(done, total, "cyan"), "  ".join(words))
+    if seconds is not None and not snapshot.has_ended:
+        words.append(f"{format_duration(seconds)} left")
+    yield "step", _bar_with_text(_bar(done, total, "cyan"), "  ".join(words))
 
 
-def _figures(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _figures(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
     if step is None:
         return
     losses = [
-        value for event in look.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
+        value for event in snapshot.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
     ]
     yield "loss", Text(f"{_value(step, 'loss', '.3f')}  {sparkline(losses, _BAR)}")
     more = [f"mtp {_value(step, 'loss/mtp', '.3f')}"] if step.values.get("loss/mtp") is not None else []
-    evaluation = look.last_event("evaluation")
+    evaluation = snapshot.last_event("evaluation")
     if evaluation is not None:
         more.append(f"validation {_value(evaluation, 'loss', '.3f')} at step {evaluation.step:,}")
     more.append(f"gradient {_value(step, 'grad_norm', '.2f')}")
     yield "", Text("  ".join(more))
     rate = parse_number(step.values.get("tokens_per_second"))
-    speed = [] if rate is None else [f"{format_si(rate)} tokens a second"]
+    speed = [] if rate is None else [f"{format_si(rate)} tokens/s"]
     share = parse_number(step.values.get("mfu"))
     speed += [] if share is None else [f"MFU {format_percent(share)}"]
-    yield "speed", Text("  ".join(speed))
+    yield "throughput", Text("  ".join(speed))
     violation = parse_number(step.values.get("load/max_violation"))
     if violation is not None:
-        yield "balance", Text(f"fullest expert {1 + violation:.2f} of the mean load")
+        yield "expert load", Text(f"largest {1 + violation:.2f} x the mean")
 
 
-def _cost(look: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    summary = look.summary
+def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+    summary = snapshot.summary
     if summary is None:
-        yield "cost", Text("no ledger to read")
+        yield "budget", Text("no readable ledger")
         return
-    style = "red" if summary.budget_share > _NEARLY else "green"
+    style = "red" if summary.budget_share > _NEARLY_SPENT else "green"
     spent = _bar(summary.gpu_hours, summary.budget_gpu_hours, style)
     yield (
         "budget",
-        _beside(
+        _bar_with_text(
             spent, f"{format_gpu_hours(summary.gpu_hours)} of {format_gpu_hours(summary.budget_gpu_hours)} GPU-hours"
         ),
     )
     projected = None if step is None else parse_number(step.values.get("projected_gpu_hours"))
     rate, words = summary.gpu_hours_per_trillion_tokens, []
-    if projected is not None and not look.has_ended:
-        words.append(f"{format_gpu_hours(projected)} projected at the end")
+    if projected is not None and not snapshot.has_ended:
+        words.append(f"{format_gpu_hours(projected)} GPU-hours projected at the end")
     if rate is not None:
-        words.append(f"{rate:,.0f} a trillion tokens ({PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,})")
+        published = f"DeepSeek-V3: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
+        words.append(f"{rate:,.0f} GPU-hours per trillion tokens ({published})")
     if words:
         yield "", Text("  ".join(words))
     yield "goodput", Text("  ".join([format_percent(summary.goodput), *_losses(summary)]))
 
 
 def _losses(summary: LedgerSummary) -> list[str]:
-    """Where most of the rest went."""
+    """Return the three largest buckets of time that was not productive."""
     rest = {**summary.gpu_ms_by_bucket, "rolled_back": summary.rolled_back_ms, "unattributed": summary.unattributed_ms}
     largest = sorted((name for name in rest if rest[name]), key=lambda name: -rest[name])[:3]
     return [f"{name.replace('_', ' ')} {format_percent(rest[name] / max(1, summary.allocated_ms))}" for name in largest]
 
 
 def _latest(events: Sequence[Event]) -> Iterator[Text]:
-    told = [event for event in events if event.kind in _TOLD][-_LATEST:]
-    if told:
+    shown = [event for event in events if event.kind in _SHOWN_KINDS][-_LATEST:]
+    if shown:
         yield Text("")
-    for event in told:
+    for event in shown:
         time = datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S")
         style = "red" if event.kind == "warning" else ""
-        yield Text.assemble((f"{time}  ", "dim"), (_said(event), style), no_wrap=True, overflow="ellipsis")
+        yield Text.assemble((f"{time}  ", "dim"), (_event_line(event), style), no_wrap=True, overflow="ellipsis")
 
 
-def _said(event: Event) -> str:
-    """A warning without ceremony: the line may be short."""
+def _event_line(event: Event) -> str:
+    """Return one line about an event; warnings are short, since the terminal may be narrow."""
     if event.kind != "warning":
         try:
             return describe_event(event)
@@ -146,7 +147,7 @@ def _bar(done: float, total: float, style: str) -> ProgressBar:
     return ProgressBar(total=total, completed=done, width=_BAR, complete_style=style, finished_style=style)
 
 
-def _beside(bar: ProgressBar, words: str) -> Table:
+def _bar_with_text(bar: ProgressBar, words: str) -> Table:
     row = Table.grid(padding=(0, 2))
     row.add_column(width=_BAR)
     row.add_column()
@@ -160,7 +161,7 @@ def _value(event: Event, key: str, form: str) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last `width` finite values, each as high as it stands between the lowest and the highest."""
+    """Draw the last `width` finite values as block characters, scaled from the lowest to the highest."""
     finite = [value for value in values if math.isfinite(value)][-width:]
     if not finite:
         return ""

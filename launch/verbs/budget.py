@@ -1,4 +1,4 @@
-"""`shoestring budget`: the bill of a run or of a project, what it would cost elsewhere, and what others say it cost."""
+"""`shoestring budget`: cost of a run or project, what-ifs, and reconciliation with scheduler and invoice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class BudgetQuery:
-    """What is asked about a run, as on the command line."""
+    """Options of the verb, as on the command line."""
 
     run_or_project: Path
     """Directory of a run, or a project file."""
@@ -46,22 +46,22 @@ class BudgetQuery:
     invoice: Path | None
     invoice_columns: str
     against: Path | None
-    """A plan, to compare with."""
+    """Plan file to compare with."""
     verify: bool = False
-    """Whether every record of the ledger is read, whatever totals are saved beside it."""
+    """True: read every record of the ledger instead of the saved totals."""
 
     @property
     def price_per_gpu_hour(self) -> float:
-        """Of a GPU-hour, in USD."""
+        """USD per GPU-hour."""
         return PUBLISHED_USD_PER_GPU_HOUR if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour
 
     @property
     def is_project(self) -> bool:
-        """Whether it is about several runs."""
+        """True for a project file, which lists several runs."""
         return self.run_or_project.is_file()
 
     def validate(self) -> None:
-        """Raise `ConfigError` with all that is wrong with the question itself."""
+        """Raise `ConfigError` with every problem of the options."""
         raise_if_any(self._problems())
 
     def _problems(self) -> Iterator[Problem]:
@@ -75,10 +75,10 @@ class BudgetQuery:
             }
             for option, value in asked.items():
                 if value is not None:
-                    yield Problem(option, str(value), "asks about one run; name its directory, not a project")
+                    yield Problem(option, str(value), "is for one run; name a run's directory, not a project")
         if (self.tokens is None) != (self.gpus is None):
             given = "--tokens" if self.gpus is None else "--gpus"
-            yield Problem(given, self.tokens or self.gpus, "write both: --tokens 14.8T --gpus 2048")
+            yield Problem(given, self.tokens or self.gpus, "needs the other: --tokens 14.8T --gpus 2048")
         if self.gpus is not None and self.gpus < 1:
             yield Problem("--gpus", self.gpus, "must be at least 1")
         if not (self.price_per_gpu_hour >= 0 and math.isfinite(self.price_per_gpu_hour)):
@@ -86,7 +86,7 @@ class BudgetQuery:
 
 
 def parse_token_count(text: str) -> float:
-    """A number of tokens with a letter for its scale: 14.8T, 300B, 2e6. Raises `ConfigError`."""
+    """Convert 14.8T, 300B or 2e6 to a number of tokens. Raises `ConfigError`."""
     scale = text[-1:].upper() if text[-1:].isalpha() else ""
     try:
         value = float(text[: len(text) - len(scale)]) * _SCALES[scale]
@@ -98,7 +98,7 @@ def parse_token_count(text: str) -> float:
 
 
 def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
-    """The answer for a person. Raises `ConfigError` for a ledger, a file or an option that makes no sense."""
+    """Yield the answer as tables. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
     question.validate()
     if question.is_project:
         project = Project.read(question.run_or_project)
@@ -113,7 +113,7 @@ def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
     )
     yield render_ledger(summary, question.price_per_gpu_hour)
     if question.verify:
-        yield f"Every record was read: {summary.num_records:,} of work; {_saved(question.run_or_project)}."
+        yield f"Verified all {summary.num_records:,} work records; {_saved(question.run_or_project)}."
     if plan is not None:
         yield plan
     if question.tokens is not None and question.gpus is not None:
@@ -125,7 +125,7 @@ def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
 
 
 def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
-    """The same as plain values for a script."""
+    """Return the answer as plain values."""
     question.validate()
     if question.is_project:
         return _project_tree(Project.read(question.run_or_project))
@@ -146,7 +146,7 @@ def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
 
 
 def _summary(question: BudgetQuery) -> LedgerSummary:
-    """Of the run; where it is to be verified, without the saved totals, which must agree, as must the checkpoint."""
+    """Return the run's summary; with `--verify` from all records, which must agree with totals and checkpoint."""
     if question.verify:
         raise_if_any(_missing_for_checkpoint(question.run_or_project))
         return summarize_verified_ledger(question.run_or_project)
@@ -157,8 +157,8 @@ def _summary(question: BudgetQuery) -> LedgerSummary:
 
 
 def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
-    """What the ledger lacks that the run's last checkpoint counts: a run that goes on from it is refused for that."""
-    from ...trainer.checkpoint.store import CheckpointStore  # and with it torch: seconds that a bill need not wait
+    """Yield records that the last checkpoint counts and the ledger lacks; a resume would be refused for them."""
+    from ...trainer.checkpoint.store import CheckpointStore  # imports torch, which takes seconds
 
     checkpoint, _ = CheckpointStore(run_dir / "checkpoints", keep_last=1).open_last_intact()
     if checkpoint is not None and "ledger" in checkpoint.manifest.metadata:
@@ -166,9 +166,9 @@ def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
 
 
 def _saved(run_dir: Path) -> str:
-    """What verified totals are compared with."""
+    """Return whether there are saved totals that agree."""
     is_there = (run_dir / SNAPSHOT_FILE).exists()
-    return "the totals saved beside them agree" if is_there else "no totals are saved beside them to compare with"
+    return "the saved totals agree" if is_there else "there are no saved totals to compare with"
 
 
 def _project_tree(project: Project) -> dict[str, object]:
@@ -196,7 +196,7 @@ def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Seq
 
 
 def _against(run_dir: Path, summary: LedgerSummary, plan: Path, *, as_json: bool) -> Any:
-    """A table, or plain values."""
+    """Return the comparison with a plan as a table or as plain values."""
     from .plan_comparison import compare_with_plan, comparison_as_dict, comparison_table
 
     return (comparison_as_dict if as_json else comparison_table)(compare_with_plan(run_dir, summary, plan))

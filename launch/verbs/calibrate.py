@@ -1,4 +1,4 @@
-"""`shoestring calibrate`: what this machine takes for the parts of a run, as a cluster that the planner prices with."""
+"""`shoestring calibrate`: measure the parts of a run on this machine, as a cluster for the planner."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SECONDS = 600.0
 
 
 def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, ranks: int, repeats: int) -> Path:
-    """Measure the model of the run that `overrides` describe on `ranks` processes; returns the cluster's YAML file.
+    """Measure the model of the run that `overrides` describe on `ranks` processes; return the cluster's YAML file.
 
-    `folder` then serves as `--config-dir FOLDER` with `cluster=measured`. On the CPU; GPUs are priced by a table of
-    their kernels. Raises `ConfigError` before a process starts, and `RanksFailed`.
+    Use it with `--config-dir FOLDER cluster=measured`. It measures the CPU; GPUs are priced with tables of their
+    kernels. Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
     config = compose_run_config(overrides, config_dir)
     raise_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
@@ -36,7 +36,7 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     try:
         (folder / "cluster").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        hint = f"cannot be made a directory of the calibration: {error.strerror}"
+        hint = f"cannot be created: {error.strerror}"
         raise ConfigError([Problem("--output", str(folder), hint)]) from None
     described = json.dumps([list(overrides), None if config_dir is None else str(config_dir.absolute())])
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,13 +48,13 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
 
 
 def recipe_measurements(config: RunConfig) -> Iterator[KernelMeasurement]:
-    """What the phases were measured with: they say nothing about anything else."""
-    for name, value in recipe_by_config_key(configured_recipe(_here(config))).items():
+    """Yield the recipe that the phases were measured with; they are valid for no other."""
+    for name, value in recipe_by_config_key(configured_recipe(_on_local_cpu(config))).items():
         yield KernelMeasurement("recipe", name, value, "any", 0, 0, 0, 0.0, "", "measured", "shoestring calibrate")
 
 
-def _here(config: RunConfig) -> RunConfig:
-    """The run on this machine's CPU, whatever cluster it is for."""
+def _on_local_cpu(config: RunConfig) -> RunConfig:
+    """Return the run with this machine's CPU as its cluster."""
     return replace(config, cluster=ClusterConfig())
 
 
@@ -66,18 +66,18 @@ def _problems(ranks: int, repeats: int) -> Iterator[Problem]:
 
 
 def _unmeasured(config: RunConfig) -> Iterator[Problem]:
-    """What is not measured here, and would be measured as something else."""
+    """Yield configured values that cannot be measured on the CPU."""
     gpus, device = torch.cuda.device_count(), config.training.device
     if device == "auto" and gpus:
-        hint = f"the run would take this machine's {gpus} GPU(s), and its CPU is what is measured; write cpu, or "
-        yield Problem("training.device", device, f"{hint}price GPUs by a table of their kernels, as cluster=h800")
+        hint = f"calibrate measures the CPU, but the run would use this machine's {gpus} GPU(s); use cpu, or a "
+        yield Problem("training.device", device, f"{hint}cluster with GPU kernel times, such as cluster=h800")
     if config.exchange.name == "deepep":
-        yield Problem("exchange.name", "deepep", "is for GPUs, and the CPU is what is measured; write flat or two_hop")
-    yield from unsupported_config_problems(_here(config))
+        yield Problem("exchange.name", "deepep", "is for GPUs, but calibrate measures the CPU; use flat or two_hop")
+    yield from unsupported_config_problems(_on_local_cpu(config))
 
 
 def write_cluster_config(folder: Path, rows: Sequence[KernelMeasurement], ranks: int) -> Path:
-    """Table and description of the measured cluster, in an absolute `folder` that exists."""
+    """Write the kernel table and the YAML file of the measured cluster to `folder`, an absolute path that exists."""
     table, cluster = folder / "measured.csv", folder / "cluster" / "measured.yaml"
     write_kernel_table(table, rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks / 1e9
@@ -89,10 +89,10 @@ def write_cluster_config(folder: Path, rows: Sequence[KernelMeasurement], ranks:
         "gpus_per_node": ranks,
         "tables": str(table),
         "sources": {
-            "peak_tflops": "assumed: a unit, so that utilization reads as TFLOPS",
+            "peak_tflops": "assumed: 1, so that utilization reads as TFLOPS",
             "memory_gb": "measured: this machine's memory over its ranks",
             "nodes": "measured: this machine",
-            "gpus_per_node": "measured: as many ranks as were at work",
+            "gpus_per_node": "measured: number of ranks",
             "tables": "measured: shoestring calibrate on this machine",
         },
     }

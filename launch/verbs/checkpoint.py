@@ -1,4 +1,4 @@
-"""`shoestring checkpoint`: which checkpoints a run has, whether they are whole, and where two of them differ."""
+"""`shoestring checkpoint`: list, verify and compare checkpoints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ...trainer.checkpoint.manifest import MANIFEST_FILE, CheckpointDamaged, rea
 
 @dataclass(frozen=True)
 class CheckpointListing:
-    """A directory of a store, as `ls` shows it."""
+    """Directory of a checkpoint store, as `ls` shows it."""
 
     name: str
     state: str
-    """`whole` (from outside: marker, manifest and sizes), `damaged: …`, `unfinished` or `set aside`."""
+    """`complete` (by marker, manifest and file sizes), `damaged: …`, `unfinished` or `quarantined`."""
     step: int | None = None
     bytes: int | None = None
     tensors: int | None = None
@@ -38,58 +38,66 @@ class CheckpointListing:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What `verify_checkpoint` has found of one checkpoint."""
+    """Result of verifying one checkpoint."""
 
     path: str
     tensors: int | None
-    """None where the manifest itself is damaged."""
+    """None if the manifest is damaged."""
     bytes: int | None
-    """Of all files, as the manifest says."""
+    """Bytes of all files, from the manifest."""
     damage: list[str]
-    """Words about each file, header or piece that is damaged; empty for a whole checkpoint."""
+    """One line per damaged file, header or piece; empty for an intact checkpoint."""
 
     @property
     def report_text(self) -> str:
-        """For the terminal."""
+        """Result in words."""
         if self.damage:
             return "\n".join(self.damage)
-        return f"{self.path}: {self.tensors:,} tensors, {self.bytes:,} bytes, every hash and every header is right"
+        return f"{self.path}: {self.tensors:,} tensors, {self.bytes:,} bytes, all hashes and headers are correct"
 
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """What two checkpoints have in common of one kind of state, and what not."""
+    """Differences of two checkpoints in one kind of state."""
 
     kind: str
     tensors: int
-    """In both."""
+    """Tensors in both."""
     equal: int
-    """To the last bit."""
+    """Tensors that are bitwise equal."""
     only_first: int
     only_second: int
     reshaped: int
-    """Of another shape or dtype."""
+    """Tensors with another shape or dtype."""
     largest: float
     """Largest absolute difference of an element."""
     where: str
-    """In which tensor."""
+    """Tensor with that difference."""
 
 
 def list_checkpoints(path: Path) -> list[CheckpointListing]:
-    """Everything in the store of a run, oldest first. Raises `ConfigError` where there is none."""
+    """List the checkpoint directories of a run, oldest first. Raises `ConfigError` if there are none."""
     directory = open_checkpoint_store(path).directory
     if not directory.is_dir():
-        raise ConfigError([Problem("checkpoint", str(path), "is no directory; name a run's")])
+        raise ConfigError([Problem("checkpoint", str(path), "is not a directory; name the directory of a run")])
     found = [_listed(each) for each in sorted(directory.glob("step_*"))]
     if not found:
-        raise ConfigError([Problem("checkpoint", str(directory), "holds no checkpoint")])
+        raise ConfigError(
+            [
+                Problem(
+                    "checkpoint",
+                    str(directory),
+                    "has no checkpoint; a run saves one every training.checkpoint_every steps",
+                )
+            ]
+        )
     return found
 
 
 def checkpoints_table(listed: list[CheckpointListing]) -> Table:
-    """For the terminal."""
+    """Return the list as a table."""
     table = Table(box=None)
-    for heading in ("checkpoint", "tensors", "MB", "saved by", "state"):
+    for heading in ("checkpoint", "tensors", "MB", "saved with layout", "state"):
         table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
     for each in listed:
         numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", f"{each.bytes / 1e6:,.1f}", each.layout)
@@ -98,13 +106,15 @@ def checkpoints_table(listed: list[CheckpointListing]) -> Table:
 
 
 def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
-    """Read every byte of a checkpoint. Raises `ConfigError` where there is none, or none that can be read now."""
+    """Read and check every byte of a checkpoint. Raises `ConfigError` if there is none, or it cannot be read now."""
     try:
         directory = find_checkpoint_directory(path, step)
         try:
             checkpoint = Checkpoint(directory, read_manifest_only(directory))
         except CheckpointDamaged as damaged:
-            words = f"{damaged}; nothing more can be checked: restore that file, or --step takes another checkpoint"
+            words = (
+                f"{damaged}; nothing else can be checked: restore that file, or choose another checkpoint with --step"
+            )
             return VerificationResult(str(directory), None, None, [words])
         manifest = checkpoint.manifest
         return VerificationResult(
@@ -117,21 +127,21 @@ def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
 def diff_checkpoints(
     first: Path, second: Path, steps: tuple[int | None, int | None]
 ) -> tuple[list[str], list[CheckpointDiff]]:
-    """Where two checkpoints differ: metadata and configuration a line each, tensors by kind of state."""
+    """Compare two checkpoints: return one line per different metadata or configuration value, and tensors by kind."""
     one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
     try:
         return list(_metadata_differences(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
     except CheckpointDamaged as damaged:
-        hint = "is damaged; `shoestring checkpoint verify` says more"
+        hint = "is damaged; run `shoestring checkpoint verify` for details"
         raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
 
 
 def diff_table(differences: list[CheckpointDiff]) -> Table:
-    """For the terminal."""
+    """Return the differences of tensors as a table."""
     table = Table(box=None)
-    for heading in ("state", "in both", "equal", "only 1st", "only 2nd", "reshaped", "largest Δ"):
+    for heading in ("state", "common", "equal", "only 1st", "only 2nd", "shape/dtype differs", "max |Δ|"):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    table.add_column("in", overflow="fold")
+    table.add_column("tensor", overflow="fold")
     for each in differences:
         values = list(asdict(each).values())
         table.add_row(*map(str, values[:6]), f"{each.largest:.3g}", each.where)
@@ -140,11 +150,11 @@ def diff_table(differences: list[CheckpointDiff]) -> Table:
 
 def _listed(path: Path) -> CheckpointListing:
     if path.suffix in (".partial", ".old"):
-        return CheckpointListing(path.name, "unfinished; the next save clears it")
+        return CheckpointListing(path.name, "unfinished; the next save deletes it")
     if path.suffix == ".damaged":
-        return CheckpointListing(path.name, "set aside by a run that found it damaged")
+        return CheckpointListing(path.name, "quarantined by a run that found it damaged")
     try:
-        return _whole(path)
+        return _complete(path)
     except CheckpointDamaged as damaged:
         return CheckpointListing(path.name, f"damaged: {damaged}")
     except ConfigError as refused:
@@ -153,7 +163,7 @@ def _listed(path: Path) -> CheckpointListing:
         return CheckpointListing(path.name, f"cannot be read now: {error}")
 
 
-def _whole(path: Path) -> CheckpointListing:
+def _complete(path: Path) -> CheckpointListing:
     outline = read_manifest_summary(path)
     with config_error_context(path / MANIFEST_FILE, "take another checkpoint"):
         metadata = JsonValue(outline.metadata, "metadata")
@@ -162,7 +172,7 @@ def _whole(path: Path) -> CheckpointListing:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
         step = metadata["step"].as_integer()
     return CheckpointListing(
-        path.name, "whole", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
+        path.name, "complete", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
     )
 
 
@@ -183,8 +193,8 @@ def _metadata_differences(one: Mapping[str, Any], two: Mapping[str, Any], prefix
 def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[CheckpointDiff]:
     names = sorted(one.manifest.tensors.keys() | two.manifest.tensors.keys())
     for kind in dict.fromkeys(name.partition("/")[0] for name in names):
-        own = [name for name in names if name.partition("/")[0] == kind]
-        both = [name for name in own if not one.missing_tensors([name]) and not two.missing_tensors([name])]
+        of_kind = [name for name in names if name.partition("/")[0] == kind]
+        both = [name for name in of_kind if not one.missing_tensors([name]) and not two.missing_tensors([name])]
         equal = reshaped = 0
         largest, where = 0.0, ""
         for name in both:
@@ -196,5 +206,5 @@ def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[CheckpointDiff]:
             difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
             if difference > largest:
                 largest, where = difference, name
-        only = len(one.missing_tensors(own)), len(two.missing_tensors(own))
+        only = len(one.missing_tensors(of_kind)), len(two.missing_tensors(of_kind))
         yield CheckpointDiff(kind, len(both), equal, only[1], only[0], reshaped, largest, where)

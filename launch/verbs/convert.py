@@ -1,4 +1,4 @@
-"""`shoestring import` and `shoestring export`: to and from a directory that transformers, vLLM and others read."""
+"""`shoestring import` and `shoestring export`: conversion from and to Hugging Face directories (transformers, vLLM)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 def export_command(
     path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, ema_weights: bool
 ) -> Path:
-    """Export one checkpoint, or the average of its weights; return it. Raises `ConfigError`."""
+    """Export the weights of one checkpoint, or their EMA; return its path. Raises `ConfigError`."""
     options = ExportOptions(dtype, rope == "pairs", parse_byte_size(shard))
     checkpoint = find_checkpoint(path, step)
     with clean_up_on_signal("export"):
@@ -28,13 +28,13 @@ def export_command(
 
 
 def import_command(source: Path, target: Path) -> Path:
-    """Import a directory; return the checkpoint. Raises `ConfigError`."""
+    """Import a directory; return the path of the checkpoint. Raises `ConfigError`."""
     with clean_up_on_signal("import"):
         return import_huggingface_weights(source, target, print_to_stdout)
 
 
 def parse_byte_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` or `64KB`. Raises `ConfigError`."""
+    """Convert `5GB`, `500MB` or `64KB` to bytes. Raises `ConfigError`."""
     try:
         number, factor = float(text[:-2]), _UNITS[text[-2:].upper()]
         if number > 0:

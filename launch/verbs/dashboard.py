@@ -1,7 +1,7 @@
-"""`shoestring dashboard`: the dashboard as a wandb workspace, printed, or created on a server.
+"""`shoestring dashboard`: print the dashboard as a wandb workspace, or create it on a server.
 
-What is printed is the workspace as wandb-workspaces would send it, without what that draws at random, so that
-docs/dashboard.json changes only with the panels. Creating it on a server needs an account and was never tried.
+It prints what wandb-workspaces would send, without random ids, so that docs/dashboard.json changes only with the
+panels. Creation on a server needs an account and has not been tried.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _HEIGHT = 6
 
 
 def dashboard_json(overrides: Sequence[str], config_dir: Path | None) -> str:
-    """The workspace for runs of this configuration, as JSON."""
+    """Return the workspace for runs of this configuration, as JSON."""
     spec = _workspace(compose_run_config(overrides, config_dir))._to_model().spec
     tree = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
-    return json.dumps(_without_chance(tree), indent=1, sort_keys=True)
+    return json.dumps(_without_random_ids(tree), indent=1, sort_keys=True)
 
 
 def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
-    """Create it on the server; return its address. Raises `ConfigError` without an account or an entity."""
+    """Create the workspace on the server and return its URL. Raises `ConfigError` without an account or an entity."""
     from ...trainer.telemetry.wandb_sink import wandb_account_problems
 
     config = compose_run_config(overrides, config_dir)
@@ -43,7 +43,7 @@ def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
 
 
 def _workspace(config: RunConfig) -> Any:
-    # Imported here: it is slow, and no run needs it.
+    # Imported here: the import is slow, and only this verb needs it.
     from wandb_workspaces.reports.v2.interface import Layout, LinePlot, ScalarChart, SummaryMetric
     from wandb_workspaces.workspaces.interface import Section, Workspace
 
@@ -64,8 +64,8 @@ def _workspace(config: RunConfig) -> Any:
     return Workspace(entity=wandb.entity or "", project=wandb.project, name="Shoestring", sections=sections)
 
 
-def _without_chance(tree: Any) -> Any:
-    """`tree` without the names that are drawn anew each time."""
+def _without_random_ids(tree: Any) -> Any:
+    """Return `tree` without ids that are random in each call."""
     if isinstance(tree, dict):
-        return {key: _without_chance(value) for key, value in tree.items() if key not in _RANDOM}
-    return [_without_chance(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: _without_random_ids(value) for key, value in tree.items() if key not in _RANDOM}
+    return [_without_random_ids(value) for value in tree] if isinstance(tree, list) else tree

@@ -1,4 +1,4 @@
-"""`shoestring generate`: text from a checkpoint, with its MTP module as a draft."""
+"""`shoestring generate`: text from a checkpoint, with speculative decoding by its MTP module."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked for."""
+    """Options of the verb."""
 
     checkpoint_path: Path
-    """A run, or one checkpoint."""
+    """Run directory or checkpoint."""
     step: int | None
     prompt: str
     max_new_tokens: int
@@ -47,23 +47,23 @@ class GenerationRequest:
     seed: int
     use_mtp_draft: bool
     ema_weights: bool
-    """Of the weights, instead of the weights."""
+    """True: use the EMA of the weights."""
 
     def validate(self) -> None:
-        """Raises `ConfigError`."""
+        """Raise `ConfigError` with every problem of the options."""
         problems = []
         if not self.prompt:
-            problems.append(Problem("--prompt", self.prompt, "must hold text"))
+            problems.append(Problem("--prompt", self.prompt, "must not be empty"))
         if self.max_new_tokens < 1:
             problems.append(Problem("--tokens", self.max_new_tokens, "must be at least 1"))
         if not 0 <= self.temperature < math.inf:
-            hint = "must be at least 0, which takes the likeliest, and finite"
+            hint = "must be finite and at least 0 (greedy)"
             problems.append(Problem("--temperature", self.temperature, hint))
         raise_if_any(problems)
 
 
 def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
-    """The continuation of the prompt, as text and with its counts. Raises `ConfigError`."""
+    """Return the continuation of the prompt as text, with its counts. Raises `ConfigError`."""
     request.validate()
     checkpoint = find_checkpoint(request.checkpoint_path, request.step)
     if request.ema_weights:
@@ -77,12 +77,13 @@ def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
             checkpoint, device, dtype, _attention(checkpoint.model_config, context, dtype, device)
         )
     except CheckpointDamaged as damaged:
-        raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; --step takes another")]) from damaged
+        raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; choose another with --step")]) from damaged
     sampler = TokenSampler(torch.Generator().manual_seed(request.seed), request.temperature)
     with config_error_context(checkpoint.path / TOKENIZER_FILE, "take another checkpoint"):
         prompt = encode_with_bpe(tokenizer, request.prompt)
     if not prompt or max(prompt) >= checkpoint.model_config.vocab_size:
-        hint = f"its tokens must be numbers below {checkpoint.model_config.vocab_size}, the model's vocabulary, and at least one"
+        limit = checkpoint.model_config.vocab_size
+        hint = f"there must be at least one token id, and all must be below vocab_size {limit}"
         raise ConfigError([Problem("--prompt", request.prompt, f"{TOKENIZER_FILE} gives {prompt[:8]}: {hint}")])
     try:
         found = generate_speculatively(
@@ -102,7 +103,7 @@ def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
 
 
 def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> SelectedAttention:
-    """What computes up to `context` tokens of one text. Raises `ConfigError`."""
+    """Select the attention backend for one text of up to `context` tokens. Raises `ConfigError`."""
     if device.type == "cpu":
         return CPU_ATTENTION
     case = AttentionShape(1, model.num_attention_heads, context, model.qk_head_dim, model.v_head_dim, dtype)
@@ -110,8 +111,8 @@ def _attention(model: ModelConfig, context: int, dtype: torch.dtype, device: tor
 
 
 def describe_acceptance(found: Continuation) -> str:
-    """How the drafts did, in words."""
-    rate = f"{len(found.tokens) / found.num_forwards:.2f} tokens a forward" if found.num_forwards else "no forward"
+    """Describe the speed-up by accepted drafts in words."""
+    rate = f"{len(found.tokens) / found.num_forwards:.2f} tokens per forward" if found.num_forwards else "no forward"
     counts = f"{len(found.tokens)} tokens in {found.num_forwards} forwards, {rate}"
     if not found.num_drafted:
         return f"{counts}; nothing was drafted"
@@ -120,7 +121,7 @@ def describe_acceptance(found: Continuation) -> str:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[tokenizers.Tokenizer, int | None]:
-    """The tokenizer in a checkpoint, and the token that ends a text: ours, or what an imported config.json names."""
+    """Return a checkpoint's tokenizer and its end token: Shoestring's, or that of an imported config.json."""
     if TOKENIZER_FILE not in {entry.file for entry in checkpoint.manifest.attachments}:
         raise ConfigError(
             [Problem("checkpoint", str(checkpoint.path), f"has no {TOKENIZER_FILE}, so it cannot read a prompt")]

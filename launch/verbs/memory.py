@@ -1,4 +1,4 @@
-"""`shoestring memory`: the bytes that each rank of a run needs by kind, predicted, and measured in real processes."""
+"""`shoestring memory`: predicted memory of each rank by kind, and measured memory of real processes."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from ..run.preflight import hardware_problems
 from ..run.torchrun import run_local_ranks
 
 _SECONDS = 900.0
-_BETWEEN = "held between instructions"
-_WORST = "at the worst moment"
+_STATE = "model states"
+_BETWEEN = "between instructions"
+_PEAK = "peak"
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Of a run."""
+    """Predicted and measured memory of a run."""
 
     config: RunConfig
     device: str
-    """What the prediction is for: cpu or cuda."""
+    """Device of the prediction: cpu or cuda."""
     run_memory: MemoryPredictor
     measured_by_rank: list[MeasuredMemory]
-    """Of each rank; empty where it was not asked for."""
+    """Measured memory of each rank; empty without `--measure`."""
     all_tokens_to_one_rank: bool
-    """Whether the measured run sent every token to one rank of each group."""
+    """True if the measured run routed all tokens of each expert-parallel group to one rank."""
 
     @cached_property
     def predicted_by_pp_rank(self) -> list[RankMemory]:
-        """Predicted, of each pipeline rank, with even routing."""
+        """Prediction for each pipeline rank, with balanced routing."""
         return [self.run_memory.predict_rank(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
     @cached_property
     def host_bytes_by_pp_rank(self) -> list[HostMemoryBytes]:
-        """Of each pipeline rank, beside the memory that it computes in."""
+        """Host memory of each pipeline rank, besides that of its device."""
         return [self.run_memory.predict_host(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
     def predict_rank(self, rank: int) -> RankMemory:
-        """Of a rank of the whole run, with the routing that was measured."""
+        """Predict the memory of a global rank, with the routing of the measured run."""
         topology = self.config.topology
         rows = self.run_memory.skewed_expert_rows(topology.ep_rank(rank)) if self.all_tokens_to_one_rank else None
         return self.run_memory.predict_rank(topology.pp_rank(rank), rows)
@@ -61,39 +62,39 @@ class MemoryReport:
 def build_memory_report(
     overrides: Sequence[str], config_dir: Path | None, *, measure: bool, all_tokens_to_one_rank: bool = False
 ) -> MemoryReport:
-    """Predict, and with `measure` run a step of the real ranks on this machine."""
+    """Predict the memory of a run; with `measure` also run the real ranks on this machine."""
     config = compose_run_config(overrides, config_dir)
     found: list[MeasuredMemory] = []
     device = _device(config)
     if measure:
         raise_if_any(hardware_problems(config, config.topology.world_size))
-        devices, found = _measure(config, overrides, config_dir, one_rank=all_tokens_to_one_rank)
+        devices, found = _measure(config, overrides, config_dir, all_tokens_to_one_rank=all_tokens_to_one_rank)
         device = devices[0].partition(":")[0]
     return MemoryReport(config, device, MemoryPredictor(config, torch.device(device)), found, all_tokens_to_one_rank)
 
 
 def _device(config: RunConfig) -> str:
-    """Of the run: on a cluster that is described, its GPUs, whatever is here."""
+    """Return the device of the run: for a described cluster its GPUs, else this machine's."""
     if config.training.device != "auto":
         return config.training.device
     return "cuda" if config.cluster.sm_count is not None or torch.cuda.is_available() else "cpu"
 
 
 def _measure(
-    config: RunConfig, overrides: Sequence[str], config_dir: Path | None, *, one_rank: bool
+    config: RunConfig, overrides: Sequence[str], config_dir: Path | None, *, all_tokens_to_one_rank: bool
 ) -> tuple[list[str], list[MeasuredMemory]]:
     directory = None if config_dir is None else str(config_dir.absolute())
-    described = json.dumps([list(overrides), directory, one_rank])
+    described = json.dumps([list(overrides), directory, all_tokens_to_one_rank])
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "memory.json"
         rank = ["-m", "shoestring.launch.bench.memory_rank", described, str(output)]
         run_local_ranks(rank, config.topology.world_size, _SECONDS)
-        everyone = json.loads(output.read_text())
-    return [device for device, _ in everyone], [MeasuredMemory.from_dict(tree) for _, tree in everyone]
+        ranks = json.loads(output.read_text())
+    return [device for device, _ in ranks], [MeasuredMemory.from_dict(tree) for _, tree in ranks]
 
 
 def memory_as_dict(report: MemoryReport) -> dict[str, object]:
-    """The figures as plain values, in bytes."""
+    """Return the figures as plain values, in bytes."""
     return {
         "device": report.device,
         "predicted": [_rank_tree(memory) for memory in report.predicted_by_pp_rank],
@@ -117,16 +118,16 @@ def _rank_tree(memory: RankMemory) -> dict[str, Any]:
 
 
 def memory_table(report: MemoryReport) -> RenderableType:
-    """The same for a reader."""
+    """Return the figures as tables."""
     parts: list[RenderableType] = [_predicted(report)]
     if report.measured_by_rank:
-        parts += [_compared(report), _SEEN[report.device]]
+        parts += [_compared(report), _MEASUREMENT_NOTES[report.device]]
     return Group(*parts)
 
 
 def _predicted(report: MemoryReport) -> Table:
     on = "a GPU" if report.device == "cuda" else "a CPU"
-    title = f"Predicted memory of one rank of each pipeline rank on {on}, MB"
+    title = f"Predicted memory of one rank per pipeline rank on {on}, MB"
     table = Table(title=title, title_justify="left")
     table.add_column("kind")
     for pp_rank in range(len(report.predicted_by_pp_rank)):
@@ -136,18 +137,18 @@ def _predicted(report: MemoryReport) -> Table:
         if any(row[kind] for row in rows):
             table.add_row(kind, *(_mega(row[kind]) for row in rows))
     table.add_section()
-    table.add_row(_WORST, *(_mega(memory.total) for memory in report.predicted_by_pp_rank))
+    table.add_row(_PEAK, *(_mega(memory.total) for memory in report.predicted_by_pp_rank))
     bounds = (report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank)))
-    table.add_row("under any routing, at most", *(_mega(bound) for bound in bounds))
+    table.add_row("worst-case routing", *(_mega(bound) for bound in bounds))
     table.add_section()
-    table.add_row("on the host, for saves", *(_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank))
+    table.add_row("host, checkpoint staging", *(_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank))
     if any(host.average for host in report.host_bytes_by_pp_rank):
-        table.add_row("on the host, average", *(_mega(host.average) for host in report.host_bytes_by_pp_rank))
+        table.add_row("host, EMA", *(_mega(host.average) for host in report.host_bytes_by_pp_rank))
     return table
 
 
 def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
-    names = {"fp8_weights": "weights in FP8", "average": "average of the weights"}
+    names = {"fp8_weights": "FP8 weights", "average": "EMA weights"}
     for name, size in vars(memory.state).items():
         yield names.get(name, name), size
     for kind, size in memory.at_peak.items():
@@ -157,27 +158,27 @@ def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
 
 
 def _compared(report: MemoryReport) -> Table:
-    how = "every token to one rank of each group" if report.all_tokens_to_one_rank else "routing as it falls"
-    table = Table(title=f"Predicted and measured, MB; {how}", title_justify="left")
-    for heading in ("rank", "what", "predicted", "measured", "difference"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
+    routing = "all tokens to one rank per group" if report.all_tokens_to_one_rank else "model's own routing"
+    table = Table(title=f"Predicted and measured, MB; {routing}", title_justify="left")
+    for heading in ("rank", "quantity", "predicted", "measured", "difference"):
+        table.add_column(heading, justify="left" if heading == "quantity" else "right")
     for rank, measured in enumerate(report.measured_by_rank):
         predicted = report.predict_rank(rank)
         rows = {
-            "state": (predicted.state.total, measured.state.total),
+            _STATE: (predicted.state.total, measured.state.total),
             _BETWEEN: (predicted.between_instructions, measured.between_instructions),
-            _WORST: (predicted.allocator_bytes, measured.total),
+            _PEAK: (predicted.allocator_bytes, measured.total),
         }
-        for what, (ours, found) in rows.items():
-            cells = _mega(ours), _mega(found), f"{ours / found - 1:+.1%}"
-            table.add_row(str(rank) if what == "state" else "", what, *cells, end_section=what == _WORST)
+        for name, (expected, found) in rows.items():
+            cells = _mega(expected), _mega(found), f"{expected / found - 1:+.1%}"
+            table.add_row(str(rank) if name == _STATE else "", name, *cells, end_section=name == _PEAK)
     return table
 
 
-_SEEN = {
-    "cpu": "Measured: every allocation of torch in all threads of the rank, by its profiler. It does not see buffers "
-    "of gloo and of math libraries, nor the interpreter.",
-    "cuda": "Measured: the peak of torch's caching allocator. It does not see the CUDA context and NCCL.",
+_MEASUREMENT_NOTES = {
+    "cpu": "Measured: all of torch's allocations in all threads of the rank, by its profiler; without buffers of gloo "
+    "and of math libraries, and without the interpreter.",
+    "cuda": "Measured: the peak of torch's caching allocator; without the CUDA context and NCCL.",
 }
 
 

@@ -1,4 +1,4 @@
-"""`shoestring params`: parameters, FLOPs and activations of a model, each with its convention."""
+"""`shoestring params`: parameters, FLOPs and activations of a model, with the conventions used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PUBLISHED_LENGTH = 4096
 
 
 def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
-    """The figures as plain values: counts, and FLOPs a token of forward and backward."""
+    """Return the figures as plain values; FLOPs are per token, forward plus backward."""
     config = compose_model_config(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
@@ -55,12 +55,12 @@ def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[st
 
 
 def params_table(overrides: Sequence[str], config_dir: Path | None) -> RenderableType:
-    """The same for a reader."""
+    """Return the figures as tables."""
     config = compose_model_config(overrides, config_dir)
     count, length = count_parameters(config.model), config.training.sequence_length
     flops = count_flops(config.model, length)
     parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
-    for heading in ("part", "all", "active a token"):
+    for heading in ("part", "all", "active per token"):
         parameters.add_column(heading, justify="left" if heading == "part" else "right")
     parameters.add_row("main model, embedding and head included", _big(count.main), _big(count.main_active))
     parameters.add_row("  embedding", _big(count.embedding), _big(count.embedding))
@@ -68,27 +68,27 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     active_experts = count.routed_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
     parameters.add_row("  routed experts", _big(count.routed_experts), _big(active_experts))
     if config.model.num_nextn_predict_layers:
-        parameters.add_row("MTP modules, on top of it", _big(count.mtp), _big(count.mtp_active))
-    table = Table(title=f"Training FLOPs a token at sequence length {length}", title_justify="left")
-    table.add_column("what is counted")
+        parameters.add_row("MTP modules, in addition", _big(count.mtp), _big(count.mtp_active))
+    table = Table(title=f"Training FLOPs per token at sequence length {length}", title_justify="left")
+    table.add_column("convention")
     table.add_column("GFLOP", justify="right")
     table.add_row("main model, causal attention", _giga(flops.main_model))
     if config.model.num_nextn_predict_layers:
         table.add_row("main model and MTP, causal attention", _giga(flops.main_and_mtp))
-    table.add_row("main model, whole S x S of attention", _giga(flops.main_model_full_attention))
+    table.add_row("main model, full (non-causal) attention", _giga(flops.main_model_full_attention))
     return Group(parameters, table, f"Convention: {FLOP_CONVENTION}.\n", _activations(config))
 
 
 def _activations(config: RunConfig) -> Table:
-    """What a layer keeps, and under the policy of `recompute`."""
+    """Return the saved activations per layer, without recompute and with the configured modules."""
     length, policy = config.training.sequence_length, config.recompute.recompute_modules
-    title = f"Activations that a layer keeps of one sequence of {length} tokens, in BF16 on a GPU (predicted)"
+    title = f"Saved activations per layer, one sequence of {length} tokens, BF16 on a GPU (predicted)"
     table = Table(title=title, title_justify="left")
-    for heading in ("layer", "everything kept, MiB", *([f"without {', '.join(sorted(policy))}"] if policy else [])):
+    for heading in ("layer", "no recompute, MiB", *([f"recompute {', '.join(sorted(policy))}"] if policy else [])):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for layer, kept in _layers(config).items():
-        under = [saved_bytes(kept)] + ([saved_bytes(kept, policy)] if policy else [])
-        table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in under))
+        sizes = [saved_bytes(kept)] + ([saved_bytes(kept, policy)] if policy else [])
+        table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in sizes))
     return table
 
 
@@ -102,7 +102,7 @@ def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
 
 
 def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
-    """The model as composed, for figures at the published length unless one is given."""
+    """Compose the configuration; the sequence length is 4,096, the published one, unless it is given."""
     vocabulary = ["data.vocab_size=${model.vocab_size}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)

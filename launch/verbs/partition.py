@@ -1,4 +1,4 @@
-"""`shoestring partition`: a model's layers on the stages of a pipeline, and what each stage then weighs."""
+"""`shoestring partition`: layers, parameters and FLOPs of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .params import compose_model_config
 
 @dataclass(frozen=True)
 class PartitionedModel:
-    """A model on the stages of a pipeline."""
+    """A model split into pipeline stages."""
 
     config: RunConfig
     part_costs: ModelPartCosts
     placement: StagePlacement
     partition: LayerPartition
-    """Balanced by FLOPs unless a layout was given. The embedding is on the first stage, head and MTP on the last."""
+    """Partition, balanced by FLOPs unless it was given; embedding on the first stage, head and MTP on the last."""
 
     @property
     def has_embedding_replica(self) -> bool:
-        """Whether the last stage holds an embedding of its own, for MTP: not if the first is on the same rank."""
+        """True if the last stage needs a copy of the embedding for MTP: not if the first stage is on the same rank."""
         return self.config.model.num_nextn_predict_layers > 0 and not self.placement.first_and_last_stage_colocated()
 
     def stage_parameters(self, stage: int) -> int:
-        """What the stage holds, its embedding replica included."""
+        """Return the parameters of the stage, its embedding replica included."""
         count = sum(self.part_costs.layers[layer].parameters for layer in self.partition.layer_ranges[stage])
         if stage == 0:
             count += self.part_costs.embedding.parameters
@@ -47,15 +47,15 @@ class PartitionedModel:
         return count
 
     def stage_ranks(self, stage: int) -> list[int]:
-        """The ranks that hold the stage."""
+        """Return the ranks that hold the stage."""
         return [place.rank for place in self.placement.locations_of_stage(stage)]
 
     def num_dense_layers(self, stage: int) -> int:
-        """How many of the stage's layers have a dense feed-forward network."""
+        """Return the number of the stage's dense layers."""
         return sum(layer < self.config.model.first_k_dense_replace for layer in self.partition.layer_ranges[stage])
 
     def non_layer_modules(self, stage: int) -> list[str]:
-        """What the stage holds besides layers."""
+        """Return the names of the stage's modules that are not layers."""
         extras = ["embedding"] if stage == 0 else []
         if stage == self.placement.num_stages - 1:
             extras.append("head")
@@ -69,7 +69,7 @@ class PartitionedModel:
 def partition_model(
     overrides: Sequence[str], config_dir: Path | None, stages: int, schedule: str, layout: str | None
 ) -> PartitionedModel:
-    """Split the model that `overrides` describe over `stages`, which `schedule` puts on ranks."""
+    """Split the model that `overrides` describe into `stages`, placed on ranks by `schedule`."""
     config = compose_model_config(overrides, config_dir)
     counts = None if layout is None else _parse_layout(layout)
     problems = partition_problems(config.model.num_hidden_layers, stages, counts)
@@ -81,7 +81,7 @@ def partition_model(
 
 
 def partition_as_dict(model: PartitionedModel) -> dict[str, object]:
-    """The figures as plain values."""
+    """Return the stages as plain values."""
     return {
         "model": model.config.model.name,
         "sequence_length": model.config.training.sequence_length,
@@ -102,13 +102,13 @@ def partition_as_dict(model: PartitionedModel) -> dict[str, object]:
 
 
 def partition_table(model: PartitionedModel) -> RenderableType:
-    """The same for a reader."""
+    """Return the stages as a table."""
     costs, stages = model.partition.stage_costs, model.placement.num_stages
     mean = sum(costs) / stages
     name, length = model.config.model.name, model.config.training.sequence_length
     table = Table(title=f"{name} on {stages} stages, sequence length {length}", title_justify="left")
-    for heading in ("stage", "ranks", "layers", "what they are", "parameters", "GFLOP a token", "of the mean"):
-        table.add_column(heading, justify="left" if heading == "what they are" else "right")
+    for heading in ("stage", "ranks", "layers", "contents", "parameters", "GFLOP per token", "% of mean"):
+        table.add_column(heading, justify="left" if heading == "contents" else "right")
     for stage, layers in enumerate(model.partition.layer_ranges):
         dense = model.num_dense_layers(stage)
         kinds = [f"{count} {kind}" for count, kind in ((dense, "dense"), (len(layers) - dense, "MoE")) if count]
@@ -119,31 +119,31 @@ def partition_table(model: PartitionedModel) -> RenderableType:
             ", ".join(kinds + model.non_layer_modules(stage)),
             f"{model.stage_parameters(stage) / 1e9:.3f} B",
             f"{costs[stage] / 1e9:.4g}",
-            f"{100 * costs[stage] / mean:.1f} %",
+            f"{100 * costs[stage] / mean:.1f}",
         )
     layout = ",".join(map(str, model.partition.layers_per_stage))
     largest = f"The largest stage is {100 * model.partition.imbalance:.1f} % above the mean."
-    return Group(table, largest, f"Layout: {layout}", f"Convention: {FLOP_CONVENTION}.")
+    return Group(table, largest, f"Layers per stage: {layout}", f"Convention: {FLOP_CONVENTION}.")
 
 
 def _parse_layout(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(item) for item in text.split(","))
     except ValueError:
-        hint = "write the number of layers of each stage, as in 4,4,4,3"
+        hint = "must be the number of layers of each stage, as in 4,4,4,3"
         raise ConfigError([Problem("--layers-per-stage", text, hint)]) from None
 
 
 def _placement(schedule: str, stages: int) -> StagePlacement:
-    """Where `schedule` puts `stages`; refused where they do not come out even."""
+    """Return the ranks of `stages` by `schedule`. Raises `ConfigError` for a number of stages it cannot have."""
     if schedule not in (names := [each.name for each in SCHEDULES]):
-        raise ConfigError([Problem("--schedule", schedule, f"no such schedule; there are {', '.join(names)}")])
-    one_rank = build_placement(schedule, ranks=1).num_stages
-    if stages % one_rank:
-        below = stages // one_rank * one_rank
-        hint = f"{schedule} has {one_rank} stages a rank: nearest {below} or {below + one_rank}"
+        raise ConfigError([Problem("--schedule", schedule, f"unknown; must be one of {', '.join(names)}")])
+    per_rank = build_placement(schedule, ranks=1).num_stages
+    if stages % per_rank:
+        below = stages // per_rank * per_rank
+        hint = f"{schedule} has {per_rank} stages per rank: nearest {below} or {below + per_rank}"
         raise ConfigError([Problem("--stages", stages, hint)])
-    ranks = stages // one_rank
+    ranks = stages // per_rank
     demands = (p for p in schedule_problems(schedule, ranks, micro_batches=2 * ranks) if p.field == "ranks")
     raise_if_any(Problem("--stages", stages, problem.hint) for problem in demands)
     return build_placement(schedule, ranks)

@@ -1,4 +1,4 @@
-"""`shoestring plan`: layouts searched, and the best of them priced against the budget."""
+"""`shoestring plan`: search of the best layouts, with their cost against the budget."""
 
 from __future__ import annotations
 
@@ -41,42 +41,42 @@ from ..planner.search import SearchResult, SearchSpace, search_layouts
 from ..report.forecast_page import forecast_html
 from .simulate import layout_as_dict, phase_cost_table, run_description
 
-_TELLS_APART = 0.01
-"""Two forecasts share most of their errors, but not all: within this they are the same."""
+_RESOLUTION = 0.01
+"""Relative difference below which two forecasts count as equal: they share most of their errors, not all."""
 NO_FORECAST_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """A layout and what the run costs in it."""
+    """A layout with the cost of the run in it."""
 
     forecast: StepForecast
     phase_costs: list[RunPhaseCost]
 
     @property
     def pretraining_gpu_hours(self) -> float:
-        """Of pre-training, the ramp included."""
+        """GPU-hours of pre-training, batch ramp included."""
         return pretraining_gpu_hours(self.phase_costs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search has found."""
+    """Result of a search."""
 
     config: RunConfig
     recipe: ForecastRecipe
     search_result: SearchResult
     best_layouts: tuple[PlannedLayout, ...]
-    """The best layouts that are legal and fit, fastest first."""
+    """Layouts that are legal and fit, fastest first."""
     configured_layout: PlannedLayout
-    """The layout of the configuration, to compare with."""
+    """Layout of the configuration, for comparison."""
     what_ifs: list[WhatIfStep]
-    """Of the best layout."""
+    """Sensitivity of the best layout."""
     failure_model: FailureModel
 
     @property
     def best_layout(self) -> PlannedLayout | None:
-        """The fastest layout that is legal and fits."""
+        """Fastest layout that is legal and fits, or None."""
         return self.best_layouts[0] if self.best_layouts else None
 
 
@@ -85,7 +85,7 @@ def plan(
 ) -> Plan:
     """Search the layouts of the run that `overrides` describe on all GPUs of its cluster.
 
-    `inputs` are fields of the recipe that no configuration has. Raises `ConfigError`.
+    `inputs` are recipe fields that no configuration has; `keep` is the number of layouts. Raises `ConfigError`.
     """
     if keep < 1:
         raise ConfigError([Problem("--keep", keep, "must be at least 1")])
@@ -118,7 +118,7 @@ def _row(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) 
 
 
 def _space(config: RunConfig, recipe: ForecastRecipe) -> SearchSpace:
-    """Held fixed is what the table was measured with, and a format that the run does not compute in anyway."""
+    """Return the search space; what a table of whole phases was measured with stays fixed."""
     cluster = config.cluster
     space = SearchSpace(cluster.total_gpus, cluster.gpus_per_node, precisions=(recipe.precision,))
     if ComputeTimeModel.from_cluster(cluster, recipe).table.measured_recipe:
@@ -128,14 +128,14 @@ def _space(config: RunConfig, recipe: ForecastRecipe) -> SearchSpace:
 
 
 def _refusal(config: RunConfig, sms: int | None, layout: ParallelLayout, recipe: ForecastRecipe) -> str | None:
-    """Why `train` would refuse the run in another layout, in a few words that many share; None where it would not."""
-    run, own = config_with_layout(config, layout, recipe), recipe.problems(sms, layout.topology.ep)
-    problem = next(chain(run.problems(), own), None)
+    """Return why `train` would refuse the run in this layout, in a phrase that is counted; None if it would not."""
+    run = config_with_layout(config, layout, recipe)
+    problem = next(chain(run.problems(), recipe.problems(sms, layout.topology.ep)), None)
     return None if problem is None else f"{problem.field} ({layout.schedule})"
 
 
 def plan_as_dict(result: Plan) -> dict[str, object]:
-    """The figures as plain values, which `shoestring budget --against` reads."""
+    """Return the plan as plain values, which `shoestring budget --against` reads."""
     found, best = result.search_result, result.best_layout
     gpus = result.config.cluster.total_gpus
     return {
@@ -159,15 +159,15 @@ def plan_as_dict(result: Plan) -> dict[str, object]:
 
 
 def _row_tree(row: PlannedLayout, config: RunConfig) -> dict[str, object]:
-    own = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
-    return layout_as_dict(row.forecast, row.pretraining_gpu_hours) | own
+    extra = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
+    return layout_as_dict(row.forecast, row.pretraining_gpu_hours) | extra
 
 
 def write_plan_html(result: Plan, path: Path) -> None:
-    """The best layout with its timeline and memory, as HTML. Raises `ConfigError`."""
+    """Write the best layout with its timeline and memory as HTML. Raises `ConfigError`."""
     memory = result.config.cluster.memory_gb
     if result.best_layout is None or memory is None:
-        raise ConfigError([Problem("--html", str(path), "there is nothing to draw: no layout is legal and fits")])
+        raise ConfigError([Problem("--html", str(path), "cannot be written: no layout is legal and fits")])
     forecast = result.best_layout.forecast
     grid = forecast.layout.topology
     title = f"{result.config.model.name}: pp{grid.pp} edp{grid.edp} ep{grid.ep}, {forecast.layout.schedule}"
@@ -178,7 +178,7 @@ def write_plan_html(result: Plan, path: Path) -> None:
 
 
 def plan_table(result: Plan) -> RenderableType:
-    """The same for a reader."""
+    """Return the plan as tables."""
     parts: list[RenderableType] = [_layouts(result), _counts(result.search_result)]
     if result.best_layout is not None:
         parts += [
@@ -190,41 +190,40 @@ def plan_table(result: Plan) -> RenderableType:
     return Group(*parts)
 
 
-_COLUMNS = ("", "pp edp ep", "schedule", "mb", "GEMMs", "step, s", "tok/s", "MFU", "GB")
-_WORDS = ("", "pp edp ep", "schedule", "GEMMs")
+_COLUMNS = ("", "pp edp ep", "schedule", "micro-\nbatch", "precision", "step, s", "tok/s\n/GPU", "MFU", "peak\nGB")
+_TEXT_COLUMNS = ("", "pp edp ep", "schedule", "precision")
 
 
 def _layouts(result: Plan) -> RenderableType:
-    """Two tables of the same rows, each narrow enough for 80 columns."""
+    """Return two tables of the same layouts, each at most 80 columns wide."""
     cluster, training = result.config.cluster, result.config.training
     figures, limits = _slim_table(), _slim_table()
     figures.title = (
         f"{result.config.model.name} on {cluster.total_gpus} {cluster.name}, {training.global_batch_size:,} sequences"
     )
     figures.caption = (
-        "mb: sequences of a micro-batch; tok/s: of one GPU; GB: of the\n"
-        "fullest rank, fragmentation included; MFU: main model, causal,\n"
-        "without MTP, of the dense BF16 peak."
+        "peak GB: of the rank that needs most, with fragmentation;\n"
+        "MFU: main model, causal, without MTP, of the dense BF16 peak."
     )
     for heading in _COLUMNS:
-        figures.add_column(heading, justify="left" if heading in _WORDS else "right", no_wrap=True)
+        figures.add_column(heading, justify="left" if heading in _TEXT_COLUMNS else "right", no_wrap=True)
     limits.add_column("")
     limits.add_column("GPU-hours", justify="right", no_wrap=True)
     limits.add_column("recompute", no_wrap=True)
-    limits.add_column("limited by")
-    limits.caption = "conf: the layout of the configuration, to compare with."
+    limits.add_column("bottleneck")
+    limits.caption = "current: the layout of the configuration."
     named = [(str(place), row) for place, row in enumerate(result.best_layouts, 1)]
-    for name, row in [*named, ("conf", result.configured_layout)]:
+    for name, row in [*named, ("current", result.configured_layout)]:
         forecast = row.forecast
         figures.add_row(name, *_cells(forecast))
         fits = _fits(forecast, result.config)
-        limit = forecast.bottleneck if fits else f"its memory: does NOT fit into {cluster.memory_gb:g} GB"
+        limit = forecast.bottleneck if fits else f"memory: does NOT fit into {cluster.memory_gb:g} GB"
         limits.add_row(name, format_significant(row.pretraining_gpu_hours), forecast.recipe.recompute_name, limit)
     return Group(figures, "", limits, "")
 
 
 def _slim_table() -> Table:
-    """Without lines between columns, which would take a third of a narrow terminal."""
+    """Return a table without lines between columns, which would take a third of a narrow terminal."""
     return Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -241,7 +240,7 @@ def _fits(forecast: StepForecast, config: RunConfig) -> bool:
 
 
 def _overrides(forecast: StepForecast, config: RunConfig) -> list[str]:
-    """What to write behind the run's overrides to run it so."""
+    """Return the overrides to add to the run's to use this layout."""
     return diff_overrides(config, config_with_layout(config, forecast.layout, forecast.recipe))
 
 
@@ -261,33 +260,33 @@ def _cells(forecast: StepForecast) -> list[str]:
 
 def _counts(found: SearchResult) -> Table:
     table = Table(title=f"{found.considered:,} combinations in {found.search_seconds:.1f} s", title_justify="left")
-    table.add_column("what became of them")
+    table.add_column("outcome")
     table.add_column("number", justify="right")
     for reason, count in found.illegal.most_common():
         table.add_row(f"illegal: {reason}", f"{count:,}")
     for reason, count in found.out_of_memory.most_common():
         table.add_row(f"does not fit: {reason}", f"{count:,}")
     for reason, count in found.missing_figures.most_common():
-        table.add_row(f"no price: {reason}", f"{count:,}")
+        table.add_row(f"missing figures: {reason}", f"{count:,}")
     rate = found.simulated / found.simulation_cpu_seconds if found.simulation_cpu_seconds else 0.0
-    table.add_row(f"simulated in full, {rate:.0f} a second and core", f"{found.simulated:,}")
+    table.add_row(f"simulated, {rate:.0f}/s per core", f"{found.simulated:,}")
     if found.pruned:
-        table.add_row(f"excluded: no order of things is under {found.smallest_pruned_bound:.3f} s", f"{found.pruned:,}")
+        table.add_row(f"pruned: lower bound ≥ {found.smallest_pruned_bound:.3f} s", f"{found.pruned:,}")
     return table
 
 
 def _budget(result: Plan) -> str:
     assert result.best_layout is not None
     planned, budget = result.best_layout.pretraining_gpu_hours, result.config.budget.gpu_hours
-    verdict, share = "inside" if planned <= budget else "over", format_significant(100 * planned / budget)
+    relation, share = "within" if planned <= budget else "over", format_significant(100 * planned / budget)
     hours = f"{format_significant(planned)} GPU-hours"
-    return f"Pre-training {hours}, {verdict} the budget of {format_significant(budget)} ({share} %)."
+    return f"Pre-training: {hours}, {relation} the budget of {format_significant(budget)} ({share} %)."
 
 
 def _sensitivity(result: Plan) -> Table:
     assert result.best_layout is not None
-    table = Table(title="What a change would do to the best layout's step", title_justify="left")
-    for heading in ("change", "seconds", "of the step"):
+    table = Table(title="The best layout's step with one input changed", title_justify="left")
+    for heading in ("change", "seconds", "relative"):
         table.add_column(heading, justify="left" if heading == "change" else "right")
     for what_if in result.what_ifs:
         table.add_row(
@@ -305,9 +304,9 @@ def _failures(result: Plan) -> str:
     blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
     interval, share = failures.best_checkpoint_interval(gpus) / 60, failures.effective_training_share(gpus)
     return (
-        f"Failures: one in {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run). With checkpoints that "
-        f"block {blocked:g} s and restarts of {restart:g} s (both assumed), a checkpoint every {interval:.0f} min "
-        f"leaves {share:.1%} effective training time."
+        f"Failures: one per {hours:.1f} h on {gpus} GPUs (published rate of Llama 3.1's run). With {blocked:g} s per "
+        f"checkpoint and {restart:g} s per restart (both assumed), a checkpoint every {interval:.0f} min leaves "
+        f"{share:.1%} effective training time."
     )
 
 
@@ -315,12 +314,12 @@ def _comparison(result: Plan) -> str:
     assert result.best_layout is not None
     best, configured = result.best_layout.forecast, result.configured_layout.forecast
     if not _fits(configured, result.config):
-        return "The configured layout does not fit, so there is nothing to compare with."
+        return "The configured layout does not fit, so there is no comparison."
     if best.step_seconds >= configured.step_seconds:
-        return "No layout of the search beats the configured one."
+        return "No searched layout is faster than the configured one."
     gain = 1 - best.step_seconds / configured.step_seconds
-    doubt = ", which is less than a forecast can tell apart" if gain < _TELLS_APART else ""
-    return f"The best layout is {gain:.2%} faster than the configured one{doubt}."
+    caution = ", which is within the error of a forecast" if gain < _RESOLUTION else ""
+    return f"The best layout is {gain:.2%} faster than the configured one{caution}."
 
 
 def _how_to_run(result: Plan) -> str:

@@ -1,4 +1,4 @@
-"""`shoestring budget --against`: what was planned, what was measured, and the difference, in the ledger's own terms."""
+"""`shoestring budget --against`: planned against measured figures, in the ledger's terms."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..compose import read_config
 from ..planner.plan_file import PlanEntry, read_plan_entry
+from ..report.budget import term_label
 from ..run.run_dir import CONFIG_FILE
 
 _METRICS_FILE = "metrics.jsonl"
@@ -28,55 +29,56 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 @dataclass(frozen=True)
 class PlannedVsMeasured:
-    """One figure, planned and measured."""
+    """A figure, planned and measured."""
 
     name: str
     planned: float | None
     measured: float | None
-    """None where the run has not recorded it."""
+    """None if the run did not record it."""
 
     @property
     def difference(self) -> float | None:
-        """Measured less planned."""
+        """Measured minus planned, or None."""
         return None if self.planned is None or self.measured is None else self.measured - self.planned
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """A run beside its plan."""
+    """Comparison of a run with its plan."""
 
     layout_name: str
-    """Which layout of the plan it is."""
+    """Which layout of the plan it is compared with."""
     time_terms: Sequence[PlannedVsMeasured]
-    """Seconds a step, mean over ranks; the last ones are `other`, what no term holds."""
+    """Seconds per step, mean over ranks; the last one is `other`, time in no term."""
     step: PlannedVsMeasured
-    """Their sums."""
+    """Seconds per step, the sum of the terms."""
     totals: Sequence[PlannedVsMeasured]
-    """Tokens a second, GPU-hours, bytes."""
+    """Tokens/s, GPU-hours and bytes."""
     deviations: Sequence[str]
-    """Where the run is not what was planned, although its steps are."""
+    """Differences between plan and run that leave the plan comparable, in words."""
     notes: Sequence[str]
-    """Where the measured figures are not of one layout and one size of steps."""
+    """Why measured figures are not of one layout and batch size, in words."""
 
 
 def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> PlanComparison:
-    """The run in `run_dir` beside the plan at `plan`.
+    """Compare the run in `run_dir` with the plan at `plan`.
 
-    Raises `ConfigError` for a run without a step or configuration, and as `read_plan_entry` does.
+    Raises `ConfigError` for a run without a step or configuration, and for a plan of another run.
     """
     config = _configuration(run_dir)
     planned = read_plan_entry(plan, config, _precision(run_dir, config))
     if not summary.steps_retained:
-        raise ConfigError([Problem("--against", str(plan), f"{run_dir} has no step to compare yet")])
+        raise ConfigError([Problem("--against", str(plan), f"{run_dir} has no step to compare with yet")])
     steps, ranks = summary.steps_retained, config.topology.world_size
     seconds = summary.productive_ms / 1e3 / ranks
     tokens = sum(summary.tokens_by_phase.values())
     terms = [
-        PlannedVsMeasured(term, planned.time_terms[term], _a_step(summary, term, ranks)) for term in STEP_TIME_TERMS
+        PlannedVsMeasured(term, planned.time_terms[term], _seconds_per_step(summary, term, ranks))
+        for term in STEP_TIME_TERMS
     ]
     return PlanComparison(
         layout_name=planned.layout_name,
-        time_terms=[*terms, PlannedVsMeasured("other", 0.0, _a_step(summary, "other", ranks))],
+        time_terms=[*terms, PlannedVsMeasured("other", 0.0, _seconds_per_step(summary, "other", ranks))],
         step=PlannedVsMeasured("step", planned.step_seconds, seconds / steps),
         totals=[
             PlannedVsMeasured("tokens_per_second", planned.tokens_per_second, tokens / seconds),
@@ -88,51 +90,51 @@ def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> Plan
     )
 
 
-def _a_step(summary: LedgerSummary, term: str, ranks: int) -> float | None:
+def _seconds_per_step(summary: LedgerSummary, term: str, ranks: int) -> float | None:
     if not summary.gpu_ms_by_term:
         return None
     return summary.gpu_ms_by_term[term] / 1e3 / ranks / summary.steps_retained
 
 
 def _costs(config: RunConfig, summary: LedgerSummary, planned: PlanEntry) -> Iterator[PlannedVsMeasured]:
-    left = config.tokens_after(config.total_steps) - summary.tokens_retained
+    tokens_left = config.tokens_after(config.total_steps) - summary.tokens_retained
     assert summary.step_ms_per_token is not None
-    ahead = project_gpu_hours(0.0, left, summary.step_ms_per_token)
+    ahead = project_gpu_hours(0.0, tokens_left, summary.step_ms_per_token)
     yield PlannedVsMeasured("gpu_hours_of_steps", planned.gpu_hours, to_gpu_hours(summary.productive_ms) + ahead)
     yield PlannedVsMeasured("gpu_hours", None, summary.gpu_hours + ahead)
 
 
 def _allocated(run_dir: Path) -> float | None:
-    """Bytes at the worst moment of the fullest rank; None for a run on a CPU, whose figures hold Python too."""
-    looks = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED_LABEL]
-    return max((peak for look in looks for peak in parse_numbers(look.get("peak"))), default=None)
+    """Return the peak bytes of the rank that needs most; None on a CPU, whose figures include the interpreter."""
+    samples = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED_LABEL]
+    return max((peak for sample in samples for peak in parse_numbers(sample.get("peak"))), default=None)
 
 
 def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[str]:
     ranks = config.topology.world_size
     others = sorted({held.ranks for held in summary.attempt_usages} - {ranks})
     if others:
-        yield f"launches on {', '.join(map(str, others))} ranks are in the measured figures, which count {ranks}"
+        yield f"attempts on {', '.join(map(str, others))} ranks are in the measured figures, which assume {ranks}"
     full = config.training.global_batch_size * config.training.sequence_length
     if tokens != summary.steps_retained * full:
-        yield f"a step took {tokens / summary.steps_retained:,.0f} tokens in the mean, and is planned with {full:,}"
+        yield f"mean tokens per step {tokens / summary.steps_retained:,.0f}; planned {full:,}"
     if summary.inherited_ms:
-        yield "what its checkpoint had cost before is in the run's GPU-hours, and not in those of its steps"
+        yield "the initial checkpoint's GPU-hours are in the total, not in those of steps"
 
 
 def _configuration(run_dir: Path) -> RunConfig:
-    """What the last launch was told."""
+    """Read the configuration of the last attempt."""
     return read_config(run_dir / CONFIG_FILE)
 
 
 def _precision(run_dir: Path, config: RunConfig) -> str | None:
-    """Of the GEMMs, in the planner's words; None where nothing says so."""
+    """Return the GEMM precision by the planner's names; None if it is not recorded."""
     if config.precision.linear == "fp8":
         return "fp8"
     dtype = config.precision.compute
-    if dtype == "auto":  # what the device has made of it
-        told = [str(event.values.get("compute_dtype")) for event in _events(run_dir, "run")]
-        dtype = told[-1] if told else dtype
+    if dtype == "auto":  # resolved on the device, and logged
+        logged = [str(event.values.get("compute_dtype")) for event in _events(run_dir, "run")]
+        dtype = logged[-1] if logged else dtype
     return _PRECISIONS.get(dtype)
 
 
@@ -142,7 +144,7 @@ def _events(run_dir: Path, kind: str) -> list[Event]:
 
 
 def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
-    """Plain values: seconds, tokens a second, GPU-hours and bytes."""
+    """Return the comparison as plain values: seconds, tokens/s, GPU-hours and bytes."""
 
     def line(each: PlannedVsMeasured) -> dict[str, object]:
         return asdict(each) | {"difference": each.difference}
@@ -158,22 +160,22 @@ def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
 
 
 def comparison_table(comparison: PlanComparison) -> RenderableType:
-    """The same for a person."""
+    """Return the comparison as a table with notes."""
     longest = max(comparison.step.planned or 0.0, comparison.step.measured or 0.0)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
     table = Table(
-        title=f"planned and measured: {comparison.layout_name}",
-        caption=f"Terms in {unit} a step, mean over ranks. GPU-hours at the run's end: a plan's are of "
-        "steps alone, all are also start-up, checkpoints and the like.",
+        title=f"Planned and measured: {comparison.layout_name}",
+        caption=f"Terms in {unit} per step, mean over ranks. GPU-hours at the end of the run: a plan counts "
+        "steps only; the total includes start-up, checkpoints and all other time.",
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("", "planned", "measured", "difference", "of the plan"):
+    for heading in ("", "planned", "measured", "difference", "relative"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in (*comparison.time_terms, comparison.step):
         figures = _figures(each, lambda figure: f"{figure * scale:.4f}")
         is_last = each in (comparison.time_terms[-1], comparison.step)
-        table.add_row(each.name.replace("_", " "), *figures, _share(each, least=longest / 1e5), end_section=is_last)
+        table.add_row(term_label(each.name), *figures, _share(each, least=longest / 1e5), end_section=is_last)
     for each in comparison.totals:
         name, show = _TOTALS[each.name]
         table.add_row(name, *_figures(each, show), _share(each))
@@ -184,15 +186,15 @@ def comparison_table(comparison: PlanComparison) -> RenderableType:
 
 
 _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "tokens_per_second": ("tokens a second", lambda figure: f"{figure:,.0f}"),
-    "gpu_hours_of_steps": ("GPU-hours of steps", format_gpu_hours),
-    "gpu_hours": ("GPU-hours of all", format_gpu_hours),
-    "memory_bytes": ("GB of the fullest rank", lambda figure: f"{figure / 1e9:.2f}"),
+    "tokens_per_second": ("tokens/s", lambda figure: f"{figure:,.0f}"),
+    "gpu_hours_of_steps": ("GPU-hours, steps only", format_gpu_hours),
+    "gpu_hours": ("GPU-hours, total", format_gpu_hours),
+    "memory_bytes": ("peak GB per rank", lambda figure: f"{figure / 1e9:.2f}"),
 }
 
 
 def _figures(each: PlannedVsMeasured, show: Callable[[float], str]) -> list[str]:
-    """Planned, measured, and the difference with its sign."""
+    """Return planned, measured, and the signed difference."""
     sign = "+" if each.difference is not None and each.difference >= 0 else ""
     planned = "-" if each.planned is None else show(each.planned)
     measured = "not recorded" if each.measured is None else show(each.measured)
@@ -200,7 +202,7 @@ def _figures(each: PlannedVsMeasured, show: Callable[[float], str]) -> list[str]
 
 
 def _share(each: PlannedVsMeasured, least: float = 0.0) -> str:
-    """The difference, of what was planned; the ratio where that says more. Nothing of a plan up to `least`."""
+    """Return the difference relative to the plan, or the ratio from 10 on; empty for a plan of at most `least`."""
     if each.planned is None or each.planned <= least or each.measured is None:
         return ""
     ratio = each.measured / each.planned

@@ -1,4 +1,4 @@
-"""`shoestring rehearse`: the real code of some ranks of a GPU run on fake CUDA tensors, and what their logs show."""
+"""`shoestring rehearse`: run the real code of some ranks of a GPU run on fake CUDA tensors, and check their logs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def rehearse(
     tell: Callable[[str], None],
     entry: Sequence[str] = RANK_MODULE_ARGUMENTS,
 ) -> RehearsalResult:
-    """Rehearse one optimizer step on the ranks of `listed`, such as `0,7,901`; None: the representative ones.
+    """Rehearse one optimizer step on the ranks of `listed`, such as `0,7,901`; None: representative ranks.
 
-    `micro_batches` are those of one rank in the step; None: of the run's first. `tell` gets a line of progress at a
-    time. Raises `ConfigError` before a process starts, and `RanksFailed`.
+    `micro_batches` is the number per rank; None: that of the run's first step. `tell` prints one line of progress.
+    Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
     config = compose_run_config(overrides, config_dir)
     raise_if_any(micro_batch_problems(config, micro_batches))

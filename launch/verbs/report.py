@@ -1,4 +1,4 @@
-"""`shoestring report`: read a run, write its page."""
+"""`shoestring report`: write the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path, out: Path | None) -> Path:
-    """Write the page of the run in `run_dir`; return where it is. Raises `ConfigError` for no run, and no room."""
+    """Write the report of the run in `run_dir` and return its path. Raises `ConfigError`."""
     page = html_report(read_run_record(run_dir))
     path = run_dir / REPORT_FILE if out is None else out
     try:

@@ -1,4 +1,4 @@
-"""`shoestring schedule`: a pipeline program, checked and drawn."""
+"""`shoestring schedule`: check and draw a pipeline program."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def draw_schedule(
     output_format: str = "ascii",
     durations: str = "",
 ) -> str:
-    """The program, checked, as `drawing`: ascii, svg or json.
+    """Build and check a program; return it as `output_format`: ascii, svg or json.
 
-    `times` are durations to draw with, such as `F=1,I=1.6,W=0.8,FB=2.6`; what is left out is 1, or the sum of its parts
-    for B and FB.
+    `durations` are units of time, such as `F=1,I=1.6,W=0.8,FB=2.6`; the default is 1, for B and FB the sum of their
+    parts.
     """
     given: dict[Op, float] = {}
     sizes = schedule_problems(name, ranks, micro_batches, chunks)
@@ -40,10 +40,10 @@ def draw_schedule(
     if output_format == "json":
         return json.dumps(program_to_json(program))
     unit_times = _unit_times(given)
-    replayed = simulate_program(program, unit_times)
+    simulated = simulate_program(program, unit_times)
     if output_format == "ascii":
-        return draw_ascii_timeline(replayed)
-    return svg_timeline(replayed, subtitle=_describe(unit_times, program))
+        return draw_ascii_timeline(simulated)
+    return svg_timeline(simulated, subtitle=_describe(unit_times, program))
 
 
 def _unit_times(given: Mapping[Op, float]) -> OpDurations:
@@ -57,7 +57,7 @@ def _unit_times(given: Mapping[Op, float]) -> OpDurations:
 
 
 def _parse_times(text: str, given: dict[Op, float]) -> Iterator[Problem]:
-    """Reads `text` into `given`."""
+    """Parse `text` into `given`; yield what is wrong."""
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         try:

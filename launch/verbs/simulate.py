@@ -1,4 +1,4 @@
-"""`shoestring simulate`: one layout explained, from kernel and link figures to the seconds of a step."""
+"""`shoestring simulate`: forecast of one layout's step, from kernel and link times."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ from ..planner.published import (
     simulate_traced_chunk_pair,
 )
 from ..planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, PeerWaits
-from ..planner.run_cost import RunPhaseCost, estimate_phase_costs, format_significant, pretraining_gpu_hours
+from ..planner.run_cost import (
+    RunPhaseCost,
+    batch_size_problem,
+    estimate_phase_costs,
+    format_significant,
+    pretraining_gpu_hours,
+)
 from ..planner.simulated_trace import write_simulated_trace
-from ..report.forecast_page import forecast_html
+from ..report.forecast_page import MEMORY_LABELS, forecast_html
 
 
 @dataclass(frozen=True)
 class SimulatedLayout:
-    """One layout with everything that the verb prints about it."""
+    """One layout with its forecast."""
 
     config: RunConfig
     forecaster: StepForecaster
@@ -44,25 +50,25 @@ class SimulatedLayout:
 
     @property
     def layout(self) -> ParallelLayout:
-        """Of the configuration."""
+        """Layout of the configuration."""
         return self.forecast.layout
 
     @property
     def global_batch(self) -> int:
-        """Of the configuration."""
+        """Sequences per step."""
         return self.config.training.global_batch_size
 
     def forecast_with(self, recipe: ForecastRecipe) -> StepForecast:
-        """The same layout with other assumptions."""
+        """Forecast the same layout with another recipe."""
         return self.forecaster.forecast(self.layout, recipe, self.global_batch)
 
     @property
     def is_deepseek_v3_layout(self) -> bool:
-        """Whether DeepSeek's own figures are of this layout."""
+        """True if DeepSeek's published figures are of this layout."""
         return is_deepseek_v3_layout(self.config, self.layout, self.forecast.recipe)
 
     def phase_costs(self) -> list[RunPhaseCost]:
-        """GPU-hours of the whole run."""
+        """Estimate the cost of each phase of the run."""
         return estimate_phase_costs(
             self.forecaster,
             self.layout,
@@ -74,7 +80,7 @@ class SimulatedLayout:
 
 
 def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:
-    """Simulate the run that `overrides` describe. `inputs` are fields of the recipe that no configuration has."""
+    """Simulate the run that `overrides` describe; `inputs` are recipe fields that no configuration has."""
     config = compose_run_config(overrides, config_dir)
     recipe = recipe_from_config(config, inputs)
     forecaster = StepForecaster(config.model, config.cluster, config.training.sequence_length)
@@ -84,7 +90,7 @@ def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[
 
 
 def write_trace_and_html(simulation: SimulatedLayout, trace: Path | None, page: Path | None) -> None:
-    """Perfetto trace and HTML page, where they are asked for."""
+    """Write the Perfetto trace and the HTML page to the given paths, if any. Raises `ConfigError`."""
     try:
         if trace is not None:
             costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
@@ -100,7 +106,7 @@ def write_trace_and_html(simulation: SimulatedLayout, trace: Path | None, page: 
 
 
 def simulation_as_dict(simulation: SimulatedLayout) -> dict[str, object]:
-    """Everything as plain values."""
+    """Return the whole simulation as plain values."""
     forecast, cluster = simulation.forecast, simulation.config.cluster
     phases = simulation.phase_costs()
     tree: dict[str, object] = {
@@ -123,7 +129,7 @@ def simulation_as_dict(simulation: SimulatedLayout) -> dict[str, object]:
 
 
 def run_description(config: RunConfig) -> dict[str, object]:
-    """What a price is of, besides the layout: a run of anything else has another."""
+    """Return the facts besides the layout that determine the price of a run."""
     names = (
         "sequence_length",
         "global_batch_size",
@@ -137,7 +143,7 @@ def run_description(config: RunConfig) -> dict[str, object]:
 
 
 def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
-    """A layout and its price as plain values; `gpu_hours` are those of pre-training, terms are means over ranks."""
+    """Return a layout and its forecast as plain values; `gpu_hours` are of pre-training, terms are means over ranks."""
     topology, recipe = forecast.layout.topology, forecast.recipe
     return {
         "pp": topology.pp,
@@ -164,34 +170,34 @@ def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object
 
 
 def published_step_errors(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
-    """(what is in the forecast, seconds, error): stage imbalance and messages with neither, each and both, then knobs.
+    """Return (scenario, seconds, error): the forecast without and with pipeline sends and uneven stages, then what-ifs.
 
-    Imbalance is what the partition gives and messages are bytes over bandwidth. The knobs after them are unidentified:
-    several explain about as much, nothing says which is true, and none is in the forecast.
+    Several what-ifs explain about as much of the error. Nothing published tells which is true, and none is in the
+    forecast.
     """
     base = simulation.forecast.recipe
     known = {
-        "neither imbalance nor messages": replace(base, uneven_stages=False, p2p_takes_time=False),
-        "messages": replace(base, uneven_stages=False),
-        "imbalance": replace(base, p2p_takes_time=False),
-        "both: the forecast": base,
+        "ideal": replace(base, uneven_stages=False, p2p_takes_time=False),
+        "+ pipeline sends": replace(base, uneven_stages=False),
+        "+ uneven stages": replace(base, p2p_takes_time=False),
+        "+ both = forecast": base,
     }
     ends, middle = ((0, 1.08), (-1, 1.08)), ((7, 1.08),)
-    unidentified = {
-        "first and last rank x 1.08": replace(base, slowdown_by_pp_rank=ends),
-        "one middle rank x 1.08": replace(base, slowdown_by_pp_rank=middle),
-        "messages of 8.5 ms": replace(base, p2p_seconds=8.5e-3),
-        "nodes that differ by 1.4 %": replace(base, jitter=0.014),
-        "exchanges wait everywhere as in the trace": replace(base, peer_waits=PeerWaits.EVERYWHERE),
-        "exchanges wait nowhere": replace(base, peer_waits=PeerWaits.NONE),
+    what_ifs = {
+        "first and last rank 8 % slower": replace(base, slowdown_by_pp_rank=ends),
+        "one middle rank 8 % slower": replace(base, slowdown_by_pp_rank=middle),
+        "pipeline sends of 8.5 ms": replace(base, p2p_seconds=8.5e-3),
+        "node speed varies by 1.4 %": replace(base, jitter=0.014),
+        "waiting inside all all-to-alls as in the trace": replace(base, peer_waits=PeerWaits.EVERYWHERE),
+        "no waiting inside all-to-alls": replace(base, peer_waits=PeerWaits.NONE),
     }
-    rows = [*known.items(), *((f"unidentified: {name}", recipe) for name, recipe in unidentified.items())]
+    rows = [*known.items(), *((f"what-if: {name}", recipe) for name, recipe in what_ifs.items())]
     seconds = [(name, simulation.forecast_with(recipe).step_seconds) for name, recipe in rows]
     return [(name, value, value / PUBLISHED_STEP_SECONDS - 1) for name, value in seconds]
 
 
 def simulation_table(simulation: SimulatedLayout) -> RenderableType:
-    """The same for a reader."""
+    """Return the simulation as tables."""
     parts: list[RenderableType] = [_figures(simulation), _terms(simulation), _memory(simulation)]
     if simulation.is_deepseek_v3_layout:
         parts += [_published_phases(simulation), _pair(simulation), _errors(simulation)]
@@ -218,48 +224,45 @@ def _figures(simulation: SimulatedLayout) -> Table:
         "step",
         f"{forecast.step_seconds:.3f} s" if forecast.step_seconds > 0.1 else f"{forecast.step_seconds * 1e3:.2f} ms",
     )
-    table.add_row("tokens a second and GPU", f"{forecast.tokens_per_second_per_gpu:,.0f}")
-    table.add_row("FLOPs a token", f"{forecast.flops_per_token.main_model / 1e9:.4g} G")
+    table.add_row("tokens/s/GPU", f"{forecast.tokens_per_second_per_gpu:,.0f}")
+    table.add_row("FLOPs per token", f"{forecast.flops_per_token.main_model / 1e9:.4g} G")
     table.add_row(
         "MFU, main model, causal, without MTP", f"{forecast.mfu:.2%} of {forecast.peak_flops_per_gpu / 1e12:.4g} TFLOPS"
     )
     if cluster.memory_gb is not None:
         peak, needed = forecast.peak_memory.total / 1e9, forecast.peak_bytes_with_fragmentation / 1e9
-        verdict = "fits" if needed <= cluster.memory_gb else "does NOT fit"
+        result = "fits" if needed <= cluster.memory_gb else "does NOT fit"
         sizes = f"{peak:.1f} GB, {needed:.1f} with fragmentation, of {cluster.memory_gb:g}"
-        table.add_row("memory of the fullest rank", f"{sizes}: {verdict}")
+        table.add_row("peak memory per rank", f"{sizes}: {result}")
     for name, value in _recipe_rows(forecast.recipe):
         table.add_row(name, value)
-    table.add_row("limited by", forecast.bottleneck)
+    table.add_row("bottleneck", forecast.bottleneck)
     ramp = simulation.config.training.rampup_start_batch_size
     if simulation.is_deepseek_v3_layout and ramp is not None and ramp != PUBLISHED_INITIAL_BATCH:
-        deviation = (
-            f"the ramp starts at {ramp:,} sequences, not {PUBLISHED_INITIAL_BATCH:,}: {_ramp_reason(simulation)}"
-        )
-        table.add_row("deviation", deviation)
+        deviation = f"ramp from {ramp:,} sequences: {_ramp_reason(simulation)}"
+        table.add_row("differs from published run", deviation)
     return table
 
 
 def _recipe_rows(recipe: ForecastRecipe) -> list[tuple[str, str]]:
-    """How the run computes, as priced."""
-    turns = "" if recipe.overlap else ", the halves of an FB one after the other"
-    lent = f", {recipe.comm_sms} SMs lent" if recipe.comm_sms else ""
+    """Return the rows about precision, recompute and token dispatcher."""
+    overlap = "" if recipe.overlap else ", no overlap in FB"
+    sms = f", {recipe.comm_sms} SMs reserved for communication" if recipe.comm_sms else ""
+    memory = f"recompute {recipe.recompute_name}, optimizer state {recipe.moment_bytes} bytes/param"
     return [
-        ("computing", f"{recipe.precision}, recompute {recipe.recompute_name}, moments {recipe.moment_bytes} B"),
-        ("exchange", f"{recipe.exchange_name}{lent}{turns}"),
+        ("precision, recompute", f"{recipe.precision}, {memory}"),
+        ("token dispatcher", f"{recipe.exchange_name}{sms}{overlap}"),
     ]
 
 
 def _ramp_reason(simulation: SimulatedLayout) -> str:
-    """Why the published start of the ramp is illegal."""
-    config = simulation.config
-    published = replace(config, training=replace(config.training, rampup_start_batch_size=PUBLISHED_INITIAL_BATCH))
-    found = [problem for problem in published.problems() if problem.field == "training.rampup_start_batch_size"]
-    return found[0].hint if found else "it is legal on this grid"
+    """Return why the published start of the ramp is illegal in this layout."""
+    problem = batch_size_problem(simulation.layout, PUBLISHED_INITIAL_BATCH)
+    return problem or f"the published {PUBLISHED_INITIAL_BATCH:,} are legal in this layout"
 
 
 def _terms(simulation: SimulatedLayout) -> Table:
-    """In the ledger's words, and what the report's names make of them."""
+    """Return the time terms of the ledger, and those of DeepSeek's report."""
     forecast = simulation.forecast
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
     for heading in ("term", "seconds", "share"):
@@ -278,9 +281,9 @@ def _terms(simulation: SimulatedLayout) -> Table:
 
 def _published_phases(simulation: SimulatedLayout) -> Table:
     table = Table(
-        title="The step in the published table's rows",
-        caption="1F to 1F1B: with the exchanges they\nwait for; bubble: all waits for other\n"
-        "stages; opt: sums and the update.",
+        title="The step in the phases of the published table",
+        caption="1F to 1F1B include exposed all-to-alls;\nbubble: all waiting for other stages;\n"
+        "opt: gradient sums and optimizer.",
         title_justify="left",
         caption_justify="left",
     )
@@ -297,55 +300,55 @@ def _published_phases(simulation: SimulatedLayout) -> Table:
 
 
 def _memory(simulation: SimulatedLayout) -> Table:
-    table = Table(title="Memory of the fullest rank", title_justify="left")
+    table = Table(title="Memory of the rank that needs most", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
     peak = simulation.forecast.peak_memory
     for name, size in peak.__dict__.items():
-        table.add_row(name, f"{size / 1e9:.2f}")
+        table.add_row(MEMORY_LABELS[name], f"{size / 1e9:.2f}")
     table.add_section()
     table.add_row("total", f"{peak.total / 1e9:.2f}")
     if simulation.forecast.recipe.recompute == RECOMPUTE_DEEPSEEK_V3:
         without = simulation.forecast_with(replace(simulation.forecast.recipe, recompute=RECOMPUTE_NOTHING))
-        table.add_row("without the report's savings", f"{without.peak_memory.total / 1e9:.2f}")
+        table.add_row("without DeepSeek's memory savings (no recompute)", f"{without.peak_memory.total / 1e9:.2f}")
     return table
 
 
 def _pair(simulation: SimulatedLayout) -> Table:
     costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
-    # Its kernels are those of the table: this shows that lanes put them together as they were, and predicts nothing.
-    title = "Consistency: forward and backward of four routed layers, put together from the public trace's kernels"
+    # The kernel times come from this trace, so this checks the simulation of streams and predicts nothing.
+    title = "Consistency check: the overlapped pair of four MoE layers, simulated with the public trace's kernel times"
     table = Table(title=title, title_justify="left")
-    for heading in ("rows at the experts", "ms", "of 129.0", "exposed communication", "traced"):
-        table.add_column(heading, justify="left" if heading.startswith("rows") else "right")
-    for name, as_routed in (("as in the trace", True), ("balanced", False)):
-        lanes = simulate_traced_chunk_pair(costs, use_traced_rows=as_routed)
-        error = lanes.elapsed_seconds / TRACED_CHUNK_PAIR_SECONDS - 1
+    for heading in ("tokens per expert", "ms", "error vs. 129.0 ms trace", "exposed communication", "traced"):
+        table.add_column(heading, justify="left" if heading.startswith("tokens") else "right")
+    for name, use_traced_rows in (("as in the trace", True), ("balanced", False)):
+        streams = simulate_traced_chunk_pair(costs, use_traced_rows=use_traced_rows)
+        error = streams.elapsed_seconds / TRACED_CHUNK_PAIR_SECONDS - 1
         table.add_row(
             name,
-            f"{lanes.elapsed_seconds * 1e3:.1f}",
+            f"{streams.elapsed_seconds * 1e3:.1f}",
             f"{error:+.1%}",
-            f"{exposed_communication_share(lanes):.1%}",
+            f"{exposed_communication_share(streams):.1%}",
             "3.3%",
         )
     return table
 
 
 def _errors(simulation: SimulatedLayout) -> Table:
-    title = f"Error against the published step of {PUBLISHED_STEP_SECONDS} s; nothing is fitted to it"
+    title = f"Error against the published step of {PUBLISHED_STEP_SECONDS} s (not fitted)"
     table = Table(title=title, title_justify="left")
-    for heading in ("what is in it", "seconds", "error"):
-        table.add_column(heading, justify="left" if heading == "what is in it" else "right")
+    for heading in ("scenario", "seconds", "error"):
+        table.add_column(heading, justify="left" if heading == "scenario" else "right")
     for name, seconds, error in published_step_errors(simulation):
-        table.add_row(name, f"{seconds:.3f}", f"{error:+.1%}", end_section=name.startswith("both"))
+        table.add_row(name, f"{seconds:.3f}", f"{error:+.1%}", end_section=name == "+ both = forecast")
     return table
 
 
 def phase_cost_table(phases: Sequence[RunPhaseCost], price: float | None) -> RenderableType:
-    """GPU-hours, and dollars where there is a price; what is to be said about a phase stands below."""
+    """Return the table of phases in GPU-hours, and USD if there is a price; notes on phases follow it."""
     table = Table(title="The whole run", title_justify="left")
-    for heading in ("phase", "GPU-hours", "dollars", "evidence"):
-        table.add_column(heading, justify="right" if heading in ("GPU-hours", "dollars") else "left")
+    for heading in ("phase", "GPU-hours", "USD", "evidence"):
+        table.add_column(heading, justify="right" if heading in ("GPU-hours", "USD") else "left")
     notes = Table.grid(padding=(0, 2))
     total = RunPhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
     for phase in (*phases, total):
@@ -366,14 +369,14 @@ def _assumptions(simulation: SimulatedLayout) -> list[tuple[str, str, str]]:
 def _evidence(simulation: SimulatedLayout) -> RenderableType:
     coverage = simulation.forecast.evidence_coverage
     shares = ", ".join(f"{name} {share:.0%}" for name, share in coverage.evidence_shares().items())
-    table = Table(title=f"Evidence. Of the distinct operations' time: {shares}", title_justify="left")
-    for heading in ("what", "evidence", "source"):
+    table = Table(title=f"Evidence, by time of distinct operations: {shares}", title_justify="left")
+    for heading in ("assumption", "evidence", "source"):
         table.add_column(heading)
     for row in _assumptions(simulation):
         table.add_row(*row)
     misses = Table(title=f"{len(coverage.substituted_rows)} shapes without a measured row", title_justify="left")
     misses.add_column("operation")
-    misses.add_column("priced like")
+    misses.add_column("estimated from")
     for operation, taken in coverage.substituted_rows.items():
         misses.add_row(operation, taken)
     return Group(table, misses) if coverage.substituted_rows else table

@@ -1,4 +1,4 @@
-"""`shoestring trace`: what a run's timeline adds up to, by rank, and a picture of one pair of layers in it."""
+"""`shoestring trace`: time terms of a traced run by rank, and a picture of one pair of layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..report.trace_svg import svg_layer_pair
 
 
 def open_trace(place: Path) -> dict[int, list[Span]]:
-    """The spans of each rank; `place` is the directory of a run, or its merged file. Raises `ConfigError`."""
+    """Read the spans of each rank; `place` is a run's directory or its merged file. Raises `ConfigError`."""
     path = place / TRACE_FOLDER / TRACE_FILE if place.is_dir() else place
     try:
         return read_trace(path)
@@ -28,16 +28,16 @@ def open_trace(place: Path) -> dict[int, list[Span]]:
 
 
 def trace_as_dict(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
-    """Seconds of each term by rank, and the report's view of them."""
+    """Return the seconds of each term by rank."""
     return {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
 
 
 def trace_time_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
-    """The same for a reader, in milliseconds, without the terms that are nought everywhere."""
+    """Return a table of the terms in milliseconds, without terms that are 0 on every rank."""
     terms = {rank: summarize_trace(spans) for rank, spans in sorted(ranks.items())}
     shown = [name for name in STEP_TIME_TERMS if any(seconds[name] for seconds in terms.values())]
     table = Table(
-        title="Milliseconds of the steps in this trace; instructions without their waits", title_justify="left"
+        title="Milliseconds per term, all traced steps; instructions without their waits", title_justify="left"
     )
     for heading in ("rank", *shown):
         table.add_column(heading, justify="right")
@@ -47,10 +47,10 @@ def trace_time_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
 
 
 def write_layer_pair_svg(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
-    """Return one layer's forward and another's backward in turns, as SVG. Raises `ConfigError` where there is none."""
+    """Write the picture of an overlapped pair of MoE layers. Raises `ConfigError` if the trace has none."""
     try:
         path.write_text(f"{svg_layer_pair(ranks)}\n")
     except ValueError as error:
-        raise ConfigError([Problem("TRACE", "its spans", f"{error}; use dualpipe or dualpipev")]) from None
+        raise ConfigError([Problem("--svg", str(path), str(error))]) from None
     except OSError as error:
         raise ConfigError([Problem("--svg", str(path), f"cannot be written: {error.strerror}")]) from None

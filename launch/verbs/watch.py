@@ -1,4 +1,4 @@
-"""`shoestring watch`: a run followed in the terminal, until it has ended or Ctrl-C."""
+"""`shoestring watch`: live view of a run in the terminal, until it ends or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..report.run_record import require_run_dir
 from ..report.watch_frame import render_frame
 
 REFRESH_SECONDS = 1.0
-"""From one look to the next."""
+"""Seconds between frames."""
 
 
 def watch(
@@ -25,20 +25,20 @@ def watch(
     once: bool = False,
     wait_for_refresh: Callable[[], None] = lambda: time.sleep(REFRESH_SECONDS),
 ) -> None:
-    """Show the run in `run_dir` until it has ended, or one frame. Raises `ConfigError` for another place.
+    """Show the run in `run_dir` until it ends; with `once` print one frame. Raises `ConfigError` for another directory.
 
-    A console that is no terminal gets the last frame alone.
+    A console that is not a terminal gets the last frame only.
     """
     require_run_dir(run_dir)
     follower = RunFollower(run_dir)
     if once:
         console.print(render_frame(follower.poll()))
         return
-    # Drawn after each look: no thread of its own. Ctrl-C ends the watching, and nothing of the run.
+    # Drawn after each poll, without a thread. Ctrl-C ends the view and leaves the run alone.
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            look = follower.poll()
-            live.update(render_frame(look), refresh=True)
-            if look.has_ended:
+            snapshot = follower.poll()
+            live.update(render_frame(snapshot), refresh=True)
+            if snapshot.has_ended:
                 return
             wait_for_refresh()

@@ -24,7 +24,7 @@ def test_a_cluster_without_kernel_times_is_described_but_not_priced() -> None:
 
 def test_no_fp8_where_the_cluster_has_none() -> None:
     cluster = replace(compose_run_config(["cluster=h800"]).cluster, peak_fp8_tflops=None)
-    with pytest.raises(ConfigError, match=r"precision\.linear = 'fp8': h800 has no FP8; write precision=bf16"):
+    with pytest.raises(ConfigError, match=r"precision\.linear = 'fp8': h800 has no FP8; use precision=bf16"):
         ComputeTimeModel.from_cluster(cluster, ForecastRecipe())
 
 

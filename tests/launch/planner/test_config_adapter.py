@@ -57,16 +57,16 @@ def test_deepep_lends_what_it_is_asked_for_and_its_pace_is_assumed() -> None:
     simulation = simulate([V3, "exchange=deepep"], None, {})
     assert simulation.forecast.recipe.comm_sms == 6
     rows = {what: evidence for what, evidence, _ in found(simulation.forecast.recipe, "exchange=deepep")}
-    assert rows["6 SMs lent"] == "chosen"
-    assert rows["exchanges as fast as with 20"] == "assumed"
+    assert rows["6 SMs reserved for communication"] == "chosen"
+    assert rows["all-to-alls as fast as with 20 SMs"] == "assumed"
     assert rows["DeepEP's buffer"] == "published"
-    assert not any("all-to-alls" in what for what in rows)
+    assert not any("buffers of all-to-alls" in what for what in rows)
     sources = {what: source for what, _, source in found(ForecastRecipe())}
-    assert "loss.py moves 44.5 GB a micro-batch" in sources["the head's passes over memory are free"]
+    assert "loss.py moves 44.5 GB per micro-batch" in sources["memory passes of the head are free"]
     rows = {what: evidence for what, evidence, _ in found(ForecastRecipe())}
-    assert rows["20 SMs lent"] == "measured"
+    assert rows["20 SMs reserved for communication"] == "measured"
     assert rows["NCCL's buffers of all-to-alls 1 GB"] == "assumed"
-    assert not any(what.startswith("exchanges as fast") for what in rows)
+    assert not any(what.startswith("all-to-alls as fast") for what in rows)
 
 
 def found(recipe: ForecastRecipe, *overrides: str) -> list[tuple[str, str, str]]:
@@ -80,12 +80,12 @@ def found(recipe: ForecastRecipe, *overrides: str) -> list[tuple[str, str, str]]
 @pytest.mark.parametrize(
     ("override", "field", "hint"),
     [
-        ("precision=fp32", "precision.compute", "write precision=bf16 or precision=fp8"),
-        ("precision=fp64", "precision.compute", "no table prices FP64"),
-        ("precision.fp8_backend=reference", "precision.fp8_backend", "write precision.fp8_backend=auto"),
-        ("exchange.check_order=true", "exchange.check_order", "write false"),
-        ("training.device=cpu", "training.device", "write auto or cuda"),
-        ("topology.gpus_per_node=4", "topology.gpus_per_node", "write topology.gpus_per_node=8"),
+        ("precision=fp32", "precision.compute", "use precision=bf16 or precision=fp8"),
+        ("precision=fp64", "precision.compute", "no table has FP64 times"),
+        ("precision.fp8_backend=reference", "precision.fp8_backend", "use precision.fp8_backend=auto"),
+        ("exchange.check_order=true", "exchange.check_order", "use false"),
+        ("training.device=cpu", "training.device", "use auto or cuda"),
+        ("topology.gpus_per_node=4", "topology.gpus_per_node", "use topology.gpus_per_node=8"),
         ("cluster.nodes=128", "cluster.nodes", "topology of 1024 ranks, or cluster.nodes=256"),
         ("cluster.tables=null", "cluster.tables", "`shoestring calibrate`"),
     ],
@@ -114,7 +114,10 @@ def test_sms_that_no_table_knows_of_are_refused() -> None:
     overrides = ["model=deepseek_v3", "data.vocab_size=129280", "cluster=b200", "topology.ep=8", "precision=bf16"]
     config = compose_run_config(overrides)
     assert recipe_from_config(config, {}).comm_sms == 0
-    assert "does not say how many SMs were lent" in refused(recipe_from_config, config, {"comm_sms": 20})["--comm-sms"]
+    assert (
+        "depends on SMs reserved for communication"
+        in refused(recipe_from_config, config, {"comm_sms": 20})["--comm-sms"]
+    )
 
 
 def test_what_to_write_makes_the_layout() -> None:
@@ -149,7 +152,7 @@ def test_a_search_lends_no_exchange_too_few_sms() -> None:
     grid = ["cluster.nodes=1", "topology.pp=8", "topology.edp=1", "topology.ep=1", "model.num_hidden_layers=8"]
     batch = [
         "training.global_batch_size=64",
-        *(f"training.ramp_{name}" for name in ("from=null", "step=null", "tokens=0")),
+        *(f"training.rampup_{name}" for name in ("start_batch_size=null", "batch_size_increment=null", "tokens=0")),
     ]
     found = plan([V3, *grid, *batch, "model.n_routed_experts=64"], None, 3, {"comm_sms": 3}).search_result
     assert any(reason.startswith("--comm-sms") for reason in found.illegal)

@@ -21,12 +21,12 @@ GRID = Topology(pp=4, edp=1, ep=8, gpus_per_node=8)
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1", "dualpipe", "dualpipev")
 
 
-def test_imbalance_and_messages_each_cost_and_are_shown_apart() -> None:
+def test_uneven_stages_and_pipeline_sends_each_cost_and_are_shown_apart() -> None:
     rows = published_step_errors(simulated())
-    neither, messages, imbalance, both = (seconds for _, seconds, _ in rows[:4])
-    assert neither < messages < both
-    assert neither < imbalance < both
-    assert all(name.startswith("unidentified") for name, _, _ in rows[4:])
+    ideal, sends, uneven, both = (seconds for _, seconds, _ in rows[:4])
+    assert ideal < sends < both
+    assert ideal < uneven < both
+    assert all(name.startswith("what-if") for name, _, _ in rows[4:])
     assert both == simulated().forecast.step_seconds
 
 

@@ -55,7 +55,7 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text(f"kind,{'9' * 200_000}\n")
     with pytest.raises(ConfigError, match=r"table.csv.*field larger than field limit"):
         read_kernel_table(str(path))
-    with pytest.raises(ConfigError, match="no table of the planner and no file"):
+    with pytest.raises(ConfigError, match="neither a table of the planner nor a file"):
         read_kernel_table("nowhere")
 
 

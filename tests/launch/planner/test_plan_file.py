@@ -17,5 +17,5 @@ def test_a_file_that_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--against = .*cannot be read: No such file"):
         read_plan_entry(path, compose_run_config([]), None)
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"--against = .*is no plan of this version"):
+    with pytest.raises(ConfigError, match=r"--against = .*is not a plan of this version"):
         read_plan_entry(path, compose_run_config([]), None)

@@ -48,7 +48,7 @@ def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
 
 def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:
     simulation, batches = simulated(), make_batch_ramp(3072, 256, 15_360, 469 * 10**9, 4096)
-    words = "3,072 sequences are 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
+    words = "3,072 sequences = 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
     with pytest.raises(ConfigError, match=words):
         estimate_phase_costs(
             simulation.forecaster,
@@ -72,18 +72,18 @@ def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
     asked = sensitivity_analysis(
         simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch
     )
-    fast, slow = (entry for entry in asked if "SMs lent" in entry.name)
+    fast, slow = (entry for entry in asked if "SMs reserved" in entry.name)
     assert fast.step_seconds < simulation.forecast.step_seconds < slow.step_seconds
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
     notes = [context_extension_problem(simulated().layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
     assert notes[0] == (
-        "32 K: 1,920 sequences are 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
+        "32 K: 1,920 sequences = 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
         "nearest legal 4,096 sequences (32 micro-batches)"
     )
     assert notes[1] is not None
-    assert "480 sequences are 3.75 micro-batches of 128, not a whole number" in notes[1]
+    assert "480 sequences = 3.75 micro-batches of 128, not a whole number" in notes[1]
 
 
 def test_the_best_interval_loses_least() -> None:

@@ -17,10 +17,10 @@ def test_the_budget_adds_up(run_dir: Path, page: Reader) -> None:
     for name in ("productive", "rolled back", "evaluation"):
         assert hours[name] > 0
         assert f"{name} {hours[name]:.4f} {100 * hours[name] / 2:.1f} %" in words
-    assert "allocated 2.0000 100 % all of it, in 2 launches" in words
+    assert "allocated 2.0000 100 % total of 2 attempts" in words
     assert "exposed all-to-all 0.1440 10.0 %" in words
     assert "left 2.0000" in words
-    assert "a trillion retained tokens 250,000,000 180,000 1,389 times" in words
+    assert "per trillion tokens 250,000,000 180,000 1,389 times" in words
 
 
 def test_a_broken_ledger_is_reported_in_its_place(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ def test_curves_are_those_of_the_weights(page: Reader) -> None:
     assert f"training {LAST:.3f}" in words
     assert "step 4 training 5.000 multi-token prediction 5.500" in words
     assert "step 5 training 7.250" in words  # of the second attempt, not of the first
-    assert "step 4: went on from a checkpoint" in words
+    assert "step 4: resumed from a checkpoint" in words
 
 
 def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
     create_run_dir(tmp_path)
     stream = EventStream(tmp_path, [])
     stream.emit(step(1))
-    assert "no loss that was told of is finite" in report_of(tmp_path).words("loss")
+    assert "no logged loss is finite" in report_of(tmp_path).words("loss")
     stream.emit(step(2, loss=3.5))
     stream.emit(step(3, loss=float("inf")))
     stream.emit(Event("stop", 3, {"reason": "step 4: loss nan: not finite"}))
@@ -30,4 +30,4 @@ def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
     page = report_of(tmp_path)
     assert "step 2 training 3.500" in page.words("loss")
     assert "training inf" in page.words("loss")
-    assert "ended by a fault" in page.words()
+    assert "failed" in page.words()

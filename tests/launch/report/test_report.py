@@ -55,9 +55,9 @@ def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path) -> None:
     create_run_dir(tmp_path)
     page = report_of(tmp_path)
     assert list(page.text) == SECTIONS
-    assert "not begun" in page.words()
+    assert "not started" in page.words()
     assert "no step yet" in page.words()
-    assert "No curves: no step has been told of yet" in page.words("loss")
+    assert "No curves: no step is logged yet" in page.words("loss")
     assert "there is no ledger yet" in page.words("budget")
     assert "No timeline" in page.words("schedule")
     assert "Nothing is recorded yet" in page.words("incidents")

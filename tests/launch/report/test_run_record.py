@@ -19,7 +19,7 @@ def test_what_was_not_recorded_is_named_with_what_records_it(tmp_path: Path) -> 
     metrics.write_text("".join(kept))
     page = report_of(tmp_path)
     assert "telemetry.trace=true" in page.words("schedule")
-    assert "on paper" in page.words("schedule")
+    assert "simulated" in page.words("schedule")
     assert "telemetry.terms_every" in page.words("memory")
 
 

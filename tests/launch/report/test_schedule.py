@@ -22,8 +22,8 @@ def test_the_real_timeline_is_that_of_the_last_step(run_dir: Path, page: Reader)
         [2, 2, 2]
     )  # step 2, in ms
     assert f"took {real.makespan:.1f} ms" in page.words("schedule")
-    assert "As it ran" in page.words("schedule")
-    assert "As it runs on paper" in page.words("schedule")
+    assert "Measured" in page.words("schedule")
+    assert "Simulated" in page.words("schedule")
     assert page.words("schedule").count("rank 1: F chunk 0 micro-batch 0") == 2
 
 
@@ -33,8 +33,8 @@ def test_a_timeline_of_another_program_is_not_drawn(run_dir: Path, tmp_path: Pat
     trace = tmp_path / "trace" / "trace.json"
     trace.write_text(trace.read_text().replace("F chunk 0 micro-batch 0", "F chunk 0 micro-batch 7"))
     words = report_of(tmp_path).words("schedule")
-    assert "not of the program that the configuration describes" in words
-    assert "on paper" in words
-    assert "As it ran" not in words
+    assert "does not match the configured program" in words
+    assert "simulated" in words
+    assert "Measured" not in words
     trace.write_text("half a fi")
     assert "is no timeline" in report_of(tmp_path).words("schedule")

@@ -41,7 +41,7 @@ def test_the_picture_is_that_of_median_length_and_to_scale() -> None:
 
 
 def test_a_trace_without_pairs_is_not_drawn() -> None:
-    with pytest.raises(ValueError, match="no FB"):
+    with pytest.raises(ValueError, match="no overlapped pair of MoE layers: a dense layer or a loss"):
         svg_layer_pair({0: [span for span in trace() if span.name != "mlp(W)"]})
 
 

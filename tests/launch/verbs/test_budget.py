@@ -72,8 +72,8 @@ def test_what_if_prices_tokens_on_other_gpus(run_dir: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("options", "gist"),
     [
-        (["--tokens", "14.8T"], "write both"),
-        (["--gpus", "8"], "write both"),
+        (["--tokens", "14.8T"], "needs the other"),
+        (["--gpus", "8"], "needs the other"),
         (["--tokens", "many", "--gpus", "8"], "must be a number of tokens"),
         (["--tokens", "1T", "--gpus", "0"], "must be at least 1"),
         (["--usd-per-gpu-hour", "-1"], "must be at least 0"),
@@ -104,7 +104,7 @@ def test_a_project_is_summed_up(run_dir: Path, capsys: pytest.CaptureFixture[str
     assert tree["phase_gpu_hours"]["pre_train"] == 2.0
     assert tree["version"] == __version__
     assert exit_code("budget", path, "--tokens", "1T", "--gpus", "1") == 2
-    assert "asks about one run" in capsys.readouterr().err
+    assert "is for one run" in capsys.readouterr().err
 
 
 def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +147,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
 
 
 def test_a_budget_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "the totals saved beside them agree" in answer(capsys, "budget", run_dir, "--verify")
+    assert "the saved totals agree" in answer(capsys, "budget", run_dir, "--verify")
     work = run_dir / WORK_FILE
     work.write_text("".join(work.read_text().splitlines(keepends=True)[:9]))
     for words in ([], ["--format", "json"]):
@@ -156,4 +156,4 @@ def test_a_budget_that_lost_records_says_so(run_dir: Path, capsys: pytest.Captur
     assert exit_code("budget", run_dir, "--verify") == 2
     assert f"{WORK_FILE} = '24 records'" in capsys.readouterr().err
     (run_dir / SNAPSHOT_FILE).unlink()
-    assert "no totals are saved beside them" in answer(capsys, "budget", run_dir, "--verify")
+    assert "there are no saved totals" in answer(capsys, "budget", run_dir, "--verify")

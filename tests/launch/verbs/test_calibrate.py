@@ -33,13 +33,13 @@ def test_what_would_be_measured_as_something_else_is_refused(tmp_path: Path, mon
     assert set(said("precision=fp8")) == {"precision.linear"}
     assert set(said("precision=fp64", "exchange=deepep")) == {"precision.compute", "exchange.name"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert "write cpu, or price GPUs by a table" in said()["training.device"]
+    assert "use cpu, or a cluster with GPU kernel times" in said()["training.device"]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_is_refused_before_a_process_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "cannot be made a directory" in refused(calibrate, [], None, tmp_path / "file", 1, 1)["--output"]
+    assert "cannot be created" in refused(calibrate, [], None, tmp_path / "file", 1, 1)["--output"]
 
 
 @pytest.mark.parametrize("name", ["my run: second", "a # b", "${x}", "it's"])
@@ -54,7 +54,7 @@ def test_a_cluster_is_read_back_from_wherever_it_lies(tmp_path: Path, name: str)
         "precision": "fp32",
         "recompute": "nothing",
         "exchange": "flat native native native native",
-        "optimizer.moments": "4 bytes a parameter",
+        "optimizer.moments": "4 bytes per parameter",
     }
 
 

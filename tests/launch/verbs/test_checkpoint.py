@@ -29,7 +29,7 @@ def test_ls_distinguishes_whole_damaged_and_unfinished(saves: Path, capsys: pyte
     states = {each["name"]: each["state"] for each in json.loads(output)}
     assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
     assert "reads checkpoint format 4; use the version that wrote it" in states["step_00000005"]
-    assert states["step_00000002"] == "whole"
+    assert states["step_00000002"] == "complete"
     assert states["step_00000004"].startswith("damaged: ")
     assert states["step_00000006.partial"].startswith("unfinished")
     assert "step_00000002" in shoestring(capsys, "checkpoint", "ls", saves)[1]
@@ -39,7 +39,7 @@ def test_verify_reads_every_byte(saves: Path, capsys: pytest.CaptureFixture[str]
     code, output, _ = shoestring(capsys, "checkpoint", "verify", saves)
     assert code == 0
     assert "step_00000004" in output
-    assert "every hash and every header is right" in output
+    assert "all hashes and headers are correct" in output
     (part,) = (saves / "checkpoints" / "step_00000004").glob("part_*.safetensors")
     flip_bit(part)
     code, output, _ = shoestring(capsys, "checkpoint", "verify", saves)

@@ -245,7 +245,7 @@ def test_an_import_goes_to_a_directory_outside_its_source(
     monkeypatch.chdir(hf.parent / "run")
     for verb in (["import", hf, ""], ["export", hf.parent / "run", ""]):
         code, _, errors = shoestring(capsys, *verb)
-        assert (code, "an empty name is none" in errors) == (2, True)
+        assert (code, "it is empty" in errors) == (2, True)
     (hf.parent / "empty").mkdir()
     monkeypatch.chdir(hf.parent / "empty")
     code, _, errors = shoestring(capsys, "export", hf.parent / "run", ".")
@@ -258,7 +258,7 @@ def test_export_and_import_carry_the_tokenizer(
 ) -> None:
     code, output, _ = shoestring(capsys, "export", saves, tmp_path / "hf", "--dtype", "fp32", "--max-shard", "100KB")
     assert code == 0
-    assert f"exported {saves / 'checkpoints' / 'step_00000004'}" in output
+    assert f"Exported {saves / 'checkpoints' / 'step_00000004'}" in output
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs(TEXT[:200])["input_ids"] == tokenizer.encode(TEXT[:200])
     assert (theirs.eos_token, theirs.pad_token) == (END_TOKEN, PAD_TOKEN)

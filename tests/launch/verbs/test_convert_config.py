@@ -101,7 +101,7 @@ def test_the_same_values_are_still_imported(hf: Path, original: Path, capsys: py
     code, output, errors = shoestring(capsys, "import", hf, hf.parent / "again")
     assert code == 0, errors
     tensors: dict[str, Tensor] = load_file(hf / "model.safetensors")
-    assert f"imported to {hf.parent / 'again'}" in output
+    assert f"Imported to {hf.parent / 'again'}" in output
     assert len(tensors) > 10
 
 

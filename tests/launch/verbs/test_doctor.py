@@ -72,13 +72,19 @@ def test_every_setting_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     theirs = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
     found = {setting.name: setting for setting in effective_settings(theirs)}
-    assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].whose) == ("INFO", "yours; ours: NCCL_DEBUG=WARN")
-    assert found["OMP_NUM_THREADS"].whose == "yours, as ours"
-    assert found["TORCH_CPP_LOG_LEVEL"].whose == "ours"
-    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].whose == "not made here: for GPUs"
+    assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].whose) == (
+        "INFO",
+        "environment; shoestring: NCCL_DEBUG=WARN",
+    )
+    assert found["OMP_NUM_THREADS"].whose == "environment, same as shoestring"
+    assert found["TORCH_CPP_LOG_LEVEL"].whose == "shoestring"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].whose == "not set: for GPUs"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     found = {setting.name: setting for setting in effective_settings(theirs)}
-    assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].whose) == ("32", "ours")
+    assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].whose) == (
+        "32",
+        "shoestring",
+    )
     assert found["max_ctas of P2P groups"].value == "4"
     assert all(setting.why for setting in found.values())
 
@@ -99,7 +105,7 @@ def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H800")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert "3 of them: H800" in list_implementations()[0].note
+    assert "3 x H800" in list_implementations()[0].note
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     cluster = list_implementations()[-1]
     assert not cluster.usable

@@ -99,14 +99,12 @@ def test_what_the_host_of_a_gpu_holds(capsys: pytest.CaptureFixture[str]) -> Non
     arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
     host = tree(capsys, *arguments)["on_host"][0]
     text = memory(capsys, *arguments).split("\n")
-    for heading, size in (("for saves", host["copy_for_saves"]), ("average", host["average"])):
-        assert any(f"on the host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)
+    for heading, size in (("checkpoint staging", host["copy_for_saves"]), ("EMA", host["average"])):
+        assert any(f"host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)
 
 
 def test_one_rank_is_a_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--one-rank = True: is how a run is measured; write --measure too" in memory(
-        capsys, *SMALL, "--one-rank", code=2
-    )
+    assert "--one-rank = True: needs --measure too" in memory(capsys, *SMALL, "--one-rank", code=2)
 
 
 def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,9 +57,9 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
         "3 dense, 1 MoE, embedding",
         "46.029 B",
         "24.971 B",
-        "121.3 %",
+        "121.3",
         "21.3 % above the mean",
-        "Layout: 4,4",
+        "Layers per stage: 4,4",
     ):
         assert figure in text
 
@@ -76,9 +76,9 @@ def test_a_layout_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--stages", "5"), "--stages = 5: must be from 1 to 4"),
         (("--stages", "3", "--layers-per-stage", "1,2"), "--layers-per-stage = '1,2': has 2 stages"),
-        (("--stages", "3", "--layers-per-stage", "1,x,2"), "write the number of layers of each stage"),
-        (("--stages", "3", "--schedule", "dualpipev"), "--stages = 3: dualpipev has 2 stages a rank: nearest 2 or 4"),
-        (("--stages", "3", "--schedule", "zigzag"), "--schedule = 'zigzag': no such schedule"),
+        (("--stages", "3", "--layers-per-stage", "1,x,2"), "must be the number of layers of each stage"),
+        (("--stages", "3", "--schedule", "dualpipev"), "--stages = 3: dualpipev has 2 stages per rank: nearest 2 or 4"),
+        (("--stages", "3", "--schedule", "zigzag"), "--schedule = 'zigzag': unknown; must be one of"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:

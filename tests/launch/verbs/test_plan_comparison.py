@@ -147,18 +147,18 @@ def test_table_and_json(
     run_dir: Path, simulated: Tree, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("planned and measured")[2]
+    text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("Planned and measured")[2]
     for words in (
         "exposed all-to-all",
-        "tokens a second",
-        "GPU-hours of steps",
+        "tokens/s",
+        "GPU-hours, steps only",
         "not recorded",
         "Not as planned: cluster",
     ):
         assert words in text
     assert max(map(len, text.splitlines()[1:])) <= 80
     tree = json.loads(answer(capsys, "budget", run_dir, "--against", write(simulated), "--format", "json"))["against"]
-    assert tree["layout"] == "the layout that was simulated"
+    assert tree["layout"] == "the simulated layout"
     step = tree["step_seconds"]
     assert step["difference"] == step["measured"] - step["planned"]
     assert [line["name"] for line in tree["terms_seconds_a_step"]] == [*STEP_TIME_TERMS, "other"]
@@ -183,7 +183,7 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "layout 2 of 3"
     tree["layouts"], tree["configured"] = [other], other
     with pytest.raises(
-        ConfigError, match=r"has no layout like the run's, pp1 edp1 ep2 dualpipev .*shoestring simulate"
+        ConfigError, match=r"does not contain the run's layout, pp1 edp1 ep2 dualpipev .*shoestring simulate"
     ):
         compare_with_plan(run_dir, summary, write(tree))
 
@@ -191,13 +191,13 @@ def test_of_a_search_it_is_the_layout_of_the_run(
 @pytest.mark.parametrize(
     ("path", "value", "gist"),
     [
-        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size = 64, and the run has 32"),
-        (("of", "global_batch_size"), 16, "is a plan for global_batch_size = 16, and the run has 8"),
-        (("of", "sequence_length"), 64, "is a plan for sequence_length = 64, and the run has 32"),
-        (("layout", "ep"), 1, "has no layout like the run's"),
-        (("layout", "schedule"), "zb_h1", "has no layout like the run's"),
-        (("layout", "terms"), {}, "is no plan of this version"),
-        (("of",), None, "is no plan of this version"),
+        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size=64, but the run has 32"),
+        (("of", "global_batch_size"), 16, "is a plan for global_batch_size=16, but the run has 8"),
+        (("of", "sequence_length"), 64, "is a plan for sequence_length=64, but the run has 32"),
+        (("layout", "ep"), 1, "does not contain the run's layout"),
+        (("layout", "schedule"), "zb_h1", "does not contain the run's layout"),
+        (("layout", "terms"), {}, "is not a plan of this version"),
+        (("of",), None, "is not a plan of this version"),
     ],
 )
 def test_a_plan_of_another_run_is_refused(
@@ -218,9 +218,9 @@ def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulat
     )
     grown = replace(elsewhere, tokens_by_phase={"pre_train": 100 * STEPS})
     assert list(compare_with_plan(run_dir, grown, plan).notes) == [
-        "launches on 4 ranks are in the measured figures, which count 2",
-        "a step took 100 tokens in the mean, and is planned with 256",
-        "what its checkpoint had cost before is in the run's GPU-hours, and not in those of its steps",
+        "attempts on 4 ranks are in the measured figures, which assume 2",
+        "mean tokens per step 100; planned 256",
+        "the initial checkpoint's GPU-hours are in the total, not in those of steps",
     ]
     unseen = compare_with_plan(run_dir, replace(summary, gpu_ms_by_term={}), plan)
     assert all(line.measured is None for line in unseen.time_terms)
@@ -231,15 +231,15 @@ def test_what_cannot_be_compared_is_refused(
     run_dir: Path, simulated: Tree, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = write(simulated)
-    with pytest.raises(ConfigError, match="has no step to compare yet"):
+    with pytest.raises(ConfigError, match="has no step to compare with yet"):
         compare_with_plan(run_dir, replace(summarize_ledger(run_dir), steps_retained=0), plan)
     with pytest.raises(
         ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
     ):
         compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
     plan.write_text("[]")
-    assert "is no plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
+    assert "is not a plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
     assert "cannot be read" in answer(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)
     project = tmp_path / "project.yaml"
     project.write_text(f"gpu_hours: {{pre_train: 5}}\nruns: [{run_dir}]\n")
-    assert "asks about one run" in answer(capsys, "budget", project, "--against", plan, code=2)
+    assert "is for one run" in answer(capsys, "budget", project, "--against", plan, code=2)

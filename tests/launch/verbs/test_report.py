@@ -16,8 +16,8 @@ def test_the_command_writes_to_the_given_path(tmp_path: Path, capsys: pytest.Cap
     assert exit_code("report", tmp_path / "run") == 0
     assert exit_code("report", tmp_path / "run", "--out", tmp_path / "page.html") == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"wrote {tmp_path / 'run' / 'report.html'}",
-        f"wrote {tmp_path / 'page.html'}",
+        f"Wrote {tmp_path / 'run' / 'report.html'}",
+        f"Wrote {tmp_path / 'page.html'}",
     ]
     assert f"step {STEPS}" in Reader((tmp_path / "page.html").read_text()).words()
 

@@ -53,8 +53,8 @@ def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     said = answer(capsys, "simulate", V3)
     for text in (
         "250.4 G",
-        "both: the forecast",
-        "unidentified:",
+        "+ both = forecast",
+        "what-if:",
         "24 micro-batches",
         "without a measured row",
         "fits",
@@ -103,4 +103,4 @@ def test_json_and_table_stand_on_the_same_evidence(
     monkeypatch.setenv("COLUMNS", "200")
     shares = tree_of(capsys, "simulate", V3)["evidence"]
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    assert f"Of the distinct operations' time: {words}" in answer(capsys, "simulate", V3)
+    assert f"by time of distinct operations: {words}" in answer(capsys, "simulate", V3)

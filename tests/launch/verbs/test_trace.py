@@ -40,7 +40,7 @@ def test_terms_and_picture_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture
         (None, "TRACE", "telemetry.trace=true"),
         ("not JSON", "TRACE", "no timeline"),
         ('{"traceEvents": [{"ph": "X"}]}', "TRACE", "no timeline"),
-        ('{"traceEvents": []}', "TRACE", "use dualpipe or dualpipev"),
+        ('{"traceEvents": []}', "--svg", "use dualpipe or dualpipev"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(

@@ -30,15 +30,15 @@ def test_one_frame_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
         "8 of 8",
         f"{LAST:.3f}",
         "validation 4.500 at step 8",
-        "2.0k tokens a second  MFU 25.0 %",
-        "fullest expert 2.00 of the mean load",
+        "2.0k tokens/s  MFU 25.0 %",
+        "largest 2.00 x the mean",
         "2.0000 of 4.0000 GPU-hours",
-        "250,000,000 a trillion tokens (180,000)",
+        "250,000,000 GPU-hours per trillion tokens (DeepSeek-V3: 180,000)",
         "72.0 %  rolled back 18.0 %  evaluation 10.0 %",
         "resume at step 4",
     ):
         assert words in text
-    assert "to go" not in text
+    assert "left" not in text
     assert "projected" not in text
     assert "\x1b" not in text
 
@@ -87,9 +87,9 @@ def test_a_launcher_that_was_killed_is_missed(tmp_path: Path) -> None:
         append(tmp_path, step(1, loss=3.0))
         follower = RunFollower(tmp_path)
         clock.seconds += HEARTBEAT_TIMEOUT_SECONDS - 1
-        assert "no sign of life" not in shown(follower)
+        assert "no heartbeat" not in shown(follower)
         clock.seconds += 2
-        assert "no sign of life from its launcher for 0:31" in shown(follower)
+        assert "no heartbeat from the launcher for 0:31" in shown(follower)
         assert not follower.poll().has_ended
         allocation.close("tidied up")
 
