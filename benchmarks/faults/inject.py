@@ -551,23 +551,23 @@ INJECTIONS = (
     Injection("M5", "1,049 shards moved away in mid-run", "noticed, exit 1", data_moved_away),
     Injection("M6", "rank 0 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(0)),
     Injection("M6", "rank 1 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(1), ep=2),
-    Injection("M6", "ledger/work.jsonl removed", "refused, exit 2", changed_ledger("work.jsonl", lambda _: None)),
+    Injection("M6", "ledger/work.jsonl removed", "error, exit 2", changed_ledger("work.jsonl", lambda _: None)),
     Injection(
-        "M6", "ledger/allocation.jsonl removed", "refused, exit 2", changed_ledger("allocation.jsonl", lambda _: None)
+        "M6", "ledger/allocation.jsonl removed", "error, exit 2", changed_ledger("allocation.jsonl", lambda _: None)
     ),
     Injection(
-        "M6", "work.jsonl without its last lines", "refused, exit 2", changed_ledger("work.jsonl", without_last_lines)
+        "M6", "work.jsonl without its last lines", "error, exit 2", changed_ledger("work.jsonl", without_last_lines)
     ),
-    Injection("M6", "work.jsonl empty", "refused, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
+    Injection("M6", "work.jsonl empty", "error, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
     Injection(
-        "M6", "a number of work.jsonl edited", "refused, exit 2", changed_ledger("work.jsonl", with_other_number)
+        "M6", "a number of work.jsonl edited", "error, exit 2", changed_ledger("work.jsonl", with_other_number)
     ),
     Injection(
-        "M6", "the last line of work.jsonl twice", "refused, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
+        "M6", "the last line of work.jsonl twice", "error, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
     ),
     Injection("M6", "ledger/ removed between launches", "the checkpoint carries the cost", no_ledger, ep=2),
     Injection(
-        *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "refused, exit 2"),
+        *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "error, exit 2"),
         impossible_sizes(
             ("topology.edp=512", "training.global_batch_size=512"),
             ("model.hidden_size=1000000000", "model.n_routed_experts=100000000"),
@@ -576,7 +576,7 @@ INJECTIONS = (
         ),
     ),
     Injection(
-        *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "refused, exit 2"),
+        *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "error, exit 2"),
         impossible_sizes(
             ("training.sequence_length=1000000000",),
             ("model.vocab_size=1000000000000",),

@@ -23,7 +23,7 @@ def check_step(log: RankLog) -> Iterator[RankFinding]:
     yield from _world(log)
     if log.group_creations > MAX_GROUP_CREATIONS:
         text = f"{log.group_creations} process groups are created, and {MAX_GROUP_CREATIONS} are enough for any grid"
-        yield RankFinding("groups", text, "comm/open_groups.comm/group_factory.py")
+        yield RankFinding("groups", text, "comm/group_factory.py")
     yield from _memory(log)
 
 

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
         rehearsal = RankRehearsal.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
-    except ConfigError as refused:
-        print(refused, file=sys.stderr)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
     rehearsal.run().write(Path(arguments[1]))
 

@@ -11,7 +11,7 @@ _REHEARSAL = ("launch", "rehearsal")
 _CARRIERS = (
     "comm/communicator.py",
     "comm/groups.py",
-    "comm/host.comm/host_transfer.py",
+    "comm/host_transfer.py",
     "comm/p2p.py",
     "comm/exchange/permutation.py",
     "comm/async_comm.py",
