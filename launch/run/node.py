@@ -110,7 +110,7 @@ def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
     problems = []
     if place.nodes * processes != world:
         total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
-        hint = f"{total}, and the topology asks for {world}; {_how_to_fit(world, place, processes, gpus)}"
+        hint = f"{total}, and the topology needs {world}; {_how_to_fit(world, place, processes, gpus)}"
         problems.append(Problem("GPUS_PER_NODE", processes, hint))
     if place.nodes > 1 and topology.gpus_per_node != processes:
         hint = f"each node runs {processes} ranks; write topology.gpus_per_node={processes}"
