@@ -88,7 +88,8 @@ def test_rows_sent_are_rows_expected_for_every_pair() -> None:
     assert not list(compare_rank_logs(logs))
     fault = only(logs[0], logs[1], exchange((2, 6, 0), (5, 7, 0)))
     assert fault.ranks == (0, 2)
-    assert "rank 0 sends 5 rows to rank 2, which expects 5; rank 2 sends 2 rows to rank 0, which expects 3" in fault.text
+    rows = "rank 0 sends 5 rows to rank 2, which expects 5; rank 2 sends 2 rows to rank 0, which expects 3"
+    assert rows in fault.text
 
 
 def test_a_shape_that_differs_between_neighbors() -> None:

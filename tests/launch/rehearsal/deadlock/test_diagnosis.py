@@ -15,7 +15,8 @@ def test_a_cycle_over_two_communicators() -> None:
     warm = (first, second)
     fault = only(log(0, *warm, first, second), log(1, *warm, second, first))
     assert fault.kind == "hang"
-    assert "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x): blocked by rank 1, stream exchange" in fault.text
+    wait = "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x)"
+    assert f"{wait}: blocked by rank 1, stream exchange" in fault.text
     assert "rank 1, stream exchange is in number 2 on `dense` of ranks 0, 1 (y): blocked by rank 0" in fault.text
     apart = replace(second, stream="reduce")
     assert not list(find_hangs([log(0, *warm, first, apart), log(1, *warm, apart, first)]))
