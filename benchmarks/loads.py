@@ -117,20 +117,20 @@ def make_checkpoints(run_dir: Path, number: int) -> None:
 RESUME = """
 import sys
 from pathlib import Path
-from shoestring.trainer.ledger.allocation_journal import Allocation
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.summary import ensure_totals, summarize
-from shoestring.trainer.ledger.checkpoint_totals import carry
-from shoestring.trainer.ledger.work_journal import Work
+from shoestring.trainer.ledger.summary import ensure_snapshot, summarize_ledger
+from shoestring.trainer.ledger.checkpoint_totals import carry_checkpoint_totals
+from shoestring.trainer.ledger.work_journal import WorkJournal
 run_dir, budget = Path(sys.argv[1]), BudgetConfig(gpu_hours=1e6)
-ensure_totals(run_dir)
-totals = summarize(run_dir).totals()
-allocation = Allocation(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
-work = Work(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
-carry(work, run_dir, totals)
-work.resume(summarize(run_dir).steps_retained)
-work.ready()
-work.ledger.summary()
+ensure_snapshot(run_dir)
+totals = summarize_ledger(run_dir).checkpoint_totals()
+allocation = AllocationJournal(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
+work = WorkJournal(run_dir, ranks=8, attempt=sys.argv[2], budget=budget)
+carry_checkpoint_totals(work, run_dir, totals)
+work.record_resume(summarize_ledger(run_dir).steps_retained)
+work.record_ready()
+work.ledger.summarize()
 work.close()
 allocation.close("done")
 """

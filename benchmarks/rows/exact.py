@@ -54,7 +54,7 @@ def router(machine: Machine) -> Figures:
             ours.weight.copy_(weight_ED)
             ours.bias_E.copy_(bias_E)
             routing = ours(x_BSD.to(device), torch.ones(4, 128, dtype=torch.bool, device=device))
-        return routing.experts_TK, routing.counts_E, routing.gates_TK
+        return routing.expert_ids_TK, routing.tokens_per_expert_E, routing.gates_TK
 
     (experts_TK, counts_E, gates_TK), (twin_TK, twin_E, twin_gates_TK) = on(machine.device), on(torch.device("cpu"))
     _same("experts", experts_TK.sort().values, twin_TK.sort().values)

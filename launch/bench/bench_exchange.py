@@ -110,8 +110,8 @@ def _bytes_table(rows: list[Any]) -> Table:
     )  # fmt: skip
     for row in rows:
         payload = [sum(row["bytes"][op]["payload"][link] for op in OPERATIONS) for link in LinkType]
-        metadata = sum(sum(row["bytes"][op]["beside"].values()) for op in OPERATIONS)
-        sizes = sum(row["bytes"]["sizes"]["beside"].values())
+        metadata = sum(sum(row["bytes"][op]["metadata"].values()) for op in OPERATIONS)
+        sizes = sum(row["bytes"]["sizes"]["metadata"].values())
         table.add_row(_name(row), *(_mb(size) for size in (*payload, metadata, sizes)))
     return table
 

@@ -41,7 +41,7 @@ def _budget(options: argparse.Namespace) -> int:
 
     from ..verbs.budget import BudgetQuery, budget_as_dict, budget_tables
 
-    names = [field.name for field in fields(BudgetQuery) if field.name != "run"]
+    names = [field.name for field in fields(BudgetQuery) if field.name != "run_or_project"]
     question = BudgetQuery(options.run_or_project, **{name: getattr(options, name) for name in names})
     print_result(options, lambda: Group(*budget_tables(question)), lambda: budget_as_dict(question))
     return 0

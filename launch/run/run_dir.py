@@ -100,7 +100,8 @@ def _is_free_or_run_dir(run_dir: Path) -> bool:
     if not run_dir.is_dir():
         return False
     names = {path.name for path in run_dir.iterdir()}
-    return _MARKER_FILE in names or not names
+    # Only the marker's temporary file: another node of this launch is creating the directory, or was killed meanwhile.
+    return _MARKER_FILE in names or names <= {f"{_MARKER_FILE}.new"}
 
 
 def _lock(descriptor: int, run_dir: Path) -> None:

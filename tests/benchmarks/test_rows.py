@@ -67,7 +67,7 @@ def test_a_kernel_is_compared_with_the_reference(kernel: fp8.Kernel) -> None:
 def test_every_kernel_has_a_row() -> None:
     source = (ROOT / "trainer" / "precision" / "kernels.py").read_text()
     kernels = [line.split("(")[0][4:] for line in source.splitlines() if line.startswith("def ")]
-    helpers = {"block_of"}
+    helpers = {"output_block_index"}
     assert {name for name in kernels if not name.startswith("_")} - helpers == {kernel.name for kernel in fp8.KERNELS}
 
 

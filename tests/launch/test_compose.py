@@ -121,7 +121,7 @@ def test_values_of_many_kinds() -> None:
         ("data.validation=hamlet", "data.validation", r"must be a list: \[a, b\]"),
         ("data.validation=[hamlet, 1]", r"data.validation[1]", "must be text"),
         ("training.mtp_loss_scaling_factor=0.3", "training.mtp_loss_scaling_factor", "must be a mapping"),
-        ("training.mtp_loss_scaling_factor={0: a}", "training.mtp_weight.0", "must be a finite number"),
+        ("training.mtp_loss_scaling_factor={0: a}", "training.mtp_loss_scaling_factor.0", "must be a finite number"),
         ("training=3", "training", "must be a group of keys"),
         ("model=tinny", "model", f"did you mean tiny\\? there are: {', '.join(MODELS)}"),
         ("model={hidden: 3}", "model", f"no such file; there are: {', '.join(MODELS)}"),

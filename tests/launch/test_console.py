@@ -14,7 +14,7 @@ from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.small_run import SMALL, small_run
 from shoestring.tests.launch.two_machines import losses
 
-SAY = "from shoestring.launch.print_to_stderr import tell; tell('one'); tell('two'); tell('three'); open({done!r}, 'w')"
+SAY = "from shoestring.launch.console import print_to_stdout as p; p('one'); p('two'); p('three'); open({done!r}, 'w')"
 CLOSED = {
     "a pipe that nobody reads": "{command} | true; exit ${{PIPESTATUS[0]}}",
     "a full disk": "{command} > /dev/full",
@@ -80,7 +80,7 @@ def test_what_is_made_outlives_the_view_of_it(how: str, trained: Path, tmp_path:
         "hf/config.json": ["export", trained, "hf"],
         "imported": ["import", "hf", "imported"],
         "report.html": ["report", trained, "--out", "report.html"],
-        "drawing": ["schedule", "zb_h1", "--stages", 2, "--micro-batches", 4, "--output", "drawing"],
+        "drawing": ["schedule", "zb_h1", "--pp", 2, "--micro-batches", 4, "--output", "drawing"],
     }
     if how != "full":
         made["calibration"] = ["calibrate", "--output", "calibration", "--ranks", 1, "--repeats", 1]

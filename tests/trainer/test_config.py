@@ -54,7 +54,7 @@ def test_the_run_without_fault(tree: dict[str, object]) -> None:
 
 
 def test_no_number_may_be_negative(tree: dict[str, object]) -> None:
-    schedules = ("training.mtp_weight.0", "training.bias_speed.0")
+    schedules = ("training.mtp_loss_scaling_factor.0", "training.router_bias_update_rate.0")
     for path in numbers(tree):
         field = path.removesuffix(".0") if path in schedules else path
         found = problems(tree, {path: -1} if path not in schedules else {field: {0: -1.0}})
@@ -76,8 +76,8 @@ ZERO_IS_NOTHING = {
     "optimizer.weight_decay",
     "training.seed",
     "training.seq_aux_loss_coeff",
-    "training.mtp_weight.0",
-    "training.bias_speed.0",
+    "training.mtp_loss_scaling_factor.0",
+    "training.router_bias_update_rate.0",
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.sample_tokens",

@@ -148,26 +148,26 @@ class _Linear(torch.autograd.Function):
         rows_L = ctx.rows or (len(grad_RN),)
 
         def columns(tiles: RowwiseFp8Tensor) -> ColumnwiseFp8Tensor:
-            made: ColumnwiseFp8Tensor = fp8.provider.turned(tiles, rows_L, scales)
+            made: ColumnwiseFp8Tensor = fp8.backend.rowwise_to_columnwise(tiles, rows_L, scales)
             return made
 
         def x() -> ColumnwiseFp8Tensor:
             if width is None:
                 return columns(RowwiseFp8Tensor(kept[0], kept[1]))
             wide_RK = unpack_e5m6(E5M6Rows(kept[0], kept[1], width), torch.float32)
-            made: ColumnwiseFp8Tensor = fp8.provider.columns(wide_RK, rows_L, scales)
+            made: ColumnwiseFp8Tensor = fp8.backend.quantize_columnwise(wide_RK, rows_L, scales)
             return made
 
         if len(kept) == 1:  # wide: what waits for its product shall be FP8
-            made = columns(fp8.provider.tiles(kept[0], scales))
-            grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), lambda: made)
+            made = columns(fp8.backend.quantize_rowwise(kept[0], scales))
+            grad_weight = _leave(ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), lambda: made)
         else:
-            grad_weight = _leave(ctx, fp8.provider.columns(grad_RN, rows_L, fp8.scales), x)
+            grad_weight = _leave(ctx, fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format), x)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None, None, None, None, None, None
-        grad_tiles = fp8.provider.tiles(grad_RN, fp8.scales)
-        turned = fp8.weights.turned(ctx.weight, Fp8Weight(values, block_scales))
-        grad_x_RK = fp8.multiply(grad_tiles, turned, ctx.rows, grad_RN.dtype)
+        grad_tiles = fp8.backend.quantize_rowwise(grad_RN, fp8.scale_format)
+        turned = fp8.weight_cache.get_transposed(ctx.weight, Fp8Weight(values, block_scales))
+        grad_x_RK = fp8.gemm(grad_tiles, turned, ctx.rows, grad_RN.dtype)
         return grad_x_RK, grad_weight, None, None, None, None, None, None
 
 
@@ -198,16 +198,16 @@ class _LinearOfSwiGLU(torch.autograd.Function):
             gates[0] if gates else None,
         )
         received = ctx.rows is not None
-        grad_tiles = fp8.provider.tiles(grad_RN, ScaleFormat.POWER_OF_TWO if received else fp8.scales)
+        grad_tiles = fp8.backend.quantize_rowwise(grad_RN, ScaleFormat.POWER_OF_TWO if received else fp8.scale_format)
         rows_L = ctx.rows or (len(grad_RN),)
         if received:  # in FP8 perhaps: both products see what an FP8 wire brings
-            grad = fp8.provider.turned(grad_tiles, rows_L, fp8.scales)
+            grad = fp8.backend.rowwise_to_columnwise(grad_tiles, rows_L, fp8.scale_format)
         else:
-            grad = fp8.provider.columns(grad_RN, rows_L, fp8.scales)
-        inner = fp8.provider.swiglu_columns(gate_up_RF, gates_R, rows_L, fp8.scales)
+            grad = fp8.backend.quantize_columnwise(grad_RN, rows_L, fp8.scale_format)
+        inner = fp8.backend.swiglu_quantize_columnwise(gate_up_RF, gates_R, rows_L, fp8.scale_format)
         grad_weight = _leave(ctx, grad, lambda: inner)
-        blocks = fp8.weights.turned(ctx.weight, Fp8Weight(values, block_scales))
-        grad_inner_RK = fp8.multiply(grad_tiles, blocks, ctx.rows, grad_RN.dtype)
+        blocks = fp8.weight_cache.get_transposed(ctx.weight, Fp8Weight(values, block_scales))
+        grad_inner_RK = fp8.gemm(grad_tiles, blocks, ctx.rows, grad_RN.dtype)
         return *swiglu_backward(gate_up_RF, gates_R, grad_inner_RK), grad_weight, None, None
 
 
@@ -216,19 +216,19 @@ def _leave(ctx: Any, grad: ColumnwiseFp8Tensor, x: Callable[[], ColumnwiseFp8Ten
 
     Until then `grad` and what makes `x` are held, both of them FP8.
     """
-    weight, provider = ctx.weight, ctx.fp8.provider
+    weight, backend = ctx.weight, ctx.fp8.backend
     if not weight.requires_grad:
         return None
 
     def product() -> Tensor:
-        out: Tensor = provider.outer(grad, x())
+        out: Tensor = backend.grouped_wgrad_gemm(grad, x())
         return out.view_as(weight)
 
     def add() -> None:
         if weight.grad is None:
             accumulate_grad(weight, product())
         else:
-            provider.add_outer(grad, x(), weight.grad.view(-1, *weight.shape[-2:]))
+            backend.accumulate_grouped_wgrad(grad, x(), weight.grad.view(-1, *weight.shape[-2:]))
 
     if ctx.left is None:
         return product().to(weight.dtype)

@@ -198,7 +198,7 @@ from shoestring.launch.cluster.simulated_cluster import SimulatedCluster
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 with SimulatedCluster(nodes=2, uplink="100mbit") as cluster:
     for node in range(2):
-        cluster.start(node, [sys.executable, "-I", "-S", "-c", {STUBBORN!r}])
+        cluster.start_process(node, [sys.executable, "-I", "-S", "-c", {STUBBORN!r}])
     signal.pause()
 """
     process = subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -49,7 +49,7 @@ def test_what_nobody_knows_is_refused(arguments: list[str], named: str, capsys: 
 
 
 def test_no_verb_loads_anything_before_it_runs() -> None:
-    code = "import sys; from shoestring.launch.cli import parse; parse(['train']); print(*sys.modules)"
+    code = "import sys; from shoestring.launch.cli import parse_arguments; parse_arguments(['train']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "shoestring.launch.parsers.training" in loaded
     assert not {"torch", "numpy", "omegaconf", "rich"}.intersection(loaded)

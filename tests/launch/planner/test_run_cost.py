@@ -35,7 +35,7 @@ def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
 def test_without_a_ramp_there_is_no_such_phase() -> None:
     simulation = simulated()
     recipe = simulation.forecast.recipe
-    rest = {"tokens": 10**12, "batches": BatchRamp.constant(15_360), "published": True}
+    rest = {"tokens": 10**12, "batch_ramp": BatchRamp.constant(15_360), "include_published_phases": True}
     phases = estimate_phase_costs(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SMALL = (
-    *("experiment=quickstart", "schedule=one_f_one_b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
+    *("experiment=quickstart", "schedule=1f1b", "schedule.micro_batch_size=1", "training.global_batch_size=4"),
     *("training.sequence_length=32", "model.num_nextn_predict_layers=0"),
 )
 """Two pipeline ranks of two layers each, experts over two ranks; two micro-batches."""

@@ -39,8 +39,8 @@ def test_the_configuration_is_whole(run_dir: Path, page: Reader) -> None:
     for text in (
         "routed_scaling_factor 2.5",
         "name dualpipev",
-        "layout null",
-        "mtp_weight.0 0.3",
+        "layers_per_stage null",
+        "mtp_loss_scaling_factor.0 0.3",
         f"run_dir {run_dir}",
     ):
         assert text in words

@@ -67,7 +67,7 @@ def test_an_exchange_that_is_not_there(config: RunConfig) -> None:
 def test_a_provider_of_fp8_that_is_not_there(config: RunConfig) -> None:
     for provider in ("triton", "torch", "te"):
         precision = replace(config.precision, linear="fp8", fp8_backend=provider)
-        with pytest.raises(ConfigError, match=r"precision\.provider.*it needs a Hopper GPU"):
+        with pytest.raises(ConfigError, match=r"precision\.fp8_backend.*it needs a Hopper GPU"):
             run_preflight_checks(replace(config, precision=precision), 4, fresh=False)
     for provider in ("auto", "reference"):
         precision = replace(config.precision, linear="fp8", fp8_backend=provider)

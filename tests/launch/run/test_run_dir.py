@@ -17,6 +17,7 @@ from shoestring.launch.run.run_dir import (
     lock_run_dir,
     read_run_status,
     reserve_status_space,
+    run_dir_problems,
     wait_for_run_dir_lock,
     write_run_config,
     write_run_status,
@@ -128,3 +129,11 @@ def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
         assert (run_dir / CONFIG_FILE).exists()
     with lock_run_dir(run_dir, fresh=True):
         assert not (run_dir / CONFIG_FILE).exists()
+
+
+def test_a_directory_that_is_being_made_is_a_runs(tmp_path: Path) -> None:
+    """Another machine of the launch may look between the unfinished marker and the finished one."""
+    (tmp_path / ".shoestring_run.new").touch()
+    assert not list(run_dir_problems(tmp_path))
+    (tmp_path / "thesis.tex").touch()
+    assert list(run_dir_problems(tmp_path))

@@ -212,7 +212,7 @@ def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None
 
 
 def test_a_rank_hears_what_came_before_it_listened() -> None:
-    code = "from shoestring.launch.run.signals import listen_for_stop as l; import signal; signal.raise_signal(15); "
+    code = "from shoestring.launch.run.signals import install_stop_handlers as l; import signal; signal.raise_signal(15); "
     code += "raise SystemExit(0 if l(60)() else 1)"
     with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._become_torchrun) as rank:
         assert rank.wait(60) == 0
@@ -221,8 +221,8 @@ def test_a_rank_hears_what_came_before_it_listened() -> None:
 @pytest.mark.parametrize(("seconds", "again"), [(60, signal.SIGTERM), (60, signal.SIGQUIT), (0.1, None)])
 def test_a_rank_without_a_launcher_ends_by_itself(seconds: float, again: signal.Signals | None) -> None:
     """Also while its main thread waits outside Python, as for messages that never come."""
-    code = "import signal; from shoestring.launch.run import signals as s; s.SAME_REQUEST_SECONDS = 0; "
-    code += f"s.listen_for_stop({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
+    code = "import signal; from shoestring.launch.run import signals as s; s.STOP_DEBOUNCE_SECONDS = 0; "
+    code += f"s.install_stop_handlers({seconds}); signal.raise_signal(10); print('asked', flush=True); signal.sigwait([12])"
     outside = {name: value for name, value in os.environ.items() if name != STOP_FILE_ENV_VAR}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=outside, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -21,7 +21,7 @@ from shoestring.trainer.model.model import Model
 def test_ls_tells_whole_from_damaged_from_unfinished(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(saves / "checkpoints", keep_last=9)
     (store.checkpoint_path(4) / "complete").unlink()
-    with patch("shoestring.trainer.checkpoint.manifest.FORMAT", 4):
+    with patch("shoestring.trainer.checkpoint.manifest.FORMAT_VERSION", 4):
         save_model(model(5), saves / "checkpoints", 5)
     store.partial_path(6).mkdir()  # now, for the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", saves, "--format", "json")

@@ -51,7 +51,7 @@ def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str])
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "shoestring schedule: error"
     assert [line.split(":")[0].strip() for line in others] == [
-        "--stages = 3",
+        "--pp = 3",
         "--chunks = 3",
         "--micro-batches = 5",
         "--times = 'F=0'",

@@ -54,9 +54,9 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     [
         "saver.write_rank_file",
         "saver.TensorFileWriter.write_tensor",
-        "saver.write_file",
+        "saver.write_file_durably",
         "store.merge_rank_records",
-        "store.write_file",
+        "store.write_file_durably",
     ],
 )
 def test_a_save_that_dies_half_way_leaves_the_one_before(

@@ -25,11 +25,11 @@ from shoestring.trainer.data.shards import SplitWriter
 KILLED = """
 import os, signal, sys
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare_corpus import prepare
+from shoestring.trainer.data.prepare import prepare_corpus
 def report(line):
     if sys.argv[3] in line:
         os.kill(os.getpid(), signal.SIGKILL)
-prepare(DataConfig(corpus=sys.argv[1], prepared=sys.argv[2], vocabulary=300, validation=("held",)), report)
+prepare_corpus(DataConfig(corpus=sys.argv[1], prepared=sys.argv[2], vocab_size=300, validation=("held",)), report)
 """
 
 
@@ -103,7 +103,7 @@ def test_data_of_other_text_or_settings_is_never_replaced(config: DataConfig) ->
     with pytest.raises(ConfigError, match="other text or settings"):
         prepare_corpus(config, silent)
     assert contents(config.prepared) == before
-    with pytest.raises(ConfigError, match=r"data\.vocabulary = 301: .*300(.|\n)*data\.validation"):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size = 301: .*300(.|\n)*data\.validation"):
         open_prepared_data(replace(config, vocab_size=301, validation=("alpha",)))
 
 

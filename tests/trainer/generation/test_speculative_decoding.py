@@ -88,14 +88,14 @@ class Table(torch.nn.Module):
         self.guess_VV = torch.nn.Parameter(torch.randn(4, 4, generator=generator))
         self.model, self.config = self, ModelConfig()
 
-    def hidden(self, tokens_BS: Tensor) -> Resumable[Tensor]:
+    def compute_hidden_states(self, tokens_BS: Tensor) -> Resumable[Tensor]:
         yield from ()
         return torch.nn.functional.one_hot(tokens_BS, 4).float()
 
-    def head(self, hidden_BSV: Tensor) -> Tensor:
+    def apply_output_head(self, hidden_BSV: Tensor) -> Tensor:
         return hidden_BSV @ self.next_VV
 
-    def draft(self, hidden_BSV: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
+    def compute_mtp_logits(self, hidden_BSV: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         yield from ()
         return self.guess_VV[next_BS]
 

@@ -30,9 +30,9 @@ def test_a_killed_launcher_has_held_its_gpus_to_the_last_sign_of_life(tmp_path: 
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from shoestring.trainer.ledger.allocation_journal import Allocation
+from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-Allocation(Path(sys.argv[1]), ranks=4, attempt="a", budget=BudgetConfig(gpu_hours=0.5), beat_seconds=0.01)
+AllocationJournal(Path(sys.argv[1]), ranks=4, attempt="a", budget=BudgetConfig(gpu_hours=0.5), heartbeat_seconds=0.01)
 print("open", flush=True)
 sys.stdin.read()
 """

@@ -17,8 +17,8 @@ from shoestring.trainer.ledger.journal import JournalReader, JournalWriter, cont
 WRITER = """
 import sys
 from pathlib import Path
-from shoestring.trainer.ledger.journal import Journal
-journal = Journal(Path(sys.argv[1]))
+from shoestring.trainer.ledger.journal import JournalWriter
+journal = JournalWriter(Path(sys.argv[1]))
 number = 0
 while True:
     number += 1

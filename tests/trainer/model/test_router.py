@@ -62,12 +62,12 @@ def test_padding_is_routed_but_not_counted() -> None:
     valid_BS[2] = False
     routing = router(x_BSD, valid_BS)
     everyone = router(x_BSD, torch.ones_like(valid_BS))
-    assert torch.equal(routing.experts_TK, everyone.experts_TK)
+    assert torch.equal(routing.expert_ids_TK, everyone.expert_ids_TK)
     assert torch.equal(routing.gates_TK, everyone.gates_TK)
-    counted = routing.experts_TK[valid_BS.flatten()].flatten()
-    assert torch.equal(routing.counts_E, torch.bincount(counted, minlength=EXPERTS))
-    assert routing.counts_E.dtype == torch.int64
-    assert routing.counts_E.sum() == TOP_K * valid_BS.sum()
+    counted = routing.expert_ids_TK[valid_BS.flatten()].flatten()
+    assert torch.equal(routing.tokens_per_expert_E, torch.bincount(counted, minlength=EXPERTS))
+    assert routing.tokens_per_expert_E.dtype == torch.int64
+    assert routing.tokens_per_expert_E.sum() == TOP_K * valid_BS.sum()
 
 
 def test_a_token_stays_within_its_best_groups() -> None:
@@ -77,7 +77,7 @@ def test_a_token_stays_within_its_best_groups() -> None:
     score_TE = torch.sigmoid(x_BSD.flatten(0, 1) @ router.weight.detach().T) + router.bias_E
     size = EXPERTS // GROUPS
     unlike = 0
-    for score_E, experts_K in zip(score_TE.tolist(), routing.experts_TK.tolist(), strict=True):
+    for score_E, experts_K in zip(score_TE.tolist(), routing.expert_ids_TK.tolist(), strict=True):
         by_group = [score_E[group * size : (group + 1) * size] for group in range(GROUPS)]
         best_two = [sum(sorted(scores)[-2:]) for scores in by_group]
         allowed = sorted(range(GROUPS), key=lambda group: best_two[group])[-TOP_K_GROUPS:]
@@ -98,14 +98,14 @@ def test_the_bias_changes_the_selection_but_not_the_gates() -> None:
     without = router(x_BSD, valid_BS)
     router.bias_E[4] = 100.0
     biased = router(x_BSD, valid_BS)
-    assert not (without.experts_TK == 4).any(dim=1).all()
-    assert (biased.experts_TK == 4).any(dim=1).all()
+    assert not (without.expert_ids_TK == 4).any(dim=1).all()
+    assert (biased.expert_ids_TK == 4).any(dim=1).all()
     for routing in (without, biased):
         torch.testing.assert_close(routing.gates_TK, gates_by_hand(router, x_BSD, routing), rtol=1e-14, atol=0)
         torch.testing.assert_close(routing.gates_TK.sum(dim=1), torch.full((x_BSD[..., 0].numel(),), 2.5).double())
 
     router.bias_E.fill_(100.0)  # of all experts alike: no other selection either
-    assert torch.equal(router(x_BSD, valid_BS).experts_TK.sort().values, without.experts_TK.sort().values)
+    assert torch.equal(router(x_BSD, valid_BS).expert_ids_TK.sort().values, without.expert_ids_TK.sort().values)
 
 
 def test_no_gradient_reaches_the_bias() -> None:
@@ -152,4 +152,4 @@ def test_padding_alone_has_no_balance_loss_and_a_finite_gradient() -> None:
     assert routing.balance_loss.item() == 0.0
     assert router.weight.grad is not None
     assert not router.weight.grad.any()  # NaN would count as any
-    assert not routing.counts_E.any()
+    assert not routing.tokens_per_expert_E.any()

@@ -112,7 +112,7 @@ def test_the_budget_is_met_to_the_last_read(exchange: str) -> None:
         with watch.device:
             stepper.step(micro_batches, 2 * MICRO_BATCHES, SETTINGS)
         assert watch.device.waits == {"to_host": HOST_READS_PER_STEP}
-        assert streams.places == {"HostCopy.wait": ROUTED_LAYERS * MICRO_BATCHES}
+        assert streams.places == {"AsyncHostCopy.wait": ROUTED_LAYERS * MICRO_BATCHES}
     assert watch.pairs
 
 

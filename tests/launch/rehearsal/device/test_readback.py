@@ -16,7 +16,7 @@ from shoestring.launch.rehearsal.device.spans import RehearsalSpanRecorder
 
 def test_sizes_are_those_of_balanced_routing() -> None:
     config = compose_run_config(["topology=pp2_ep2", "exchange=flat"])
-    spans = SimpleNamespace(is_dispatch=True, what="dispatch")
+    spans = SimpleNamespace(is_inside_dispatch=True, innermost_span_name="dispatch")
     oracle = BalancedReadback(config, 1, cast("RehearsalSpanRecorder", spans))
     sizes = torch.tensor(BalancedRouting.from_config(config).flat_exchange_sizes(1))
     assert torch.equal(oracle.read(torch.zeros_like(sizes)), sizes)

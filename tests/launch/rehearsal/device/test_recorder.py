@@ -51,7 +51,7 @@ def test_the_host_waits_for_sizes_and_for_the_sums_of_the_step(log: RankLog) -> 
 
 def test_kernels_of_triton_are_counted_by_their_tensors(in_fp8: RankLog) -> None:
     config = config_of(in_fp8)
-    rows = [row for row in in_fp8.launches if row.operation == "triton.multiply" and row.phase == "mlp(F)"]
+    rows = [row for row in in_fp8.launches if row.operation == "triton.grouped_gemm" and row.phase == "mlp(F)"]
     assert {row.layer for row in rows} == {"layer_01", "layer_02"}
     assert {row.code_location for row in rows} == {"trainer/precision/triton_backend.py:TritonBackend.grouped_gemm"}
     micro_batches = 2 * in_fp8.micro_batches  # of two layers
