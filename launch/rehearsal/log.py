@@ -22,7 +22,7 @@ class CollectiveRecord:
     operation: str
     """`all_reduce`, `all_to_all`, `reduce_scatter` or `all_gather`."""
     purpose: str
-    """For example `dispatch of layer_03, micro-batch 2`."""
+    """Purpose of the operation, such as `dispatch of layer_03, micro-batch 2`."""
     shape: tuple[int, ...]
     """Shape that is equal on all ranks: of the whole tensor, or for `all_to_all` of one row."""
     dtype: str
@@ -99,9 +99,9 @@ class KernelLaunches:
     """Count of one operation's launches at one code location, and the bytes that they read and write."""
 
     phase: str
-    """For example `attn(F)`, `mlp(B)`, `dispatch`, `optimizer`."""
+    """Phase, such as `attn(F)`, `mlp(B)`, `dispatch`, `optimizer`."""
     layer: str
-    """For example `layer_03`; empty outside of layers."""
+    """Layer, such as `layer_03`; empty outside of layers."""
     stream: str
     operation: str
     code_location: str

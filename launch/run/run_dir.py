@@ -73,7 +73,7 @@ def create_run_dir(run_dir: Path) -> None:
 
 @contextmanager
 def _remove_on_error(folder: Path) -> Iterator[None]:
-    """At an OSError, remove `folder` and its parents if they are empty and did not exist before."""
+    """Remove `folder` and its parents at an OSError, if they are empty and did not exist before."""
     created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield

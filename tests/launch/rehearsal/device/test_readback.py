@@ -22,5 +22,5 @@ def test_sizes_are_those_of_balanced_routing() -> None:
     assert torch.equal(oracle.read(torch.zeros_like(sizes)), sizes)
     with pytest.raises(NotImplementedError, match=r"dispatch reads torch.float32 \[1\]"):
         oracle.read(torch.zeros(1))
-    spans.is_dispatch = False
+    spans.is_inside_dispatch = False
     assert torch.equal(oracle.read(torch.zeros_like(sizes)), torch.ones_like(sizes))
