@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; overrides may stand before, between and after options."""
+    """Parse the command line; overrides may come before, between and after options."""
     parser = _parser()
     # argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
     # subcommands: the arguments that it does not know are overrides too.

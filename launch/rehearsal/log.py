@@ -121,7 +121,7 @@ class RankFinding:
 
 @dataclass(frozen=True)
 class DeviceMemoryRecord:
-    """Bytes of live tensors on the device, and the prediction of `shoestring memory` without its fixed reserve."""
+    """Bytes of live tensors on the device, and the prediction of `shoestring memory` without the fixed reserve."""
 
     state: int
     building: int

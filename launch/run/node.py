@@ -229,7 +229,7 @@ def _print_config_error(error: ConfigError) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; overrides may stand before, between and after options."""
+    """Parse the command line; overrides may come before, between and after options."""
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
     parser.add_argument("--config-dir", type=Path, help="a directory with additional configuration groups")
