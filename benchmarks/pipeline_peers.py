@@ -28,7 +28,7 @@ PEERS = {
     "ScheduleDualPipeV": ("dualpipev", ScheduleDualPipeV),
     "ScheduleZBVZeroBubble": ("dualpipev", ScheduleZBVZeroBubble),
 }
-"""Names of torch's schedules, and of ours on the same stages."""
+"""Names of torch's schedules, and of Shoestring's on the same stages."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _override_problem(text: str, override: Override, choices: Sequence[str]) -> 
     if choices and choice not in choices:
         close = difflib.get_close_matches(str(choice), choices, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return Problem(key, choice, f"no such file; {hint}available: {', '.join(choices)}")
+        return Problem(key, choice, f"no such file; {hint}there are: {', '.join(choices)}")
     return None
 
 

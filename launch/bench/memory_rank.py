@@ -28,8 +28,11 @@ def main(arguments: Sequence[str]) -> None:
     device = pick_device(config, worker)
     limit = timedelta(seconds=config.training.collective_timeout_seconds)
     init_default_process_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
-    holders, make = build_stage_layout(config).replica_pp_groups(), build_group_factory(device, worker.rank, limit)
-    groups = ProcessGroups.create(config.topology, worker.rank, limit, holders, make)
+    replica_groups, make = (
+        build_stage_layout(config).replica_pp_groups(),
+        build_group_factory(device, worker.rank, limit),
+    )
+    groups = ProcessGroups.create(config.topology, worker.rank, limit, replica_groups, make)
     measured = measure_step_memory(config, groups, device, skewed=skewed)
     by_rank = groups.world_cpu.all_gather_objects((str(device), measured.to_dict()), "measured memory")
     if worker.rank == 0:

@@ -122,8 +122,8 @@ class RankRehearsal:
         topology, training = self.config.topology, self.config.training
         dist.init_process_group("fake", rank=self.rank, world_size=topology.world_size, store=FakeStore())
         limit = timedelta(seconds=training.collective_timeout_seconds)
-        holders = build_stage_layout(self.config).replica_pp_groups()
-        groups = ProcessGroups.create(topology, self.rank, limit, holders, logged)
+        replica_groups = build_stage_layout(self.config).replica_pp_groups()
+        groups = ProcessGroups.create(topology, self.rank, limit, replica_groups, logged)
         device = FakeDeviceMode(recorder, BalancedReadback(self.config, self.rank, recorder.spans))
         with patch_triton_and_threads(device), device:
             engine = build_engine(self.config, groups, FAKE_DEVICE, recorder.spans, LoggedStreams(recorder))

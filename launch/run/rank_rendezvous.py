@@ -24,7 +24,9 @@ class StoppedBeforeRendezvous(Exception):  # noqa: N818 -- says what happened
     """A stop was requested before all ranks had connected; nothing was trained."""
 
 
-def open_rendezvous_store(worker: TorchrunEnvironment, seconds: float, stop_asked: Callable[[], bool]) -> dist.Store:
+def open_rendezvous_store(
+    worker: TorchrunEnvironment, seconds: float, stop_requested: Callable[[], bool]
+) -> dist.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT once every rank has connected to it.
 
     Raises `ConfigError` if the address does not resolve, `dist.DistError` or `OSError` if ranks do not connect within
@@ -46,7 +48,7 @@ def open_rendezvous_store(worker: TorchrunEnvironment, seconds: float, stop_aske
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     message = PeriodicMessage(first_after=_POLL_SECONDS)
     while opening.is_alive():
-        if stop_asked():
+        if stop_requested():
             raise StoppedBeforeRendezvous(f"stopped before all {worker.world_size} ranks had connected at {where}")
         if worker.local_rank == 0:
             others = worker.world_size - 1

@@ -67,7 +67,7 @@ def run_rank(config: RunConfig, worker: TorchrunEnvironment) -> int:
     `run_status.json` and exits with 0 under the launcher, which reads the file, since torchrun turns any other code
     into 1. Without the launcher it exits with the true code, and every rank prints the reason.
     """
-    stop_asked = install_stop_handlers(config.training.stop_seconds)
+    stop_requested = install_stop_handlers(config.training.stop_seconds)
     code = attempt_exit_code(Path(config.training.run_dir), attempt_name())
     if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return code  # the user's torchrun with --max-restarts restarts ranks that ended on purpose
@@ -75,13 +75,13 @@ def run_rank(config: RunConfig, worker: TorchrunEnvironment) -> int:
         problem = Problem("world size", worker.world_size, f"topology needs {config.topology.world_size} processes")
         return _report_config_error(Path(config.training.run_dir), worker.rank, ConfigError([problem]), owns=False)
     with _hold_run_dir(config) if worker.rank == 0 else nullcontext():
-        return _run(config, worker, stop_asked)
+        return _run(config, worker, stop_requested)
 
 
-def _run(config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]) -> int:
+def _run(config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callable[[], bool]) -> int:
     """Connect to the other ranks and train with them; return the exit code."""
     try:
-        device, watchdog = _meet(config, worker, stop_asked)
+        device, watchdog = _connect_ranks(config, worker, stop_requested)
     except StoppedBeforeRendezvous as stopped:
         if worker.rank == 0:
             record_stop(Path(config.training.run_dir), made_step=False)
@@ -90,10 +90,10 @@ def _run(config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[]
         return _report_config_error(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     try:
-        holders = build_stage_layout(config).replica_pp_groups()
+        replica_groups = build_stage_layout(config).replica_pp_groups()
         make = build_group_factory(device, worker.rank, timeout)
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
-        steps = train(config, groups, device, attempt_name(), stop_asked)
+        groups = ProcessGroups.create(config.topology, worker.rank, timeout, replica_groups, make, watchdog)
+        steps = train(config, groups, device, attempt_name(), stop_requested)
     except ConfigError as error:
         return _stop(config, worker, _CONFIG_ERROR, str(error))
     except RunFailed as error:
@@ -122,8 +122,8 @@ def _watch(config: RunConfig, worker: TorchrunEnvironment) -> Watchdog:
     return watchdog
 
 
-def _meet(
-    config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]
+def _connect_ranks(
+    config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callable[[], bool]
 ) -> tuple[torch.device, Watchdog | None]:
     """Connect to the other ranks, compare fingerprints, and open the default group.
 
@@ -136,7 +136,7 @@ def _meet(
         if LAUNCHER_PID_ENV_VAR in os.environ:
             store = connect_rendezvous_store(worker, limit)
         else:
-            store = open_rendezvous_store(worker, config.training.rendezvous_timeout_seconds, stop_asked)
+            store = open_rendezvous_store(worker, config.training.rendezvous_timeout_seconds, stop_requested)
             store.set_timeout(limit)
         key = "start_timeout_seconds"
         verify_ranks_match(store, worker.rank, worker.world_size, run_fingerprint(config, data_digest(config)))

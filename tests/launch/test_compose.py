@@ -289,7 +289,7 @@ def test_a_file_of_ones_own_that_could_never_be_chosen(tmp_path: Path) -> None:
         (
             '# @package _global_\ntraining:\n  run_dir: "a\\0b"\n',
             "training.run_dir",
-            r"'a\\x00b': holds a NUL character",
+            r"'a\\x00b': contains a NUL character",
         ),
         (f"training:\n  tokens: 1{'0' * 5000}\n", "mine.yaml", "is not YAML of a configuration"),
     ],

@@ -56,7 +56,8 @@ def test_a_verb_that_only_shows(view: str, code: int, tmp_path: Path) -> None:
     """Who has left has read what it wanted; a disk that does not take what was asked for is a failure."""
     ended = bash(f"{shoestring('params', *SMALL)} {view}", tmp_path)
     assert ended.returncode == code, ended.stderr
-    words = ["shoestring params: error", "standard output = None: cannot be written (No space left on device)"] if code else []
+    problem = "standard output = None: cannot be written (No space left on device)"
+    words = ["shoestring params: error", problem] if code else []
     assert all(word in line for word, line in zip(words, ended.stderr.splitlines(), strict=True))
 
 

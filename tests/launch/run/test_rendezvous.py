@@ -197,7 +197,8 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "meeting")
     seen: list[bool] = []
-    looking = threading.Thread(target=lambda: seen.append(meeting._sees_file(tmp_path / "meeting", "this")), daemon=True)
+    note = tmp_path / "meeting"
+    looking = threading.Thread(target=lambda: seen.append(meeting._sees_file(note, "this")), daemon=True)
     looking.start()
     looking.join(20)
     assert seen == [False]
@@ -305,4 +306,4 @@ def test_values_that_are_hidden_and_differ_are_said_to() -> None:
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:
     assert meeting._not_local_hint("127.0.0.1") == ""
-    assert "is not an address of this machine" in meeting._not_local_hint("192.0.2.1")  # kept for documentation by RFC 5737
+    assert "is not an address of this machine" in meeting._not_local_hint("192.0.2.1")  # RFC 5737
