@@ -1,13 +1,13 @@
-"""What of this machine works: one script for one GPU, one node and several nodes.
+"""Test of which operations work on a machine, from one process to several nodes of GPUs.
 
     python benchmarks/bring_up.py --json benchmarks/results/NAME.json                           one process
     torchrun --standalone --nproc-per-node=8 benchmarks/bring_up.py --json ...                  one node
     torchrun --nnodes=2 --node-rank=... --master-addr=... --nproc-per-node=8 benchmarks/bring_up.py ...
 
-Every row is tried on every rank and says `works` with figures, `not here` with what is missing, or `fails` with the
-reason; the next row is tried in any case. Each row has a limit of its own: what does not end in time is killed and says
-so. Exit code 1 where a mandatory row failed. Without a GPU the rows that need one are `not here`.
-Only a table of this script may turn "not yet run on hardware" into "run on ...", for the rows that say `works`.
+Every row runs on every rank and prints `works` with figures, `not here` with what is missing, or `fails` with the
+reason; the next row runs in any case. Each row has a time limit, at which it is killed and fails. Exit code 1 if a
+mandatory row failed. Without a GPU the rows that need one are `not here`.
+Docs may replace "not yet run on hardware" by "run on ..." only for rows that print `works`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ CHECKS = (
     *fp8.LAST_CHECKS,
 )
 COMPARING = timedelta(minutes=10)
-"""Ranks wait this long for each other's attempts: longer than one of them may take."""
+"""Time to wait for the attempts of other ranks: longer than the limit of any row."""
 
 
 def write_json(path: Path, rank: Rank, device: str, outcomes: Sequence[Outcome]) -> None:
-    """All rows so far, with every rank's figures."""
+    """Write all rows so far, with every rank's figures."""
     ranks = 1 if rank.worker is None else rank.worker.world_size
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -60,8 +60,8 @@ def write_json(path: Path, rank: Rank, device: str, outcomes: Sequence[Outcome])
     path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def everyones(rank: Rank, own: Attempt) -> list[Attempt]:
-    """The attempts of all ranks, over gloo between the waiting processes: no row can break it."""
+def gather_attempts(rank: Rank, own: Attempt) -> list[Attempt]:
+    """Gather the attempts of all ranks over gloo between the waiting processes, which no row can break."""
     if rank.worker is None:
         return [own]
     gathered = [own] * rank.worker.world_size
@@ -70,7 +70,7 @@ def everyones(rank: Rank, own: Attempt) -> list[Attempt]:
 
 
 def set_environment(rank: Rank, folder: Path) -> None:
-    """Make the settings of a rank of a training run; NCCL's flight recorder writes under `folder`."""
+    """Set the environment of a rank of a training run; NCCL's flight recorder writes under `folder`."""
     on_gpu = torch.cuda.is_available()
     os.environ.update(build_rank_environment(settings=applicable_settings(folder, on_gpu=on_gpu)))
     if on_gpu and rank.worker is not None:
@@ -78,36 +78,36 @@ def set_environment(rank: Rank, folder: Path) -> None:
 
 
 def bring_up(checks: Sequence[Check], path: Path | None) -> int:
-    """Try every row; return the exit code."""
+    """Run every row; return the exit code."""
     rank = Rank.read()
     set_environment(rank, Path() if path is None else path.parent)
-    speaks = rank.worker is None or rank.worker.rank == 0
+    prints = rank.worker is None or rank.worker.rank == 0
     if rank.worker is not None:
         init_default_process_group(rank.worker, torch.device("cpu"), COMPARING)
     process, outcomes = RowProcess(rank), []
     for check in checks:
-        outcomes.append(outcome_of(check, everyones(rank, process.attempt(check))))
+        outcomes.append(outcome_of(check, gather_attempts(rank, process.attempt(check))))
         if outcomes[-1].verdict is Verdict.FAILS:
             process.close()
-        if speaks:
+        if prints:
             print(outcomes[-1].line(), flush=True)
             if path is not None:
                 write_json(path, rank, process.device_name, outcomes)
     process.close()
     failed = [row.name for row in outcomes if row.mandatory and row.verdict is Verdict.FAILS]
-    if speaks:
+    if prints:
         counts = ", ".join(f"{sum(row.verdict is verdict for row in outcomes)} {verdict}" for verdict in Verdict)
-        print(f"{len(outcomes)} rows: {counts}" + (f"; mandatory and failed: {', '.join(failed)}" if failed else ""))
+        print(f"{len(outcomes)} rows: {counts}" + (f"; mandatory rows failed: {', '.join(failed)}" if failed else ""))
     if rank.worker is not None:
         dist.destroy_process_group()
     return 1 if failed else 0
 
 
 def main() -> int:
-    """Read the arguments and try every row."""
+    """Read the arguments and run every row."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here too, anew after each of them")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows to this file, after each row")
     return bring_up(CHECKS, parser.parse_args().json)
 
 

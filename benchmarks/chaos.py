@@ -1,12 +1,12 @@
-"""Faults injected into small runs, and what has become of each: exit codes, later losses to the bit, the ledger's sum.
+"""Faults injected into small runs, and checks of exit codes, bitwise equal later losses, and the ledger's sum.
 
     python benchmarks/chaos.py [--only H3 M5 ...] [--json FILE]
 
 Each row injects one fault into a run of 60 steps on one process or two (ep 2), and afterwards repeats the command
-without the fault, until it ends with 0. Losses and gradient norms of every step must equal those of a run that nothing
-disturbed, and in the ledger allocated time must be productive + rolled back + buckets + unknown. Rows of one name are
-members of one kind; the first is the fault as it was first seen. Rows on a disk that is full mount a tmpfs, which takes
-root; without it they are not run. Exit code 1 where a row is not as expected.
+without the fault until it exits with 0. Losses and gradient norms of all steps must equal those of an undisturbed run,
+and in the ledger allocated time must be productive + rolled back + buckets + unattributed. Rows of one name are
+variants of one fault; the first is the fault as it was first observed. Rows with a full disk mount a tmpfs, which needs
+root; without it they are skipped. Exit code 1 if a row is not as expected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shoestring.benchmarks.faults.inject import INJECTIONS, Injection
 
 
 def measure(only: Sequence[str], root: Path) -> list[Row]:
-    """Inject all faults, or those with these names, one after the other."""
+    """Inject all faults, or those with the names `only`, one after the other."""
     prepare_data(root)
     benches: dict[int, Bench] = {}
     rows = []
@@ -37,17 +37,17 @@ def measure(only: Sequence[str], root: Path) -> list[Row]:
         if only and each.name not in only:
             continue
         if each.ep not in benches:
-            print(f"undisturbed, ep {each.ep} ...", file=sys.stderr, flush=True)
+            print(f"undisturbed run, ep {each.ep} ...", file=sys.stderr, flush=True)
             benches[each.ep] = open_bench(root, each.ep)
         row = injected(each, benches[each.ep], root / f"row{number}")
         rows.append(row)
-        verdict = row.skipped or ("as expected" if not row.wrong else "; ".join(row.wrong))
-        print(f"{row.name} ep {row.ep} {row.fault}: {verdict} ({row.seconds:.0f} s)", file=sys.stderr, flush=True)
+        outcome = row.skipped or ("as expected" if not row.wrong else "; ".join(row.wrong))
+        print(f"{row.name} ep {row.ep} {row.fault}: {outcome} ({row.seconds:.0f} s)", file=sys.stderr, flush=True)
     return rows
 
 
 def injected(each: Injection, bench: Bench, place: Path) -> Row:
-    """The row of one fault, injected in the folder `place`."""
+    """Inject one fault in the folder `place`; return its row."""
     row = Row(each.name, each.fault, each.expected, each.ep)
     if each.needs_root and os.geteuid() != 0:
         row.skipped = "needs root, for a tmpfs"
@@ -56,16 +56,16 @@ def injected(each: Injection, bench: Bench, place: Path) -> Row:
     start = time.perf_counter()
     try:
         each.inject(bench, row, place)
-    except Exception as error:  # the other rows are still worth their time
-        row.wrong.append(f"the injection has failed: {error!r}"[:300])
+    except Exception as error:  # continue with the other rows
+        row.wrong.append(f"the injection failed: {error!r}"[:300])
     row.seconds = round(time.perf_counter() - start, 1)
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="rows by their names")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="names of the rows to run")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as root:
         rows = measure(options.only, Path(root))

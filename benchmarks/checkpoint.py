@@ -1,15 +1,15 @@
-"""What a checkpoint costs: how long a step is blocked, how fast it reaches the disk, how much memory an export takes.
+"""Cost of a checkpoint: time for which a save blocks a step, write speed, and memory of an export.
 
     python benchmarks/checkpoint.py [--megabytes 1024] [--directory DIR] [--json FILE]
     python benchmarks/checkpoint.py --export-gigabytes 4 [--directory DIR] [--json FILE]
 
-Saves: a state of so many megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy, the
-first one no longer, for its memory is reserved as in a run; beside it stands a copy of the same state to memory that is
-used already. A synchronous save is compared with a plain fsynced write of the same bytes; before either, as many bytes
-are written and removed, so that both find memory for the page cache that a virtual machine's host has backed. All in
-turns; the figure is the median of the ratios of five rounds.
-Export: a model of so many gigabytes in FP32 is written as a checkpoint, then exported by a process of its own, whose
-largest resident memory is told.
+Saves: a state of --megabytes, in tensors of 4 MB, on one process. An asynchronous save blocks for a copy, the first one
+too, since its memory is reserved as in a run; it is compared with a copy of the state to memory that is in use. A
+synchronous save is compared with a plain fsynced write of the same bytes; before either, as many bytes are written and
+removed, so that the host of a virtual machine has backed the page cache. All are interleaved; the figure is the median
+of the ratios of five rounds.
+Export: a model of --export-gigabytes in FP32 is saved as a checkpoint, then exported by a separate process, whose peak
+resident memory is printed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def save(saver: CheckpointSaver, step: int, pieces: list[TensorPiece]) -> None:
 
 
 def model_of(gigabytes: float) -> ModelConfig:
-    """Experts make up most of it, as in the real one."""
+    """Return a model with most parameters in its experts, as in DeepSeek-V3."""
     config = ModelConfig(
         name="export",
         vocab_size=32768,
@@ -133,7 +133,7 @@ def model_of(gigabytes: float) -> ModelConfig:
 
 
 def write_model(directory: Path, config: ModelConfig) -> Checkpoint:
-    """A checkpoint of random weights, a file for each batch of tensors, so that this process stays small, too."""
+    """Write a checkpoint of random weights, one file per batch of tensors, so that this process stays small too."""
     store = CheckpointStore(directory, keep_last=1)
     store.prepare_save(0)
     shapes = model_tensor_shapes(config)
@@ -166,24 +166,24 @@ def largest(checkpoint: Checkpoint) -> int:
 
 
 def exporting(path: Path, directory: Path, dtype: str) -> None:
-    """In a process of its own: export, then print what it took."""
+    """Export in this process, then print time and peak memory."""
     before = peak_mb()
     took = timed(lambda: export_checkpoint(Checkpoint.open(path), directory, ExportOptions(dtype), lambda _: None))
     print(json.dumps({"seconds": took, "peak_MB": peak_mb(), "peak_before_MB": before}))
 
 
 def peak_mb() -> float:
-    """Largest resident memory of this process so far. Not `ru_maxrss`, which begins with that of its parent."""
+    """Return the peak resident memory of this process; `ru_maxrss` would start with that of its parent."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=1024, help="of the state that is saved (default 1024)")
-    parser.add_argument("--export-gigabytes", type=float, help="measure an export of such a model instead")
-    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the saved state (default 1024)")
+    parser.add_argument("--export-gigabytes", type=float, help="measure an export of a model of this size instead")
+    parser.add_argument("--directory", type=Path, help="directory on the disk to measure (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--exporting", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exporting:

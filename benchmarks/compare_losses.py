@@ -1,4 +1,4 @@
-"""The losses of one run beside those of another, step by step; exit code 1 where they differ by more than is allowed.
+"""Comparison of the losses of two runs, step by step; exit code 1 if they differ by more than `--within`.
 
 python benchmarks/compare_losses.py runs/on_gpu runs/on_cpu --within 0.02
 """
@@ -13,13 +13,13 @@ from shoestring.trainer.telemetry.history import read_metrics
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Loss in nats by step, of the steps that the run logged."""
+    """Return the loss in nats by step, of the steps that the run logged."""
     events = read_metrics(run_dir / "metrics.jsonl")
     return {event.step: float(str(event.values["loss"])) for event in events if event.kind == "step"}
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float]) -> float:
-    """Largest relative difference over the steps of `theirs`, printed beside each; infinite where a step is missing."""
+    """Print the relative difference of each step of `theirs`; return the largest, infinite if a step is missing."""
     worst = 0.0 if theirs else float("inf")
     for step, theirs_loss in theirs.items():
         loss = ours.get(step, float("nan"))
@@ -30,11 +30,11 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> float:
 
 
 def main() -> int:
-    """Compare, print, and return the exit code."""
+    """Compare two runs; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="its run directory")
-    parser.add_argument("other", type=Path, help="the run directory to compare with")
-    parser.add_argument("--within", type=float, default=0.02, help="relative difference that is allowed (default 0.02)")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("other", type=Path, help="run directory to compare with")
+    parser.add_argument("--within", type=float, default=0.02, help="allowed relative difference (default 0.02)")
     options = parser.parse_args()
     worst = compare(losses(options.run), losses(options.other))
     print(f"largest difference {worst:.2%}, allowed {options.within:.2%}")

@@ -1,9 +1,9 @@
-"""Where the time of Shoestring's step goes: the step of cpu_step.py under torch's profiler, by kind of work.
+"""Profile of Shoestring's CPU step: the step of cpu_step.py under torch's profiler, by kind of work.
 
     python benchmarks/cpu_profile.py [--steps 5] [--json benchmarks/results/cpu_profile.json]
 
-Shares are of the time inside torch's operations on the calling thread. The interpreter's time between two of them is in
-none; what autograd functions of this repository spend outside operations is under "other".
+Shares are of the time inside torch's operations on the calling thread. The interpreter's time between operations is in
+none; the time of this repository's autograd functions outside operations is under "other".
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "element by element": ("mul", "mul_", "add", "add_", "addcmul_", "sub_", "div_", "silu", "silu_backward", "sum"),
     "norm and optimizer": ("_fused_adamw_", "_foreach_mul_", "dot"),
 }
-"""Operations without their namespace. The norm's FP64 copies are under copies."""
+"""Operations of each kind, without their namespace. The FP64 copies of the norm are under copies."""
 
 
 def shares(precision: str, steps: int) -> dict[str, float]:
-    """Per cent of the time in a step's operations, by kind, after two steps to warm up; and that time."""
+    """Return the percentage of a step's operation time by kind, after two warm-up steps, and that time."""
     step = ours(DTYPES[precision])
     for _ in range(2):
         step()

@@ -1,15 +1,15 @@
-"""Training steps on the CPU: Shoestring and transformers' DeepseekV3ForCausalLM, step for step in turn.
+"""Training steps on the CPU: Shoestring and transformers' DeepseekV3ForCausalLM, with interleaved steps.
 
     python benchmarks/cpu_step.py [--pairs 10] [--json benchmarks/results/cpu_step.json]
 
 Both train the same shape (20 M parameters, 32 experts, top-4, batch 4 x 256) from random weights with torch's fused
-AdamW: forward, loss, backward, clipping, update. Each has a process of its own with as many threads as there are cores:
-Shoestring with the variables that its launcher sets, the peer without and, for comparison, with them. The peer runs
-with grouped experts and SDPA attention, its defaults.
-Moments have the dtype that is computed in, on both sides. In BF16 the peer has no other weights than its BF16 ones;
-Shoestring keeps FP32 masters and FP32 gradients beside them.
-The floor is the model's FLOPs (convention: trainer/costs/flops.py) over the rate of a large matrix product, measured
-between the steps.
+AdamW: forward, loss, backward, clipping, update. Each has a separate process with as many threads as there are cores:
+Shoestring with the variables that its launcher sets, the peer without and, for comparison, with them. The peer uses
+its defaults, grouped experts and SDPA attention.
+Moments have the compute dtype on both sides. In BF16 the peer has only BF16 weights; Shoestring also has FP32 masters
+and FP32 gradients.
+The lower bound is the model's FLOPs (convention: trainer/costs/flops.py) divided by the rate of a large matrix product,
+measured between the steps.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def ours(dtype: torch.dtype) -> Callable[[], float]:
-    """One optimizer step of Shoestring's own Stepper."""
+    """Return a function that runs one optimizer step of Shoestring's Stepper."""
     topology = Topology()
     groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
     model = Model(SHAPE)
@@ -99,7 +99,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
 
 
 def theirs(dtype: torch.dtype) -> Callable[[], float]:
-    """One optimizer step of the peer."""
+    """Return a function that runs one optimizer step of the peer."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": SHAPE.vocab_size,
@@ -142,7 +142,7 @@ def theirs(dtype: torch.dtype) -> Callable[[], float]:
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a 1024-cubed matrix product, the best of five."""
+    """Return the FLOP/s of a 1024-cubed matrix product, the best of five."""
     a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
     best = float("inf")
     for _ in range(6):
@@ -154,10 +154,10 @@ def gemm_rate(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Peer:
-    """One of those that are compared."""
+    """One of the compared implementations."""
 
     build: str
-    """The function of this module that makes its step."""
+    """Name of the function of this module that builds its step."""
     environment: Mapping[str, str]
 
 
@@ -169,7 +169,7 @@ PEERS = {
 
 
 class Child:
-    """A process that takes a step whenever it is asked to."""
+    """Process that runs a step on request."""
 
     def __init__(self, peer: Peer, precision: str) -> None:
         plain = {name: value for name, value in os.environ.items() if name not in COMMON_ENVIRONMENT}
@@ -178,7 +178,7 @@ class Child:
         self._process = Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True)
 
     def step(self) -> float:
-        """Seconds."""
+        """Run one step; return its seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("step\n")
@@ -190,7 +190,7 @@ class Child:
 
 
 def serve(build: str, precision: str) -> None:
-    """What a child runs: a step a line of its input, and its seconds as a line of output."""
+    """Run one step per line of standard input, and print its seconds as a line."""
     step = {"ours": ours, "theirs": theirs}[build](DTYPES[precision])
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -199,7 +199,7 @@ def serve(build: str, precision: str) -> None:
 
 
 def measure(name: str, pairs: int) -> dict[str, Any]:
-    """Time `pairs` steps of each, in turn, after two to warm up; ratios are medians of neighboring steps."""
+    """Time `pairs` interleaved steps of each, after two warm-up steps; ratios are medians over neighboring steps."""
     dtype = DTYPES[name]
     children = {peer: Child(PEERS[peer], name) for peer in PEERS}
     seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
@@ -223,7 +223,7 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
 
 
 def figures(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Of one peer, beside Shoestring."""
+    """Return the figures of one peer compared with Shoestring."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     median = statistics.median(theirs)
     return {
@@ -253,7 +253,7 @@ def main() -> None:
     )
     rows = [measure(name, options.pairs) for name in options.precision or DTYPES]
     for row in rows:
-        print(f"{row['precision']}: floor {row['floor_ms']:.0f} ms at {row['gemm_gflops']:.0f} GFLOP/s")
+        print(f"{row['precision']}: lower bound {row['floor_ms']:.0f} ms at {row['gemm_gflops']:.0f} GFLOP/s")
         for peer, found in row["peers"].items():
             spread = f"{found['ratio_min']:.2f} to {found['ratio_max']:.2f}"
             print(

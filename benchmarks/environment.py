@@ -1,9 +1,9 @@
-"""What a machine is made of, in lines; and which packages are missing that training imports.
+"""Facts about a machine, and the packages that training imports and that are missing.
 
-    python benchmarks/environment.py             facts; exit code 1 where a package is missing
-    python benchmarks/environment.py --missing   the missing ones alone, a line each
+    python benchmarks/environment.py             facts; exit code 1 if a package is missing
+    python benchmarks/environment.py --missing   only the missing packages, one per line
 
-It needs torch and nothing else, so that it runs before anything is installed.
+It needs only torch, so that it runs before anything else is installed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ IMPORTED = {
     "tokenizers": "tokenizers",
     "yaml": "PyYAML",
 }
-"""What training, `doctor` and `memory` import besides torch, and in which package it comes. FP8 wants Triton too."""
+"""Modules that training, `doctor` and `memory` import besides torch, and their packages. FP8 also needs Triton."""
 _PREFIXES = ("CUDA_", "NCCL_", "PYTORCH_", "TORCH_", "TRITON_", "NVTE_", "OMP_")
 
 
 def missing() -> list[str]:
-    """Packages that are not installed."""
+    """Return the packages that are not installed."""
     return [package for module, package in IMPORTED.items() if importlib.util.find_spec(module) is None]
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Name and value of everything that a result may depend on."""
+    """Yield name and value of everything that a result may depend on."""
     yield "python", f"{platform.python_version()} {sys.executable}"
     yield "machine", f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.release()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
@@ -69,13 +69,13 @@ def _output(program: str, *arguments: str) -> str:
     if shutil.which(program) is None:
         return f"no {program} here"
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout.strip() or f"{program} ended with {done.returncode}"
+    return done.stdout.strip() or f"{program} exited with {done.returncode}"
 
 
 def main() -> int:
-    """Print what was asked for; return the exit code."""
+    """Print the facts or the missing packages; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--missing", action="store_true", help="print the missing packages alone")
+    parser.add_argument("--missing", action="store_true", help="print only the missing packages")
     lacking = missing()
     if parser.parse_args().missing:
         print("\n".join(lacking))
@@ -84,7 +84,7 @@ def main() -> int:
         print(f"{name:12} {value}")
     print(_output("nvidia-smi"))
     if lacking:
-        print(f"missing: {' '.join(lacking)}; pip install them, or carry their wheels in a folder (--wheels)")
+        print(f"missing: {' '.join(lacking)}; install them with pip, or provide their wheels in a folder (--wheels)")
     return 1 if lacking else 0
 
 

@@ -1,9 +1,9 @@
-"""Flat exchange against two hops on simulated clusters: bytes, times, and how well they hide behind computing.
+"""The flat and the two-hop token dispatcher on simulated clusters: bytes, times, and overlap with computation.
 
     python benchmarks/exchange.py [--json FILE]      needs root; see `shoestring bench exchange --help` for other sizes
 
-Four nodes of two ranks with the report's kind of routing (top 8 within two of four groups, one a node), then two nodes
-of one rank with more tokens, where each rank has a core to itself and computes while its exchanges are in flight.
+Four nodes of two ranks with routing as in the report (top 8 within two of four groups, one group per node), then two
+nodes of one rank with more tokens, where each rank has one core and computes while its dispatches are in flight.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def spec(nodes: int, gpus_per_node: int, tokens: int, *, overlap: bool) -> Excha
     )
 
 
-def verdicts(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:
-    """The ratios that the exchange is held to."""
+def target_ratios(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:
+    """Return the ratios that have a target."""
     rows = {(row["exchange"], row["format"]): row for row in wide["rows"]}
 
     def payload(exchange: str, form: str) -> int:
@@ -67,14 +67,14 @@ def verdicts(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     output = parser.parse_args().json
     console = Console(width=120)
     wide = bench_exchange(spec(4, 2, 512, overlap=False), UPLINK)
     console.print(benchmark_tables(wide))
     narrow = bench_exchange(spec(2, 1, 2048, overlap=True), UPLINK)
     console.print(benchmark_tables(narrow))
-    found = verdicts(wide, narrow)
+    found = target_ratios(wide, narrow)
     for name, ratio in found.items():
         console.print(f"{name}: {ratio:.3f}")
     if output is not None:

@@ -1,10 +1,10 @@
-"""What Hopper's short accumulator costs an FP8 product, and what promotion every 128 elements saves (report §3.3.2).
+"""Error of Hopper's short accumulator in an FP8 GEMM, with and without promotion every 128 elements (report §3.3.2).
 
     python benchmarks/fp8_accumulation.py [--json PATH]
 
 Model (trainer/precision/reference.py): an instruction adds 32 products to its accumulator, all aligned to the largest
 among them and to the accumulator, with 13 fraction bits kept. Inputs are uniform on [0, 1) and rounded to E4M3. The
-error is max |error| / max |exact sum| over the result; the report tells of "nearly 2%" at K = 4096 for two random
+error is max |error| / max |exact sum| over the result; the report gives "nearly 2%" at K = 4096 for two random
 matrices.
 """
 
@@ -36,7 +36,7 @@ def relative_error(length: int, promote_every: int | None) -> float:
 
 
 def fp32_error(length: int) -> float:
-    """Of the exact sum, rounded once."""
+    """Return the error of the exact sum rounded once."""
     generator = torch.Generator().manual_seed(0)
     a_XK, b_YK = (uniform(SIDE, length, generator) for _ in range(2))
     exact_XY = a_XK @ b_YK.T
@@ -56,7 +56,7 @@ def main() -> None:
         print(f"{length:6} {never:15.3%} {seldom:10.4%} {often:10.4%} {rows[-1]['fp32']:13.1e}")
     last = rows[-1]
     ratio = last["never"] / last["every_128"]
-    print(f"K = 4096: {ratio:.0f} times less with promotion every 128; the report: nearly {REPORTED:.0%} without")
+    print(f"K = 4096: {ratio:.0f} times smaller with promotion every 128; the report: nearly {REPORTED:.0%} without")
     if options.json:
         options.json.write_text(json.dumps({"side": SIDE, "reported_at_4096": REPORTED, "rows": rows}, indent=1) + "\n")
 

@@ -1,14 +1,13 @@
-"""Training in FP8 beside BF16 on a CPU: the same weights, the same data, the same seed (report §3.3, appendix B).
+"""Training in FP8 and BF16 on a CPU with equal weights, data and seeds (report §3.3, appendix B).
 
     python benchmarks/fp8_accuracy.py [--steps 400] [--seeds 3] [--json PATH]
 
-Four ways from the same weights: BF16; FP32, which shows how far apart mere rounding drives two runs; FP8 by the
-reference provider; and FP8 whose activation gradients have one scale for 128 × 128 instead of 1 × 128, with which the
-report saw a 16 B model diverge at 300 B tokens (appendix B.2). The model is the quickstart's with three layers, on the
-bytes of its corpus. Losses are smoothed with a factor of 0.9 as in the report and compared over the last quarter of the
-steps; the report stays below 0.25 %. Then, a Linear at a time, how far both ways of scaling take the gradient of its
-input from the exact one, in a model that has been trained in FP8 (but for experts and for what follows a SwiGLU, whose
-inputs no module hook sees).
+Four runs from the same weights: BF16; FP32, which shows the effect of rounding alone; FP8 with the reference backend;
+and FP8 whose activation gradients have one scale per 128 × 128 instead of 1 × 128, with which the report saw a 16 B
+model diverge at 300 B tokens (appendix B.2). The model is the quickstart's with three layers, on the bytes of its
+corpus. Losses are smoothed with a factor of 0.9 as in the report and compared over the last quarter of the steps; the
+report stays below 0.25 %. Then, for each Linear, the error of its input gradient with both scalings, in a model trained
+in FP8 (without experts and the Linear after a SwiGLU, whose inputs no module hook sees).
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ REPORTED = 0.0025
 
 @dataclass(frozen=True)
 class BlockGradients(ReferenceBackend):
-    """The ablation: what is quantized inside a backward shares a scale over 128 rows too."""
+    """Ablation: tensors that are quantized inside a backward share a scale over 128 rows too."""
 
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
         if torch._C._current_graph_task_id() == -1:  # no backward is running
@@ -68,14 +67,14 @@ class BlockGradients(ReferenceBackend):
 
 
 def block_tiles(x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-    """128 × 128 blocks, written as tiles with equal scales."""
+    """Quantize in 128 × 128 blocks, stored as tiles with equal scales."""
     blocks = quantize_weight(x_XD, scales)
     return RowwiseFp8Tensor(blocks.values_NK, blocks.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(x_XD)])
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a run computes."""
+    """Precision of a run."""
 
     dtype: torch.dtype = torch.bfloat16
     provider: ReferenceBackend | None = None
@@ -90,7 +89,7 @@ WAYS = {
 
 
 def text() -> Tensor:
-    """The corpus, a byte a token."""
+    """Return the corpus with one byte per token."""
     directory = Path(shoestring.trainer.data.__file__).parent / "corpus" / "shakespeare"
     works = [path.read_bytes() for path in sorted(directory.glob("*.txt"))]
     return torch.frombuffer(bytearray(b"".join(works)), dtype=torch.uint8).to(torch.int64)
@@ -119,8 +118,10 @@ def build(way: Way, seed: int) -> Stepper:
 
 
 def settings(step: int, steps: int) -> StepSettings:
-    """Up over a tenth of the run, down over its second half: with a high rate to the end, two runs that differ by a
-    last bit come apart by more than what is to be seen."""
+    """Return settings with warm-up over a tenth of the run and decay over its second half.
+
+    With a high rate to the end, two runs that differ in the last bit diverge by more than the effect to measure.
+    """
     done = (step + 1) / steps
     rate = PEAK_RATE * min(1.0, 10 * done, 0.5 * (1 + math.cos(math.pi * (2 * done - 1))) if done > 0.5 else 1.0)
     return StepSettings(
@@ -133,7 +134,7 @@ def settings(step: int, steps: int) -> StepSettings:
 
 
 def train(name: str, tokens: Tensor, seed: int, steps: int) -> tuple[Stepper, list[float]]:
-    """The smoothed loss of each step."""
+    """Train; return the smoothed loss of each step."""
     stepper, data = build(WAYS[name], seed), batches(tokens, seed)
     smoothed: list[float] = []
     began = time.monotonic()
@@ -151,13 +152,13 @@ def late(losses: list[float]) -> list[float]:
 
 
 def difference(ours: list[float], base: list[float]) -> float:
-    """Mean over the last quarter of (ours - base) / base."""
+    """Return the mean of (ours - base) / base over the last quarter."""
     return statistics.mean((one - other) / other for one, other in zip(late(ours), late(base), strict=True))
 
 
 @contextmanager
 def watched(model: Model, seen: Callable[[str, Linear, Tensor], None]) -> Iterator[None]:
-    """Inside, every Linear in FP8 shows the gradient of its output."""
+    """Pass the output gradient of every FP8 Linear to `seen`."""
 
     def watch(name: str, module: Linear) -> Any:
         def hook(_module: torch.nn.Module, _grad_inputs: Any, grad_outputs: Any) -> None:
@@ -175,7 +176,7 @@ def watched(model: Model, seen: Callable[[str, Linear, Tensor], None]) -> Iterat
 
 
 def input_gradient_errors(stepper: Stepper, batch: TokenBatch) -> dict[str, tuple[float, float]]:
-    """Per Linear: ‖Δ‖ / ‖exact‖ of its input's gradient, its output's scaled in 1 × 128 and in 128 × 128."""
+    """Return ‖Δ‖ / ‖exact‖ of each Linear's input gradient, for output gradients scaled in 1 × 128 and 128 × 128."""
     errors: dict[str, tuple[float, float]] = {}
 
     def seen(name: str, module: Linear, grad: Tensor) -> None:
@@ -197,7 +198,7 @@ def input_gradient_errors(stepper: Stepper, batch: TokenBatch) -> dict[str, tupl
 
 
 def main() -> None:
-    """Train, print what the report prints, write JSON."""
+    """Train, print the figures of the report, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,12 +1,12 @@
-"""FP8 products at DeepSeek-V3's shapes on a Hopper GPU: our Triton kernels, torch's scaled_mm, cuBLAS BF16, DeepSeek's.
+"""FP8 GEMMs at DeepSeek-V3's shapes on a Hopper GPU: our Triton kernels, torch's scaled_mm, cuBLAS BF16, DeepSeek's.
 
     python benchmarks/fp8_kernels.py [--json benchmarks/results/fp8_kernels_h200.json]
 
-DeepSeek's figures are those of its public training trace (deepseek-ai/profile-data, train.json): one H800 of 132
-processors, of which the products had 112; here all processors work. So our kernels reach a figure where they come to it
-times the processors here over 112; for a gradient of weights, 0.9 of that is asked. Times are the GPU's alone: launches
-are queued while it sleeps, and operands are not in its cache. Every product is first compared with the reference
-provider's; if one is another, this fails. Without such a GPU it says so and ends well. Not yet run on hardware.
+DeepSeek's figures come from its public training trace (deepseek-ai/profile-data, train.json): one H800 with 132 SMs,
+of which the GEMMs had 112; here all SMs compute. So the target is a figure times the SMs here over 112, and for a
+weight gradient 0.9 of that. Times are GPU times: launches are queued while the GPU sleeps, and operands are not in its
+cache. Every product is first compared with the reference backend's, and a wrong one fails the script. Without such a
+GPU it prints why and exits with 0. Not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from shoestring.trainer.precision.reference import ReferenceBackend
 PEAK = 1979.0  # dense FP8 TFLOP/s of an H800, H100 or H200: twice the BF16 rate of 989.5
 TRACE_PROCESSORS = 112
 LOCAL_EXPERTS = 4
-OF_WEIGHTS = 0.9  # of DeepSeek's figure, for gradients of weights
-ALLOWED = 2**-7  # of the largest number: twice BF16's last place, far above what Hopper's accumulator loses
+WGRAD_SHARE = 0.9  # target for weight gradients, relative to DeepSeek's figure
+ALLOWED = (
+    2**-7
+)  # relative to the largest value: two units in BF16's last place, far above the error of Hopper's accumulator
 REPETITIONS, WARM_UP = 20, 3
-CACHE = 2**28  # bytes, some times the cache of an H100 or H200
+CACHE = 2**28  # bytes, several times the cache of an H100 or H200
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x [M, K] by a weight [N, K]; of a weight gradient, both [., K] with K tokens."""
+    """Shape of x [M, K] by a weight [N, K]; for a weight gradient both are [., K] with K tokens."""
 
     name: str
     m: int
@@ -51,8 +53,8 @@ class Shape:
         return self.name.endswith("wgrad")
 
     def asked(self, processors: int) -> float:
-        """TFLOP/s that our kernels should reach on a GPU of so many."""
-        return self.trace_tflops * processors / TRACE_PROCESSORS * (OF_WEIGHTS if self.is_of_weights else 1)
+        """Return the target TFLOP/s of our kernels on a GPU with `processors` SMs."""
+        return self.trace_tflops * processors / TRACE_PROCESSORS * (WGRAD_SHARE if self.is_of_weights else 1)
 
 
 # The trace's products, each once; a weight gradient's name ends with wgrad.
@@ -85,7 +87,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Row:
-    """TFLOP/s of each; None where it does not serve here."""
+    """TFLOP/s of each implementation; None if it does not run here."""
 
     shape: str
     trace: float
@@ -93,13 +95,13 @@ class Row:
     torch: float | None
     bf16: float
     error: float
-    """Largest of either, relative to the largest of the reference's."""
+    """Largest error of either, relative to the largest value of the reference."""
     asked: float
-    """Of triton."""
+    """Target of Triton."""
 
 
 def work_of(shape: Shape, provider: PrecisionBackend) -> Callable[[], Tensor]:
-    """One product on quantized operands; a gradient of weights is added to a sum, which begins with 0."""
+    """Return a function that multiplies quantized operands; a weight gradient is added to a buffer of zeros."""
     rows_L = (shape.m // shape.experts,) * shape.experts
     a_MK = torch.randn(shape.m, shape.k, device="cuda", dtype=torch.bfloat16)
     if shape.is_of_weights:
@@ -118,12 +120,12 @@ def work_of(shape: Shape, provider: PrecisionBackend) -> Callable[[], Tensor]:
 
 
 def tflops(shape: Shape, work: Callable[[], Tensor]) -> float:
-    """From the median time."""
+    """Return the TFLOP/s of the median time."""
     return 2 * shape.m * shape.k * shape.n / statistics.median(milliseconds(work)) / 1e9
 
 
 def milliseconds(work: Callable[[], Tensor]) -> list[float]:
-    """Of each repetition, on the GPU. It sleeps until all are queued, so that it never waits for the host."""
+    """Return the GPU seconds of each repetition. The GPU sleeps until all are queued, so that it never waits."""
     over_cache, cycles = torch.empty(CACHE, dtype=torch.uint8, device="cuda"), 2**26  # about 30 ms
     while True:
         spans = []
@@ -160,23 +162,23 @@ def measure(shape: Shape, providers: dict[str, PrecisionBackend], processors: in
     return Row(shape.name, shape.trace_tflops, rates.get("triton"), rates.get("torch"), bf16, error, asked)
 
 
-def verdicts(row: Row) -> list[str]:
-    """Whether our kernels reach what is asked; and whether all is well computed."""
+def outcomes(row: Row) -> list[str]:
+    """Return whether our kernels reach the target, and whether the product is right."""
     reached = [] if row.triton is None else ["reached" if row.triton >= row.asked else "BELOW"]
-    return [*reached, *([] if row.error <= ALLOWED else ["WRONG"])]  # NaN is wrong, too
+    return [*reached, *([] if row.error <= ALLOWED else ["WRONG"])]  # NaN is wrong too
 
 
 def line(row: Row) -> str:
     rates = [f"{name} {rate:6.0f}" for name, rate in (("triton", row.triton), ("torch", row.torch)) if rate is not None]
     share = "" if row.triton is None else f"{row.triton / PEAK:4.0%}  "
     return (
-        f"{row.shape:22} trace {row.trace:5.0f}  asked {row.asked:5.0f}  {'  '.join(rates)}  {share}"
-        f"bf16 {row.bf16:5.0f}  error {row.error:.1e}  {', '.join(verdicts(row))}"
+        f"{row.shape:22} trace {row.trace:5.0f}  target {row.asked:5.0f}  {'  '.join(rates)}  {share}"
+        f"bf16 {row.bf16:5.0f}  error {row.error:.1e}  {', '.join(outcomes(row))}"
     )
 
 
 def main() -> None:
-    """Measure, print a table, write JSON; fail where a product is wrong."""
+    """Measure, print a table, write JSON; fail if a product is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -190,18 +192,18 @@ def main() -> None:
         print("nothing to measure here")
         return
     facts = torch.cuda.get_device_properties(device)
-    print(f"{facts.name}, {facts.multi_processor_count} processors; TFLOP/s, and triton's share of {PEAK:.0f}")
+    print(f"{facts.name}, {facts.multi_processor_count} SMs; TFLOP/s, and triton's share of {PEAK:.0f}")
     rows = []
     for shape in SHAPES:
         rows.append(measure(shape, providers, facts.multi_processor_count))
         print(line(rows[-1]), flush=True)
-    every = [verdicts(row) for row in rows]
-    print(f"triton reaches what is asked at {sum('reached' in each for each in every)} of {len(rows)} shapes")
+    every = [outcomes(row) for row in rows]
+    print(f"triton reaches the target at {sum('reached' in each for each in every)} of {len(rows)} shapes")
     if options.json:
         document = {"device": facts.name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if any("WRONG" in each for each in every):
-        sys.exit(f"a product differs from the reference provider's by more than {ALLOWED:.1e} of the largest number")
+        sys.exit(f"a product differs from the reference backend's by more than {ALLOWED:.1e} of the largest value")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything worth knowing of a machine with one GPU, most valuable first, in at most eight minutes.
+# Check and measure a machine with one GPU, most valuable parts first, in at most eight minutes.
 #   ./benchmarks/gpu_check.sh [--wheels DIR] [--out DIR] [--seconds 480] [--list]
-# It takes the first Python that has torch, PYTHON before all others, and needs no network. Packages that training
-# imports and this Python lacks are installed from the wheels in DIR, for this script alone; none of it stays.
-# Each part has a limit and goes its own way: what it prints is in OUT/PART.txt, its figures in OUT/PART.json, and after
-# each part OUT/summary.txt has one more line: verdict, seconds, exit code, part. A part is skipped where its limit is
-# longer than what is left of --seconds. Without a GPU the parts that need one say `not here`.
-# Exit code: 0; 1 where a mandatory part failed or was skipped; 2 for arguments it does not know.
+# It uses PYTHON, else the first Python that has torch, and needs no network. Packages that training imports and this
+# Python lacks are installed from the wheels in DIR into a temporary folder, which is deleted at the end.
+# Each part has a time limit; its output is in OUT/PART.txt and its figures in OUT/PART.json, and each adds one line
+# to OUT/summary.txt: outcome, seconds, exit code, part. A part is skipped if its limit exceeds the rest of --seconds.
+# Without a GPU the parts that need one are `not here`.
+# Exit code: 0; 1 if a mandatory part failed or was skipped; 2 for unknown arguments.
 set -euo pipefail
 
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -40,22 +40,22 @@ choose_python() {
             return 0
         fi
     done
-    echo "No Python here has torch. Name one that has: PYTHON=/path/to/python $0" >&2
+    echo "No Python here has torch. Run: PYTHON=/path/to/python $0" >&2
     return 1
 }
 
-# install_missing: from the wheels, into a folder of this script.
+# install_missing: install missing packages from the wheels into a temporary folder.
 install_missing() {
     local package
     for package in $("$python" "$root/benchmarks/environment.py" --missing); do
         # A wheel's file has underscores where the package's name has dashes.
         "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
             --target "$scratch/site" "$wheels/${package//-/_}"-*.whl >&2 ||
-            echo "no wheel of $package in $wheels serves this Python" >&2
+            echo "no wheel of $package in $wheels fits this Python" >&2
     done
 }
 
-# lacks NEED...: print the first of `gpu`, `hopper` and modules that this machine lacks; nothing where all is there.
+# lacks NEED...: print the first of `gpu`, `hopper` and modules that this machine lacks; nothing if it has all.
 lacks() {
     local need reason
     for need in "$@"; do
@@ -72,21 +72,21 @@ lacks() {
     done
 }
 
-# record VERDICT SECONDS CODE PART WORDS: one line of the summary.
+# record OUTCOME SECONDS CODE PART TEXT: print one line of the summary.
 record() {
     printf '%-9s %5s s  code %-4s %-16s %s\n' "$@" | tee -a "$out/summary.txt"
 }
 
 bad=()
-# part NAME LIMIT mandatory|optional NEEDS COMMAND...: run one part, unless it is not here or does not fit.
+# part NAME LIMIT mandatory|optional NEEDS COMMAND...: run one part, unless a need is missing or the time is too short.
 part() {
-    local name="$1" limit="$2" mandatory="$3" needs="$4" began=$SECONDS code=0 verdict=works words="" lacking
+    local name="$1" limit="$2" mandatory="$3" needs="$4" began=$SECONDS code=0 outcome=works text="" lacking
     shift 4
     if [[ -n "$list" ]]; then
         printf '%-16s %4s s  %-10s needs %s\n' "$name" "$limit" "$mandatory" "${needs:-nothing}"
         return 0
     fi
-    # shellcheck disable=SC2086 # words
+    # shellcheck disable=SC2086 # split into words
     lacking="$(lacks $needs)"
     if [[ -n "$lacking" ]]; then
         record "not here" 0 - "$name" "$lacking"
@@ -97,26 +97,27 @@ part() {
         [[ "$mandatory" != mandatory ]] || bad+=("$name")
         return 0
     fi
-    # The braces: what this shell says of a killed process belongs there, too.
+    # The braces: the shell's message on a killed process goes to the same file.
     { timeout --kill-after=5 "$limit" "$@"; } >"$out/$name.txt" 2>&1 || code=$?
     if ((code)); then
-        verdict=fails
-        words="see $name.txt"
-        ((code != 124 && code != 137)) || words="no end within $limit s; $words"
+        outcome=fails
+        text="see $name.txt"
+        ((code != 124 && code != 137)) || text="still running after $limit s; $text"
         [[ "$mandatory" != mandatory ]] || bad+=("$name")
     fi
-    record "$verdict" "$((SECONDS - began))" "$code" "$name" "$words"
+    record "$outcome" "$((SECONDS - began))" "$code" "$name" "$text"
     ((code == 0)) || tail -n 12 "$out/$name.txt" | cut -c 1-300 | sed 's/^/    /'
 }
 
-# shoestring is how the command is called where it is not installed.
+# shoestring: the command's arguments for a Python in which it is not installed.
 shoestring=(-m shoestring.launch.cli)
 # The quickstart on one rank: 20 steps of 8 short sequences, each step's loss in the metrics.
 run=(experiment=quickstart topology=single schedule=1f1b schedule.micro_batch_size=2 training.global_batch_size=8
-    training.tokens=10_240 training.sequence_length=64 training.evaluate_every=0 training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
+    training.tokens=10_240 training.sequence_length=64 training.evaluate_every=0
+    training.sample_tokens=0 training.checkpoint_every=1000 telemetry.log_every=1
     telemetry.wandb.mode=disabled budget.stop_at=null)
 
-# train NAME OVERRIDE...: the arguments of a run whose directory is named so.
+# train NAME OVERRIDE...: print the arguments of a run in the directory NAME.
 train() {
     printf '%s\0' "${shoestring[@]}" train --fresh "${run[@]}" data.prepared="$scratch/data" \
         training.run_dir="$scratch/runs/$1" "${@:2}"
@@ -131,25 +132,25 @@ if [[ -z "$list" ]]; then
     out="$(cd "$out" && pwd)"
     : >"$out/summary.txt"
     [[ -z "$wheels" ]] || wheels="$(cd "$wheels" && pwd)"
-    # The package is this folder, whatever it is called.
+    # The package is this folder, whatever its name.
     ln -s "$root" "$scratch/path/shoestring"
     export PYTHONPATH="$scratch/path:$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     [[ -z "$wheels" ]] || install_missing
     capability="$("$python" -c 'import torch
 print(".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "none")')"
-    cd "$scratch" # runs write where they are started
+    cd "$scratch" # runs write into the working directory
 else
     python=python scratch=SCRATCH out=OUT capability=none
 fi
 mapfile -d '' -t on_cpu < <(train cpu training.device=cpu precision=fp32)
 mapfile -d '' -t in_bf16 < <(train bf16 training.device=cuda precision=bf16)
 mapfile -d '' -t in_fp8 < <(train fp8 training.device=cuda precision=fp8)
-# Trains a run by name with the arguments behind it, then compares its losses with the CPU's.
-# shellcheck disable=SC2016 # for the shell that the limit is for
+# Train the named run with the following arguments, then compare its losses with the CPU run's.
+# shellcheck disable=SC2016 # expanded by the shell that runs under the time limit
 compared='name="$1" python="$2" root="$3" && shift 3 && "$python" "$@" &&
     "$python" "$root/benchmarks/compare_losses.py" "runs/$name" runs/cpu --within 0.02'
 
-# Only files that have such tests: others import what is not here.
+# Only files with GPU tests: others import packages that may be missing.
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' "$root/tests")
 
 part environment 40 mandatory "" "$python" "$root/benchmarks/environment.py"
@@ -164,11 +165,12 @@ part gpu_tests 120 mandatory "gpu pytest" "$python" -m pytest -q -rs -m gpu -p n
     -c "$root/setup.cfg" "${gpu_tests[@]}"
 part fp8_kernels 60 optional hopper "$python" "$root/benchmarks/fp8_kernels.py" --json "$out/fp8_kernels.json"
 part v3_layer 60 optional hopper "$python" "$root/benchmarks/v3_layer.py" --repetitions 5 --json "$out/v3_layer.json"
-part memory 60 optional gpu "$python" "${shoestring[@]}" memory --measure "${run[@]}" training.device=cuda precision=bf16
+part memory 60 optional gpu "$python" "${shoestring[@]}" memory --measure "${run[@]}" \
+    training.device=cuda precision=bf16
 
 [[ -z "$list" ]] || exit 0
 if ((${#bad[@]})); then
-    echo "mandatory and not passed: ${bad[*]}; everything is in $out" | tee -a "$out/summary.txt"
+    echo "mandatory parts failed or skipped: ${bad[*]}; results are in $out" | tee -a "$out/summary.txt"
     exit 1
 fi
-echo "every mandatory part that can run here passed; everything is in $out" | tee -a "$out/summary.txt"
+echo "all mandatory parts that can run here passed; results are in $out" | tee -a "$out/summary.txt"

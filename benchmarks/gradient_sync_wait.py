@@ -1,10 +1,11 @@
-"""How long steps wait for sums of gradients and for new weights: reduced at the end of the program, and beside it.
+"""Time that steps wait for gradient reduction and parameters, with and without overlap.
 
     python benchmarks/gradient_sync_wait.py [--steps 40] [--json FILE]
 
-The quickstart on its four processes, and its model on two replicas, each twice from the same seed, in turns: as it is;
-and with every bucket reduced when the program has ended and all weights waited for at once. The figures are the
-ledger's, from every step looked at on all ranks. Needs prepared data (`./launch/quickstart.sh`) and an idle machine.
+The quickstart on its four processes, and its model on two replicas, each twice from the same seed, interleaved:
+unchanged, and with every bucket reduced after the program's end and a wait for all weights before the first. The
+figures come from the ledger, over all steps and ranks. Needs prepared data (`./launch/quickstart.sh`) and an idle
+machine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ROUNDS = 3
 
 
 def one_after_the_other(stack: ExitStack) -> None:
-    """Reduce when all has run; hand weights out before anything else does."""
+    """Reduce after the program's end, and all-gather all weights before its start."""
     step = ShardedOptimizer.step
 
     def step_and_wait(self: ShardedOptimizer, rate: float, factor: float = 1.0) -> None:
@@ -74,7 +75,7 @@ def run(world: World, overrides: list[str], overlap: bool) -> None:
 
 
 def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> dict[str, float]:
-    """Milliseconds of a step and rank."""
+    """Return milliseconds per step and rank."""
     tokens = steps * 16 * 128
     quiet = ["telemetry.wandb.mode=disabled", "telemetry.terms_every=1", "training.sample_tokens=0"]
     where = [f"training.run_dir={directory}", f"training.tokens={tokens}", "training.evaluate_every=0"]
@@ -89,9 +90,9 @@ def measure(directory: Path, layout: list[str], steps: int, overlap: bool) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    table = Table(title=f"Milliseconds of a step and rank, least of {ROUNDS} runs of {options.steps} steps")
+    table = Table(title=f"Milliseconds per step and rank, minimum of {ROUNDS} runs of {options.steps} steps")
     for heading in ("layout", "", "gradient_sync_wait", "step"):
         table.add_column(heading)
     rows = []
@@ -104,7 +105,7 @@ def main() -> None:
                     found[overlap].append(measure(Path(directory) / "run", layout, options.steps, overlap))
         for overlap, runs in found.items():
             least = min(runs, key=lambda each: each["step_ms"])
-            way = "beside the program" if overlap else "after the program"
+            way = "during the program" if overlap else "after the program"
             rows.append({"layout": name, "reduced": way, **least})
             table.add_row(name, way, f"{least['gradient_sync_wait_ms']:.1f}", f"{least['step_ms']:.0f}")
     Console(width=100).print(table)

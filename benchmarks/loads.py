@@ -1,13 +1,13 @@
-"""What the verbs that look at a run take where the run is long: CPU seconds, seconds and peak memory of each.
+"""CPU seconds, seconds and peak memory of the verbs that read a run, for a very long run.
 
     python benchmarks/loads.py [--scale 0.1] [--directory DIR] [--json FILE]
 
 At --scale 1 the loads are a ledger of 1,000,000 records, a metrics.jsonl of 1,000,000 lines (2.1 GB) and 1,000
-checkpoints; DeepSeek-V3's run has 235,000 steps. Making them takes minutes and 3 GB of disk. A row without totals reads
-a ledger whose saved totals were removed. `resume` is what a new launch does with the ledger before its first step.
+checkpoints; DeepSeek-V3's run has 235,000 steps. Writing them takes minutes and 3 GB. A row without totals reads
+a ledger whose snapshot was removed. `resume` is the work of a new attempt on the ledger before its first step.
 
-The limits hold for CPU seconds (user and system, of the verb and what it starts): wall time, printed beside them, also
-counts what other processes of the machine take. Exit code 1 where a limit is missed.
+The limits apply to CPU seconds (user and system, of the verb and its children); wall time is printed too, and includes
+the load of other processes. Exit code 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LIMIT_SECONDS, LIMIT_MB = 5.0, 500.0
 
 @dataclass(frozen=True)
 class Row:
-    """One verb on one load."""
+    """Measurement of one verb on one load."""
 
     verb: str
     load: str
@@ -59,7 +59,7 @@ class Row:
 
 
 def make_ledger(run_dir: Path, records: int) -> None:
-    """Three records a step, as a run writes them; one launch goes back to an earlier step."""
+    """Write three records per step, as a run does; one attempt resumes from an earlier step."""
     allocation = AllocationJournal(run_dir, ranks=8, attempt="one", budget=BUDGET)
     work = WorkJournal(run_dir, ranks=8, attempt="one", budget=BUDGET)
     work.record_ready()
@@ -77,7 +77,7 @@ def make_ledger(run_dir: Path, records: int) -> None:
 
 
 def make_metrics(run_dir: Path, lines: int) -> None:
-    """Lines of the length that a model of 16 routed layers of 32 experts has; an evaluation in a hundred."""
+    """Write lines as long as those of a model with 16 MoE layers of 32 experts; every hundredth is an evaluation."""
     loads = {f"tokens_per_expert/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
     with (run_dir / METRICS_FILE).open("w") as file:
         file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).to_json_line() + "\n")
@@ -94,8 +94,8 @@ def make_metrics(run_dir: Path, lines: int) -> None:
 
 
 def make_checkpoints(run_dir: Path, number: int) -> None:
-    """Whole from outside: a file of tensors, a manifest of their names, the marker."""
-    from shoestring.trainer.checkpoint.manifest import (  # and torch, which the measuring must not hold
+    """Write checkpoints that look complete: a tensor file, a manifest of its names, and the marker."""
+    from shoestring.trainer.checkpoint.manifest import (  # imports torch, which must not be in the measuring process
         COMPLETE_MARKER_FILE,
         FORMAT_VERSION,
         MANIFEST_FILE,
@@ -139,7 +139,7 @@ allocation.close("done")
 
 
 def run(verb: str, load: str, command: Sequence[str]) -> Row:
-    """Run `command` to its end; its CPU time and peak memory, and of what it has started and waited for."""
+    """Run `command`; return CPU time and peak memory of it and its children."""
     print(f"shoestring {verb}, {load} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -151,17 +151,17 @@ def run(verb: str, load: str, command: Sequence[str]) -> Row:
 
 
 def apart(make: Callable[[Path, int], None], run_dir: Path, number: int) -> None:
-    """Make a load in a process of its own: what this one has used would count as a child's peak memory."""
+    """Write a load in a separate process: memory used by this one would count in the peak memory of its children."""
     print(f"{make.__name__} of {number:,} ...", file=sys.stderr, flush=True)
     process = multiprocessing.get_context("spawn").Process(target=make, args=(run_dir, number))
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"{make.__name__} ended with {process.exitcode}")
+        raise SystemExit(f"{make.__name__} exited with {process.exitcode}")
 
 
 def measure(run_dir: Path, scale: float) -> list[Row]:
-    """All verbs on loads of this size."""
+    """Measure all verbs on loads of this size."""
     create_run_dir(run_dir)
     records, lines, checkpoints = (max(10, round(scale * full)) for full in (RECORDS, LINES, CHECKPOINTS))
     apart(make_ledger, run_dir, records)
@@ -195,11 +195,9 @@ def measure(run_dir: Path, scale: float) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the loads (default 1)")
-    parser.add_argument(
-        "--directory", type=Path, help="make the loads there, a new directory (default: a temporary one)"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the loads (default 1)")
+    parser.add_argument("--directory", type=Path, help="new directory for the loads (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="loads-"))
     try:
@@ -219,7 +217,7 @@ def main() -> None:
     console.print(table)
     load = os.getloadavg()[0]
     console.print(
-        f"The limits hold for CPU seconds: wall time also counts what other processes take (load average {load:.1f})."
+        f"The limits apply to CPU seconds; wall time includes the load of other processes (load average {load:.1f})."
     )
     if options.json is not None:
         tree = {

@@ -1,9 +1,9 @@
-"""Moments of AdamW in BF16 beside FP32: the quickstart's training, the same seeds and data (report §3.3.2).
+"""AdamW moments in BF16 and FP32: losses of the quickstart with equal seeds and data (report §3.3.2).
 
     python benchmarks/moments.py [--seeds 1 2 3] [--steps 300] [--override KEY=VALUE …] [--json FILE]
 
-Three runs a seed, each on one process with one thread: moments in BF16; in FP32; and in FP32 with micro-batches of
-another size, the same sums in another order, which shows how far apart mere rounding drives two runs. Compared are the
+Three runs per seed, each on one process with one thread: moments in BF16; in FP32; and in FP32 with micro-batches of
+another size, which adds in another order and so shows the effect of rounding alone. The figures are the
 losses on the validation text after the last step; the mean over seeds should lie within 0.5 %. Needs prepared data
 (`./launch/quickstart.sh`).
 """
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 LIMIT = 0.005
-TOKENS_A_STEP = 16 * 128  # of the quickstart
+TOKENS_PER_STEP = 16 * 128  # of the quickstart
 WAYS = {
     "bf16": ["optimizer.moments=bfloat16"],
     "fp32": ["optimizer.moments=float32"],
@@ -36,9 +36,9 @@ ONE_PROCESS = ["topology=single", "schedule=1f1b", "schedule.micro_batch_size=2"
 
 
 def train(directory: Path, seed: int, steps: int, overrides: list[str]) -> float:
-    """Validation loss, nats a token, of `shoestring train` after its last step."""
+    """Run `shoestring train`; return the validation loss after its last step, in nats/token."""
     quiet = ["telemetry.wandb.mode=disabled", "training.sample_tokens=0", "training.checkpoint_every=0"]
-    length = [f"training.tokens={steps * TOKENS_A_STEP}", f"training.evaluate_every={steps}", f"training.seed={seed}"]
+    length = [f"training.tokens={steps * TOKENS_PER_STEP}", f"training.evaluate_every={steps}", f"training.seed={seed}"]
     command = [sys.executable, "-m", "shoestring.launch.cli", "train", "experiment=quickstart"]
     command += [*ONE_PROCESS, *quiet, *length, f"training.run_dir={directory}", *overrides]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -48,7 +48,7 @@ def train(directory: Path, seed: int, steps: int, overrides: list[str]) -> float
 
 
 def measure(seeds: list[int], steps: int, overrides: list[str]) -> list[dict[str, Any]]:
-    """Losses of each seed by way; as many runs at a time as there are cores."""
+    """Return the losses by seed and variant; as many runs at a time as there are cores."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = {
             (seed, way): pool.submit(train, Path(folder) / f"{seed}_{way[-3:]}_{number}", seed, steps, overrides + own)
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--override", action="append", default=[], help="of the quickstart's configuration")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--override", action="append", default=[], help="override of the quickstart's configuration")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     rows = measure(options.seeds, options.steps, options.override)
     table = Table(title=f"Validation loss after {options.steps} steps", title_justify="left")

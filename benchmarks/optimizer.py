@@ -1,9 +1,9 @@
-"""A data-parallel training step with Shoestring's sharded optimizer, beside torch's two ways to shard.
+"""A data-parallel training step with Shoestring's sharded optimizer, compared with torch's two sharded optimizers.
 
-    python benchmarks/optimizer.py [--ranks 2] [--json FILE]      a gloo process for each rank, one thread each
+    python benchmarks/optimizer.py [--ranks 2] [--json FILE]      one gloo process per rank, with one thread
 
-All run in the same processes, in turns, on the same model and batches: forward, backward of a few micro-batches,
-reduction, clipping, AdamW, weights whole again. The figure is the median of the ratios of neighboring runs.
+All run interleaved in the same processes on the same model and batches: forward, backward of a few micro-batches,
+reduction, clipping, AdamW, all-gather of weights. The figure is the median of the ratios of neighboring runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RUNS = 15
 
 
 def seconds(runner: Runner) -> tuple[float, float]:
-    """Of the slowest rank: on the clock, and of its processor, which a busy machine does not stretch."""
+    """Return wall and CPU seconds of the slowest rank; other load does not lengthen the latter."""
     dist.barrier()
     began, busy = time.perf_counter(), time.process_time()
     runner.step()
@@ -42,7 +42,7 @@ def seconds(runner: Runner) -> tuple[float, float]:
 
 
 def compare(world: World, sizes: Sizes, runs: int) -> dict[str, dict[str, float]]:
-    """Of each: medians of both times and of their ratios to ours; how far its weights are from ours in three steps."""
+    """Return for each the medians of both times, of their ratios to ours, and its weight difference after 3 steps."""
     runners = {name: make(sizes, world.rank, world.size) for name, make in RUNNERS.items()}
     for runner in runners.values():
         for _ in range(3):
@@ -71,7 +71,7 @@ def compare(world: World, sizes: Sizes, runs: int) -> dict[str, dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     console, rows = Console(width=120), list[dict[str, Any]]()
     for sizes in SIZES:

@@ -1,4 +1,4 @@
-"""One model, data parallel: Shoestring's sharded optimizer, torch's ZeroRedundancyOptimizer, and torch's FSDP2.
+"""One data-parallel model with Shoestring's sharded optimizer, torch's ZeroRedundancyOptimizer and torch's FSDP2.
 
 Letters: R rows of a micro-batch, D width.
 """
@@ -41,12 +41,12 @@ class Sizes:
     width: int
     blocks: int
     rows: int
-    """Of a micro-batch of one rank."""
+    """Rows of one micro-batch of one rank."""
     micro_batches: int
 
 
 class Block(nn.Module):
-    """x + W₂ relu(W₁ x). Outside a phase `linear` is torch's own."""
+    """Block x + W₂ relu(W₁ x)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,17 +58,17 @@ class Block(nn.Module):
 
 
 def stack(sizes: Sizes) -> nn.Sequential:
-    """The same on every rank."""
+    """Build the blocks, equal on every rank."""
     torch.manual_seed(0)
     return nn.Sequential(*(Block(sizes.width) for _ in range(sizes.blocks)))
 
 
 @dataclass(frozen=True)
 class Runner:
-    """One step, and the weights whole by name."""
+    """Training with one of the sharded optimizers."""
 
     step: Callable[[], float]
-    """Returns the gradient norm."""
+    """Function that runs one step and returns the gradient norm."""
     weights: Callable[[], dict[str, Tensor]]
     close: Callable[[], None]
 
@@ -79,7 +79,7 @@ def _batches(sizes: Sizes, rank: int) -> list[Tensor]:
 
 
 def _scale(sizes: Sizes, ranks: int) -> float:
-    """Of a micro-batch's sum of squares, for a mean over the global batch."""
+    """Return the factor of a micro-batch's sum of squares in a mean over the global batch."""
     return 1 / (sizes.rows * sizes.width * sizes.micro_batches * ranks)
 
 
@@ -88,7 +88,7 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Runner:
-    """Each block is a bucket, reduced while the backward of those before it runs."""
+    """Shoestring: each block is a bucket, reduced while the backward of earlier blocks runs."""
     groups = ProcessGroups.create(Topology(edp=ranks), rank, timedelta(seconds=60))
     model = stack(sizes)
     members = [
@@ -102,7 +102,7 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 
     def backward(x_RD: Tensor, *, last: bool) -> None:
-        """Phase by phase, so that what is final is known, as a pipeline's program knows it."""
+        """Run block by block, so that final gradients are known, as in a pipeline program."""
         phases: list[SplitBackward] = []
         for block in model:
             phases.append(SplitBackward(lambda x, block=block: (block(x),), x_RD))
@@ -135,7 +135,7 @@ def _peer(
     optimizer: torch.optim.Optimizer,
     unsynchronized: Callable[[bool], AbstractContextManager[object]],
 ) -> Callable[[], float]:
-    """A step as their documentation writes it. Both take the mean over ranks: the loss is scaled up by their number."""
+    """Run a step as torch's documentation does. Both average over ranks, so the loss is multiplied by their number."""
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks) * ranks
 
     def step() -> float:
@@ -153,7 +153,7 @@ def _peer(
 
 
 def zero_redundancy(sizes: Sizes, rank: int, ranks: int) -> Runner:
-    """DDP's all-reduce, then each rank updates some parameters and broadcasts them."""
+    """DDP's all-reduce, after which each rank updates some parameters and broadcasts them."""
     model = DistributedDataParallel(stack(sizes))
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **_adamw())
     step = _peer(sizes, rank, ranks, model, optimizer, lambda skip: model.no_sync() if skip else nullcontext())
@@ -161,7 +161,7 @@ def zero_redundancy(sizes: Sizes, rank: int, ranks: int) -> Runner:
 
 
 def fsdp2(sizes: Sizes, rank: int, ranks: int) -> Runner:
-    """ZeRO-2 by `fully_shard`: weights stay whole between forward and backward."""
+    """ZeRO-2 with `fully_shard`: weights stay gathered between forward and backward."""
     model = stack(sizes)
     for block in model:
         fully_shard(block, reshard_after_forward=False)

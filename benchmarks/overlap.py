@@ -1,10 +1,10 @@
-"""How much of the token exchange hides behind computing when a forward and a backward take turns.
+"""Share of the all-to-alls that is overlapped when the forward of one micro-batch runs with the backward of another.
 
     python benchmarks/overlap.py [--json FILE] [--trace FILE]      needs root, for simulated nodes
 
-Two nodes of one rank, one core each, experts over both, DualPipeV on a pipeline of one rank: every FB is measured with
-its halves in turns and with the forward first, in neighboring steps. The uplinks are set so that exchanging takes
-nearly as long as computing. Then four nodes, with a pipeline of two ranks.
+Two nodes of one rank, one core each, experts on both, DualPipeV on a pipeline of one rank: every FB is measured
+interleaved and with the forward first, in neighboring steps. The uplinks are set so that all-to-alls take nearly as
+long as computation. Then four nodes, with a pipeline of two ranks.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from shoestring.launch.bench.bench_exchange import run_ranks_on_simulated_cluste
 MODULE = "shoestring.benchmarks.overlap_rank"
 TRIES = 4
 BALANCE = 1.15
-"""Computing over exchanging that the uplinks are set for; the figures hold from 0.8 to 1.25, and say what it was."""
+"""Target ratio of computation to all-to-all time; figures are valid from 0.8 to 1.25, and include the ratio."""
 
 
 def run(nodes: int, pp: int, pairs: int, uplink: str, folder: Path) -> list[dict[str, Any]]:
-    """The figures of every rank."""
+    """Run the benchmark; return the figures of every rank."""
     run_ranks_on_simulated_cluster(nodes, 1, uplink, ["-m", MODULE, str(pp), str(pairs), str(folder)])
     found: list[dict[str, Any]] = json.loads((folder / "figures.json").read_text())
     return found
 
 
 def balanced(nodes: int, pp: int, pairs: int, folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The uplink at which computing takes `BALANCE` times as long as exchanging, and the figures there.
+    """Find the uplink at which computation takes `BALANCE` times as long as all-to-alls; return it with its figures.
 
-    A first guess from bytes and computing on fast links; then each run corrects the guess for the next.
+    The first guess comes from the bytes and the computation on fast links; each run corrects it.
     """
     free = run(nodes, pp, 2, "10gbit", folder / "free")
     sent = max(rank["bytes_between_nodes"] for rank in free)
@@ -49,7 +49,7 @@ def balanced(nodes: int, pp: int, pairs: int, folder: Path) -> tuple[str, list[d
         uplink = f"{max(1, round(mbit))}mbit"
         found = run(nodes, pp, pairs, uplink, folder / f"try{attempt}")
         balance = mean(rank["serial"]["compute"] / rank["serial"]["exchange"] for rank in found)
-        print(f"uplinks of {uplink}: compute : exchange {balance:.2f}", flush=True)
+        print(f"uplinks of {uplink}: computation / all-to-all {balance:.2f}", flush=True)
         if abs(balance - BALANCE) < 0.1:
             break
         mbit *= BALANCE / balance
@@ -71,9 +71,9 @@ def show(title: str, found: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--trace", type=Path, help="write the timeline of the last step in turns there")
+    parser.add_argument("--trace", type=Path, help="write the timeline of the last interleaved step to this file")
     options = parser.parse_args()
     console = Console(width=120)
     results: dict[str, Any] = {}

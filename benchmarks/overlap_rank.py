@@ -1,4 +1,4 @@
-"""One rank of benchmarks/overlap.py: steps with the halves of each FB in turns, and one after the other, in pairs."""
+"""One rank of benchmarks/overlap.py: pairs of steps with the halves of each FB interleaved and in sequence."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SETTINGS = StepSettings(
 
 
 class Trainer:
-    """One way to run an FB."""
+    """Training engine with overlapped or sequential FBs."""
 
     def __init__(self, groups: ProcessGroups, *, overlap: bool) -> None:
         topology, cpu = groups.topology, torch.device("cpu")
@@ -80,7 +80,7 @@ class Trainer:
         self._closers = (worker.close, pipeline.close, self.stepper.optimizer.close)
 
     def step(self) -> dict[str, float]:
-        """Seconds of this rank's FBs in one step: whole, computing, exchanging, waiting for exchanges."""
+        """Run one step; return the seconds of this rank's FBs: total, computation, all-to-alls, waits for these."""
         generator = torch.Generator().manual_seed(self.stepper.groups.topology.dp_rank(self.stepper.groups.rank))
         batches = []
         for _ in range(MICRO_BATCHES):
@@ -98,7 +98,7 @@ class Trainer:
 
 
 def pair_seconds(spans: list[Span]) -> dict[str, float]:
-    """What this rank's FBs took, by kind, and their share of the step's exchanges."""
+    """Return the seconds of this rank's FBs by kind, and their share of the step's all-to-alls."""
     pairs = [span for span in spans if span.track is TimelineTrack.INSTRUCTION and span.name == "FB"]
     inside = [span for span in spans if any(pair.begin <= span.begin and span.end <= pair.end for pair in pairs)]
     whole = seconds(pairs)

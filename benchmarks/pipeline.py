@@ -1,8 +1,8 @@
-"""Shoestring's executor against torch.distributed.pipelining on the same stages: equal gradients, time of a step.
+"""Shoestring's executor compared with torch.distributed.pipelining on the same stages: gradients and step times.
 
-    python benchmarks/pipeline.py [--ranks 2] [--json FILE]      a gloo process for each rank, one thread each
+    python benchmarks/pipeline.py [--ranks 2] [--json FILE]      one gloo process per rank, with one thread
 
-A step is the forward and backward of one batch. Both run in the same processes, in turns; the figure is the median of
+A step is the forward and backward of one batch. Both run interleaved in the same processes; the figure is the median of
 the ratios of neighboring runs.
 """
 
@@ -33,7 +33,7 @@ RUNS = 41
 
 
 def seconds(step: Callable[[], None]) -> float:
-    """Of the slowest rank."""
+    """Return the seconds of the slowest rank."""
     dist.barrier()
     began = time.perf_counter()
     step()
@@ -43,7 +43,7 @@ def seconds(step: Callable[[], None]) -> float:
 
 
 def compare(world: World, name: str, sizes: Sizes, runs: int) -> dict[str, float]:
-    """Medians of both, of their ratio, and the largest difference of a gradient."""
+    """Return the medians of both and of their ratio, and the largest difference of a gradient."""
     mine, peer = ours(PEERS[name][0], sizes, world.rank, world.size), theirs(name, sizes, world.rank, world.size)
     mine.step()
     peer.step()
@@ -68,7 +68,7 @@ def compare(world: World, name: str, sizes: Sizes, runs: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     table = Table(title=f"One step on {options.ranks} ranks", title_justify="left")
     headings = (

@@ -1,4 +1,4 @@
-"""One stack of layers cut into stages, run by Shoestring's executor and by torch's own pipelining.
+"""One stack of layers split into stages, run by Shoestring's executor and by torch's pipelining.
 
 Letters: R rows of a micro-batch, D width.
 """
@@ -28,21 +28,21 @@ PEERS = {
     "ScheduleDualPipeV": ("dualpipev", ScheduleDualPipeV),
     "ScheduleZBVZeroBubble": ("dualpipev", ScheduleZBVZeroBubble),
 }
-"""torch's schedule, and ours on the same stages."""
+"""Names of torch's schedules, and of Shoestring's on the same stages."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     width: int
     rows: int
-    """Of a micro-batch."""
+    """Rows of one micro-batch."""
     micro_batches: int
     layers_per_stage: int
     dtype: torch.dtype = torch.float32
 
 
 class Block(nn.Module):
-    """x + W₂ relu(W₁ x), the same for both; `product` multiplies."""
+    """Layer x + W₂ relu(W₁ x) for both; `product` multiplies."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 def stage_module(stage: int, sizes: Sizes) -> nn.Sequential:
-    """The layers of one stage with weights of their own."""
+    """Build the layers of one stage, with its weights."""
     module = nn.Sequential(*(Block(sizes.width, sizes.dtype) for _ in range(sizes.layers_per_stage)))
     generator = torch.Generator().manual_seed(stage)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def stage_module(stage: int, sizes: Sizes) -> nn.Sequential:
 
 
 def inputs_and_targets(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Of a whole batch, [micro-batches · R, D] each."""
+    """Return inputs and targets of a whole batch, [micro-batches · R, D] each."""
     generator = torch.Generator().manual_seed(99)
     x, target = torch.randn(2, sizes.micro_batches * sizes.rows, sizes.width, generator=generator).to(sizes.dtype)
     return x, target
@@ -76,7 +76,7 @@ def loss_of(out: Tensor, target: Tensor) -> Tensor:
 
 @dataclass
 class ModuleStage:
-    """A stage of plain modules for our executor."""
+    """Stage of plain modules for Shoestring's executor."""
 
     module: nn.Module
     is_first: bool
@@ -113,15 +113,15 @@ class ModuleStage:
 
 @dataclass(frozen=True)
 class Peer:
-    """One step of a batch, forward and backward, and the stages it runs on."""
+    """Forward and backward of a batch on a pipeline."""
 
     step: Callable[[], None]
     modules: Mapping[int, nn.Module]
-    """By stage, those of this rank."""
+    """Layers of this rank, by stage."""
     close: Callable[[], None]
 
     def gradients(self) -> dict[tuple[int, str], Tensor]:
-        """By stage and name, and clear them."""
+        """Return the gradients by stage and name, and clear them."""
         found = {}
         for stage, module in self.modules.items():
             for name, parameter in module.named_parameters():

@@ -1,11 +1,11 @@
-"""Forecasts against published measurements: every row that applies, its error, the median and the worst.
+"""Forecasts compared with published measurements: the error of every row that applies, the median and the maximum.
 
     python benchmarks/planner_accuracy.py [--json benchmarks/results/planner_accuracy.json]
 
-Three sets. DeepSeek-V3 on 2048 H800: nothing is calibrated on a step. Zero Bubble's table 4 (arXiv 2401.10241): chunk
-times are the authors' own profile, the programs are the runtime's. DeepSeek-V3 with four layers on 8 B200 (SimuMax
-release v1.2): two factors, on computing and on the update, are calibrated on two of its six rows. The pair of chunks in
-DeepSeek's trace is put together from kernels of that very trace: that is consistency, and in no median. All other rows
+Three sets. DeepSeek-V3 on 2048 H800: nothing is calibrated on a step. Table 4 of Zero Bubble (arXiv 2401.10241): chunk
+times are the authors' profile, the programs are the runtime's. DeepSeek-V3 with four layers on 8 B200 (SimuMax
+release v1.2): two factors, of computation and of the update, are calibrated on two of its six rows. The FB in
+DeepSeek's trace is composed of kernels of the same trace: it tests consistency, and is in no median. All other rows
 of `published_measurements.csv` are listed with the reason why they do not apply.
 """
 
@@ -42,23 +42,23 @@ PUBLISHED = Path(__file__).with_name("published_measurements.csv")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published number and its forecast."""
+    """Published number and its forecast."""
 
     group: str
     row: str
     published: float
     forecast: float
     use: str = "predicted"
-    """`predicted`; `calibrated on`; or `consistency`: made of what it is compared with."""
+    """`predicted`, `calibrated on`, or `consistency` for a forecast from the same data."""
 
     @property
     def error(self) -> float:
-        """Relative to the published number."""
+        """Error relative to the published number."""
         return self.forecast / self.published - 1
 
 
 def read_published() -> dict[str, float]:
-    """Every row with one number, by id."""
+    """Return every row with one number, by id."""
     with PUBLISHED.open() as file:
         return {line["id"]: float(line["value"]) for line in csv.DictReader(file)}
 
@@ -90,12 +90,12 @@ def deepseek_v3(published: dict[str, float]) -> Iterator[Comparison]:
     pair = {"chunk_pair_span_ms": (129.012, lanes.elapsed_seconds * 1e3)}
     pair["exposed_comm_ms"] = published["dsv3-trace-exposed_comm_ms"], exposed
     for metric, (traced, composed) in pair.items():
-        yield Comparison("H800 trace, of its own kernels", f"dsv3-trace-{metric}", traced, composed, "consistency")
+        yield Comparison("H800 trace, from its kernels", f"dsv3-trace-{metric}", traced, composed, "consistency")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A model of Zero Bubble's table 4: microseconds of a rank's chunk as its authors profiled them.
+    """Model of Zero Bubble's table 4: microseconds of a rank's chunk as its authors profiled them.
 
     (p, n, f, b, w, c) in the settings of sail-sg/zero-bubble-pipeline-parallelism's `v_schedule.py`.
     """
@@ -121,8 +121,8 @@ PROFILES = (
     Profile("14.6B", 16, 5120, 40, 1, 128, 11325, 11308, 8109, 378),
 )
 _SCHEDULES = {"f1b": ("1f1b", None), "zb_h1": ("zb_h1", None), "f1bi": ("interleaved", 3)}
-_LENGTH, _LAYERS_A_RANK = 1024, 3  # two layers less in all: first and last stage hold one less, for embedding and head
-_BYTES_A_PARAMETER = 16  # mixed-precision Adam (ZeRO paper, arXiv 1910.02054, §3.1)
+_LENGTH, _LAYERS_PER_RANK = 1024, 3  # first and last stage hold one layer less, for embedding and head
+_BYTES_PER_PARAMETER = 16  # mixed-precision Adam (ZeRO paper, arXiv 1910.02054, §3.1)
 
 
 def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
@@ -145,18 +145,18 @@ def zero_bubble(published: dict[str, float]) -> Iterator[Comparison]:
 
 
 def _zero_bubble_memory(profile: Profile, schedule: str, chunks: int | None) -> float:
-    """Gigabytes of the fullest rank: 34 s b h + 5 a s² b bytes a layer (Korthikanti et al., arXiv 2205.05198)."""
+    """Return peak GB per rank: 34 s b h + 5 a s² b bytes per layer (Korthikanti et al., arXiv 2205.05198)."""
     program = build_program(schedule, profile.ranks, profile.micro_batches, chunks)
     tokens = _LENGTH * profile.micro_batch
     layer = 34 * tokens * profile.hidden + 5 * profile.heads * _LENGTH * tokens
-    stages, count = program.placement.num_stages, _LAYERS_A_RANK // program.chunks_per_rank
+    stages, count = program.placement.num_stages, _LAYERS_PER_RANK // program.chunks_per_rank
     worst = 0.0
     for rank, commits in enumerate(derive_p2p_batches(program)):
         held = [program.placement.stage_at(StageLocation(rank, chunk)) for chunk in range(program.chunks_per_rank)]
         layers = [count - (stage in (0, stages - 1)) for stage in held]
         counts = [moment.micro_batches_in_memory for moment in peak_instructions(program, rank, commits)]
         alive = max(sum(n * k for n, k in zip(each, layers, strict=True)) for each in counts)
-        static = _BYTES_A_PARAMETER * 12 * profile.hidden**2 * sum(layers)
+        static = _BYTES_PER_PARAMETER * 12 * profile.hidden**2 * sum(layers)
         worst = max(worst, alive * layer + static)
     return worst / 1e9
 
@@ -174,7 +174,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
     forecaster = StepForecaster(model, cluster, 4096)
     calibrated = ("ep8_pp1", 4), ("ep8_pp1", 32)
     grids = {"ep8_pp1": (Topology(ep=8), "dp8"), "ep4_pp2": (Topology(pp=2, ep=4), "dp4")}
-    halves = {"ep8_pp1": None, "ep4_pp2": (2, 2)}  # Megatron's: as many layers on each stage
+    halves = {"ep8_pp1": None, "ep4_pp2": (2, 2)}  # as in Megatron: equal layers per stage
     forecasts = {
         (name, count): forecaster.forecast(
             ParallelLayout(topology, "1f1b", layers_per_stage=halves[name]), recipe, count * topology.dp
@@ -192,7 +192,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
     x, y = (published[row(*key, "step_time_ms")] / 1e3 for key in (first, second))
     pace = (y - x) / (b - a)
     rest = (x - pace * a) / update
-    print(f"four layers: calibrated factor on computing {pace:.3f}, on the update {rest:.3f}")
+    print(f"four layers: calibrated factor of computation {pace:.3f}, of the update {rest:.3f}")
     for key, forecast in forecasts.items():
         seconds = pace * forecast.program_times.makespan + rest * (
             forecast.exposed_collective_seconds + forecast.optimizer_seconds
@@ -228,16 +228,18 @@ _WHY_NOT = (
 
 
 def not_applicable(published: dict[str, float], used: set[str]) -> Counter[str]:
-    """How many rows are left out, by reason."""
+    """Return the number of rows left out, by reason."""
     reasons: Counter[str] = Counter()
     for row in published.keys() - used:
         reasons[next((why for prefix, why in _WHY_NOT if row.startswith(prefix)), "not explained")] += 1
     return reasons
 
 
-def simulations_a_second() -> float:
-    """Full simulations of V3 on 2048 GPUs in a second of one core's time, each with other prices: chunks, program and
-    memory. The program is built before."""
+def simulations_per_second() -> float:
+    """Return full simulations of V3 on 2048 GPUs per core-second, each with other times: chunks, program and memory.
+
+    The program is built before.
+    """
     simulation = simulate(["experiment=deepseek_v3_h800"], None, {})
     began = time.process_time()
     for number in range(40):
@@ -266,11 +268,11 @@ def main() -> None:
     print("\nrows that do not apply")
     for reason, count in left_out.most_common():
         print(f"  {count:>4}  {reason}")
-    rate = simulations_a_second()
-    print(f"\n{rate:.0f} full simulations a second of one core's time")
+    rate = simulations_per_second()
+    print(f"\n{rate:.0f} full simulations per core-second")
     if options.json is not None:
         rows_tree = [entry.__dict__ | {"error": entry.error} for entry in found]
-        tree = {"rows": rows_tree, "left_out": left_out, "simulations_a_second": rate}
+        tree = {"rows": rows_tree, "left_out": left_out, "simulations_per_second": rate}
         options.json.write_text(json.dumps(tree, indent=1) + "\n")
 
 

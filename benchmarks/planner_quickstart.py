@@ -1,9 +1,9 @@
-"""The quickstart on two processes of this machine: forecast after `shoestring calibrate`, against measured steps.
+"""The quickstart on two processes of this machine: forecasts after `shoestring calibrate` and measured steps.
 
     python benchmarks/planner_quickstart.py [--json benchmarks/results/planner_quickstart_2core.json]
 
-Needs an idle machine with two cores. Calibrates parts on two processes (no layout is run for it), then for each layout
-forecasts a step and trains: the median of 20 steps after five to warm up.
+Needs an idle machine with two cores. Calibrates kernels on two processes (without running a layout), then for each
+layout forecasts a step and trains: the median of 20 steps after five warm-up steps.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def shoestring(*arguments: str) -> None:
 
 
 def forecast(layout: list[str], calibration: Path) -> float:
-    """Seconds of a step."""
+    """Return the forecast seconds of a step."""
     return simulate([*overrides(layout), "cluster=measured"], calibration, {}).forecast.step_seconds
 
 
 def measure(layout: list[str], folder: Path) -> float:
-    """Seconds of a step: the median."""
+    """Train; return the median seconds of a step."""
     steps = WARM_UP + STEPS
     size = 16 * 128
     run = folder / "run"

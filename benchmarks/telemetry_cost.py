@@ -1,9 +1,9 @@
-"""What telling costs the training thread: one step's calls into ledger and telemetry, with nothing else going on.
+"""Overhead of logging in the training thread: one step's calls into ledger and telemetry, on an idle machine.
 
     python benchmarks/telemetry_cost.py --step-ms 611 [--json FILE]
 
-Prints a table: the median of each call, and their sum a step as a share of a step of --step-ms. The bill of a run
-(`shoestring budget`) has the same from inside the run, with everything that disturbs it.
+Prints the median of each call, and their sum per step as a share of --step-ms. The ledger of a run
+(`shoestring budget`) has the overhead measured inside the run, with all disturbances.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def median_ms(call: Callable[[int], object]) -> float:
 
 
 def measure(run_dir: Path) -> dict[str, float]:
-    """Milliseconds of each call, for the quickstart's model."""
+    """Return the milliseconds of each call, for the quickstart's model."""
     logged = open_reporter(run_dir / "logged", 1)
     found = {"a step that is logged": median_ms(partial(step, logged))}
     silent = open_reporter(run_dir / "silent", REPEATS + 1)
@@ -87,8 +87,8 @@ def stall(reporter: Reporter, number: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step-ms", type=float, required=True, help="of a step to compare with")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there, too")
+    parser.add_argument("--step-ms", type=float, required=True, help="milliseconds of a step to compare with")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
@@ -101,7 +101,7 @@ def main() -> None:
     mean = often + 0.1 * (found["a step that is logged"] - found["a step that is not"])
     found["a step on the average, one in ten logged"] = mean
     table.add_section()
-    table.add_row("a step on the average, one in ten logged", f"{mean:.3f}")
+    table.add_row("mean step (every tenth is logged)", f"{mean:.3f}")
     if options.json is not None:
         options.json.write_text(json.dumps({"ms": found, "step_ms": options.step_ms}, indent=1) + "\n")
     Console().print(table)

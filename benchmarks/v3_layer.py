@@ -1,12 +1,12 @@
-"""One MoE layer of DeepSeek-V3 on a Hopper GPU, phase by phase, beside DeepSeek's public training trace.
+"""One MoE layer of DeepSeek-V3 on a Hopper GPU, phase by phase, compared with DeepSeek's public training trace.
 
     python benchmarks/v3_layer.py [--provider auto] [--json benchmarks/results/v3_layer_h200.json]
 
-A rank's share under 64 expert-parallel ranks: attention, router and shared expert on one sequence of 4096 tokens, four
-routed experts on 8192 rows each. Nothing is sent: the rows are there. As in a step of training, weights are BF16 and in
-FP8 already, gradients are FP32 and added to, and the backward makes again what the report's does. The trace
-(deepseek-ai/profile-data, train.json) is of an H800 whose products had 112 of 132 processors. Without such a GPU this
-says so and ends well. Not yet run on hardware.
+One rank of 64 expert-parallel ranks: attention, router and shared expert on one sequence of 4096 tokens, four
+routed experts on 8192 rows each. Nothing is sent: the rows are local. As in a training step, weights are BF16 and
+already quantized to FP8, gradients are accumulated in FP32, and the backward recomputes the modules of the report.
+The trace (deepseek-ai/profile-data, train.json) is of an H800 whose GEMMs had 112 of 132 SMs. Without such a GPU the
+script prints why and exits with 0. Not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from shoestring.trainer.precision.fp8 import Fp8LinearOps
 
 TRACE_US = {"attn(F)": 4370, "mlp(F)": 4604, "mlp(B)": 5306, "mlp(W)": 5063, "attn(B)": 9341, "attn(W)": 2388}
 LAUNCH = re.compile("cu(da)?(LaunchKernel|LaunchCooperativeKernel|Memcpy|Memset)")
-"""CUDA's calls that queue work on a stream, by the runtime and the driver."""
+"""Calls of CUDA's runtime and driver that queue work on a stream."""
 RECOMPUTED = frozenset(
     {RecomputeModule.NORM, RecomputeModule.UP_PROJECTION, RecomputeModule.SWIGLU}
-)  # recompute=deepseek_v3; the trace shows it
+)  # recompute=deepseek_v3, as in the trace
 V3 = replace(
     MEASURED_MODEL,
     vocab_size=256,
@@ -56,7 +56,7 @@ V3 = replace(
 
 @dataclass(frozen=True)
 class Setting:
-    """What the layer is given."""
+    """Inputs of the layer."""
 
     config: ModelConfig
     expert_ranks: int
@@ -68,7 +68,7 @@ SETTING = Setting(V3, expert_ranks=64, tokens=4096, rows_per_expert=8192)
 
 
 def build(setting: Setting, provider: str, device: torch.device) -> Model:
-    """Of random weights, in BF16 but for norms and router, with FP32 gradients; its one layer alone is used."""
+    """Build a model of random weights, BF16 but for norms and router, with FP32 gradients; only its layer is used."""
     with torch.device(device):
         model = Model(setting.config, ModelShard((0,), False, False, setting.expert_ranks))
     with torch.no_grad():
@@ -93,8 +93,9 @@ def build(setting: Setting, provider: str, device: torch.device) -> Model:
 
 
 def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[str, float]:
-    """One forward and backward of the layer, in the order of the trace. Weights are quantized in it, unless the caller
-    has promised that they are unchanged and this is not the first.
+    """Run forward and backward of the layer in the order of the trace.
+
+    The first run quantizes the weights, and later ones too unless the caller has declared them unchanged.
     """
     layer = model.layers["0"]
     assert isinstance(layer, MoELayer)
@@ -153,7 +154,7 @@ def layer_seconds(model: Model, setting: Setting, device: torch.device) -> dict[
 
 
 def launches(model: Model, setting: Setting, device: torch.device) -> dict[str, int]:
-    """How many kernels, copies and fills the host launches in each phase, by torch's profiler."""
+    """Count the kernels, copies and fills that the host launches in each phase, with torch's profiler."""
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         layer_seconds(model, setting, device)
@@ -161,7 +162,7 @@ def launches(model: Model, setting: Setting, device: torch.device) -> dict[str, 
 
 
 def count_launches(events: Iterable[Any]) -> dict[str, int]:
-    """How many of the profiler's events are launches, by the phase in whose time they begin, whatever the thread."""
+    """Count the launches among the profiler's events, by the phase during which they start, over all threads."""
     events = list(events)
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     phases = {event.name: event.time_range for event in on_host if event.name in TRACE_US}
@@ -175,7 +176,7 @@ def _settle(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Measure, print beside the trace, write JSON."""
+    """Measure, print with the trace's figures, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", default="auto")
     parser.add_argument("--repetitions", type=int, default=10)
@@ -185,16 +186,16 @@ def main() -> None:
     name = choose_backend(options.provider, on_gpu=on_gpu)
     missing = list(unavailable_reasons(name, on_gpu=on_gpu))
     if not on_gpu or name == "reference" or missing:
-        print(f"nothing to measure here: {'; '.join(missing) or 'no provider of FP8 but the reference serves'}")
+        print(f"nothing to measure here: {'; '.join(missing) or 'only the reference backend of FP8 is available'}")
         return
     device = torch.device("cuda")
     model = build(SETTING, name, device)
-    with model.cache_fp8_weights():  # so the first runs, which are left out, quantize them all
+    with model.cache_fp8_weights():  # the first runs, which are not measured, quantize all weights
         runs = [layer_seconds(model, SETTING, device) for _ in range(options.repetitions + 2)][2:]
         counts = launches(model, SETTING, device)
     found = {part: 1e6 * statistics.median(run[part] for run in runs) for part in TRACE_US}
     facts = torch.cuda.get_device_properties(device)
-    print(f"{facts.name}, {facts.multi_processor_count} processors, provider {name}; microseconds, the trace's behind")
+    print(f"{facts.name}, {facts.multi_processor_count} SMs, backend {name}; microseconds here and in the trace")
     for part, microseconds in found.items():
         print(f"{part:8} {microseconds:8.0f} {TRACE_US[part]:8}  {counts.get(part, 0):5} launches")
     print(f"{'sum':8} {sum(found.values()):8.0f} {sum(TRACE_US.values()):8}  {sum(counts.values()):5} launches")
@@ -205,7 +206,7 @@ def main() -> None:
 
 
 def small() -> Setting:
-    """The same on a CPU, to see that it works."""
+    """Run on a CPU, to test the script."""
     config = replace(
         V3, hidden_size=64, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=16, moe_intermediate_size=32
     )

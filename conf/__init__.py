@@ -1,1 +1,1 @@
-"""Hydra configuration groups. YAML only; the types live beside the code they configure."""
+"""Hydra configuration groups: only YAML; the dataclasses are next to the code that they configure."""

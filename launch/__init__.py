@@ -1,1 +1,1 @@
-"""The way in: command line, configuration, torchrun."""
+"""Command line, configuration and the launch of ranks under torchrun."""

@@ -1,4 +1,4 @@
-"""The `shoestring` command: one verb a purpose."""
+"""The `shoestring` command and its verbs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from contextlib import nullcontext
 from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.file_io import os_error_to_problem
-from .console import open_standard_streams, print_to_stderr
+from .console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
 from .parsers import checkpoints, data, machine, model, planning, runs, training
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
 
 EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
+_VERBS_THAT_START = ("train", "cluster", "rehearse", "calibrate", "bench")
 # In the order of `shoestring -h`.
 _FAMILIES = (
     training.add_commands,
@@ -31,9 +32,9 @@ _FAMILIES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: run the verb and exit with its code; 2 for refused input, every problem on a line of its own.
+    """Run the verb and exit with its code; 2 for invalid input, with one line per problem.
 
-    Ctrl-C ends a verb with 130; a request to stop `train` before it began, with 75, as one that was served.
+    Ctrl-C ends a verb with 130. A stop signal before `train` has started a rank ends it with 75, as any preemption.
     """
     die_with_launcher()
     open_standard_streams()
@@ -49,16 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
         print_to_stderr(f"shoestring {options.verb}: stopped by SIGINT")
         code = EXIT_INTERRUPTED
-    except ConfigError as refused:
-        print_to_stderr(f"shoestring {options.verb}: refused")
-        for problem in refused.problems:
+    except ConfigError as error:
+        print_to_stderr(f"shoestring {options.verb}: {_error_heading(options)}")
+        for problem in error.problems:
             print_to_stderr(f"  {problem}")
         code = EXIT_CONFIG_ERROR
     except BrokenPipeError:
-        raise  # who reads the output has gone: no file is at fault
+        raise  # the reader of the output has closed it: no file is at fault
     except OSError as error:
         problem = os_error_to_problem(error, "a file that the system does not name", "nothing more was done")
-        print_to_stderr(f"shoestring {options.verb}: refused\n  {problem}")
+        print_to_stderr(f"shoestring {options.verb}: error\n  {problem}")
         code = EXIT_CONFIG_ERROR
     except RanksFailed as failed:
         print_to_stderr(f"shoestring {options.verb}: {failed}")
@@ -67,19 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What was asked for; overrides may stand before, between and behind options.
-
-    argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
-    verbs: what it leaves over are overrides too.
-    """
+    """Parse the command line; overrides may come before, between and after options."""
     parser = _parser()
-    options, left = parser.parse_known_args(arguments)
-    left = [text for text in left if text != "--"]
-    if left and ("overrides" not in options or any(text.startswith("-") for text in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:
-        options.overrides = [*options.overrides, *left]
+    # argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
+    # subcommands: the arguments that it does not know are overrides too.
+    options, unknown = parser.parse_known_args(arguments)
+    unknown = [text for text in unknown if text != "--"]
+    if unknown and ("overrides" not in options or any(text.startswith("-") for text in unknown)):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown:
+        options.overrides = [*options.overrides, *unknown]
     return options
+
+
+def _error_heading(options: argparse.Namespace) -> str:
+    """Return the first line of an error; verbs that start processes say that they have started none."""
+    if options.verb in _VERBS_THAT_START or (options.verb == "memory" and options.measure):
+        return INVALID_CONFIGURATION
+    return "error"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Hydra: from groups of files and overrides on the command line to one typed `RunConfig`."""
+"""Compose configuration groups and command-line overrides into one typed `RunConfig`, with Hydra."""
 
 from __future__ import annotations
 
@@ -27,60 +27,62 @@ from ..trainer.config import RunConfig
 from ..trainer.structured_config import InterpolatedText, build_dataclass, parse_dataclass
 from .interpolations import resolve_interpolations
 
-_RESOLVING = (ValueError, TypeError, KeyError, AttributeError, OSError)
-"""What resolvers and merges of Hydra and OmegaConf let through for values that they were not made for."""
-_WHOLE_RUN = "# @package _global_"
-"""Hydra's word for a file whose keys stand at the top, as an experiment's do, and not under its group."""
+_RESOLVER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OSError)
+"""Exceptions that resolvers and merges of Hydra and OmegaConf do not catch for values of an unexpected type."""
+_GLOBAL_PACKAGE = "# @package _global_"
+"""Hydra's directive for a file whose keys are top-level keys, as an experiment's, instead of keys of its group."""
 
 
 def compose_run_config(
     overrides: Sequence[str], config_dir: Path | None = None, now: datetime | None = None
 ) -> RunConfig:
-    """The configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
+    """Return the configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
-    Groups are looked up in `config_dir` too, where it is given; `${now:…}` is `instant`, by default now. Raises
-    `ConfigError` with every problem that can be seen without disk or processes.
+    Groups are looked up in `config_dir` too, if given; `${now:…}` is `now`, by default the current time. Raises
+    `ConfigError` with every problem that can be found without disk or processes.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
         problems += _directory_problems(config_dir)
         if unreadable := list(_unreadable_files(config_dir)):  # Hydra would load them without end, or fail
             raise ConfigError([*problems, *unreadable])
-        lines = [(text, list(_readable(text, config_dir, problems))) for text in overrides]
-        words = [line for _, read_as in lines for line in read_as]
-        tree = _compose(words, config_dir, now or datetime.now().astimezone(), problems)
-    unread = {_key(text) for text, read_as in lines if not read_as}
+        parsed = [(text, list(_hydra_override(text, config_dir, problems))) for text in overrides]
+        lines = [line for _, read_as in parsed for line in read_as]
+        tree = _compose(lines, config_dir, now or datetime.now().astimezone(), problems)
+    unread = {_key(text) for text, read_as in parsed if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
     problems += _nul_problems(tree)
     config, doubtful = parse_dataclass(RunConfig, tree, problems)
-    doubt = UnreadableFields(doubtful | unread, frozenset(_key(text) for text, read_as in lines if read_as))
-    raise_if_any([*problems, *config.problems(doubt)])
+    unreadable_fields = UnreadableFields(
+        doubtful | unread, frozenset(_key(text) for text, read_as in parsed if read_as)
+    )
+    raise_if_any([*problems, *config.problems(unreadable_fields)])
     return config
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The whole configuration, every default written out; what comes from the environment is not resolved.
+    """Return the whole configuration with every default; interpolations of the environment are not resolved.
 
-    `read_config` reads it. Kept as `DIR/experiment/NAME.yaml` it is read back with `--config-dir DIR experiment=NAME`.
+    `read_config` reads it. Saved as `DIR/experiment/NAME.yaml` it is used with `--config-dir DIR experiment=NAME`.
     """
-    return f"{_WHOLE_RUN}\n{OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(config_to_dict(config))))}"
+    return f"{_GLOBAL_PACKAGE}\n{OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(config_to_dict(config))))}"
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read what `config_to_yaml` wrote, and resolve what comes from the environment. Raises `ConfigError`."""
+    """Read what `config_to_yaml` wrote, and resolve interpolations of the environment. Raises `ConfigError`."""
     problems: list[Problem] = []
-    with config_error_context(path, "it says what the run was told; restore it"):
+    with config_error_context(path, "it holds the run's configuration; restore it"):
         text = read_checked_yaml_text(path)
     try:
         tree = resolve_interpolations(OmegaConf.load(StringIO(text)), problems, datetime.now().astimezone())
-    except (OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
+    except (OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVER_ERRORS) as error:
         raise ConfigError([Problem(str(path), None, f"cannot be read or resolved: {error}")]) from error
     return build_dataclass(RunConfig, tree, problems)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested plain values, for JSON."""
+    """Return the configuration as nested plain values, for JSON."""
     tree: dict[str, Any] = _plain(config)
     return tree
 
@@ -96,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def escape_interpolations(value: Any) -> Any:
-    """`value` with every `${` in it escaped, so that OmegaConf reads it as text; not where it was an interpolation."""
+    """Escape every `${` in `value`, so that OmegaConf reads it as text, except in an `InterpolatedText`."""
     if isinstance(value, InterpolatedText):
         return value.source
     if isinstance(value, dict):
@@ -106,29 +108,29 @@ def escape_interpolations(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _compose(lines: Sequence[str], config_dir: Path | None, instant: datetime, problems: list[Problem]) -> object:
-    """The tree of plain values that Hydra makes of override lines that are fit to be read."""
+def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, problems: list[Problem]) -> object:
+    """Compose override lines that Hydra accepts into a tree of plain values."""
     searchpath = []
     if config_dir is not None and config_dir.is_dir():
         quoted = str(config_dir.absolute()).replace("'", r"\'")
         searchpath = [f"hydra.searchpath=['file://{quoted}']"]
     try:
         composed = compose("config", [*searchpath, *lines])
-        tree = resolve_interpolations(composed, problems, instant)
-    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVING) as error:
+        tree = resolve_interpolations(composed, problems, now)
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, *_RESOLVER_ERRORS) as error:
         text = " ".join(line.removeprefix("++") for line in lines)
         raise ConfigError([*problems, Problem("command line", text, str(error))]) from error
     assert isinstance(tree, dict)
     if "experiment" in tree:
-        hint = f"these keys stand under `experiment`; the first line of its file must be: {_WHOLE_RUN}"
+        hint = f"these keys are under `experiment`; the first line of its file must be: {_GLOBAL_PACKAGE}"
         problems.append(Problem("experiment", tree.pop("experiment"), hint))
     return tree
 
 
 def _nul_problems(tree: object, key: str = "") -> Iterator[Problem]:
-    """Text that no name of a file and no environment variable can be: the system's end where the NUL stands."""
+    """Yield a problem per text with a NUL, which no file name and no environment variable can hold."""
     if isinstance(tree, str) and "\0" in tree:
-        yield Problem(key, tree, "holds a NUL character; write the text without it")
+        yield Problem(key, tree, "contains a NUL character; remove it")
     elif isinstance(tree, dict):
         for name, value in tree.items():
             yield from _nul_problems(value, f"{key}.{name}" if key else str(name))
@@ -137,17 +139,15 @@ def _nul_problems(tree: object, key: str = "") -> Iterator[Problem]:
             yield from _nul_problems(value, f"{key}[{index}]")
 
 
-def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> Iterator[str]:
-    """`text` as a line for Hydra; nothing but a problem more where that would fail or have no effect."""
+def _hydra_override(text: str, config_dir: Path | None, problems: list[Problem]) -> Iterator[str]:
+    """Yield `text` as an override for Hydra, or add to `problems` if it would fail or have no effect."""
     try:
         (override,) = OverridesParser.create().parse_overrides([text])
     except (HydraException, RecursionError):
         problems.append(_malformed(text))
         return
     except ValueError:  # Python reads no whole number of more than 4,300 digits
-        problems.append(
-            Problem("command line", shorten_for_message(text), "holds a number of too many digits to be read")
-        )
+        problems.append(Problem("command line", shorten_for_message(text), "contains a number with too many digits"))
         return
     choices = _choices(override.key_or_group, config_dir)
     found = _override_problem(text, override, choices)
@@ -160,7 +160,7 @@ def _readable(text: str, config_dir: Path | None, problems: list[Problem]) -> It
 
 
 def _key(text: str) -> str:
-    """Which part of the run an override is about; the empty key, all of it, where it does not say."""
+    """Return the key that an override sets; the empty key stands for the whole configuration."""
     return text.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
 
 
@@ -173,11 +173,11 @@ def _override_problem(text: str, override: Override, choices: Sequence[str]) -> 
     if not key:
         return _malformed(text)
     if override.is_delete():
-        return Problem("command line", text, "nothing can be taken out of a run; write key=value")
+        return Problem("command line", text, "a key cannot be deleted; write key=value")
     if override.is_sweep_override():
-        return Problem("command line", text, "a run has one value for each key; write a list as key=[a,b]")
+        return Problem("command line", text, "a run has one value per key; write a list as key=[a,b]")
     if key.replace("/", ".").split(".")[0] == "hydra":
-        return Problem(key, choice, "Hydra only composes the configuration: its own settings have no effect here")
+        return Problem(key, choice, "Hydra only composes the configuration: its settings have no effect here")
     if choices and choice not in choices:
         close = difflib.get_close_matches(str(choice), choices, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -186,36 +186,36 @@ def _override_problem(text: str, override: Override, choices: Sequence[str]) -> 
 
 
 def _choices(group: str, config_dir: Path | None) -> list[str]:
-    """Names of the files of a group; empty where `group` is none."""
-    own = [] if config_dir is None else [path.stem for path in (config_dir / group).glob("*.yaml")]
-    return sorted({*_shipped(group), *own})
+    """Return the names of the files of a group; empty if `group` is not a group."""
+    from_user = [] if config_dir is None else [path.stem for path in (config_dir / group).glob("*.yaml")]
+    return sorted({*_package_choices(group), *from_user})
 
 
-def _shipped(group: str) -> list[str]:
+def _package_choices(group: str) -> list[str]:
     options: list[str] = GlobalHydra.instance().config_loader().get_group_options(group)
     return options
 
 
 def _unreadable_files(config_dir: Path | None) -> Iterator[Problem]:
-    """Files of groups that could be chosen and that no reader of YAML gets through."""
+    """Yield a problem per file of `config_dir` that could be chosen and cannot be read as YAML."""
     for path in sorted([] if config_dir is None else config_dir.glob("*/*.yaml")):
-        if not _shipped(path.parent.name):
+        if not _package_choices(path.parent.name):
             continue
         try:
             read_yaml(path, resolve=False)
         except MalformedFileError as error:
             yield error.to_problem(path, "correct the file, or remove it")
         except OSError as error:
-            yield os_error_to_problem(error, path, "let it be read, or remove it")
+            yield os_error_to_problem(error, path, "make it readable, or remove it")
 
 
 def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:
-    """A directory that is not there, and files in it that could never be chosen."""
+    """Yield a problem for a missing directory, and for each file in it that could never be chosen."""
     if config_dir is None:
         return
     if not config_dir.is_dir():
         yield Problem("--config-dir", str(config_dir), "is not a directory")
     for path in sorted(config_dir.glob("*/*.yaml")):
-        if path.stem in _shipped(path.parent.name):
-            hint = "has the name of a file of the package, which would win; rename it"
+        if path.stem in _package_choices(path.parent.name):
+            hint = "has the name of a file of the package, which takes precedence; rename it"
             yield Problem("--config-dir", str(path), hint)

@@ -1,6 +1,6 @@
-"""Words for the person who started a run: where nobody can read them, the work goes on.
+"""Output to the standard streams that never stops the work.
 
-A standard stream may be closed, on a full disk, or a pipe or a terminal that has gone.
+A standard stream may be closed, on a full disk, or a pipe or terminal without a reader.
 """
 
 from __future__ import annotations
@@ -12,60 +12,64 @@ from contextlib import suppress
 
 from ..comm.errors import ConfigError, Problem, escape_unprintable
 
+INVALID_CONFIGURATION = "error: invalid configuration (nothing was started)"
+"""Heading of the problems that end a command before it starts a process."""
+RESUME_HINT = "Run the same command again to resume from the last checkpoint."
+"""Last sentence of the message of a run that ended early."""
+
 
 def print_to_stderr(text: str) -> None:
-    """Print `text` on standard error; a terminal that has gone or a full disk behind it changes nothing.
+    """Print `text` on standard error; drop it if the terminal has gone or the disk is full.
 
-    Control characters are escaped: names in it may come from others.
+    Control characters are escaped: names in the text may come from other people.
     """
     with suppress(OSError, ValueError, RuntimeError):
         print(escape_unprintable(text), file=sys.stderr, flush=True)
 
 
 def print_to_stdout(text: str) -> None:
-    """Print `text`, a result, on standard output now, or drop it where it cannot be shown; see `print_to_stderr` on escapes.
-
-    After a failure standard output is the null device, so that Python's own last flush fails no more.
-    """
-    if sys.stdout is None:  # a program that was started without one
+    """Print `text` on standard output and flush it, or drop it if it cannot be written; escape control characters."""
+    if sys.stdout is None:  # the program was started without one
         return
     try:
         print(escape_unprintable(text), flush=True)
     except (OSError, ValueError):  # ValueError: it was closed by this process
-        _show_nothing_more()
+        _discard_stdout()
 
 
 def print_or_raise(text: str) -> None:
-    """Print `text`, all that a verb was asked for, on standard output.
+    """Print `text`, the whole result of a verb, on standard output.
 
-    A reader that has left, as `head` does, has read what it wanted. Raises `ConfigError` where a disk does not take it.
+    A closed pipe is not an error: a reader such as `head` has read what it wanted. Raises `ConfigError` if the text
+    cannot be written, for example on a full disk.
     """
     if sys.stdout is None:
         return
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _show_nothing_more()
+        _discard_stdout()
     except OSError as error:
-        _show_nothing_more()
-        hint = f"cannot be written ({error.strerror}); what was asked for is shown nowhere"
+        _discard_stdout()
+        hint = f"cannot be written ({error.strerror}); the result was not printed"
         raise ConfigError([Problem("standard output", None, hint)]) from error
 
 
-def _show_nothing_more() -> None:
+def _discard_stdout() -> None:
+    # The null device takes Python's last flush, which would fail again and change the exit code.
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, sys.stdout.fileno())
-    except (OSError, ValueError):  # what stands in for standard output has no descriptor
+    except (OSError, ValueError):  # a replacement of standard output that has no descriptor
         sys.stdout = io.StringIO()
     finally:
         os.close(null)
 
 
 def open_standard_streams() -> None:
-    """Give this process the standard streams that it was started without, on the null device.
+    """Open each standard stream that this process was started without on the null device.
 
-    Else the next file that is opened becomes standard output, and `sys.stdout` is None.
+    Otherwise the next file that is opened becomes standard output, and `sys.stdout` is None.
     """
     for descriptor in range(3):
         try:

@@ -2,12 +2,12 @@
 # Sourced by the other scripts: `source launch/environment.sh`, then `prepare_environment runtime`, or
 # `prepare_environment dev` for the tools of launch/test.sh too.
 #
-# It makes `.venv` beside setup.cfg with the versions of requirements.lock and installs this tree in it, editable. Later
-# calls return at once until setup.cfg, pyproject.toml or requirements.lock change. PYTHON names the interpreter (3.11 or
-# newer). Files in `.venv` that belong to this script:
+# It creates `.venv` in the repository with the versions of requirements.lock and installs this tree in it, editable.
+# Later calls do nothing until setup.cfg, pyproject.toml or requirements.lock change. PYTHON names the interpreter (3.11
+# or newer). Files in `.venv` that belong to this script:
 #   .installed-runtime, .installed-dev   the checksum of what was installed
-#   .installing                          the process that is installing; a killed installation leaves it behind
-#   .install.log                         what pip said
+#   .installing                          the process that installs; a killed installation leaves it behind
+#   .install.log                         pip's output
 
 SHOESTRING_ROOT="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SHOESTRING_BIN="$SHOESTRING_ROOT/.venv/bin"
@@ -17,7 +17,7 @@ interpreter() {
     "$1" -c 'import os, sys; print(os.path.realpath(sys.executable)); sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# choose_python: print the interpreter that makes `.venv`.
+# choose_python: print the interpreter that creates `.venv`.
 choose_python() {
     local candidate candidates=(python3 python3.13 python3.12 python3.11)
     if [[ -n "${PYTHON:-}" ]]; then
@@ -29,7 +29,7 @@ choose_python() {
             return 0
         fi
     done
-    echo "Shoestring needs Python 3.11 or newer, and ${candidates[0]} is not. Name one: PYTHON=/path/to/python3.11 $0" >&2
+    echo "Shoestring needs Python 3.11 or newer; ${candidates[0]} is not. Run: PYTHON=/path/to/python3.11 $0" >&2
     return 1
 }
 
@@ -38,8 +38,8 @@ installed_for() {
     (cd "$SHOESTRING_ROOT" && cat setup.cfg pyproject.toml requirements.lock | cksum)
 }
 
-# is_usable: true when `.venv` is whole, was made here (a copied one runs the original's tree), and its interpreter runs
-# and is the one that PYTHON, when set, names.
+# is_usable: true if `.venv` is complete, was created here (a copied one runs the original's tree), and its interpreter
+# runs and is the one that PYTHON, if set, names.
 is_usable() {
     local used
     [[ ! -e "$SHOESTRING_ROOT/.venv/.installing" ]] &&
@@ -48,31 +48,31 @@ is_usable() {
         [[ -z "${PYTHON:-}" || "$used" == "$(choose_python)" ]]
 }
 
-# refuse_two_installations: fail when another process is installing into `.venv`.
-refuse_two_installations() {
+# fail_if_installing: fail if another process is installing into `.venv`.
+fail_if_installing() {
     local other
     other="$(cat "$SHOESTRING_ROOT/.venv/.installing" 2>/dev/null)" || return 0
     if [[ -n "$other" ]] && kill -0 "$other" 2>/dev/null; then
-        echo "Process $other is installing into $SHOESTRING_ROOT/.venv. Wait for it, or remove .venv if it is not so." >&2
+        echo "Process $other is installing into $SHOESTRING_ROOT/.venv. Wait for it. If it is not, remove .venv." >&2
         return 1
     fi
 }
 
-# make_environment: an empty `.venv`, in place of an old one.
+# make_environment: create an empty `.venv`, and delete an old one.
 make_environment() {
     local venv="$SHOESTRING_ROOT/.venv" python
     python="$(choose_python)" || return 1
-    echo "Making .venv with $("$python" --version)"
+    echo "Creating .venv with $("$python" --version)"
     rm -rf "$venv"
     mkdir "$venv"
     echo $$ >"$venv/.installing"
     if ! "$python" -m venv "$venv"; then
-        echo "$python cannot make a virtual environment. On Debian and Ubuntu, install python3-venv." >&2
+        echo "$python cannot create a virtual environment. On Debian and Ubuntu, install python3-venv." >&2
         return 1
     fi
 }
 
-# install_tree EXTRAS: pip, quietly, with requirements.lock as the constraint. EXTRAS is empty or "[dev]".
+# install_tree EXTRAS: install this tree with requirements.lock as the constraint. EXTRAS is empty or "[dev]".
 install_tree() {
     local venv="$SHOESTRING_ROOT/.venv"
     local log="$venv/.install.log"
@@ -83,14 +83,14 @@ install_tree() {
         rm "$venv/.installing"
         return 0
     fi
-    # A failure before pip touched any package (no network, a wrong pin) leaves `.venv` whole: keep it.
+    # A failure before pip changed any package (no network, a wrong pin) leaves `.venv` complete: keep it.
     grep -q '^Installing collected packages' "$log" || rm "$venv/.installing"
     tail -n 15 "$log" >&2
-    echo "The installation failed; pip's last words are above, all of them in $log. Run this again to repair it." >&2
+    echo "The installation failed; its last lines are above, all output is in $log. Run this again to repair it." >&2
     return 1
 }
 
-# prepare_environment runtime|dev: make or refresh `.venv`.
+# prepare_environment runtime|dev: create or update `.venv`.
 prepare_environment() {
     local stamp="$SHOESTRING_ROOT/.venv/.installed" extras="" wanted
     if [[ "$1" == dev ]]; then
@@ -103,7 +103,7 @@ prepare_environment() {
     if is_usable && [[ "$(cat "$stamp-$1" 2>/dev/null)" == "$wanted" ]]; then
         return 0
     fi
-    refuse_two_installations || return 1
+    fail_if_installing || return 1
     is_usable || make_environment || return 1
     echo "Installing Shoestring$extras into .venv (a minute or more the first time)"
     rm -f "$stamp"-*

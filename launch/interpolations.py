@@ -1,7 +1,7 @@
-"""Interpolations in a configuration: what is resolved once for a launch, and what each process resolves for itself.
+"""Interpolations in a configuration: resolved once per launch (`${now:…}`) or in each process (`${oc.env:…}`).
 
-`${now:…}` is resolved where a run is composed, and never again. `${oc.env:…}` may hold a secret, so that files keep it
-as it was written: its value is an `InterpolatedText`, which remembers that. Numbers and choices hold no secrets.
+`${now:…}` is resolved when a run is composed. `${oc.env:…}` may hold a secret, so files keep its source: the value is
+an `InterpolatedText`, which stores both. Numbers and choices hold no secrets.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from ..trainer.structured_config import InterpolatedText
 _NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
 _CHOICES = ("model.", "exchange.", "precision.", "optimizer.", "schedule.", "recompute.", "topology.")
-"""Groups whose text is one of a list of names. A checkpoint is compared by them, so it holds what they mean."""
+"""Groups whose text is one of a list of names. Checkpoints are compared by them, so they hold the resolved value."""
 
 
 def resolve_interpolations(config: DictConfig | ListConfig, problems: list[Problem], now: datetime) -> Any:
-    """Return `config` as nested plain values, all resolved: `${now:…}` is `instant`.
+    """Return `config` as nested plain values with all interpolations resolved: `${now:…}` is `now`.
 
-    What may be text of the environment is an `InterpolatedText`.
-
-    Raises OmegaConf's errors for what cannot be resolved; lists from the environment are added to `problems`.
+    Text that may come from the environment is an `InterpolatedText`. Raises OmegaConf's errors for an interpolation
+    that cannot be resolved; lists from the environment are added to `problems`.
     """
-    raw = _with_now(OmegaConf.to_container(config, resolve=False), now)
+    raw = _resolve_now(OmegaConf.to_container(config, resolve=False), now)
     resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
     if not any(_ENVIRONMENT.search(text) for text in _texts(raw)):
         return resolved
     return _joined(raw, resolved, "", problems)
 
 
-def _with_now(raw: Any, instant: datetime) -> Any:
-    """`raw` with one instant for every `${now:…}` of it."""
+def _resolve_now(raw: Any, now: datetime) -> Any:
+    """Replace every `${now:…}` in `raw`, all with the same time."""
     if isinstance(raw, dict):
-        return {key: _with_now(item, instant) for key, item in raw.items()}
+        return {key: _resolve_now(item, now) for key, item in raw.items()}
     if isinstance(raw, list):
-        return [_with_now(item, instant) for item in raw]
+        return [_resolve_now(item, now) for item in raw]
     if not isinstance(raw, str):
         return raw
-    return _NOW.sub(lambda found: found.group(1) + instant.strftime(found.group(2)), raw)
+    return _NOW.sub(lambda match: match.group(1) + now.strftime(match.group(2)), raw)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -70,5 +69,5 @@ def _joined(raw: Any, resolved: Any, path: str, problems: list[Problem]) -> Any:
         problems.append(Problem(key, raw, "only text and numbers can come from the environment; write it out"))
     if not isinstance(resolved, str) or (path.startswith(_CHOICES) and key != "model.name"):
         return resolved
-    # With a variable somewhere in the configuration, a reference to another key may lead to it.
+    # A reference to another key may lead to an environment variable elsewhere in the configuration.
     return InterpolatedText(resolved, raw)

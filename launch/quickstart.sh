@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained toy model and its bill, on a CPU. Arguments are those of `shoestring train`, for example
+# Train a toy model on a CPU from a fresh clone, and print what it cost. Arguments are those of `shoestring train`:
 #   ./launch/quickstart.sh training.tokens=100_000 data.prepared=data/mine
-# Those that describe the run go to `shoestring data prepare` too. Each run starts over. The exit code is that of
-# `shoestring train`, or 2 when the data was refused.
+# Overrides are passed to `shoestring data prepare` too. Each run starts over. The exit code is that of
+# `shoestring train`, or 2 if the data cannot be prepared.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -36,9 +36,9 @@ heading "Training"
 code=0
 "$SHOESTRING_BIN/shoestring" train --fresh experiment=quickstart "$@" || code=$?
 
-# A run that was stopped or failed has a bill too. One that was refused has not cost anything.
+# A run that was stopped or failed has a cost too; one that was not started (exit code 2) has none.
 if [[ "$code" != 2 && -d "$run_dir" ]]; then
-    heading "What it cost"
-    "$SHOESTRING_BIN/shoestring" budget "$run_dir" || echo "No bill could be printed (exit code $?)" >&2
+    heading "Cost"
+    "$SHOESTRING_BIN/shoestring" budget "$run_dir" || echo "The cost could not be printed (exit code $?)" >&2
 fi
 exit "$code"

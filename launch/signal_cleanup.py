@@ -1,4 +1,4 @@
-"""Signals during a verb that makes something: it removes what it has begun, and ends with 128 + n."""
+"""Signals during a verb that writes files: it removes its unfinished output and exits with 128 + n."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .run.signals import STOP_SIGNALS, exclude_ignored_signals
 
 @contextmanager
 def clean_up_on_signal(verb: str) -> Iterator[None]:
-    """Raise inside the block at a signal, so that its clean-up runs; then say so and exit with 128 + n.
+    """Raise inside the block at a signal, so that its clean-up runs; then print a message and exit with 128 + n.
 
-    SIGINT raises `KeyboardInterrupt`, also out of the block. Further signals are ignored until the block has ended:
-    none may cut the clean-up short. For the main thread.
+    SIGINT raises `KeyboardInterrupt`, also out of the block. Further signals are ignored until the block has ended, so
+    that none interrupts the clean-up. Call it in the main thread.
     """
     numbers = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGINT)
 
@@ -30,7 +30,7 @@ def clean_up_on_signal(verb: str) -> Iterator[None]:
     try:
         yield
     except StoppedBySignal as stopped:
-        print_to_stderr(f"shoestring {verb}: {stopped}; what it had begun is removed")
+        print_to_stderr(f"shoestring {verb}: {stopped}; unfinished output was removed")
         raise SystemExit(stopped.exit_code) from None
     finally:
         for number, handler in former.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, shellcheck, hadolint, pytest. Every part runs; the end says which failed.
+# Run all checks: ruff, mypy, shellcheck, hadolint, pytest. Every part runs; the last line lists those that failed.
 #   ./launch/test.sh                      without the slow tests
 #   ./launch/test.sh --full               with them
 #   ./launch/test.sh tests/comm -k flat   other arguments go to pytest
@@ -21,26 +21,26 @@ done
 
 prepare_environment dev
 
-# Tests start several processes each: one thread a process keeps them from fighting over the cores.
+# Tests start several processes each: one thread per process keeps them from competing for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Tests never reach a network: no upload, no model hub.
 export WANDB_MODE="${WANDB_MODE:-offline}" HF_HUB_OFFLINE=1
 
-# Type checkers find the package by its folder's name, and this folder may have any name.
+# Type checkers find the package by its folder's name, and this checkout may have any name.
 mkdir -p build/typing
 ln -sfn ../.. build/typing/shoestring
 
 failed=()
 # part NAME COMMAND...: run one check, print its time, remember whether it failed.
 part() {
-    local name="$1" began=$SECONDS verdict=passed
+    local name="$1" began=$SECONDS outcome=passed
     shift
     printf '\n== %s\n' "$name"
     if ! "$@"; then
-        verdict=FAILED
+        outcome=FAILED
         failed+=("$name")
     fi
-    printf -- '-- %s: %s in %d s\n' "$name" "$verdict" "$((SECONDS - began))"
+    printf -- '-- %s: %s in %d s\n' "$name" "$outcome" "$((SECONDS - began))"
 }
 
 part "ruff check" "$SHOESTRING_BIN/ruff" check .
@@ -48,7 +48,7 @@ part "ruff format" "$SHOESTRING_BIN/ruff" format --check .
 part "mypy" "$SHOESTRING_BIN/mypy"
 part "shellcheck" "$SHOESTRING_BIN/shellcheck" -x launch/*.sh benchmarks/*.sh launch/slurm/*.sbatch .ci/run
 part "hadolint" "$SHOESTRING_BIN/hadolint" Dockerfile
-# ${x[@]+...}: bash before 4.4 calls an empty array unset.
+# ${x[@]+...}: bash before 4.4 treats an empty array as unset.
 part "pytest" "$SHOESTRING_BIN/python" -m pytest \
     ${selection[@]+"${selection[@]}"} ${pytest_arguments[@]+"${pytest_arguments[@]}"}
 

@@ -1,4 +1,4 @@
-"""Small runs into which faults are injected, and the comparison of each with a run that nothing disturbed."""
+"""Small runs into which faults are injected, and the comparison of each with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -46,60 +46,60 @@ SMALL = [
     "training.collective_timeout_seconds=10",
 ]
 SECONDS = 240
-"""No launch takes longer: one that does is hung."""
+"""Time limit of a launch; one that exceeds it hangs."""
 TRACEBACK = "Traceback (most recent call last)"
 STOPPED_AT = 7
-"""The step after which a run is stopped on request, between two checkpoints."""
+"""Step after which a run is stopped on request, between two checkpoints."""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a launch has ended."""
+class LaunchResult:
+    """Result of a launch."""
 
     code: int
     words: str
-    """Its standard error."""
+    """Standard error."""
 
 
 @dataclass
 class Row:
-    """One fault."""
+    """Row of the table: one fault."""
 
     name: str
     fault: str
     expected: str
     ep: int = 1
-    """Ranks of each of its runs, the experts over all of them."""
+    """Expert-parallel ranks of each run."""
     codes: list[int] = field(default_factory=list)
-    """Of the launches, in order."""
+    """Exit codes of the launches, in order."""
     wrong: list[str] = field(default_factory=list)
-    """What is not as expected."""
+    """Deviations from the expected outcome."""
     skipped: str = ""
-    """Why it was not run."""
+    """Reason why it was not run; empty if it was."""
     seconds: float = 0.0
-    """How long it has taken."""
+    """Duration of the row."""
 
-    def insist(self, is_right: bool, words: str) -> None:
-        """Note `words` unless it `is_right`."""
+    def expect(self, is_right: bool, words: str) -> None:
+        """Record `words` as a deviation unless `is_right`."""
         if not is_right:
             self.wrong.append(words)
 
-    def told(self, ended: Ended, code: int, words: str) -> None:
-        """Note a launch that must have ended with `code`, said `words`, and shown no traceback."""
+    def check_launch(self, ended: LaunchResult, code: int, words: str) -> None:
+        """Record a launch that must have exited with `code` and printed `words` without a traceback."""
         self.codes.append(ended.code)
-        self.insist(ended.code == code, f"exit {ended.code} instead of {code}: {ended.words[-300:]}")
-        self.insist(words in ended.words, f"does not say {words!r}: {ended.words[-300:]}")
-        if code != 1:  # a rank that dies may show one of its own
-            self.refuse_traceback(ended)
+        self.expect(ended.code == code, f"exit {ended.code} instead of {code}: {ended.words[-300:]}")
+        self.expect(words in ended.words, f"did not print {words!r}: {ended.words[-300:]}")
+        if code != 1:  # a failing rank may print one
+            self.reject_traceback(ended)
 
-    def refuse_traceback(self, ended: Ended) -> None:
-        """Note a traceback on standard error."""
-        self.insist(TRACEBACK not in ended.words, f"a traceback: {ended.words[-300:]}")
+    def reject_traceback(self, ended: LaunchResult) -> None:
+        """Record a traceback on standard error as a deviation."""
+        self.expect(TRACEBACK not in ended.words, f"a traceback: {ended.words[-300:]}")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Data that was prepared once, and the losses of a run of `ep` ranks that nothing disturbed."""
+    """Prepared data, and the losses of an undisturbed run of `ep` ranks."""
 
     root: Path
     ep: int = 1
@@ -107,16 +107,16 @@ class Bench:
 
     @property
     def undisturbed(self) -> Path:
-        """The directory of that run."""
+        """Directory of the undisturbed run."""
         return self.root / f"undisturbed_ep{self.ep}"
 
     def overrides(self, run_dir: Path, data: str = "prepared") -> list[str]:
-        """Of a run in `run_dir` on the data in the folder `data`."""
+        """Return the overrides of a run in `run_dir` on the data in the folder `data`."""
         place = [f"data.corpus={self.root / 'corpus'}", f"data.prepared={self.root / data}"]
         return [*SMALL, f"topology.ep={self.ep}", *place, f"training.run_dir={run_dir}"]
 
     def start(self, run_dir: Path, *more: str, data: str = "prepared", shell: str = "", site: str = "") -> Launch:
-        """Start a launch; `shell` stands before the command, `site` is a folder of modules before all others."""
+        """Start a launch; `shell` is executed before it, `site` is a folder at the front of its module path."""
         command = [*CLI, "train", *self.overrides(run_dir, data), *more]
         if shell:
             command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
@@ -126,26 +126,26 @@ class Bench:
         return Launch(run_dir, command, environment)
 
     def finish(self, row: Row, run_dir: Path, data: str = "prepared") -> None:
-        """Repeat the command until it ends with 0, then compare everything with the undisturbed run."""
+        """Repeat the command until it exits with 0, then compare everything with the undisturbed run."""
         for _ in range(3):
             ended = self.start(run_dir, data=data).wait()
             row.codes.append(ended.code)
             if ended.code == 0:
                 break
-        row.refuse_traceback(ended)
-        row.insist(row.codes[-1] == 0, f"the run was never finished: {ended.words[-300:]}")
+        row.reject_traceback(ended)
+        row.expect(row.codes[-1] == 0, f"the run did not finish: {ended.words[-300:]}")
         if row.codes[-1] == 0:
             self.compare(row, run_dir)
 
     def compare(self, row: Row, run_dir: Path) -> None:
-        """Note losses that differ, and a ledger whose parts do not add up."""
+        """Record losses that differ, and a ledger whose parts do not add up."""
         found = losses(run_dir)
         differing = [step for step, values in self.losses.items() if found.get(step) != values]
-        row.insist(not differing, f"losses differ from step {differing[0] if differing else 0} on")
+        row.expect(not differing, f"losses differ from step {differing[0] if differing else 0} on")
         self.compare_ledger(row, run_dir)
 
     def compare_ledger(self, row: Row, run_dir: Path) -> None:
-        """Note a ledger whose parts do not add up."""
+        """Record a ledger whose parts do not add up."""
         summary = LedgerReader(run_dir, from_snapshot=False).summarize()
         parts = (
             summary.productive_ms
@@ -153,35 +153,35 @@ class Bench:
             + sum(summary.gpu_ms_by_bucket.values())
             + summary.unattributed_ms
         )
-        row.insist(summary.allocated_ms == parts, f"allocated {summary.allocated_ms} ms, the parts add up to {parts}")
+        row.expect(summary.allocated_ms == parts, f"allocated {summary.allocated_ms} ms, the parts add up to {parts}")
 
     def stopped(self, row: Row, run_dir: Path) -> None:
-        """Make `run_dir` that of a run which was stopped on request; the first one is made, the others are copies."""
+        """Create `run_dir` of a run that was stopped on request; the first call trains, later ones copy."""
         first = self.root / f"stopped_ep{self.ep}"
         if not first.exists():
             launch = self.start(first)
             launch.reaches(STOPPED_AT)
             launch.signal(signal.SIGTERM)
-            row.told(launch.wait(), 75, "which is in a checkpoint")
+            row.check_launch(launch.wait(), 75, "which is in a checkpoint")
         shutil.copytree(first, run_dir)
 
     def largest_file(self) -> int:
-        """Bytes of the largest file of a checkpoint."""
+        """Return the bytes of the largest file of a checkpoint."""
         return max(file.stat().st_size for file in self.undisturbed.glob("checkpoints/step_*/*"))
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint."""
+        """Return the bytes of a checkpoint."""
         return sum(file.stat().st_size for file in next(self.undisturbed.glob("checkpoints/step_*")).iterdir())
 
 
 def losses(run_dir: Path) -> dict[int, tuple[object, object]]:
-    """Loss and gradient norm of each step that the weights hold."""
+    """Return loss and gradient norm of each retained step."""
     events = read_metrics(run_dir / "metrics.jsonl")
     return {e.step: (e.values["loss"], e.values["grad_norm"]) for e in events if e.kind == "step"}
 
 
 class Launch:
-    """`shoestring train` under way, in a process group of its own."""
+    """Running `shoestring train`, in a separate process group."""
 
     def __init__(self, run_dir: Path, command: Sequence[str], environment: dict[str, str]) -> None:
         self.run_dir = run_dir
@@ -192,7 +192,7 @@ class Launch:
 
     @property
     def steps(self) -> int:
-        """The last step in the metrics."""
+        """Last step in the metrics."""
         with suppress(OSError):
             found = (self.run_dir / "metrics.jsonl").read_text().rpartition('"kind": "step", "step": ')[2]
             digits = found.partition(",")[0]
@@ -200,7 +200,7 @@ class Launch:
         return 0
 
     def reaches(self, step: int) -> bool:
-        """Wait until `step` is done; False where the launch ends before."""
+        """Wait until `step` is done; return False if the launch ends before."""
         return self.until(lambda: self.steps >= step)
 
     def until(self, condition: Callable[[], bool], seconds: float = SECONDS) -> bool:
@@ -213,22 +213,22 @@ class Launch:
         return condition()
 
     def says(self, words: str) -> bool:
-        """Wait until the launch has said `words` on standard error; False where it ends before."""
+        """Wait until the launch has printed `words` on standard error; return False if it ends before."""
         return self.until(lambda: words in os.pread(self._errors.fileno(), 2**24, 0).decode(errors="replace"))
 
     def signal(self, number: int) -> None:
-        """To the launcher alone."""
+        """Send a signal to the launcher only."""
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        """Everything at once."""
+        """Kill the launcher and all of its processes."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def ranks(self) -> list[int]:
-        """The processes of the ranks, those whose parent's parent is the launcher, in order of their start."""
+        """Return the processes of the ranks, whose grandparent is the launcher, in order of their start."""
         found = []
         for line in subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines():
             pid, parent = map(int, line.split())
@@ -236,15 +236,15 @@ class Launch:
                 found.append(pid)
         return sorted(found)
 
-    def wait(self) -> Ended:
-        """Until it ends; one that hangs is killed."""
+    def wait(self) -> LaunchResult:
+        """Wait for the end; kill a launch that exceeds the time limit."""
         try:
             code = self._process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
             code = 124
         self._errors.seek(0)
-        return Ended(code, self._errors.read())
+        return LaunchResult(code, self._errors.read())
 
 
 def _parent(pid: int) -> int:
@@ -264,10 +264,10 @@ def prepare_data(root: Path) -> None:
 
 
 def open_bench(root: Path, ep: int) -> Bench:
-    """Train without disturbance on the data in `root`."""
+    """Train undisturbed on the data in `root`; return the bench."""
     bench = Bench(root, ep)
     ended = bench.start(bench.undisturbed).wait()
     if ended.code:
-        raise SystemExit(f"the undisturbed run ended with {ended.code}: {ended.words}")
+        raise SystemExit(f"the undisturbed run exited with {ended.code}: {ended.words}")
     bench.losses.update(losses(bench.undisturbed))
     return bench

@@ -1,4 +1,4 @@
-"""Faults: each is a function that injects one into runs of a bench, and notes in its row what is not as expected."""
+"""Faults: each function injects one into runs of a bench, and records deviations from the expected outcome."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
 
-from .bench import CLI, STEPS, Bench, Ended, Launch, Row
+from .bench import CLI, STEPS, Bench, Launch, LaunchResult, Row
 
 Inject = Callable[[Bench, Row, Path], None]
 _KEPT = frozenset({"metrics.jsonl", "work.jsonl", "allocation.jsonl"})
-"""Files whose loss a run refuses, or that are more than state."""
+"""Files without which a run does not start, or that hold more than state."""
 
 
 @dataclass(frozen=True)
 class Injection:
-    """One row of the table."""
+    """Row of the table with its function."""
 
     name: str
     fault: str
@@ -40,7 +40,7 @@ class Injection:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A tmpfs of `size` bytes."""
+    """Mount a tmpfs of `size` bytes."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
     try:
@@ -50,7 +50,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def fill(path: Path, until: Callable[[], bool] = lambda: True) -> None:
-    """Take every byte that the disk has left, and also what is given back while `until` is awaited in a thread."""
+    """Fill the disk, and keep it full while `until` runs in a thread."""
     with ThreadPoolExecutor(1) as waiting, path.open("wb", buffering=0) as file:
         seen = waiting.submit(until)
         while True:
@@ -63,7 +63,7 @@ def fill(path: Path, until: Callable[[], bool] = lambda: True) -> None:
 
 
 def site(place: Path, *lines: str) -> str:
-    """A folder of modules that every Python process of a launch begins with: it holds these lines."""
+    """Create a folder whose sitecustomize.py, with these lines, every Python process of a launch executes."""
     folder = place / "site"
     folder.mkdir(parents=True)
     (folder / "sitecustomize.py").write_text("\n".join([*lines, ""]))
@@ -71,14 +71,14 @@ def site(place: Path, *lines: str) -> str:
 
 
 def harmed(raw: bytes, how: str) -> bytes:
-    """What a crash may leave of a file."""
+    """Return content of a file as a crash may leave it."""
     if how == "torn":
         return raw[: len(raw) // 2]
     return b"" if how == "empty" else random.Random(0).randbytes(len(raw) or 100)
 
 
 def torn_status(bench: Bench, row: Row, place: Path) -> None:
-    """H1, as it was seen."""
+    """H1 as first observed: an empty, then a torn status file."""
     for number, text in enumerate(("", '{"exit_code": 7')):
         run_dir = place / f"run{number}"
         bench.stopped(row, run_dir)
@@ -87,7 +87,7 @@ def torn_status(bench: Bench, row: Row, place: Path) -> None:
 
 
 def torn_status_of_a_killed_run(bench: Bench, row: Row, place: Path) -> None:
-    """H1 after a kill: no rank has said how it ended."""
+    """H1 after a kill, so that no rank has written a status."""
     launch = bench.start(place / "run")
     launch.reaches(12)
     launch.kill()
@@ -97,7 +97,7 @@ def torn_status_of_a_killed_run(bench: Bench, row: Row, place: Path) -> None:
 
 
 def torn_small_files(how: str) -> Inject:
-    """H1 for every small file of the run directory and the data at once."""
+    """H1 for all small files of the run directory and the data together."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         run_dir, data = place / "run", f"data_{how}"
@@ -117,7 +117,7 @@ def torn_small_files(how: str) -> Inject:
 
 
 def torn_journals(bench: Bench, row: Row, place: Path) -> None:
-    """H1 for the files that grow: a power loss leaves zeros where a line was, or half of a line."""
+    """H1 for growing files: a power loss leaves zeros in place of a line, or half of a line."""
     for number, tail in enumerate((bytes(4096), b'{"attempt":"', b"\xff\x00{")):
         run_dir = place / f"run{number}"
         bench.stopped(row, run_dir)
@@ -128,7 +128,7 @@ def torn_journals(bench: Bench, row: Row, place: Path) -> None:
 
 
 def harmed_checkpoint(bench: Bench, row: Row, place: Path) -> None:
-    """The newest checkpoint, one of its files empty or torn: the one before it is taken."""
+    """H1 for the newest checkpoint, with an empty or torn file: the previous one is loaded."""
     first = place / "first"
     bench.stopped(row, first)
     newest = max(first.glob("checkpoints/step_????????"))
@@ -141,24 +141,24 @@ def harmed_checkpoint(bench: Bench, row: Row, place: Path) -> None:
 
 
 def torn_inputs(bench: Bench, row: Row, place: Path) -> None:
-    """A plan and a measured cluster that are no such files: one clear error each."""
+    """H1 for a plan and a measured cluster: one clear error each."""
     cluster = place / "conf" / "cluster" / "measured.yaml"
     cluster.parent.mkdir(parents=True)
     for how in ("empty", "torn", "noise"):
         plan = place / f"plan_{how}.json"
         plan.write_bytes(harmed(b'{"layouts": [{"pp": 1, "terms": {"F": 1', how))
-        row.told(_cli("budget", str(bench.undisturbed), "--against", str(plan)), 2, plan.name)
+        row.check_launch(_cli("budget", str(bench.undisturbed), "--against", str(plan)), 2, plan.name)
         cluster.write_bytes(harmed(b"name: measured\npeak_tflops: {a: [1", how) if how != "empty" else b"name: [\n")
-        row.told(_cli("simulate", "--config-dir", str(place / "conf"), "cluster=measured"), 2, "measured")
+        row.check_launch(_cli("simulate", "--config-dir", str(place / "conf"), "cluster=measured"), 2, "measured")
 
 
-def _cli(*arguments: str) -> Ended:
+def _cli(*arguments: str) -> LaunchResult:
     found = subprocess.run([*CLI, *arguments], capture_output=True, text=True, errors="replace", check=False)
-    return Ended(found.returncode, found.stderr)
+    return LaunchResult(found.returncode, found.stderr)
 
 
 def leftovers_fill_the_disk(bench: Bench, row: Row, place: Path) -> None:
-    """H2."""
+    """H2: unfinished saves of earlier attempts fill the disk."""
     with small_disk(place / "disk", 2 * bench.checkpoint_bytes() + 3 * 2**20) as disk:
         run_dir = disk / "run"
         launch = bench.start(run_dir)
@@ -172,20 +172,20 @@ def leftovers_fill_the_disk(bench: Bench, row: Row, place: Path) -> None:
 
 
 def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
-    """H3: records are kept and written later."""
+    """H3: records wait in memory and are written later."""
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run")
         launch.reaches(8)
         fill(
             disk / "filler", lambda: launch.says("wait in memory")
-        )  # by seconds, a fast run would end before the fault
+        )  # with a fixed time, a fast run would end before the fault
         (disk / "filler").unlink()
-        row.told(launch.wait(), 0, "wait in memory")
+        row.check_launch(launch.wait(), 0, "wait in memory")
         bench.compare(row, disk / "run")
 
 
 def failing_writes(place: Path, error: str, which: str) -> tuple[str, Path]:
-    """A site in whose processes writes fail while a flag, the second result, is there; `which` is about `name`."""
+    """Return a site whose processes fail to write the files of `which` while the second result, a flag file, exists."""
     flag = place / "failing"
     lines = (
         "import errno, os",
@@ -205,7 +205,7 @@ SAVES = "'.partial/' in name"
 
 
 def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
-    """H3 with another error than ENOSPC, in metrics and ledger, or in saves."""
+    """H3 with other errors than ENOSPC, in metrics and ledger, or in saves."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         folder, flag = failing_writes(place, error, which)
@@ -214,82 +214,82 @@ def writes_fail_for_a_while(error: str, which: str, words: str) -> Inject:
         flag.touch()
         launch.says(words)
         flag.unlink()
-        row.told(launch.wait(), 0, words)
+        row.check_launch(launch.wait(), 0, words)
         bench.compare(row, place / "run")
 
     return inject
 
 
 def no_room_at_the_launch(bench: Bench, row: Row, place: Path) -> None:
-    """H3 before the first byte, in a directory that a run was stopped in and in a new one."""
+    """H3 at the launch, in the directory of a stopped run and in a new one."""
     with small_disk(place / "disk", 64 * 2**20) as disk:
         bench.stopped(row, disk / "run")
         fill(disk / "filler")
         for run_dir in (disk / "run", disk / "new"):
-            row.told(bench.start(run_dir).wait(), 2, "cannot be written")
+            row.check_launch(bench.start(run_dir).wait(), 2, "cannot be written")
         (disk / "filler").unlink()
         bench.finish(row, disk / "run")
         bench.finish(row, disk / "new")
 
 
 def stopped_on_a_full_disk(bench: Bench, row: Row, place: Path) -> None:
-    """H3: exit codes hold."""
+    """H3: a stop on a full disk keeps its exit code."""
     with small_disk(place / "disk", 64 * 2**20) as disk:
         launch = bench.start(disk / "run", "training.max_failed_saves=1000")
         launch.reaches(8)
         fill(disk / "filler")
         launch.signal(signal.SIGTERM)
         fill(disk / "filler too", lambda: launch.until(lambda: False, 4.0))
-        row.told(launch.wait(), 75, "whose checkpoint could not be written")
+        row.check_launch(launch.wait(), 75, "whose checkpoint could not be written")
         for filler in disk.glob("filler*"):
             filler.unlink()
         bench.finish(row, disk / "run")
 
 
 def no_save_succeeds(bench: Bench, row: Row, place: Path) -> None:
-    """H4."""
+    """H4: every save fails."""
     launch = bench.start(place / "run", shell=f"ulimit -f {bench.largest_file() // 2 // 1024}")
-    row.told(launch.wait(), 1, "training.max_failed_saves")
-    row.insist(launch.steps < STEPS, "it has trained to its end")
+    row.check_launch(launch.wait(), 1, "training.max_failed_saves")
+    row.expect(launch.steps < STEPS, "the run trained to its end")
     bench.finish(row, place / "run")
 
 
 def saves_of_one_rank_fail(bench: Bench, row: Row, place: Path) -> None:
-    """H4 on the last rank alone: the others must not take its save for one."""
+    """H4 only on the last rank: the others must not accept the save."""
     folder, flag = failing_writes(place, "EIO", f"{SAVES} and os.environ.get('RANK') == '{bench.ep - 1}'")
     flag.touch()
-    row.told(bench.start(place / "run", site=folder).wait(), 1, "training.max_failed_saves")
-    row.insist(not list((place / "run").glob("checkpoints/step_????????")), "a checkpoint lacks a rank")
+    row.check_launch(bench.start(place / "run", site=folder).wait(), 1, "training.max_failed_saves")
+    row.expect(not list((place / "run").glob("checkpoints/step_????????")), "a checkpoint lacks a rank")
     bench.finish(row, place / "run")
 
 
 def checkpoints_is_a_file(bench: Bench, row: Row, place: Path) -> None:
-    """H4 by another cause, from before the launch."""
+    """H4 with a cause before the launch: checkpoints/ is a file."""
     bench.stopped(row, place / "run")
     folder = place / "run" / "checkpoints"
     folder.rename(place / "aside")
     folder.touch()
     ended = bench.start(place / "run").wait()
     row.codes.append(ended.code)
-    row.insist(ended.code in (1, 2) and str(folder) in ended.words, f"exit {ended.code}: {ended.words[-300:]}")
-    row.refuse_traceback(ended)
+    row.expect(ended.code in (1, 2) and str(folder) in ended.words, f"exit {ended.code}: {ended.words[-300:]}")
+    row.reject_traceback(ended)
     folder.unlink()
     (place / "aside").rename(folder)
     bench.finish(row, place / "run")
 
 
 def many_shards(bench: Bench, row: Row, place: Path) -> str:
-    """The name of data in 1,049 shards or more, which is made once."""
+    """Return the name of data in 1,049 shards or more, which the first call prepares."""
     if not (bench.root / "many").exists():
         tokens = prepare_corpus(compose_run_config(bench.overrides(place / "run")).data, lambda _: None).train.tokens
         config = compose_run_config(bench.overrides(place / "run", "many")).data
         manifest = prepare_corpus(config, lambda _: None, shard_tokens=max(1, tokens // 1060))
-        row.insist(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
+        row.expect(len(manifest.train.shards) >= 1049, f"only {len(manifest.train.shards)} shards")
     return "many"
 
 
 def more_shards_than_files(limit: int) -> Inject:
-    """M4."""
+    """M4: more shards than a process may have open files."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         data = many_shards(bench, row, place)
@@ -300,19 +300,19 @@ def more_shards_than_files(limit: int) -> Inject:
 
 
 def data_moved_away(bench: Bench, row: Row, place: Path) -> None:
-    """M5 for all shards at once, most of which are not open then."""
+    """M5 for all shards together, most of which are not open at that time."""
     data = bench.root / many_shards(bench, row, place)
     launch = bench.start(place / "run", data=data.name)
     launch.reaches(12)
     data.rename(place / "moved")
     ended = launch.wait()
     (place / "moved").rename(data)
-    row.told(ended, 1, "cannot be read")
+    row.check_launch(ended, 1, "cannot be read")
     bench.finish(row, place / "run", data.name)
 
 
 def changed_tokens(change: Callable[[Path], None], *, must_notice: bool = True) -> Inject:
-    """M5: `change` is applied to a shard in mid-run."""
+    """M5: `change` modifies a shard in mid-run."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         name = f"changed_{place.name}"
@@ -324,7 +324,7 @@ def changed_tokens(change: Callable[[Path], None], *, must_notice: bool = True) 
         change(shard)
         ended = launch.wait()
         if must_notice or ended.code != 0:
-            row.told(ended, 1, "train_00000.bin")
+            row.check_launch(ended, 1, "train_00000.bin")
         else:
             row.codes.append(0)
         shard.unlink(missing_ok=True)
@@ -341,40 +341,40 @@ def overwrite(shard: Path) -> None:
 
 
 def truncate(shard: Path) -> None:
-    """Leave half of it."""
+    """Truncate the shard to half."""
     os.truncate(shard, shard.stat().st_size // 2)
 
 
 def replace(shard: Path) -> None:
-    """Put another file under its name."""
+    """Replace the shard by another file."""
     other = shard.with_name("other")
     other.write_bytes(bytes(shard.stat().st_size))
     other.replace(shard)
 
 
 def stopped_rank(number: int) -> Inject:
-    """M6: a rank stands still for 5 s, outside or inside a step."""
+    """M6: a rank is paused for 5 s, outside or inside a step."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         launch = bench.start(place / "run")
         launch.reaches(12)
         ranks = launch.ranks()
-        row.insist(len(ranks) == bench.ep, f"there are {len(ranks)} ranks")
+        row.expect(len(ranks) == bench.ep, f"there are {len(ranks)} ranks")
         os.kill(ranks[number], signal.SIGSTOP)
         time.sleep(5)
         os.kill(ranks[number], signal.SIGCONT)
         row.codes.append(launch.wait().code)
-        row.insist(row.codes[-1] == 0, "the run was not finished")
+        row.expect(row.codes[-1] == 0, "the run did not finish")
         bench.compare(row, place / "run")
         summary = LedgerReader(place / "run").summarize()
         share = summary.unattributed_ms / summary.allocated_ms
-        row.insist(share <= 0.05, f"{share:.0%} of the time is unattributed")
+        row.expect(share <= 0.05, f"{share:.0%} of the time is unattributed")
 
     return inject
 
 
 def changed_ledger(name: str, change: Callable[[bytes], bytes | None]) -> Inject:
-    """M6: a file of the ledger is changed, or removed where `change` returns None; whole again, it is read on."""
+    """M6: a file of the ledger is changed, or removed if `change` returns None; restored, the run resumes."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         bench.stopped(row, place / "run")
@@ -382,7 +382,7 @@ def changed_ledger(name: str, change: Callable[[bytes], bytes | None]) -> Inject
         whole = file.read_bytes()
         harmed_bytes = change(whole)
         file.unlink() if harmed_bytes is None else file.write_bytes(harmed_bytes)
-        row.told(bench.start(place / "run").wait(), 2, name)
+        row.check_launch(bench.start(place / "run").wait(), 2, name)
         file.write_bytes(whole)
         bench.finish(row, place / "run")
 
@@ -390,43 +390,43 @@ def changed_ledger(name: str, change: Callable[[bytes], bytes | None]) -> Inject
 
 
 def without_last_lines(raw: bytes) -> bytes:
-    """As a file system that lost what was not synced leaves it."""
+    """Return the file without its last lines, as after the loss of unsynced data."""
     return b"".join(raw.splitlines(keepends=True)[:-12])
 
 
 def with_last_line_twice(raw: bytes) -> bytes:
-    """As a copy that was tried twice leaves it."""
+    """Return the file with its last line repeated, as after a repeated copy."""
     return raw + raw.splitlines(keepends=True)[-1]
 
 
 def with_other_number(raw: bytes) -> bytes:
-    """As a person leaves it who wants a smaller bill."""
+    """Return the file with an edited number, as to lower the cost."""
     return raw.replace(b'"tokens":32', b'"tokens":64', 1)
 
 
 def no_ledger(bench: Bench, row: Row, place: Path) -> None:
-    """M6: all of it is gone, and the checkpoint carries the cost."""
+    """M6: the whole ledger is removed, and the checkpoint carries the cost."""
     bench.stopped(row, place / "run")
     spent = LedgerReader(place / "run").summarize().total_ms
     shutil.rmtree(place / "run" / "ledger")
     bench.finish(row, place / "run")
     inherited = LedgerReader(place / "run").summarize().inherited_ms
-    row.insist(0 < inherited <= spent, f"{inherited} of {spent} GPU-ms are inherited")
+    row.expect(0 < inherited <= spent, f"{inherited} of {spent} GPU-ms are inherited")
 
 
 def impossible_sizes(*cases: Sequence[str]) -> Inject:
-    """M7."""
+    """M7: sizes that no machine can hold."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         for number, sizes in enumerate(cases):
             launch = bench.start(place / f"run{number}", *sizes)
             field, _, value = sizes[0].partition("=")
-            if launch.until(partial(_has_ranks, launch), 60):  # 512 of them would stop this machine
+            if launch.until(partial(_has_ranks, launch), 60):  # 512 ranks would overload this machine
                 launch.kill()
-                row.insist(False, f"{sizes[0]} was started, and killed by this script")
+                row.expect(False, f"{sizes[0]} was started; this script killed it")
             else:
-                # What is refused for all sizes of a layout together names these as one.
-                row.told(launch.wait(), 2, f"edp={value}" if field == "topology.edp" else field)
+                # A problem of all sizes of a topology names them together.
+                row.check_launch(launch.wait(), 2, f"edp={value}" if field == "topology.edp" else field)
 
     return inject
 
@@ -436,7 +436,7 @@ def _has_ranks(launch: Launch) -> bool:
 
 
 def no_locks(error: str) -> Inject:
-    """M9."""
+    """M9: a file system without locks."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         lines = (
@@ -445,7 +445,7 @@ def no_locks(error: str) -> Inject:
             f"    raise OSError(errno.{error}, os.strerror(errno.{error}))",
             "fcntl.flock = flock",
         )
-        row.told(bench.start(place / "run", site=site(place, *lines)).wait(), 2, "cannot be locked")
+        row.check_launch(bench.start(place / "run", site=site(place, *lines)).wait(), 2, "cannot be locked")
         if error == "ENOSYS":
             bench.finish(row, place / "run")
 
@@ -453,7 +453,7 @@ def no_locks(error: str) -> Inject:
 
 
 def removed(name: str) -> Inject:
-    """M10: the run directory, or a folder in it that the run cannot do without, is removed in mid-run."""
+    """M10: the run directory, or a folder in it that the run needs, is removed in mid-run."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         run_dir = place / "run"
@@ -461,7 +461,7 @@ def removed(name: str) -> Inject:
         launch.reaches(12)
         (run_dir / name).rename(place / "gone")
         shutil.rmtree(place / "gone")
-        row.told(launch.wait(), 1, "was removed")
+        row.check_launch(launch.wait(), 1, "was removed")
         if not name:
             shutil.rmtree(run_dir, ignore_errors=True)
         bench.finish(row, run_dir)
@@ -470,19 +470,19 @@ def removed(name: str) -> Inject:
 
 
 def another_in_its_place(bench: Bench, row: Row, place: Path) -> None:
-    """M10: the run directory was moved away, and its name leads to an empty one."""
+    """M10: the run directory is moved away, and an empty one has its name."""
     launch = bench.start(place / "run")
     launch.reaches(12)
     (place / "run").rename(place / "moved")
     (place / "run").mkdir()
-    row.told(launch.wait(), 1, "was removed")
+    row.check_launch(launch.wait(), 1, "was removed")
     shutil.rmtree(place / "run")
     (place / "moved").rename(place / "run")
     bench.finish(row, place / "run")
 
 
 def removed_part(name: str) -> Inject:
-    """M10: something in it is removed that the run can make again."""
+    """M10: a part of the run directory that the run can recreate is removed."""
 
     def inject(bench: Bench, row: Row, place: Path) -> None:
         launch = bench.start(place / "run")
@@ -490,11 +490,11 @@ def removed_part(name: str) -> Inject:
         for path in (place / "run").glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         ended = launch.wait()
-        row.told(ended, 0, "")
+        row.check_launch(ended, 0, "")
         bench.compare_ledger(row, place / "run")
-        row.insist(bool(list((place / "run").glob(f"checkpoints/step_{STEPS:08d}"))), "the last checkpoint is missing")
+        row.expect(bool(list((place / "run").glob(f"checkpoints/step_{STEPS:08d}"))), "the last checkpoint is missing")
         found = (place / "run" / "metrics.jsonl").read_text()
-        row.insist(f'"step": {STEPS}, "loss": {bench.losses[STEPS][0]}' in found, "the last loss differs")
+        row.expect(f'"step": {STEPS}, "loss": {bench.losses[STEPS][0]}' in found, "the last loss differs")
 
     return inject
 
@@ -505,36 +505,36 @@ INJECTIONS = (
     Injection("H1", "every small file of run and data empty", "treated as absent", torn_small_files("empty")),
     Injection("H1", "every small file torn", "treated as absent", torn_small_files("torn")),
     Injection("H1", "every small file noise", "treated as absent", torn_small_files("noise"), ep=2),
-    Injection("H1", "zeros or half a line in journals", "cut; goes on", torn_journals),
-    Injection("H1", "a file of the newest checkpoint torn", "goes on from the one before", harmed_checkpoint),
+    Injection("H1", "zeros or half a line in journals", "truncated; continues", torn_journals),
+    Injection("H1", "a file of the newest checkpoint torn", "continues from the previous one", harmed_checkpoint),
     Injection("H1", "plan.json, measured cluster torn", "one clear error, exit 2", torn_inputs),
-    Injection("H2", "a leftover .partial fills the disk", "cleared at start; goes on", leftovers_fill_the_disk, True),
-    Injection("H3", "no room for a while", "goes on; written when there is room", full_for_a_while, True),
-    Injection("H3", "no room for a while", "goes on; written when there is room", full_for_a_while, True, ep=2),
-    Injection("H3", "no room, then SIGTERM", "exit 75", stopped_on_a_full_disk, True),
+    Injection("H2", "a leftover .partial fills the disk", "deleted at start; continues", leftovers_fill_the_disk, True),
+    Injection("H3", "disk full for a while", "continues; written when there is space", full_for_a_while, True),
+    Injection("H3", "disk full for a while", "continues; written when there is space", full_for_a_while, True, ep=2),
+    Injection("H3", "disk full, then SIGTERM", "exit 75", stopped_on_a_full_disk, True),
     Injection(
         "H3",
         "EDQUOT for a while",
-        "goes on; written later",
+        "continues; written later",
         writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory"),
     ),
     Injection(
-        "H3", "EIO for a while", "goes on; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
+        "H3", "EIO for a while", "continues; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
     ),
     Injection(
         "H3",
         "EROFS for a while",
-        "goes on; written later",
+        "continues; written later",
         writes_fail_for_a_while("EROFS", RECORDS, "wait in memory"),
         ep=2,
     ),
     Injection(
         "H3",
         "EIO in saves for a while",
-        "goes on, saves again",
+        "continues, saves again",
         writes_fail_for_a_while("EIO", SAVES, "could not be written"),
     ),
-    Injection("H3", "no room at the launch", "one clear error, exit 2", no_room_at_the_launch, True),
+    Injection("H3", "disk full at the launch", "one clear error, exit 2", no_room_at_the_launch, True),
     Injection("H4", "every save fails (ulimit -f)", "stops after 3 in a row, exit 1", no_save_succeeds),
     Injection(
         "H4", "every save of the last rank fails", "stops after 3 in a row, exit 1", saves_of_one_rank_fail, ep=2
@@ -551,23 +551,21 @@ INJECTIONS = (
     Injection("M5", "1,049 shards moved away in mid-run", "noticed, exit 1", data_moved_away),
     Injection("M6", "rank 0 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(0)),
     Injection("M6", "rank 1 stopped for 5 s", "attributed: unattributed at most 5 %", stopped_rank(1), ep=2),
-    Injection("M6", "ledger/work.jsonl removed", "refused, exit 2", changed_ledger("work.jsonl", lambda _: None)),
+    Injection("M6", "ledger/work.jsonl removed", "error, exit 2", changed_ledger("work.jsonl", lambda _: None)),
     Injection(
-        "M6", "ledger/allocation.jsonl removed", "refused, exit 2", changed_ledger("allocation.jsonl", lambda _: None)
+        "M6", "ledger/allocation.jsonl removed", "error, exit 2", changed_ledger("allocation.jsonl", lambda _: None)
     ),
     Injection(
-        "M6", "work.jsonl without its last lines", "refused, exit 2", changed_ledger("work.jsonl", without_last_lines)
+        "M6", "work.jsonl without its last lines", "error, exit 2", changed_ledger("work.jsonl", without_last_lines)
     ),
-    Injection("M6", "work.jsonl empty", "refused, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
+    Injection("M6", "work.jsonl empty", "error, exit 2", changed_ledger("work.jsonl", lambda _: b"")),
+    Injection("M6", "a number of work.jsonl edited", "error, exit 2", changed_ledger("work.jsonl", with_other_number)),
     Injection(
-        "M6", "a number of work.jsonl edited", "refused, exit 2", changed_ledger("work.jsonl", with_other_number)
-    ),
-    Injection(
-        "M6", "the last line of work.jsonl twice", "refused, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
+        "M6", "the last line of work.jsonl twice", "error, exit 2", changed_ledger("work.jsonl", with_last_line_twice)
     ),
     Injection("M6", "ledger/ removed between launches", "the checkpoint carries the cost", no_ledger, ep=2),
     Injection(
-        *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "refused, exit 2"),
+        *("M7", "edp=512, hidden=1e9, layers=1e7, batch=1e30", "error, exit 2"),
         impossible_sizes(
             ("topology.edp=512", "training.global_batch_size=512"),
             ("model.hidden_size=1000000000", "model.n_routed_experts=100000000"),
@@ -576,7 +574,7 @@ INJECTIONS = (
         ),
     ),
     Injection(
-        *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "refused, exit 2"),
+        *("M7", "sequence=1e9, vocabulary=1e12, heads=1e9, tokens=1e30", "error, exit 2"),
         impossible_sizes(
             ("training.sequence_length=1000000000",),
             ("model.vocab_size=1000000000000",),
@@ -588,10 +586,10 @@ INJECTIONS = (
         Injection("M9", f"flock fails: {error}", "one clear error, exit 2", no_locks(error))
         for error in ("ENOSYS", "EACCES", "ENOLCK", "EROFS")
     ),
-    Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed("")),
-    Injection("M10", "run directory removed in mid-run", "a fault, said, exit 1", removed(""), ep=2),
-    Injection("M10", "ledger/ removed in mid-run", "a fault, said, exit 1", removed("ledger"), ep=2),
-    Injection("M10", "another directory in its place", "a fault, said, exit 1", another_in_its_place),
-    Injection("M10", "checkpoints/ removed in mid-run", "goes on, saves again", removed_part("checkpoints")),
-    Injection("M10", "metrics.jsonl removed in mid-run", "goes on in a new file", removed_part("metrics.jsonl")),
+    Injection("M10", "run directory removed in mid-run", "one clear error, exit 1", removed("")),
+    Injection("M10", "run directory removed in mid-run", "one clear error, exit 1", removed(""), ep=2),
+    Injection("M10", "ledger/ removed in mid-run", "one clear error, exit 1", removed("ledger"), ep=2),
+    Injection("M10", "another directory in its place", "one clear error, exit 1", another_in_its_place),
+    Injection("M10", "checkpoints/ removed in mid-run", "continues, saves again", removed_part("checkpoints")),
+    Injection("M10", "metrics.jsonl removed in mid-run", "continues in a new file", removed_part("metrics.jsonl")),
 )

@@ -1,4 +1,4 @@
-"""Causal attention at DeepSeek-V3's widths by each backend: its times, what it is off by, and which kernels ran.
+"""Rows for causal attention at DeepSeek-V3's widths with each backend: times, errors, and the kernels that ran.
 
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
@@ -27,12 +27,12 @@ from shoestring.trainer.model.attention_backend import (
 QUERY, VALUE = 192, 128
 SCALE = QUERY**-0.5
 V3 = AttentionShape(1, 128, 4096, QUERY, VALUE, torch.bfloat16)
-"""One micro-batch."""
+"""Shape of one micro-batch."""
 _NAMES = ("output", "gradient of queries", "gradient of keys", "gradient of values")
 
 
 def attention(name: str, machine: Machine) -> Figures:
-    """BF16 beside FP64 with plain products, on fewer heads and positions; times at V3's shape.
+    """Compare BF16 with FP64 on few heads and positions, then time V3's shape.
 
     DeepSeek's trace has 1.24 ms forward and 4.26 ms backward on an H800.
     """
@@ -57,7 +57,7 @@ def attention(name: str, machine: Machine) -> Figures:
 
 
 def _choose(name: str, machine: Machine) -> SelectedAttention:
-    """What a run of V3 would take here, or the backend of this name."""
+    """Return the backend that a run of V3 would select here, or the backend `name`."""
     if not machine.on_gpu:
         if name != "auto":
             raise NotHere("torch sees no GPU")
@@ -71,7 +71,7 @@ def _choose(name: str, machine: Machine) -> SelectedAttention:
 
 
 def _inputs(machine: Machine, heads: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and the gradient of the output; heads of a token are neighbors in memory."""
+    """Return queries, keys, values and an output gradient; the heads of a token are adjacent in memory."""
     shapes = [(1, length, heads, width) for width in (QUERY, QUERY, VALUE, VALUE)]
     q, k, v, grad = (torch.randn(shape, device=machine.device).bfloat16().transpose(1, 2) for shape in shapes)
     return q, k, v, grad
@@ -80,14 +80,14 @@ def _inputs(machine: Machine, heads: int, length: int) -> tuple[Tensor, Tensor, 
 def run(
     attend: AttentionFunction, q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor
 ) -> tuple[Tensor, ...]:
-    """Output and gradients of queries, keys and values."""
+    """Return the output and the gradients of queries, keys and values."""
     q, k, v = (x.detach().requires_grad_() for x in (q_BHSW, k_BHSW, v_BHSV))
     out_BHSV = attend(q, k, v, SCALE)
     return out_BHSV.detach(), *torch.autograd.grad(out_BHSV, (q, k, v), grad_BHSV)
 
 
 def _plain(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) -> tuple[Tensor, ...]:
-    """The same in FP64, with every score in memory."""
+    """Return output and gradients in FP64, computed with all scores in memory."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q_BHSW, k_BHSW, v_BHSV))
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores_BHSS = (SCALE * q @ k.transpose(2, 3)).masked_fill(later, float("-inf"))
@@ -96,7 +96,7 @@ def _plain(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, grad_BHSV: Tensor) ->
 
 
 def _kernels(machine: Machine, attend: AttentionFunction, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> str:
-    """The two kernels that took longest, of forward and backward: what ran, whatever was chosen."""
+    """Return the slowest kernels of forward and backward, which show what really ran."""
     if not machine.on_gpu:
         return "plain products"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -1,4 +1,4 @@
-"""Rows that need one device: what it is, matrix products, streams, FP8.
+"""Rows that need one device: its facts, matrix products, streams, FP8.
 
 Letters: M, N, K sides of a matrix product; R rows, L experts, D hidden, F inner width.
 """
@@ -23,7 +23,7 @@ from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.trainer.model.experts import grouped_linear, grouped_mm, grouped_mm_reference
 
 TILE = 128
-"""Side of a scaled tile or block (report §3.3.2)."""
+"""Side of a quantized tile or block (report §3.3.2)."""
 E4M3_MAX = 448.0
 
 
@@ -52,7 +52,7 @@ def gpu(machine: Machine) -> Figures:
 
 
 def _driver() -> str:
-    """The driver's version; torch does not tell it."""
+    """Return the driver's version, which torch does not report."""
     if shutil.which("nvidia-smi") is None:
         return "unknown: no nvidia-smi here"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -72,18 +72,18 @@ def grouped_in_eights(machine: Machine) -> Figures:
 
 
 def grouped_any(machine: Machine) -> Figures:
-    """What routing gives. A kernel that wants 16-byte boundaries between experts would fail here, in the backward."""
+    """Test row counts of real routing. A kernel that needs 16-byte alignment between experts fails in the backward."""
     return _grouped(machine, (1023, 0, 3071, 513, 2047, 1, 1025, 512) if machine.on_gpu else (31, 0, 97, 16))
 
 
 def grouped_empty(machine: Machine) -> Figures:
-    """Experts without rows: at the beginning, at the end and side by side; all rows at one expert."""
+    """Test experts without rows (first, last and adjacent ones), and all rows at one expert."""
     last, one = ((0, 0, 1024, 0, 0, 37, 0, 0), (0, 0, 0, 2048)) if machine.on_gpu else ((0, 0, 24, 0, 5, 0), (0, 0, 9))
     return {f"error_of_{sum(rows_L)}_rows": _grouped_error(machine, rows_L) for rows_L in (last, one)}
 
 
 def grouped_nothing(machine: Machine) -> Figures:
-    """No row for any expert, as a rank meets that no token visits."""
+    """Test a rank that receives no rows for any of its experts."""
     out_RF, grad_RD, *weight_grads = _run_grouped(_grouped_inputs(machine, (0, 0, 0, 0)))
     if len(out_RF) or len(grad_RD):
         raise Wrong(f"no rows became {len(out_RF)} and {len(grad_RD)}")
@@ -92,7 +92,7 @@ def grouped_nothing(machine: Machine) -> Figures:
 
 
 def _grouped(machine: Machine, rows_per_expert_L: tuple[int, ...]) -> Figures:
-    """Forward and backward of the experts' product beside the twin's, and their rate."""
+    """Compare forward and backward of the grouped GEMM with the reference, and time them."""
     error = _grouped_error(machine, rows_per_expert_L)
     inputs = _grouped_inputs(machine, rows_per_expert_L)
     flops = 6 * inputs.x_RD.numel() * inputs.weight_LFD.shape[1]
@@ -118,7 +118,7 @@ def _grouped_inputs(machine: Machine, rows_L: tuple[int, ...]) -> _Grouped:
 
 
 def _grouped_error(machine: Machine, rows_L: tuple[int, ...]) -> float:
-    """Largest error of the output and all gradients, those of weights by autograd and by each way of training."""
+    """Return the largest error of the output and all gradients; weight gradients by autograd and as in training."""
     inputs = _grouped_inputs(machine, rows_L)
     out_RF, grad_RD, grad_LFD = _autograd(grouped_mm_reference, inputs)
     names = ("output", "input gradient", "weight gradient", "weight gradient in FP32", "weight gradient in BF16")
@@ -127,14 +127,14 @@ def _grouped_error(machine: Machine, rows_L: tuple[int, ...]) -> float:
 
 
 def _run_grouped(inputs: _Grouped) -> tuple[Tensor, ...]:
-    """By autograd; then as training does, which adds the gradient of weights later, to a sum in FP32 or BF16."""
+    """Yield results of autograd, then those of training, which accumulates delayed weight gradients in FP32 or BF16."""
     return *_autograd(grouped_mm, inputs), *(_added_grad(inputs, dtype) for dtype in (torch.float32, torch.bfloat16))
 
 
 def _autograd(
     product: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor], inputs: _Grouped
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of rows and gradient of weights."""
+    """Return the output, the gradient of the rows and the gradient of the weights."""
     x, weight = inputs.x_RD.clone().requires_grad_(), inputs.weight_LFD.clone().requires_grad_()
     out_RF = product(x, weight, inputs.rows_L)
     grad_x, grad_weight = torch.autograd.grad(out_RF, (x, weight), inputs.grad_RF)
@@ -142,7 +142,7 @@ def _autograd(
 
 
 def _added_grad(inputs: _Grouped, dtype: torch.dtype) -> Tensor:
-    """The gradient of weights as `grouped_linear` adds it to a `.grad` of this dtype."""
+    """Return the weight gradient that `grouped_linear` adds to a `.grad` of this dtype."""
     weight = inputs.weight_LFD.clone().requires_grad_()
     weight.grad_dtype = dtype
     weight.grad = torch.zeros_like(weight, dtype=dtype)
@@ -155,7 +155,7 @@ def _added_grad(inputs: _Grouped, dtype: torch.dtype) -> Tensor:
 
 
 def streams(machine: Machine) -> Figures:
-    """A copy from the host on a side stream while the main stream multiplies; 1 is a copy that costs no time."""
+    """Measure a host-to-device copy on a side stream during matrix products; 1 means that the copy costs no time."""
     machine.need_gpu()
     a = _normal(machine, 8192, 8192).bfloat16()
     source = torch.ones(2**28, dtype=torch.uint8, pin_memory=True)
@@ -197,12 +197,12 @@ def fp8_tensor_scales(machine: Machine) -> Figures:
 
 
 def fp8_block_scales(machine: Machine) -> Figures:
-    """The report's recipe: activations in 1×128 tiles, weights in 128×128 blocks."""
+    """Test the report's scaling: activations in 1×128 tiles, weights in 128×128 blocks."""
     machine.need_gpu((9, 0))
     if torch.cuda.get_device_capability(machine.device) >= (10, 0):
-        raise NotHere("cuBLAS has these scales on compute capability 9.0 alone")
+        raise NotHere("cuBLAS supports these scales only on compute capability 9.0")
     a8, scale_a, b8, scale_b, truth_MN = scaled_operands(machine)
-    # cuBLAS reads both scales along the outer side first.
+    # cuBLAS expects both scales with the outer dimension first.
     scale_a, scale_b = scale_a.t().contiguous().t(), scale_b.t()
     tiles, blocks = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
 
@@ -214,7 +214,7 @@ def fp8_block_scales(machine: Machine) -> Figures:
 
 
 def scaled_operands(machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a [M, K] in E4M3 with scales [M, K/128], b [N, K] with [N/128, K/128], and their product [M, N] in FP32."""
+    """Return a [M, K] in E4M3 with scales [M, K/128], b [N, K] with [N/128, K/128], and the product [M, N] in FP32."""
     side = 4096 if machine.on_gpu else 2 * TILE
     a_MK, b_NK = _normal(machine, side, side), _normal(machine, side, side)
     a8, scale_a = _quantize(a_MK, 1)
@@ -224,7 +224,7 @@ def scaled_operands(machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _quantize(x_MK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """E4M3, and one FP32 scale for each `rows` × 128 values."""
+    """Return E4M3 values, and one FP32 scale per `rows` × 128 of them."""
     tiles = x_MK.unflatten(1, (-1, TILE)).unflatten(0, (-1, rows))
     scale = tiles.abs().amax(dim=(1, 3)) / E4M3_MAX
     return (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn).view_as(x_MK), scale
@@ -239,7 +239,7 @@ def _normal(machine: Machine, *shape: int) -> Tensor:
 
 
 def _rate(machine: Machine, flops: int, work: Callable[[], object]) -> float:
-    """TFLOP/s."""
+    """Return the rate in TFLOP/s."""
     return flops / machine.seconds(work) / 1e12
 
 
@@ -251,7 +251,7 @@ CHECKS = (
     Check("grouped_mm, any rows", grouped_any, mandatory=True),
     Check("grouped_mm, experts without rows", grouped_empty, mandatory=True),
     Check("grouped_mm, no row at all", grouped_nothing, mandatory=True),
-    Check("copy beside compute", streams, mandatory=True),
+    Check("copy during compute", streams, mandatory=True),
     Check("fp8 scaled_mm, tensor scales", fp8_tensor_scales, mandatory=False),
     Check("fp8 scaled_mm, 1x128 and 128x128", fp8_block_scales, mandatory=False),
 )

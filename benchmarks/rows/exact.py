@@ -1,4 +1,4 @@
-"""Rows whose result on a GPU must be that of a CPU to the last bit, or nearly: routing, casts to FP8, 12-bit numbers.
+"""Rows whose result on a GPU must equal a CPU's to the last bit, or nearly: routing, casts to FP8, 12-bit formats.
 
 Letters: T tokens, E experts, K top-k, M members, C copies, D width.
 """
@@ -19,28 +19,31 @@ TOKENS, EXPERTS, TOP_K, MEMBERS, WIDTH = 512, 64, 8, 8, 256
 
 
 def token_layout(machine: Machine) -> Figures:
-    """Which rows are sent where (`nonzero_static`, stable `argsort`), and the sums of what comes back."""
+    """Test the permutation of a dispatch (`nonzero_static`, stable `argsort`), and the sums of a combine."""
     generator = torch.Generator().manual_seed(0)
     members_TK = torch.randint(-1, MEMBERS, (TOKENS, TOP_K), generator=generator)
     rows_TD = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16()
     copies = int(build_destination_mask(members_TK, MEMBERS).sum())
 
     def on(device: torch.device) -> tuple[Permutation, Tensor, Tensor]:
-        fan = Permutation.from_destination_mask(build_destination_mask(members_TK.to(device), MEMBERS), copies)
-        spread_CD = fan.permute(rows_TD.to(device))
-        return fan, spread_CD, fan.unpermute_and_sum(spread_CD)
+        permutation = Permutation.from_destination_mask(build_destination_mask(members_TK.to(device), MEMBERS), copies)
+        spread_CD = permutation.permute(rows_TD.to(device))
+        return permutation, spread_CD, permutation.unpermute_and_sum(spread_CD)
 
-    (fan, spread_CD, sums_TD), (twin, twin_CD, twin_TD) = on(machine.device), on(torch.device("cpu"))
-    for name, theirs in vars(twin).items():
-        _same(name, vars(fan)[name], theirs)
-    _same("rows sent", spread_CD, twin_CD)
+    (permutation, spread_CD, sums_TD), (reference, reference_CD, reference_TD) = (
+        on(machine.device),
+        on(torch.device("cpu")),
+    )
+    for name, theirs in vars(reference).items():
+        _same(name, vars(permutation)[name], theirs)
+    _same("rows sent", spread_CD, reference_CD)
     _same("sums of copies, made twice", on(machine.device)[2], sums_TD.cpu())
-    error = expect("the sums of copies", relative_error(sums_TD.cpu(), twin_TD), 1e-6)
+    error = expect("the sums of copies", relative_error(sums_TD.cpu(), reference_TD), 1e-6)
     return {"copies": float(copies), "error_of_sums": error}
 
 
 def router(machine: Machine) -> Figures:
-    """Experts and loads. Inputs are small integers, so that logits do not depend on the order of their sums."""
+    """Test expert ids and loads. Inputs are small integers, so that logits do not depend on the order of addition."""
     generator = torch.Generator().manual_seed(0)
     config = ModelConfig(hidden_size=64, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, n_group=8, topk_group=4)
     x_BSD = torch.randint(-3, 4, (4, 128, 64), generator=generator).float() / 8
@@ -56,55 +59,58 @@ def router(machine: Machine) -> Figures:
             routing = ours(x_BSD.to(device), torch.ones(4, 128, dtype=torch.bool, device=device))
         return routing.expert_ids_TK, routing.tokens_per_expert_E, routing.gates_TK
 
-    (experts_TK, counts_E, gates_TK), (twin_TK, twin_E, twin_gates_TK) = on(machine.device), on(torch.device("cpu"))
-    _same("experts", experts_TK.sort().values, twin_TK.sort().values)
-    _same("loads", counts_E, twin_E)
-    order, twin_order = experts_TK.argsort(dim=1).cpu(), twin_TK.argsort(dim=1)
-    error = relative_error(gates_TK.cpu().gather(1, order), twin_gates_TK.gather(1, twin_order))
+    (experts_TK, counts_E, gates_TK), (reference_TK, reference_E, reference_gates_TK) = (
+        on(machine.device),
+        on(torch.device("cpu")),
+    )
+    _same("experts", experts_TK.sort().values, reference_TK.sort().values)
+    _same("loads", counts_E, reference_E)
+    order, reference_order = experts_TK.argsort(dim=1).cpu(), reference_TK.argsort(dim=1)
+    error = relative_error(gates_TK.cpu().gather(1, order), reference_gates_TK.gather(1, reference_order))
     return {"experts": float(EXPERTS), "error_of_gates": expect("the gates", error, 1e-6)}
 
 
 def e4m3_cast(machine: Machine) -> Figures:
-    """Every BF16 number and the FP32 numbers around 448, 464 (above it there is no number) and the subnormal ones."""
+    """Test all BF16 numbers, and FP32 numbers around 448, 464 (which overflows) and the subnormal range."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
     borders = torch.tensor([448.0, 464.0, 480.0, 2.0**-6, 2.0**-9, 2.0**-10, 1.5 * 2.0**-9])
     near = torch.cat([torch.nextafter(borders, borders * factor) for factor in (0.0, 2.0)])
     values = torch.cat((every, borders, -borders, near, -near))
-    twin = values.to(torch.float8_e4m3fn).float()
+    reference = values.to(torch.float8_e4m3fn).float()
     ours = values.to(machine.device).to(torch.float8_e4m3fn).float()
-    _same("casts of FP32", ours, twin)
+    _same("casts of FP32", ours, reference)
     halves = every.bfloat16()
     _same("casts of BF16", halves.to(machine.device).to(torch.float8_e4m3fn).float(), halves.to(torch.float8_e4m3fn))
-    return {"numbers": float(len(values) + len(halves)), "largest": float(twin.nan_to_num(0).max())}
+    return {"numbers": float(len(values) + len(halves)), "largest": float(reference.nan_to_num(0).max())}
 
 
 def tiles_on_the_wire(machine: Machine) -> Figures:
-    """FP8 rows as they cross between ranks: bytes and exponents, faults among them, and the way back."""
+    """Test the FP8 wire format: bytes and exponents, with NaN and infinity, and decoding."""
     x_XD = hard_numbers(300, 1024).bfloat16()
     values_XD, exponents_XQ = quantize(x_XD.to(machine.device))
-    twin_XD, twin_XQ = quantize(x_XD)
-    _same("exponents", exponents_XQ, twin_XQ)
-    _same("values", values_XD.float(), twin_XD.float())
+    reference_XD, reference_XQ = quantize(x_XD)
+    _same("exponents", exponents_XQ, reference_XQ)
+    _same("values", values_XD.float(), reference_XD.float())
     _same(
         "rows that came",
-        *(dequantize(*each, torch.bfloat16) for each in ((values_XD, exponents_XQ), (twin_XD, twin_XQ))),
+        *(dequantize(*each, torch.bfloat16) for each in ((values_XD, exponents_XQ), (reference_XD, reference_XQ))),
     )
     return {"rows": float(len(x_XD))}
 
 
 def e5m6(machine: Machine) -> Figures:
-    """Bytes of packed rows, subnormal numbers and faults among them; then the way back."""
+    """Test bytes of packed 12-bit rows, with subnormal numbers, NaN and infinity, and unpacking."""
     x_XD = hard_numbers(300, 1025)
-    ours, twin = pack_e5m6(x_XD.to(machine.device)), pack_e5m6(x_XD)
-    _same("exponents", ours.exponents_XQ, twin.exponents_XQ)
-    _same("numbers", unpack_e5m6(ours, torch.float32), unpack_e5m6(twin, torch.float32))
-    whole_X = x_XD.isfinite().all(dim=1)  # NaN has many codes
-    _same("bytes", ours.bytes_XB.cpu()[whole_X], twin.bytes_XB[whole_X])
-    return {"rows": float(len(x_XD)), "bytes": float(twin.bytes_XB.numel())}
+    ours, reference = pack_e5m6(x_XD.to(machine.device)), pack_e5m6(x_XD)
+    _same("exponents", ours.exponents_XQ, reference.exponents_XQ)
+    _same("numbers", unpack_e5m6(ours, torch.float32), unpack_e5m6(reference, torch.float32))
+    whole_X = x_XD.isfinite().all(dim=1)  # NaN has several encodings
+    _same("bytes", ours.bytes_XB.cpu()[whole_X], reference.bytes_XB[whole_X])
+    return {"rows": float(len(x_XD)), "bytes": float(reference.bytes_XB.numel())}
 
 
 def hard_numbers(rows: int, width: int) -> Tensor:
-    """FP32 [rows, width]: magnitudes from 2^-40 to 2^20 within a tile, a tile of zeros, three with infinity or NaN."""
+    """Return FP32 [rows, width]: 2^-40 to 2^20 within a tile, a tile of zeros, three with infinity or NaN."""
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-40, 21, (rows, width), generator=generator)
     x = torch.randn(rows, width, generator=generator) * torch.exp2(exponents.float())
@@ -114,13 +120,13 @@ def hard_numbers(rows: int, width: int) -> Tensor:
 
 
 def _same(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raise `Wrong` unless both hold the same numbers, of which the second are right; any NaN equals any."""
+    """Raise `Wrong` unless `ours` equals `theirs`, the right values; NaN equals NaN."""
     ours, theirs = (x.cpu() if not x.is_floating_point() else x.cpu().float() for x in (ours, theirs))
     other = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
     if bool(other.any()):
         place = tuple(other.nonzero()[0].tolist())
         count = f"{int(other.sum())} of {other.numel()} {what}"
-        raise Wrong(f"{count} are others, first at {place}: {ours[place].item()}, not {theirs[place].item()}")
+        raise Wrong(f"{count} differ, first at {place}: {ours[place].item()}, not {theirs[place].item()}")
 
 
 CHECKS = (

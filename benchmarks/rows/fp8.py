@@ -1,5 +1,5 @@
-"""Each Triton kernel of FP8 training beside its twin of plain tensors, its rate at DeepSeek-V3's shapes, and how often
-Triton compiles it.
+"""Rows for each Triton kernel of FP8 training: comparison with the reference, rate at DeepSeek-V3's shapes, and number
+of compilations.
 
 Letters: R rows, D hidden, F inner width, L experts; N, K sides of a weight.
 """
@@ -21,45 +21,45 @@ from shoestring.trainer.precision.reference import ReferenceBackend
 
 FP32 = ScaleFormat.FP32
 PRODUCT_ERROR = 2.0**-7
-"""Of the largest number: twice BF16's last place, far above what Hopper's 14-bit accumulator loses."""
+"""Limit relative to the largest value: two units in BF16's last place, far above the error of a 14-bit accumulator."""
 OTHER_EXP = 1e-2
-"""Share of a SwiGLU's values that may differ from a CPU's, whose exp is another: one E4M3 number further."""
+"""Share of SwiGLU values that may differ from a CPU's by one E4M3 step, since exp differs."""
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What all kernels are tried on."""
+    """Inputs of all kernels."""
 
     rows_L: RowsPerExpert
     x_RD: Tensor
-    """BF16."""
+    """Activations in BF16."""
     gate_up_RF: Tensor
     gates_R: Tensor
     weight_LND: Tensor
 
     @property
     def hidden(self) -> int:
-        """D."""
+        """Hidden size D."""
         return self.x_RD.shape[1]
 
     def to(self, device: torch.device) -> Operands:
-        """The same on `device`."""
+        """Return the inputs on `device`."""
         tensors = (self.x_RD, self.gate_up_RF, self.gates_R, self.weight_LND)
         return Operands(self.rows_L, *(x.to(device) for x in tensors))
 
 
 Work = Callable[[PrecisionBackend, Operands], Callable[[], object]]
-"""Makes what a kernel reads, and returns what calls the kernel."""
+"""Function that prepares a kernel's operands and returns a function that calls it."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of `trainer/precision/kernels.py`."""
+    """Test of one kernel of `trainer/precision/kernels.py`."""
 
     name: str
     work: Work
     amount: Callable[[Operands], int]
-    """Floating-point operations of a product, bytes of a quantization."""
+    """FLOPs of a GEMM, bytes of a quantization."""
     has_exp: bool = False
 
     @property
@@ -129,7 +129,7 @@ KERNELS = (
 
 
 def kernel_row(name: str, machine: Machine) -> Figures:
-    """Compare, then time; the host's part of a call is in the time, unlike in `benchmarks/fp8_kernels.py`."""
+    """Compare, then time a kernel; unlike in `benchmarks/fp8_kernels.py` the time includes the call on the host."""
     need_triton(machine)
     kernel = next(each for each in KERNELS if each.name == name)
     provider = open_backend("triton", machine.device)
@@ -142,14 +142,14 @@ def kernel_row(name: str, machine: Machine) -> Figures:
 
 
 def need_triton(machine: Machine) -> None:
-    """Raise `NotHere` where the kernels cannot run."""
+    """Raise `NotHere` if the kernels cannot run."""
     missing = list(unavailable_reasons("triton", on_gpu=machine.on_gpu))
     if missing:
         raise NotHere("; ".join(missing))
 
 
 def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) -> Mapping[str, float]:
-    """What one kernel makes on `device` beside the reference on a CPU. Raise `Wrong` where it is another.
+    """Compare one kernel on `device` with the reference on a CPU. Raise `Wrong` if they differ.
 
     Quantized numbers and scales must be the same to the last bit; where a SwiGLU's exp comes in, the same as torch's on
     `device`, and but for a few the CPU's.
@@ -168,7 +168,7 @@ def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) ->
 
 
 def _numbers(made: object) -> list[Tensor]:
-    """Values and scales, or a product, in FP32 on the host."""
+    """Return values and scales, or a product, in FP32 on the host."""
     if isinstance(made, ColumnwiseFp8Tensor):
         made = made.tiles
     tensors = [made] if isinstance(made, Tensor) else list(vars(made).values())
@@ -176,12 +176,12 @@ def _numbers(made: object) -> list[Tensor]:
 
 
 def _differing(ours: Tensor, theirs: Tensor) -> float:
-    """Share of the numbers that are not the same; any NaN equals any."""
+    """Return the share of values that differ; NaN equals NaN."""
     return float(((ours != theirs) & ~(ours.isnan() & theirs.isnan())).double().mean())
 
 
 def small_operands(*, faults: bool) -> Operands:
-    """On the host: hard numbers, an expert without rows, sides that are no multiples of 128."""
+    """Return difficult inputs on the host: extreme values, an expert without rows, sides not divisible by 128."""
     rows_L, hidden, inner = (130, 0, 128, 7), 400, 192
     rows = sum(rows_L)
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def small_operands(*, faults: bool) -> Operands:
 
 
 def v3_operands(device: torch.device, rows_L: RowsPerExpert = (8192,) * 4) -> Operands:
-    """What a rank's four experts of DeepSeek-V3 see of a micro-batch under 64 expert-parallel ranks."""
+    """Return inputs with the sizes of DeepSeek-V3's four experts per rank under 64 expert-parallel ranks."""
     hidden, inner, rows = 7168, 2048, sum(rows_L)
 
     def normal(*shape: int) -> Tensor:
@@ -216,11 +216,11 @@ COUNTS: tuple[RowsPerExpert, ...] = (
     (1, 0, 0, 0),
     (640, 300, 900, 77),
 )
-"""Rows of four experts in some micro-batches: what routing gives has any number of blocks, aligned or not."""
+"""Rows of four experts in several micro-batches, with aligned and unaligned numbers of blocks."""
 
 
 def compiled_variants(machine: Machine) -> Figures:
-    """How many variants of each kernel Triton compiles while the numbers of rows change, each for seconds on one rank.
+    """Count the variants of each kernel that Triton compiles as row counts change; each takes seconds.
 
     1 is what a run can have compiled before its first step.
     """
@@ -228,7 +228,7 @@ def compiled_variants(machine: Machine) -> Figures:
     from shoestring.trainer.precision import kernels  # needs triton
 
     for kernel in KERNELS:
-        vars(kernels)[kernel.name].device_caches.clear()  # what other rows compiled does not count
+        vars(kernels)[kernel.name].device_caches.clear()  # variants compiled by other rows do not count
     provider = open_backend("triton", machine.device)
     for rows_L in COUNTS:
         operands = v3_operands(machine.device, rows_L)
@@ -246,4 +246,4 @@ CHECKS = tuple(
     Check(f"triton {kernel.name}", partial(kernel_row, kernel.name), mandatory=True, seconds=60) for kernel in KERNELS
 )
 LAST_CHECKS = (Check("triton, compiled variants", compiled_variants, mandatory=False, seconds=60),)
-"""It compiles for long, so everything else comes first."""
+"""Checks that run last, since they compile for a long time."""

@@ -1,4 +1,4 @@
-"""Rows that need several ranks: sums and uneven exchanges over all of them, inside a node, and between nodes.
+"""Rows that need several ranks: all-reduce and uneven all-to-all over all ranks, inside a node, and between nodes.
 
 Letters: P ranks of a group.
 """
@@ -17,11 +17,11 @@ from shoestring.comm.groups import Group
 
 Pick = Callable[[Machine], Group]
 Rows = Callable[[int, int], int]
-"""How many rows one rank sends to another."""
+"""Function that returns the rows that one rank sends to another."""
 
 
 def all_reduce(pick: Pick, machine: Machine) -> Figures:
-    """Bandwidth is that of nccl-tests' busbw: 2 (P - 1) / P of the buffer crosses each rank's link each way."""
+    """Test an all-reduce. Bandwidth is nccl-tests' busbw: 2 (P - 1) / P of the buffer per link and direction."""
     group = _several(pick(machine))
     values = 2**26 if machine.on_gpu else 2**18
     buffer = torch.full((values,), float(group.ranks.index(group.rank) + 1), device=machine.device)
@@ -36,7 +36,7 @@ def all_reduce(pick: Pick, machine: Machine) -> Figures:
 
 
 def all_to_all(pick: Pick, machine: Machine) -> Figures:
-    """Uneven sizes with zeros between some pairs, then one rank that neither sends nor receives.
+    """Test an all-to-all with uneven sizes and zeros, then with one rank that neither sends nor receives.
 
     Bandwidth is what the busiest rank sends to others, or receives from them, over the time.
     """
@@ -57,7 +57,7 @@ def all_to_all(pick: Pick, machine: Machine) -> Figures:
 
 
 def _exchange(machine: Machine, group: Group, width: int, rows: Rows) -> Callable[[], object]:
-    """Exchange once, check what arrived, and return what does it again. Rank s sends the number P·s + t to rank t."""
+    """Check one all-to-all, and return a function that repeats it. Rank s sends the number P·s + t to rank t."""
     me, size = group.ranks.index(group.rank), group.size
     sent_P = [rows(me, target) for target in range(size)]
     received_P = [rows(source, me) for source in range(size)]
@@ -71,12 +71,12 @@ def _exchange(machine: Machine, group: Group, width: int, rows: Rows) -> Callabl
     run()
     wanted = [torch.full((count, width), float(size * source + me)) for source, count in enumerate(received_P)]
     if not torch.equal(receive.cpu(), torch.cat(wanted).bfloat16()):
-        raise Wrong(f"rank {group.rank} received other rows than were sent to it")
+        raise Wrong(f"rank {group.rank} received rows that were not sent to it")
     return run
 
 
 def _busiest(rows: Rows, size: int) -> int:
-    """Rows that the busiest rank sends to others or receives from them."""
+    """Return the rows that the busiest rank sends to others or receives from them."""
     everyone = range(size)
     sent = [sum(rows(s, t) for t in everyone if t != s) for s in everyone]
     received = [sum(rows(s, t) for s in everyone if s != t) for t in everyone]
@@ -85,7 +85,7 @@ def _busiest(rows: Rows, size: int) -> int:
 
 def _several(group: Group) -> Group:
     if group.size == 1:
-        raise NotHere("no two such ranks")
+        raise NotHere("there are no two such ranks")
     return group
 
 

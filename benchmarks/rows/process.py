@@ -1,9 +1,9 @@
-"""The process that runs the rows of one rank, apart from the one that waits for them.
+"""Process that runs the rows of one rank, separate from the process that waits for them.
 
-A kernel that never ends, or a rank that its peer never answers, holds a thread inside a driver: nothing in that process
-can stop it. So `bring_up.py` only waits, and kills: a row that does not end in time, or takes its process along, fails,
-and the next row is tried in a new process. A fault on a GPU leaves the process without a usable device, so a row that
-failed on any rank gets new processes on all of them.
+A kernel that never ends, or a peer that never answers, holds a thread inside a driver, and nothing in that process can
+stop it. So `bring_up.py` only waits and kills: a row that exceeds its limit, or crashes its process, fails, and the
+next row runs in a new process. A GPU fault leaves the process without a usable device, so after a row that failed on
+any rank all ranks get new processes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from shoestring.launch.run.signals import die_with_parent
 
 COLLECTIVE = timedelta(minutes=2)
 START_SECONDS = 120.0
-"""How long a process may take until its groups are open."""
-_FOR_STACKS = 2.0  # seconds in which a process that hangs prints where
+"""Limit in seconds for a process to open its groups."""
+_FOR_STACKS = 2.0  # seconds for a hanging process to print its stacks
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Which rank the rows run as."""
+    """Rank as which the rows run."""
 
     worker: TorchrunEnvironment | None
-    """None outside torchrun."""
+    """torchrun's variables; None outside torchrun."""
     local_size: int
     """Ranks on each node."""
 
@@ -48,7 +48,7 @@ class Rank:
 
 
 class RowProcess:
-    """Runs rows one after the other in a process of its own, which is started anew when it is needed."""
+    """Separate process that runs rows one after the other, restarted when needed."""
 
     def __init__(self, rank: Rank, start_seconds: float = START_SECONDS) -> None:
         self.device_name = ""
@@ -62,17 +62,17 @@ class RowProcess:
         self._refused: Attempt | None = None
 
     def attempt(self, check: Check) -> Attempt:
-        """Run one row. A process that could not start once is not started again: every row costs its limit."""
+        """Run one row. After a failed start the process is not started again, since every attempt costs the limit."""
         if self._process is None and self._refused is None:
             self._refused = self._start()
         if self._refused is not None:
             return self._refused
         assert self._end is not None
         self._end.send(check)
-        return self._answer(check.seconds, f"no end within {check.seconds:g} s")
+        return self._answer(check.seconds, f"still running after {check.seconds:g} s")
 
     def close(self) -> None:
-        """Kill the process, if there is one; the next row starts another."""
+        """Kill the process, if there is one; the next row starts a new one."""
         if self._process is not None and self._end is not None:
             self._process.kill()
             self._process.join()
@@ -80,7 +80,7 @@ class RowProcess:
         self._process = self._end = None
 
     def _start(self) -> Attempt | None:
-        """Start a process; return why it did not start."""
+        """Start the process; return a failed attempt if it did not start."""
         self._end, theirs = self._context.Pipe()
         arguments = (self._rank, self._starts, dict(os.environ), theirs)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
@@ -110,11 +110,11 @@ class RowProcess:
 
 
 def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[Any, Any]) -> None:
-    """Run the rows that arrive until there is nobody to answer to. Print all stacks when one takes too long."""
+    """Run the received rows until the parent has gone. Print all stacks if a row exceeds its limit."""
     die_with_parent()
-    os.environ.update(variables)  # the forkserver was started with older ones
+    os.environ.update(variables)  # the forkserver has the variables of an earlier time
     if rank.worker is not None:
-        # Keys of its own in torchrun's store, whose server runs in the waiting process or in torchrun.
+        # Separate keys in torchrun's store, whose server runs in the waiting process or in torchrun.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{variables.get('TORCHELASTIC_RESTART_COUNT', 0)}_rows_{start}"
     machine = open_machine(rank)
@@ -132,7 +132,7 @@ def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[An
 
 
 def open_machine(rank: Rank) -> Machine:
-    """This rank's device, and its groups where torchrun started it.
+    """Open this rank's device, and its groups under torchrun.
 
     Groups and settings are those of a training run: what a row certifies is what training meets.
     """
@@ -141,7 +141,7 @@ def open_machine(rank: Rank) -> Machine:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as a run
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in a run
     if worker is None:
         alone = Group((0,), None, 0, COLLECTIVE)
         return Machine(device, alone, alone, alone)

@@ -1,7 +1,7 @@
-"""Rows of the optional packages: each one's own operation, compared with plain PyTorch.
+"""Rows for optional packages: one operation of each, compared with plain PyTorch.
 
-None is imported before its row, and none is a requirement of this package.
-Letters: M, N, K sides of a matrix product; T tokens, D hidden, K top-k where a token is routed.
+None is imported before its row, and none is required.
+Letters: M, N, K sides of a matrix product; T tokens, D hidden, K top-k in routing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, exp
 
 
 def transformer_engine(machine: Machine) -> Figures:
-    """A Linear under the block-scaling recipe, which is the report's; two roundings to E4M3 make some 4 % of noise."""
+    """Test a Linear with block scaling, as in the report; two roundings to E4M3 cause about 4 % of noise."""
     _need("transformer_engine")
     machine.need_gpu((9, 0))
     te = importlib.import_module("transformer_engine.pytorch")
@@ -45,7 +45,7 @@ def apex_adam(machine: Machine) -> Figures:
 
 
 def apex_weight_gradient(machine: Machine) -> Figures:
-    """The weight-gradient GEMM that adds to an FP32 buffer."""
+    """Test the weight-gradient GEMM that accumulates in an FP32 buffer."""
     _need_nvidias_apex()
     _need("fused_weight_gradient_mlp_cuda")
     machine.need_gpu()
@@ -73,7 +73,7 @@ def deep_gemm(machine: Machine) -> Figures:
 
 
 def deep_ep(machine: Machine) -> Figures:
-    """Dispatch, then combine what arrived: each token comes back once for each rank it was sent to."""
+    """Test dispatch and combine: each token comes back once per rank to which it was sent."""
     _need("deep_ep")
     machine.need_gpu((9, 0))
     ranks = machine.world.size
@@ -101,12 +101,12 @@ def _need(name: str) -> None:
 
 
 def _need_nvidias_apex() -> None:
-    """PyPI's package of that name is another one, so the folder is looked at before anything of it is imported."""
+    """Raise `NotHere` without NVIDIA's apex. PyPI's apex is unrelated, so its folder is checked before any import."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise NotHere("apex is not installed")
     if not any((Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations or ()):
-        raise NotHere("the apex that is installed is not NVIDIA's: it has no apex.optimizers")
+        raise NotHere("the installed apex is not NVIDIA's: it has no apex.optimizers")
 
 
 CHECKS = (

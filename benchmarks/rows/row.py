@@ -1,4 +1,4 @@
-"""A row of benchmarks/bring_up.py: one thing tried on every rank, and what came of it."""
+"""A row of benchmarks/bring_up.py: one check that runs on every rank, and its outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from shoestring.comm.groups import Group
 
 Figures = Mapping[str, float | str]
-"""What a row measured. A name ends with its unit."""
+"""Figures of a row by name; a name ends with its unit."""
 
 
 class Verdict(StrEnum):
@@ -22,31 +22,31 @@ class Verdict(StrEnum):
     FAILS = "fails"
 
 
-class NotHere(Exception):  # noqa: N818 -- reads as the verdict it is
-    """This machine has nothing to try this on; the message says what is missing."""
+class NotHere(Exception):  # noqa: N818 -- named after the outcome
+    """Raised if this machine lacks what the row needs; the message names it."""
 
 
-class Wrong(Exception):  # noqa: N818 -- reads as the verdict it is
-    """It ran, and the result is wrong; the message holds both numbers."""
+class Wrong(Exception):  # noqa: N818 -- named after the outcome
+    """Raised if the result is wrong; the message holds both numbers."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a rank runs. Without torchrun every group is this rank alone."""
+    """Device and groups of a rank. Without torchrun every group is only this rank."""
 
     device: torch.device
     world: Group
     node: Group
-    """The ranks of this rank's node."""
+    """Ranks of this rank's node."""
     rail: Group
-    """The ranks with its local index on all nodes."""
+    """Ranks with the same local index on all nodes."""
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def need_gpu(self, capability: tuple[int, int] = (0, 0)) -> None:
-        """Raise `NotHere` where there is no GPU of at least this compute capability."""
+        """Raise `NotHere` without a GPU of at least this compute capability."""
         if not self.on_gpu:
             raise NotHere("torch sees no GPU")
         found = torch.cuda.get_device_capability(self.device)
@@ -58,7 +58,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Median wall-clock time of `work`, which has run twice before."""
+        """Return the median wall time of `work`, after two warm-up runs."""
         for _ in range(2):
             work()
         times = []
@@ -73,19 +73,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Check:
-    """A row before it ran."""
+    """Row before it runs."""
 
     name: str
     run: Callable[[Machine], Figures]
     mandatory: bool
-    """Whether its failure fails the script. What is not here never does."""
+    """True if its failure fails the script; `not here` never does."""
     seconds: float = 60.0
-    """How long it may take. A rank that takes longer is killed, and the row fails."""
+    """Time limit; a rank that exceeds it is killed, and the row fails."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A row after it ran on one rank."""
+    """Result of a row on one rank."""
 
     verdict: Verdict
     reason: str
@@ -94,17 +94,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row after it ran, on all ranks together."""
+    """Result of a row over all ranks."""
 
     name: str
     verdict: Verdict
     mandatory: bool
     reason: str
     figures: tuple[Figures, ...]
-    """Of each rank that got some, in the order of ranks."""
+    """Figures of each rank that has some, in the order of ranks."""
 
     def line(self) -> str:
-        """One line of the table; a range where ranks differ."""
+        """Return one line of the table, with a range for figures that differ between ranks."""
         return f"{self.verdict:9} {self.name:34} {self.reason or ', '.join(self._ranges())}"
 
     def _ranges(self) -> list[str]:
@@ -112,17 +112,17 @@ class Outcome:
 
 
 def attempt(check: Check, machine: Machine) -> Attempt:
-    """Run `check` on this rank."""
+    """Run `check` on this rank; return the result."""
     try:
         return Attempt(Verdict.WORKS, "", check.run(machine))
     except NotHere as error:
         return Attempt(Verdict.NOT_HERE, str(error), None)
-    except Exception as error:  # whatever a provider or a driver raises is the finding, and the next row is tried
+    except Exception as error:  # any exception of a package or driver is the result, and the next row runs
         return Attempt(Verdict.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", None)
 
 
 def outcome_of(check: Check, of_ranks: Sequence[Attempt]) -> Outcome:
-    """What all ranks together say of a row: the worst rank decides."""
+    """Merge the results of all ranks: the worst rank decides."""
     order = (Verdict.WORKS, Verdict.NOT_HERE, Verdict.FAILS)
     worst = max((each.verdict for each in of_ranks), key=order.index)
     measured = tuple(each.figures for each in of_ranks if each.figures is not None)
@@ -130,22 +130,22 @@ def outcome_of(check: Check, of_ranks: Sequence[Attempt]) -> Outcome:
 
 
 def _reasons(of_ranks: Sequence[str]) -> str:
-    """Each reason once, with the first rank that gave it unless all gave the same."""
+    """Join the distinct reasons, each with the first rank that gave it unless all are equal."""
     if len(set(of_ranks)) == 1:
         return of_ranks[0]
     return "; ".join(f"rank {of_ranks.index(reason)}: {reason}" for reason in dict.fromkeys(of_ranks) if reason)
 
 
 def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """‖result - truth‖ / ‖truth‖, in FP64."""
+    """Return ‖result - truth‖ / ‖truth‖ in FP64."""
     result, truth = result.double(), truth.double()
     return float(((result - truth).norm() / truth.norm()).item())
 
 
 def expect(name: str, error: float, limit: float) -> float:
-    """Return `error`; raise `Wrong` where it is over `limit` or not a number."""
+    """Return `error`; raise `Wrong` if it is over `limit` or NaN."""
     if not error <= limit:
-        raise Wrong(f"{name} is off by {error:.3g}, more than {limit:g}")
+        raise Wrong(f"the error of {name} is {error:.3g}, more than {limit:g}")
     return error
 
 

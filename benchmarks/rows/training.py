@@ -1,5 +1,5 @@
-"""One training step of the tiny model against FP32 in one CPU process: its experts over all ranks; every pipeline
-schedule over two halves of them. BF16, as a run on GPUs.
+"""Rows for one BF16 training step of the tiny model, compared with FP32 in one CPU process: experts on all ranks, and
+every pipeline schedule on two halves of the ranks.
 
 Letters: B batch, W window of tokens.
 """
@@ -37,15 +37,15 @@ SETTINGS = StepSettings(
 )
 TIMEOUT = timedelta(minutes=2)
 EXPERTS = 16
-"""Of the tiny model."""
+"""Routed experts of the tiny model."""
 MICRO_BATCHES = 4
-"""Of each data-parallel rank; DualPipe wants two for each pipeline rank."""
+"""Micro-batches per data-parallel rank; DualPipe needs two per pipeline rank."""
 LIMITS = 5e-3, 5e-2
-"""Relative errors of loss and gradient norm in BF16."""
+"""Limits of the relative errors of loss and gradient norm in BF16."""
 
 
 def training_step(machine: Machine) -> Figures:
-    """Loss and gradient norm of two steps, so that the second has new weights, then the time of one."""
+    """Test loss and gradient norm of two steps, the second with updated weights, then time one step."""
     ranks = machine.world.size
     ep = math.gcd(ranks, EXPERTS)
     grid = [f"topology.ep={ep}", f"topology.edp={ranks // ep}", f"training.global_batch_size={2 * ranks}"]
@@ -53,9 +53,9 @@ def training_step(machine: Machine) -> Figures:
 
 
 def pipeline_step(schedule: str, machine: Machine) -> Figures:
-    """The same on two pipeline ranks, with multi-token prediction, whose head shares the embedding of the first rank.
+    """Test a step on two pipeline ranks with multi-token prediction, whose head shares the embedding of the first rank.
 
-    On four ranks and more, experts are spread over those of a pipeline rank, and the halves of an FB take turns.
+    On four ranks or more, experts are distributed over the ranks of a pipeline rank, and the halves of an FB overlap.
     """
     ranks = machine.world.size
     if ranks % 2:
@@ -67,20 +67,22 @@ def pipeline_step(schedule: str, machine: Machine) -> Figures:
 
 
 def overlapped_step(machine: Machine) -> Figures:
-    """DualPipe on four ranks, two expert-parallel ranks in each pipeline rank: an exchange hides behind computing."""
+    """Test DualPipe on four ranks, two expert-parallel ranks per pipeline rank, with overlapped all-to-alls."""
     if machine.world.size % 4:
-        raise NotHere("needs four GPUs, two pipeline ranks of two expert-parallel ranks")
+        raise NotHere("needs four GPUs, for two pipeline ranks of two expert-parallel ranks")
     return pipeline_step("dualpipe", machine)
 
 
 def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
-    """Losses and gradient norms of two steps beside the CPU's, and the time of a step."""
+    """Compare losses and gradient norms of two steps with the CPU's, and time a step."""
     config = compose_run_config(["model=tiny", "precision=bf16", *overrides])
     shape = (config.training.global_batch_size, config.tokens_per_sample)
     tokens_BW = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     alone = ProcessGroups.create(Topology(), 0, TIMEOUT)
-    with _open(compose_run_config(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW) as oracle:
-        truth = [oracle.step() for _ in range(2)]
+    with _open(
+        compose_run_config(["model=tiny", "precision=fp32"]), alone, torch.device("cpu"), tokens_BW
+    ) as reference:
+        truth = [reference.step() for _ in range(2)]
 
     make = build_group_factory(machine.device, machine.world.rank, TIMEOUT)
     holders = build_stage_layout(config).replica_pp_groups()
@@ -104,21 +106,21 @@ def _step(machine: Machine, overrides: Sequence[str]) -> Figures:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """One rank's engine, and its micro-batches of one global batch."""
+    """Engine of one rank, and its micro-batches of a global batch."""
 
     engine: TrainingEngine
     micro_batches: list[TokenBatch]
     sequences: int
 
     def step(self) -> tuple[float, float]:
-        """Loss and gradient norm of the global batch."""
+        """Run one step; return loss and gradient norm of the global batch."""
         result = self.engine.stepper.step(self.micro_batches, self.sequences, SETTINGS)
         return result.loss, result.grad_norm
 
 
 @contextmanager
 def _open(config: RunConfig, groups: ProcessGroups, device: torch.device, tokens_BW: Tensor) -> Iterator[_Trainer]:
-    """The rank of `groups`, which reads its part of the batch. On one rank the batch is one micro-batch."""
+    """Build this rank's engine with its part of the batch. On one rank the batch is one micro-batch."""
     own_BW = tokens_BW.chunk(groups.topology.dp)[groups.topology.dp_rank(groups.rank)]
     size = len(own_BW) if groups.world.size == 1 else config.schedule.micro_batch_size
     micro_batches = [
@@ -137,5 +139,5 @@ CHECKS = (
         Check(f"pipeline of two, {schedule.name}", partial(pipeline_step, schedule.name), mandatory=True)
         for schedule in SCHEDULES
     ),
-    Check("dispatch beside computing, 2 x 2", overlapped_step, mandatory=True),
+    Check("overlapped dispatch, 2 x 2", overlapped_step, mandatory=True),
 )

@@ -1,1 +1,1 @@
-"""What verbs measure in real processes: the token exchange, this machine's speed, memory."""
+"""Measurements of verbs in real processes: token dispatchers, the speed of this machine, memory."""

@@ -1,4 +1,4 @@
-"""`shoestring bench exchange`: what each token exchange sends and how long it takes, beside the least it could send."""
+"""`shoestring bench exchange`: bytes and times of each token dispatcher, compared with the minimum of bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECONDS = 600
 
 
 def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str, Any]:
-    """Run it on this machine: as so many processes, or with `uplink` on a simulated cluster of so many nodes.
+    """Run the benchmark as processes of this machine, or with `uplink` on a simulated cluster; return the result.
 
     Raises `ConfigError` before any process exists.
     """
@@ -34,7 +34,7 @@ def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str,
         output = Path(folder) / "result.json"
         arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
         if uplink is None:
-            interfaces = None  # processes that are called nodes have none of their own
+            interfaces = None  # nodes that are only processes have no separate interfaces
             run_local_ranks(arguments, spec.topology.world_size, _SECONDS)
         else:
             interfaces = run_ranks_on_simulated_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
@@ -43,16 +43,16 @@ def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str,
 
 
 def run_ranks_on_simulated_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
-    """Run `python <arguments>` as so many ranks on each of some simulated nodes.
+    """Run `python <arguments>` as `gpus_per_node` ranks on each of `nodes` simulated nodes.
 
-    Returns the bytes that left the nodes through their interfaces, headers included.
+    Return the bytes that the nodes sent through their interfaces, headers included.
     """
     with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
         processes = []
         for node in range(nodes):
-            place = cluster.node_environment(node)
-            meeting = [f"--master-addr={place['MASTER_ADDR']}", f"--master-port={place['MASTER_PORT']}"]
-            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *meeting]
+            variables = cluster.node_environment(node)
+            master = [f"--master-addr={variables['MASTER_ADDR']}", f"--master-port={variables['MASTER_PORT']}"]
+            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *master]
             processes.append(
                 cluster.start_process(node, [*TORCHRUN_COMMAND, *torchrun, *arguments], build_rank_environment())
             )
@@ -61,22 +61,23 @@ def run_ranks_on_simulated_cluster(nodes: int, gpus_per_node: int, uplink: str, 
 
 
 def parse_name_list(text: str, option: str) -> tuple[str, ...]:
-    """From `a,b`. Raises `ConfigError` for nothing, or for a name that comes twice."""
+    """Parse a list such as `a,b`. Raises `ConfigError` for an empty list, or for a name that is repeated."""
     names = tuple(part.strip() for part in text.split(","))
     if len(set(names)) != len(names) or not all(names):
-        raise ConfigError([Problem(option, text, "must be names with commas between, each once")])
+        raise ConfigError([Problem(option, text, "must be names separated by commas, each once")])
     return names
 
 
 def benchmark_tables(result: Mapping[str, Any]) -> RenderableType:
-    """The figures for a reader."""
+    """Return the result as tables for the terminal."""
     spec, rows = result["spec"], result["rows"]
     parts: list[RenderableType] = [_headline(result), _bytes_table(rows), _time_table(result)]
     parts.append(_needed_table(result))
     if result["sent_by_interfaces"] is not None:
         counted, seen = result["sent_between_nodes"], result["sent_by_interfaces"]
         ratio = f"{seen / counted:.3f}" if counted else "-"
-        parts.append(f"All passes: {_mb(counted)} MB counted between nodes, {_mb(seen)} MB on the wires: {ratio}")
+        total = f"{_mb(counted)} MB counted between nodes, {_mb(seen)} MB on the interfaces"
+        parts.append(f"All passes: {total} (ratio {ratio})")
     if spec["overlap"]:
         parts.append(_overlap_table(rows))
     return Group(*parts)
@@ -85,18 +86,18 @@ def benchmark_tables(result: Mapping[str, Any]) -> RenderableType:
 def _headline(result: Mapping[str, Any]) -> str:
     spec = result["spec"]
     link = f", uplinks of {result['uplink']}" if result["uplink"] else " on one machine"
-    where = f"{spec['nodes']} nodes x {spec['gpus_per_node']} ranks on {result['device']}{link}"
-    groups = f"{spec['groups']} groups, at most {spec['top_k_groups']} of them"
-    what = (
-        f"{spec['tokens']:,} BF16 tokens of {spec['hidden']:,} a rank, top {spec['top_k']} of {spec['experts']} experts"
+    grid = f"{spec['nodes']} nodes x {spec['gpus_per_node']} ranks on {result['device']}{link}"
+    tokens = f"{spec['tokens']:,} BF16 tokens of {spec['hidden']:,} per rank"
+    experts = (
+        f"top {spec['top_k']} of {spec['experts']} experts, from {spec['top_k_groups']} of {spec['groups']} groups"
     )
-    return f"{where}\n{what} in {groups}; medians of {spec['repeats']} runs, the slowest rank's time"
+    return f"{grid}\n{tokens}, {experts}; medians of {spec['repeats']} runs, slowest rank"
 
 
 def _table(title: str, *headings: str) -> Table:
-    """The first column says which exchange, and in which format rows go to their experts."""
+    """Create a table whose first column names the token dispatcher and the format of its rows."""
     table = Table(title=title, title_justify="left")
-    table.add_column("exchange")
+    table.add_column("token dispatcher")
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
@@ -104,27 +105,27 @@ def _table(title: str, *headings: str) -> Table:
 
 def _bytes_table(rows: list[Any]) -> Table:
     table = _table(
-        "MB sent by all ranks, forward and backward: payload by link, and what travels beside it",
+        "MB sent by all ranks, forward and backward: payload by link, and metadata",
         "loopback", "nvlink", "infiniband", "ids, gates", "sizes",
     )  # fmt: skip
     for row in rows:
         payload = [sum(row["bytes"][op]["payload"][link] for op in OPERATIONS) for link in LinkType]
-        beside = sum(sum(row["bytes"][op]["metadata"].values()) for op in OPERATIONS)
+        metadata = sum(sum(row["bytes"][op]["metadata"].values()) for op in OPERATIONS)
         sizes = sum(row["bytes"]["sizes"]["metadata"].values())
-        table.add_row(_name(row), *(_mb(size) for size in (*payload, beside, sizes)))
+        table.add_row(_name(row), *(_mb(size) for size in (*payload, metadata, sizes)))
     return table
 
 
 def _time_table(result: Mapping[str, Any]) -> Table:
     table = _table(
-        "Milliseconds, and GB/s a node of the least payload between nodes",
+        "Milliseconds, and GB/s per node for the minimum payload between nodes",
         *(name.replace("_", " ") for name in OPERATIONS), "all four", "GB/s of dispatch",
     )  # fmt: skip
     nodes = result["spec"]["nodes"]
     for row in result["rows"]:
         seconds = [row["seconds"][name] for name in OPERATIONS]
-        least = result["needed"][row["format"]]["node"] / nodes
-        speed = f"{least / seconds[0] / 1e9:.4f}" if least else "-"
+        minimum = result["needed"][row["format"]]["node"] / nodes
+        speed = f"{minimum / seconds[0] / 1e9:.4f}" if minimum else "-"
         table.add_row(_name(row), *(f"{1e3 * s:.1f}" for s in (*seconds, sum(seconds))), speed)
     return table
 
@@ -132,21 +133,21 @@ def _time_table(result: Mapping[str, Any]) -> Table:
 def _needed_table(result: Mapping[str, Any]) -> Table:
     table = _table(
         "MB of payload between nodes, dispatch",
-        "sent", "row a node (least)", "row a rank", "row an expert", "sent / least",
+        "sent", "once per node (minimum)", "once per rank", "once per expert", "sent / minimum",
     )  # fmt: skip
     for row in result["rows"]:
         needed = result["needed"][row["format"]]
         measured = row["bytes"]["dispatch"]["payload"][LinkType.INFINIBAND]
         ratio = f"{measured / needed['node']:.3f}" if needed["node"] else "-"
-        ways = [needed[way] for way in ("node", "rank", "expert")]
-        table.add_row(_name(row), *(_mb(size) for size in (measured, *ways)), ratio)
+        bounds = [needed[target] for target in ("node", "rank", "expert")]
+        table.add_row(_name(row), *(_mb(size) for size in (measured, *bounds)), ratio)
     return table
 
 
 def _overlap_table(rows: list[Any]) -> Table:
     table = _table(
-        "Milliseconds of dispatches with computing beside them",
-        "exchange alone", "compute alone", "both", "both / longer",
+        "Milliseconds of dispatches overlapped with computation",
+        "dispatch only", "computation only", "overlapped", "overlapped / longer",
     )  # fmt: skip
     for row in rows:
         alone, computing, both = (row["overlap"][key] for key in ("exchange", "compute", "both"))

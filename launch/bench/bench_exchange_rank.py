@@ -1,4 +1,4 @@
-"""One rank of `shoestring bench exchange`: times and bytes of the four operations, for several exchanges and formats.
+"""One rank of `shoestring bench exchange`: times and bytes of the four operations of several dispatchers and formats.
 
 Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
 """
@@ -44,40 +44,40 @@ FORMATS = (WireFormat.BF16, WireFormat.FP8)
 
 _LIMIT = timedelta(minutes=2)
 _LABEL = ExchangeLabel("bench", 0)
-_IN_FLIGHT = 4  # exchanges of one measurement of overlap
+_IN_FLIGHT = 4  # dispatches in one measurement of overlap
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeBenchmarkSpec:
-    """What is exchanged between whom. Tokens are BF16 and go to random experts within random groups."""
+    """Sizes and options of a benchmark. Tokens are BF16 and go to random experts within random groups."""
 
     nodes: int
     gpus_per_node: int
     hidden: int
     tokens: int
-    """Of each rank."""
+    """Tokens per rank."""
     experts: int
     top_k: int
     groups: int
-    """Of consecutive experts."""
+    """Number of groups of consecutive experts."""
     top_k_groups: int
-    """How many of them a token may visit."""
+    """Number of groups to which the experts of one token are limited."""
     exchanges: tuple[str, ...]
     formats: tuple[str, ...]
-    """`bf16`, or `fp8`: FP8 towards the experts and BF16 back."""
+    """`bf16`, or `fp8`: FP8 to the experts and BF16 back."""
     repeats: int
     on_cpu: bool = False
-    """Also where there are GPUs: simulated nodes have none of their own."""
+    """True on simulated nodes, which have no GPUs even if this machine has."""
     overlap: bool
-    """Whether to measure also how well exchanges hide behind computing."""
+    """True to measure the overlap of dispatches with computation as well."""
 
     @property
     def topology(self) -> Topology:
-        """Every rank in one expert-parallel group."""
+        """Topology with every rank in one expert-parallel group."""
         return Topology(ep=self.nodes * self.gpus_per_node, gpus_per_node=self.gpus_per_node)
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about it."""
+        """Yield a problem for each invalid size or name."""
         counts = {name: value for name, value in vars(self).items() if type(value) is int}
         yield from (Problem(name, value, "must be at least 1") for name, value in counts.items() if value < 1)
         if min(counts.values()) < 1:
@@ -89,19 +89,21 @@ class ExchangeBenchmarkSpec:
             yield Problem("top_k_groups", self.top_k_groups, f"must be at most groups = {self.groups}")
         reachable = self.experts // self.groups * self.top_k_groups
         if self.top_k > reachable:
-            yield Problem("top_k", self.top_k, f"must be at most {reachable}: that many experts can be reached")
+            yield Problem(
+                "top_k", self.top_k, f"must be at most {reachable}, the experts in {self.top_k_groups} groups"
+            )
         if "deepep" in self.exchanges:
             for reason in missing_deepep_requirements("auto", self.gpus_per_node, build_rank_environment()):
                 yield Problem("exchanges", "deepep", reason)
         for field, known in (("exchanges", EXCHANGE_NAMES), ("formats", FORMATS)):
             for name in vars(self)[field]:
                 if name not in known:
-                    yield Problem(field, name, f"there are: {', '.join(known)}")
+                    yield Problem(field, name, f"must be one of: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class DispatchInputs:
-    """What one rank sends to the experts, and takes back as the gradient of the result."""
+    """Inputs of one rank: tokens, gate weights, expert ids, and the gradient of the combined output."""
 
     tokens_TD: Tensor
     weights_TK: Tensor
@@ -110,7 +112,7 @@ class DispatchInputs:
 
 
 def make_dispatch_inputs(spec: ExchangeBenchmarkSpec, rank: int, device: torch.device) -> DispatchInputs:
-    """A pure function of `spec` and `rank`."""
+    """Return random inputs that depend only on `spec` and `rank`."""
     generator = torch.Generator().manual_seed(rank)
     group_score_TG = torch.rand(spec.tokens, spec.groups, generator=generator)
     closed_TG = torch.ones_like(group_score_TG).scatter_(1, group_score_TG.topk(spec.top_k_groups).indices, 0.0)
@@ -122,7 +124,7 @@ def make_dispatch_inputs(spec: ExchangeBenchmarkSpec, rank: int, device: torch.d
 
 
 class ExchangeBenchmark:
-    """One exchange in one format, on one rank."""
+    """Benchmark of one token dispatcher in one format, on one rank."""
 
     def __init__(
         self, spec: ExchangeBenchmarkSpec, name: str, form: str, groups: ProcessGroups, device: torch.device
@@ -140,7 +142,7 @@ class ExchangeBenchmark:
         )
 
     def time_operations(self) -> dict[str, float]:
-        """Each operation alone, from its start to its result; that of the slowest rank."""
+        """Return the seconds of each operation alone, from its start to its result, on the slowest rank."""
         sent, exchange = self._sent, self._exchange
         received, first = self._timed(
             lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait()
@@ -153,7 +155,7 @@ class ExchangeBenchmark:
         return dict(zip(OPERATIONS, (first, second, third, fourth), strict=True))
 
     def measure_bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
-        """By all ranks in the first pass, by operation, kind and link."""
+        """Run one pass; return the bytes that all ranks sent, by operation, kind and link."""
         self.time_operations()
         keys = [
             (operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in TrafficKind for link in LinkType
@@ -166,13 +168,13 @@ class ExchangeBenchmark:
         return tree
 
     def measure_overlap(self) -> dict[str, float]:
-        """Seconds of some dispatches alone, of computing for as long, and of both at once; by the slowest rank."""
+        """Return the seconds of dispatches, of computation of equal length, and of both overlapped; slowest rank."""
         sent = self._sent
         square = torch.randn(256, 256, device=sent.tokens_TD.device)
 
         def start() -> Callable[[], object]:
             dispatched = self._exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL)
-            dispatched.launch_second_part()  # all of it is under way before products are queued
+            dispatched.launch_second_part()  # the whole dispatch is in flight before products are queued
             return dispatched.wait
 
         def exchanges() -> None:
@@ -197,12 +199,12 @@ class ExchangeBenchmark:
         return {"exchange": alone, "compute": computing, "both": together}
 
     def total_inter_node_bytes(self) -> int:
-        """By all ranks in all passes so far, whatever it was for."""
+        """Return the bytes that all ranks have sent between nodes in all passes."""
         own = torch.tensor(self._traffic.bytes_by_link()[LinkType.INFINIBAND])
         return int(self._groups.world_cpu.all_reduce_sum(own, "sum of bytes"))
 
     def close(self) -> None:
-        """End what runs the exchange."""
+        """Close the communicator."""
         self._worker.close()
 
     def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
@@ -217,9 +219,9 @@ class ExchangeBenchmark:
 
 
 def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups) -> dict[str, dict[str, int]]:
-    """Payload between nodes that dispatch cannot do without, all ranks together, by format, for three ways to send.
+    """Return the minimum payload of a dispatch between nodes, summed over ranks, by format and way of sending.
 
-    `node`: a row once to each node that holds an expert of its token; `rank`: once to each rank; `expert`: each copy.
+    `node`: one row to each node that holds an expert of its token; `rank`: one to each rank; `expert`: one per expert.
     """
     topology, experts_TK = spec.topology, make_dispatch_inputs(spec, groups.rank, torch.device("cpu")).experts_TK
     own_node = groups.rank // spec.gpus_per_node
@@ -241,13 +243,13 @@ def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups)
 def run_exchange_benchmarks(
     spec: ExchangeBenchmarkSpec, groups: ProcessGroups, device: torch.device
 ) -> dict[str, object]:
-    """Every exchange in every format, their repeats interleaved. Collective; equal on all ranks."""
+    """Benchmark every dispatcher in every format, with interleaved repeats. Collective; equal on all ranks."""
     benches = {
         (name, form): ExchangeBenchmark(spec, name, form, groups, device)
         for name in spec.exchanges
         for form in spec.formats
     }
-    sent = {key: bench.measure_bytes_sent() for key, bench in benches.items()}  # warms up, too
+    sent = {key: bench.measure_bytes_sent() for key, bench in benches.items()}  # also the warm-up
     runs: list[Mapping[tuple[str, str], dict[str, float]]] = [
         {key: bench.time_operations() for key, bench in benches.items()} for _ in range(spec.repeats)
     ]
@@ -272,13 +274,13 @@ def run_exchange_benchmarks(
 
 
 def main(spec_text: str, output: str) -> None:
-    """One rank under torchrun; rank 0 writes the result to the file `output`."""
+    """Run one rank under torchrun; rank 0 writes the result to the file `output`."""
     worker = TorchrunEnvironment.read()
     assert worker is not None
     values: dict[str, Any] = json.loads(spec_text)
     values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
     spec = ExchangeBenchmarkSpec(**values)
-    # Pretended nodes are processes here, so all of them need a GPU of this machine.
+    # Nodes that are only processes share this machine, so each of their ranks needs one of its GPUs.
     has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
     device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
     if has_gpus:

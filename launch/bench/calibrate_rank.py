@@ -1,7 +1,7 @@
-"""One rank of `shoestring calibrate`: times of phases, exchanges, messages and updates while all ranks are at work.
+"""One rank of `shoestring calibrate`: times of phases, token dispatches, P2P messages and updates with all ranks busy.
 
-Phases are timed inside whole steps of one process, so that each sees the caches and the allocator that it will see in a
-run. No layout that spreads a model is run: what crosses between ranks is timed on its own.
+Phases are timed inside whole steps of one process, so that caches and allocator are in the same state as in a run. No
+layout that distributes a model is run: communication between ranks is timed separately.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ T = TypeVar("T")
 
 _LIMIT = timedelta(minutes=2)
 _WARM_UP = 3
-_COLLECTIVES_A_STEP = 2  # of few numbers: targets, and the sums of a step (trainer/run/step.py)
-_SOURCE = "shoestring calibrate: median on this machine, all ranks at work"
+_COLLECTIVES_PER_STEP = 2  # small ones: target counts, and the sums of a step (trainer/run/step.py)
+_SOURCE = "shoestring calibrate: median on this machine, all ranks busy"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is measured, on one rank."""
+    """Measurements of one rank."""
 
     config: RunConfig
     groups: ProcessGroups
@@ -60,11 +60,11 @@ class Calibration:
 
     @property
     def sequence_length(self) -> int:
-        """Sequence length."""
+        """Sequence length in tokens."""
         return self.config.training.sequence_length
 
     def measure_rows(self) -> Iterator[KernelMeasurement]:
-        """Every row of the table; collective, and equal on all ranks."""
+        """Yield every row of the table; collective, and equal on all ranks."""
         torch.manual_seed(self.groups.rank)
         batch, sizes = self.config.training.global_batch_size, []
         size = 1
@@ -87,12 +87,12 @@ class Calibration:
 
     @property
     def exchange_group_sizes(self) -> list[int]:
-        """Over how many ranks of these an exchange could be."""
+        """Sizes of expert-parallel groups that these ranks can form."""
         world, experts = self.groups.world.size, self.config.model.n_routed_experts
         return [ranks for ranks in range(1, world + 1) if world % ranks == 0 and experts % ranks == 0]
 
     def _exchange_groups(self, ranks: int) -> ProcessGroups:
-        """Exchanges over so many ranks, in as many groups at once as there are."""
+        """Create the groups for token dispatches over `ranks` ranks; all groups are measured at the same time."""
         world, per_node = self.groups.world.size, self.config.topology.gpus_per_node
         if ranks == 1:
             return ProcessGroups.create(Topology(gpus_per_node=per_node), 0, _LIMIT)
@@ -100,6 +100,7 @@ class Calibration:
         return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
 
     def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> KernelMeasurement:
+        """Build a row from the time of the slowest rank."""
         slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
         role = shape or role
         return KernelMeasurement(
@@ -107,7 +108,7 @@ class Calibration:
         )
 
     def _phases(self, micro_batch: int) -> dict[str, float]:
-        """Seconds of every phase, and of what lies between them in a chunk."""
+        """Return the seconds of every phase, and of the rest of a chunk."""
         recorder = TraceRecorder(nvtx=False)
         stepper, batch, settings = self._stepper(micro_batch, recorder)
         found: defaultdict[str, list[float]] = defaultdict(list)
@@ -147,7 +148,7 @@ class Calibration:
         return stepper, TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)), settings
 
     def _exchanges(self, micro_batch: int, ranks: int) -> dict[ExchangeOperation, float]:
-        """Seconds of the four operations over so many ranks, from the call to what arrived."""
+        """Return the seconds of the four operations over `ranks` ranks, from the call to the arrival of the result."""
         config, model, device = self.config, self.config.model, torch.device("cpu")
         groups = self._exchange_groups(ranks)
         worker = build_async_communicator(groups.ep, device)
@@ -161,7 +162,7 @@ class Calibration:
         experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
         seconds: defaultdict[ExchangeOperation, list[float]] = defaultdict(list)
 
-        def go_round(number: int) -> tuple[float, ...]:
+        def run_operations(number: int) -> tuple[float, ...]:
             label = ExchangeLabel("calibrate", number)
             received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
             rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.gate_weights_R)
@@ -171,7 +172,7 @@ class Calibration:
             return first, second, third, fourth
 
         for repetition in range(self.repeats + _WARM_UP):
-            times = go_round(repetition)
+            times = run_operations(repetition)
             for name, value in zip(ExchangeOperation, times, strict=True):
                 if repetition >= _WARM_UP:
                     seconds[name].append(value)
@@ -185,7 +186,7 @@ class Calibration:
         return result, time.perf_counter() - start
 
     def _message(self, micro_batch: int) -> float:
-        """Seconds of a hidden state from one rank to the next, half of the way there and back."""
+        """Return the seconds of a hidden state from one rank to the next, half of a round trip."""
         world, model = self.groups.world, self.config.model
         if world.size == 1:
             return 0.0
@@ -205,7 +206,7 @@ class Calibration:
         return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
 
     def _updates(self) -> Iterator[KernelMeasurement]:
-        """Nanoseconds a parameter of the optimizer and of a sum over ranks; what else a step takes."""
+        """Yield nanoseconds per parameter of the optimizer and of an all-reduce, and the rest of a step."""
         recorder = TraceRecorder(nvtx=False)
         stepper, batch, settings = self._stepper(1, recorder)
         count = sum(parameter.numel() for parameter in stepper.model.parameters())
@@ -218,10 +219,9 @@ class Calibration:
                 top = [span for span in recorder.spans if span.track is TimelineTrack.INSTRUCTION]
                 update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, GRADIENT_SYNC_WAIT)))
                 rest.append(whole - sum(map(_length, top)))
-        few = torch.zeros(
-            2 * self.config.model.num_hidden_layers * self.config.model.n_routed_experts
-        )  # loads and biases
-        many = torch.zeros(count)
+        # The small reduction has the size of expert loads and router biases.
+        small = torch.zeros(2 * self.config.model.num_hidden_layers * self.config.model.n_routed_experts)
+        large = torch.zeros(count)
         world = self.groups.world
 
         def seconds_of_sum(tensor: Tensor) -> float:
@@ -229,17 +229,17 @@ class Calibration:
                 self._timed(lambda: world.all_reduce_sum(tensor, "sum to time"))[1] for _ in range(self.repeats)
             )
 
-        sums = {"few": seconds_of_sum(few), "many": seconds_of_sum(many)}
-        yield self._row("phase", "step", "any", median(rest) + _COLLECTIVES_A_STEP * sums["few"])
-        yield self._row("phase", "optimizer", "any", median(update) / count * 1e3)  # in thousands of parameters
-        yield self._row("phase", "reduce", "any", sums["many"] / count * 1e3)
+        small_seconds, large_seconds = seconds_of_sum(small), seconds_of_sum(large)
+        yield self._row("phase", "step", "any", median(rest) + _COLLECTIVES_PER_STEP * small_seconds)
+        yield self._row("phase", "optimizer", "any", median(update) / count * 1e3)  # per thousand parameters
+        yield self._row("phase", "reduce", "any", large_seconds / count * 1e3)
 
 
 def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
-    """Of one step of one micro-batch on one process: each phase of one layer, and the rest of a chunk.
+    """Return the seconds of each phase of one layer, and of the rest of a chunk, from a step of one micro-batch.
 
-    In a backward the weights that a moment settles are those left since the moment before: first the losses', then
-    those of MTP and its layer's attention, then each layer's attention, at last also those of the dense layers.
+    A backward computes delayed weight gradients in this order: the losses', MTP's with its layer's attention, each
+    layer's attention, and last also those of the dense layers.
     """
     model = config.model
     named: defaultdict[str, list[Span]] = defaultdict(list)
@@ -249,12 +249,12 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
 
     def mean(name: str) -> float:
         found = named[name]
-        inside = sum(_length(wait) for wait in waits if any(f.begin <= wait.begin < f.end for f in found))
-        return (sum(map(_length, found)) - inside) / len(found) if found else 0.0
+        waited = sum(_length(wait) for wait in waits if any(f.begin <= wait.begin < f.end for f in found))
+        return (sum(map(_length, found)) - waited) / len(found) if found else 0.0
 
-    settled = [_length(span) for span in named["attn(W)"]]
+    wgrads = [_length(span) for span in named["attn(W)"]]
     depth, dense = model.num_nextn_predict_layers, model.first_k_dense_replace
-    routed = settled[1 + depth : -1] or settled[-1:]
+    routed = wgrads[1 + depth : -1] or wgrads[-1:]
     attention = sum(routed) / len(routed)
     phases = {
         ComputePhase.ATTENTION_F: mean("attn(F)"),
@@ -267,13 +267,13 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         ComputePhase.EXPERTS_W: mean("mlp(W)"),
         ComputePhase.DENSE_LAYER_F: mean("dense(F)"),
         ComputePhase.DENSE_LAYER_B: mean("dense(B)"),
-        ComputePhase.DENSE_LAYER_W: max(0.0, settled[-1] - attention) / max(dense, 1),
+        ComputePhase.DENSE_LAYER_W: max(0.0, wgrads[-1] - attention) / max(dense, 1),
         ComputePhase.HEAD_F: mean("loss(F)"),
-        ComputePhase.HEAD_W: settled[0] / (1 + depth),
-        ComputePhase.MTP_MERGE_W: max(0.0, sum(settled[1 : 1 + depth]) / depth - attention) if depth else 0.0,
+        ComputePhase.HEAD_W: wgrads[0] / (1 + depth),
+        ComputePhase.MTP_MERGE_W: max(0.0, sum(wgrads[1 : 1 + depth]) / depth - attention) if depth else 0.0,
     }
-    rest = {way: _rest(named[way], spans) for way in ("F", "B")}
-    # Not in any phase: the losses' backward and MTP's merge, which are on the last stage too.
+    rest = {op: _rest(named[op], spans) for op in ("F", "B")}
+    # The losses' backward and MTP's merge are in no phase; the last stage has both.
     phases |= {
         ComputePhase.MTP_MERGE_F: rest["F"] / max(depth, 1),
         ComputePhase.MTP_MERGE_B: 0.0,
@@ -283,7 +283,7 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
 
 
 def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
-    """What of the instructions is in no phase and no exchange."""
+    """Return the seconds of the instructions outside of phases and token dispatches."""
     inner = [
         span
         for span in spans
@@ -300,7 +300,7 @@ def _length(span: Span) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure the run that overrides and directory in the first argument describe; rank 0 writes rows to the second."""
+    """Measure the run that the first argument describes as JSON; rank 0 writes the rows to the second."""
     worker = TorchrunEnvironment.read()
     assert worker is not None
     overrides, directory = json.loads(arguments[0])

@@ -1,4 +1,4 @@
-"""One rank of `shoestring memory --measure`: builds what a training run would and takes steps on random tokens."""
+"""One rank of `shoestring memory --measure`: it builds a rank of a training run and runs steps on random tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..run.worker import pick_device
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure the run that overrides and directory in the first argument describe; rank 0 writes all to the second."""
+    """Measure the run that the first argument describes as JSON; rank 0 writes all results to the second."""
     worker = TorchrunEnvironment.read()
     assert worker is not None
     overrides, directory, skewed = json.loads(arguments[0])
@@ -28,12 +28,15 @@ def main(arguments: Sequence[str]) -> None:
     device = pick_device(config, worker)
     limit = timedelta(seconds=config.training.collective_timeout_seconds)
     init_default_process_group(worker, device, timedelta(seconds=config.training.start_timeout_seconds))
-    holders, make = build_stage_layout(config).replica_pp_groups(), build_group_factory(device, worker.rank, limit)
-    groups = ProcessGroups.create(config.topology, worker.rank, limit, holders, make)
-    own = measure_step_memory(config, groups, device, skewed=skewed)
-    everyone = groups.world_cpu.all_gather_objects((str(device), own.to_dict()), "measured memory")
+    replica_groups, make = (
+        build_stage_layout(config).replica_pp_groups(),
+        build_group_factory(device, worker.rank, limit),
+    )
+    groups = ProcessGroups.create(config.topology, worker.rank, limit, replica_groups, make)
+    measured = measure_step_memory(config, groups, device, skewed=skewed)
+    by_rank = groups.world_cpu.all_gather_objects((str(device), measured.to_dict()), "measured memory")
     if worker.rank == 0:
-        Path(arguments[1]).write_text(json.dumps(everyone))
+        Path(arguments[1]).write_text(json.dumps(by_rank))
     dist.destroy_process_group()
 
 

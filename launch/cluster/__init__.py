@@ -1,1 +1,1 @@
-"""Several simulated machines on this one, for rehearsals and tests."""
+"""Nodes simulated on one machine, for tests of multi-node runs."""

@@ -1,7 +1,7 @@
-"""`shoestring cluster`: a training run over several machines, rehearsed on this one, and broken where that is asked.
+"""`shoestring cluster`: a training run over several nodes simulated on this machine, with injected faults.
 
-Every node runs launch/run/node.py, as launch/torchrun.sh does on a machine that exists. Node 0 has the terminal; what
-the other nodes say is shown when the run fails.
+Every node runs launch/run/node.py, as launch/torchrun.sh does on a real node. Node 0 prints to the terminal; the output
+of the other nodes is printed if the run fails.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ..run.preflight import run_preflight_checks
 from .namespaces import NamespaceProcess
 from .simulated_cluster import SimulatedCluster
 
-# For the other nodes when one has failed. A node without a link hears nothing of that, and its torchrun would wait on.
+# Time for the other nodes to end after one has failed: a disconnected node does not learn of it, and would wait.
 _SECONDS_FOR_OTHERS = 15
-# After a fault, in addition to what one collective may wait.
+# Time after a fault, added to the timeout of one collective.
 _SECONDS_AFTER_FAULT = 30
-# For node 0 to end its ranks and close the ledger; its launcher gives torchrun 30 of them.
+# Time for node 0 to end its ranks and close the ledger; its launcher gives torchrun 30 s of it.
 _SECONDS_TO_END = 40
-_SECONDS_BETWEEN_LOOKS = 0.1
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """A node that breaks as soon as the run has told of a step."""
+    """Fault of a node, injected once the run has logged a step."""
 
     option: str
     """`--cut-link` or `--kill-node`."""
@@ -48,7 +48,7 @@ class InjectedFault:
 
     @staticmethod
     def parse(option: str, text: str, nodes: int) -> InjectedFault:
-        """From `NODE@STEP`. Raises `ConfigError`."""
+        """Parse `NODE@STEP`. Raises `ConfigError`."""
         node, _, step = text.partition("@")
         if not (node.isdecimal() and step.isdecimal() and int(node) < nodes and int(step) > 0):
             hint = f"must be NODE@STEP, such as 0@20, with a node from 0 to {nodes - 1} and a step from 1"
@@ -56,7 +56,7 @@ class InjectedFault:
         return InjectedFault(option, int(node), int(step))
 
     def inject(self, cluster: SimulatedCluster) -> str:
-        """Break the node; return what has happened to it."""
+        """Inject the fault; return a text for the summary."""
         if self.option == "--cut-link":
             cluster.cut_link(self.node)
             return f"link cut at step {self.step}"
@@ -66,7 +66,7 @@ class InjectedFault:
 
 @dataclass(frozen=True)
 class SimulatedClusterRun:
-    """What is rehearsed, on what, and what shall go wrong."""
+    """Run on a simulated cluster: its configuration, its nodes and its faults."""
 
     overrides: Sequence[str]
     config_dir: Path | None
@@ -78,21 +78,21 @@ class SimulatedClusterRun:
     """Option and `NODE@STEP`."""
 
     def all_overrides(self) -> list[str]:
-        """What the cluster implies is added where it is not given."""
-        own = {"topology.gpus_per_node": str(self.gpus_per_node), "training.device": "cpu"}
+        """Return the overrides, with those that the cluster implies added unless they are given."""
+        implied = {"topology.gpus_per_node": str(self.gpus_per_node), "training.device": "cpu"}
         if self.faults:
-            own["telemetry.log_every"] = "1"  # a step that is not told cannot be waited for
+            implied["telemetry.log_every"] = "1"  # faults wait for the log line of their step
         given = {text.lstrip("+").partition("=")[0] for text in self.overrides}
-        return [*self.overrides, *(f"{key}={value}" for key, value in own.items() if key not in given)]
+        return [*self.overrides, *(f"{key}={value}" for key, value in implied.items() if key not in given)]
 
     def node_command(self) -> list[str]:
-        """What each node runs. Its variables say which one it is."""
+        """Return the command of every node, which reads its number from its environment."""
         command = [sys.executable, "-m", "shoestring.launch.run.node", *self.all_overrides()]
         command += [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
         return command + (["--fresh"] if self.fresh else [])
 
     def compose_config(self) -> RunConfig:
-        """The run's. Raises `ConfigError` for one that these nodes cannot run."""
+        """Compose and check the configuration. Raises `ConfigError` for one that these nodes cannot run."""
         config = compose_run_config(self.all_overrides(), self.config_dir)
         raise_if_any(self._problems(config))
         run_preflight_checks(config, self.gpus_per_node, fresh=self.fresh)
@@ -102,21 +102,21 @@ class SimulatedClusterRun:
         ranks, topology = self.nodes * self.gpus_per_node, config.topology
         if ranks != topology.world_size:
             total = f"--nodes x --gpus-per-node = {self.nodes} x {self.gpus_per_node} = {ranks} ranks"
-            hint = f"{total}, and the topology asks for {topology.world_size}"
+            hint = f"{total}, and the topology needs {topology.world_size}"
             yield Problem("--gpus-per-node", self.gpus_per_node, hint)
         if topology.gpus_per_node != self.gpus_per_node:
-            hint = f"--gpus-per-node says {self.gpus_per_node}; write the same, or leave it out here"
+            hint = f"--gpus-per-node is {self.gpus_per_node}; write the same value, or remove this override"
             yield Problem("topology.gpus_per_node", topology.gpus_per_node, hint)
         if config.training.device != "cpu":
-            hint = "the nodes would share the GPUs of this machine; write cpu, or leave it out"
+            hint = "the simulated nodes would share the GPUs of this machine; write cpu, or remove this override"
             yield Problem("training.device", config.training.device, hint)
         if config.telemetry.wandb.mode == "online":
-            hint = "there is no way out of a simulated cluster; write offline"
+            hint = "a simulated cluster has no network access; write offline"
             yield Problem("telemetry.wandb.mode", "online", hint)
 
 
 def run_on_simulated_cluster(run: SimulatedClusterRun) -> int:
-    """Run it; return the exit code: node 0's, or where that is 0 the first of another node that is not.
+    """Run it; return the exit code of node 0, or if that is 0 the first non-zero code of another node.
 
     Raises `ConfigError` before any process of the run exists.
     """
@@ -127,69 +127,69 @@ def run_on_simulated_cluster(run: SimulatedClusterRun) -> int:
             faults.append(InjectedFault.parse(option, text, run.nodes))
     if len({fault.node for fault in faults}) < len(faults):
         broken = ", ".join(text for _, text in run.faults)
-        problems.append(Problem("--cut-link, --kill-node", broken, "a node can break once"))
+        problems.append(Problem("--cut-link, --kill-node", broken, "a node can have one fault"))
     with collect_problems(problems):
         cluster = SimulatedCluster(run.nodes, run.uplink_rate)
     with collect_problems(problems):
         config = run.compose_config()
         for (option, text), fault in zip(run.faults, faults, strict=False):
             if fault.step >= config.total_steps:
-                hint = f"would never happen: the run has {config.total_steps} steps; name an earlier one"
+                hint = f"would never happen: the run has {config.total_steps} steps; use an earlier step"
                 problems.append(Problem(option, text, hint))
     raise_if_any(problems)
     try:
         with raise_on_stop_signals(), cluster, ExitStack() as cleanup:
             logs = [cleanup.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(1, run.nodes)]
             return _run(run, config, cluster, faults, logs)
-    except StoppedBySignal as stop:  # before the nodes had started, or for a second time
+    except StoppedBySignal as stop:  # before the nodes had started, or a second signal
         return stop.exit_code
 
 
 def _run(
-    rehearsal: SimulatedClusterRun,
+    run: SimulatedClusterRun,
     config: RunConfig,
     cluster: SimulatedCluster,
     faults: Sequence[InjectedFault],
     logs: Sequence[IO[str]],
 ) -> int:
-    """Start the nodes, wait for them, say what came of it. `logs` are of all nodes but 0, which has the terminal."""
+    """Start the nodes, wait for them, and print the result. `logs` are of all nodes but 0, which uses the terminal."""
     steps = _Steps(Path(config.training.run_dir) / METRICS_FILE, time.time())
     outputs: list[IO[str] | None] = [None, *logs]
     processes = [
         cluster.start_process(
             node,
-            rehearsal.node_command(),
-            {"GPUS_PER_NODE": str(rehearsal.gpus_per_node)},
+            run.node_command(),
+            {"GPUS_PER_NODE": str(run.gpus_per_node)},
             stdout=output,
             stderr=output,
         )
         for node, output in enumerate(outputs)
     ]
-    fates: dict[int, str] = {}
+    outcomes: dict[int, str] = {}
     code = None
     try:
-        patience = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
-        _wait(cluster, processes, steps, faults, fates, patience)
+        seconds_after_fault = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
+        _wait(cluster, processes, steps, faults, outcomes, seconds_after_fault)
     except StoppedBySignal as stop:
         code = stop.exit_code
-    _end(cluster, processes, fates)
+    _end(cluster, processes, outcomes)
     if code is None:
-        code = next((_code(process) for process in processes if process.returncode), 0)
+        code = next((_exit_code(process) for process in processes if process.returncode), 0)
     if code:
         _show_logs(logs)
-    _show_traffic(cluster, fates)
+    _show_traffic(cluster, outcomes)
     return code
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """What a run tells of its steps from a moment on."""
+    """Steps that a run has logged since `began`."""
 
     metrics: Path
     began: float
 
     def last(self) -> int:
-        """0 before the first."""
+        """Return the last logged step, 0 before the first."""
         try:
             events = read_all_metrics(self.metrics)
         except ConfigError:  # no file yet, or --fresh has just removed it
@@ -202,27 +202,27 @@ def _wait(
     processes: Sequence[NamespaceProcess],
     steps: _Steps,
     faults: Sequence[InjectedFault],
-    fates: dict[int, str],
-    patience: float,
+    outcomes: dict[int, str],
+    seconds_after_fault: float,
 ) -> None:
-    """Until all nodes have ended, or have had the time to: `patience` after a fault, less when one of them has failed.
+    """Inject the faults, and wait until all nodes have ended or their time is over.
 
-    Faults strike meanwhile, and are noted in `fates`.
+    The time is `seconds_after_fault` after a fault, and less once a node has failed. Faults are noted in `outcomes`.
     """
     deadline, pending = math.inf, list(faults)
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         last = steps.last() if pending else 0
         for fault in [fault for fault in pending if fault.step <= last]:
             pending.remove(fault)
-            fates[fault.node] = fault.inject(cluster)
-            deadline = min(deadline, time.monotonic() + patience)
+            outcomes[fault.node] = fault.inject(cluster)
+            deadline = min(deadline, time.monotonic() + seconds_after_fault)
         if processes[0].poll() is not None or any(process.poll() for process in processes):
             deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _end(cluster: SimulatedCluster, processes: Sequence[NamespaceProcess], fates: dict[int, str]) -> None:
-    """Ask nodes that are left to end, wait for node 0, which holds the ledger, and kill the others."""
+def _end(cluster: SimulatedCluster, processes: Sequence[NamespaceProcess], outcomes: dict[int, str]) -> None:
+    """Request a stop of the remaining nodes, wait for node 0, which writes the ledger, and kill the others."""
     left = [node for node, process in enumerate(processes) if process.poll() is None]
     for node in left:
         processes[node].terminate()
@@ -232,12 +232,12 @@ def _end(cluster: SimulatedCluster, processes: Sequence[NamespaceProcess], fates
     for node in left:
         if processes[node].poll() is None:
             cluster.kill_node(node)
-            fates.setdefault(node, "killed in the end")
+            outcomes.setdefault(node, "killed at the end")
             processes[node].wait()
 
 
-def _code(process: NamespaceProcess) -> int:
-    """As a shell tells it: 128 + n for signal n."""
+def _exit_code(process: NamespaceProcess) -> int:
+    """Return a process's exit code as a shell does: 128 + n for signal n."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
@@ -248,7 +248,7 @@ def _show_logs(logs: Sequence[IO[str]]) -> None:
             print_to_stderr(f"node {node} | {line.rstrip()}")
 
 
-def _show_traffic(cluster: SimulatedCluster, fates: Mapping[int, str]) -> None:
-    print_to_stdout(f"bytes that each node sent over its uplink ({cluster.uplink or 'no limit'}):")
+def _show_traffic(cluster: SimulatedCluster, outcomes: Mapping[int, str]) -> None:
+    print_to_stdout(f"bytes sent over the uplink of each node ({cluster.uplink or 'no limit'}):")
     for node in range(cluster.nodes):
-        print_to_stdout(f"  node {node}  {cluster.uplink_bytes_sent(node):>15,}  {fates.get(node, '')}".rstrip())
+        print_to_stdout(f"  node {node}  {cluster.uplink_bytes_sent(node):>15,}  {outcomes.get(node, '')}".rstrip())

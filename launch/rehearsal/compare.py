@@ -1,4 +1,4 @@
-"""The logs of all rehearsed ranks against each other: same collectives in the same order, messages one to one."""
+"""Comparison of all rehearsed ranks' logs: equal collectives in equal order, and matching P2P messages."""
 
 from __future__ import annotations
 
@@ -21,64 +21,65 @@ _Row = list[CollectiveRecord]
 
 
 def compare_rank_logs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
-    """Return every mismatch between two rehearsed ranks.
+    """Yield every mismatch between two rehearsed ranks.
 
-    Of two ranks on one communicator the first mismatch is described and the others behind it are counted: where a call
-    is missing, all that follow differ. A log that ends by an error is compared as far as it goes.
+    For two ranks on one communicator the first mismatch is described and later ones are counted: after a missing call
+    all others differ. A log that ends with an exception is compared up to its end.
     """
-    cut = {log.rank for log in logs if has_raised(log)}
+    failed = {log.rank for log in logs if has_raised(log)}
     collectives = group_collectives(logs)
-    yield from _order_faults(collectives, cut)
-    yield from _size_faults(collectives)
-    yield from _message_faults(logs, cut)
+    yield from _order_findings(collectives, failed)
+    yield from _size_findings(collectives)
+    yield from _message_findings(logs, failed)
 
 
-def _order_faults(collectives: CollectivesByCommunicator, cut: set[int]) -> Iterator[RunFinding]:
-    """Operation, shape, dtype and purpose are equal for all members, so each member is compared with the next."""
+def _order_findings(collectives: CollectivesByCommunicator, failed: set[int]) -> Iterator[RunFinding]:
+    # Operation, shape, dtype and purpose are equal for all members, so comparing each member with the next suffices.
     for communicator, rows in collectives.items():
         for ours, theirs in pairwise(sorted(rows)):
             differing = [
                 number
                 for number in range(max(len(rows[ours]), len(rows[theirs])))
-                if not _is_alike(rows, ours, theirs, number, cut)
+                if not _is_alike(rows, ours, theirs, number, failed)
             ]
             if differing:
-                yield _order_fault(communicator, rows, (ours, theirs), differing)
+                yield _order_finding(communicator, rows, (ours, theirs), differing)
 
 
-def _is_alike(rows: dict[int, _Row], ours: int, theirs: int, number: int, cut: set[int]) -> bool:
+def _is_alike(rows: dict[int, _Row], ours: int, theirs: int, number: int, failed: set[int]) -> bool:
     present = [rank for rank in (ours, theirs) if number < len(rows[rank])]
     if len(present) == 2:
-        return _facts(rows[ours][number]) == _facts(rows[theirs][number])
-    return bool({ours, theirs}.difference(present) & cut)
+        return _comparable_fields(rows[ours][number]) == _comparable_fields(rows[theirs][number])
+    return bool({ours, theirs}.difference(present) & failed)
 
 
-def _facts(collective: CollectiveRecord) -> tuple[object, ...]:
+def _comparable_fields(collective: CollectiveRecord) -> tuple[object, ...]:
     return collective.operation, collective.purpose, collective.shape, collective.dtype
 
 
-def _order_fault(
+def _order_finding(
     communicator: Communicator, rows: dict[int, _Row], ranks: tuple[int, int], differing: list[int]
 ) -> RunFinding:
     first = differing[0]
     has = "; ".join(f"rank {rank} has {_collective_at(rows[rank], first)}" for rank in ranks)
     places = tuple(rows[rank][first].code_location for rank in ranks if first < len(rows[rank]))
-    return RunFinding("collective", ranks, f"number {first + 1} on {communicator}: {has}{_more(differing)}", places)
+    text = f"number {first + 1} on {communicator}: {has}{_count_of_others(differing)}"
+    return RunFinding("collective", ranks, text, places)
 
 
 def _collective_at(row: _Row, number: int) -> str:
     if number >= len(row):
-        return f"none, its last is number {len(row)}"
+        return f"none (its last is number {len(row)})"
     each = row[number]
     return f"{each.operation} ({each.purpose}) of {each.dtype} {list(each.shape)}"
 
 
-def _more(differing: Sequence[int]) -> str:
-    return f"; {len(differing) - 1} more differ behind it" if len(differing) > 1 else ""
+def _count_of_others(differing: Sequence[int]) -> str:
+    return f"; {len(differing) - 1} more after it" if len(differing) > 1 else ""
 
 
-def _size_faults(collectives: CollectivesByCommunicator) -> Iterator[RunFinding]:
-    """Every pair of members agrees on the rows that they exchange in an all-to-all."""
+def _size_findings(collectives: CollectivesByCommunicator) -> Iterator[RunFinding]:
+    """Yield a finding per pair of members that disagree on the rows of an all-to-all."""
     for communicator, rows in collectives.items():
         for ours, theirs in combinations(sorted(rows), 2):
             differing = [
@@ -92,29 +93,30 @@ def _size_faults(collectives: CollectivesByCommunicator) -> Iterator[RunFinding]
                 left, right = rows[ours][first], rows[theirs][first]
                 (out, received), (sent, back) = _between(communicator, left, ours, right, theirs)
                 text = (
-                    f"number {first + 1} on {communicator}, {left.purpose}: rank {ours} sends {out} rows to rank {theirs},"
-                    f" which expects {received}; rank {theirs} sends {sent} back, and rank {ours} expects {back}"
+                    f"number {first + 1} on {communicator}, {left.purpose}:"
+                    f" rank {ours} sends {out} rows to rank {theirs}, which expects {received};"
+                    f" rank {theirs} sends {sent} rows to rank {ours}, which expects {back}"
                 )
                 places = left.code_location, right.code_location
-                yield RunFinding("collective", (ours, theirs), f"{text}{_more(differing)}", places)
+                yield RunFinding("collective", (ours, theirs), f"{text}{_count_of_others(differing)}", places)
 
 
 def _between(
     communicator: Communicator, left: CollectiveRecord, ours: int, right: CollectiveRecord, theirs: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows sent and expected, from the first to the second rank and back."""
+    """Return the rows sent and expected, from the first to the second rank and in the other direction."""
     here, there = communicator.ranks.index(ours), communicator.ranks.index(theirs)
     return (left.sends[there], right.receives[here]), (right.sends[here], left.receives[there])
 
 
-def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[RunFinding]:
-    """Between two ranks of a communicator a message is known by its number."""
+def _message_findings(logs: Sequence[RankLog], failed: set[int]) -> Iterator[RunFinding]:
+    # Messages between two ranks of a communicator have no tags: they match by their number.
     sent, received = group_p2p_ops(logs)
     for key in dict.fromkeys((*sent, *received)):
         communicator, source, target = key
         out, arriving = sent.get(key, []), received.get(key, [])
         shorter = source if len(out) < len(arriving) else target
-        compared = min(len(out), len(arriving)) if shorter in cut else max(len(out), len(arriving))
+        compared = min(len(out), len(arriving)) if shorter in failed else max(len(out), len(arriving))
         differing = [number for number in range(compared) if not _is_matched(out, arriving, number)]
         if differing:
             first = differing[0]
@@ -123,7 +125,7 @@ def _message_faults(logs: Sequence[RankLog], cut: set[int]) -> Iterator[RunFindi
                 f" {_message_at(out, first)}; rank {target} receives {_message_at(arriving, first)}"
             )
             places = tuple(ends[first].code_location for ends in (out, arriving) if first < len(ends))
-            yield RunFinding("message", (source, target), f"{text}{_more(differing)}", places)
+            yield RunFinding("message", (source, target), f"{text}{_count_of_others(differing)}", places)
 
 
 def _is_matched(out: Sequence[P2POpEndpoint], arriving: Sequence[P2POpEndpoint], number: int) -> bool:

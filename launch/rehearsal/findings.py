@@ -1,4 +1,4 @@
-"""What a rehearsal finds wrong, whichever check has found it."""
+"""Findings of a rehearsal, from all of its checks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from .log import RankFinding, RankLog
 
 ERROR_KIND = "error"
-"""Kind of the fault of a rank whose step raised: its log ends there."""
+"""Kind of the finding of a rank whose step raised; its log ends there."""
 
 
 @dataclass(frozen=True)
 class RunFinding:
-    """A reason for which the run must not be started as it is."""
+    """Reason why the run must not be started unchanged."""
 
     kind: str
     """`hang`, `first contact`, `collective`, `message`, `host read`, `control`, `world`, `groups`, `memory`, or the
@@ -21,42 +21,42 @@ class RunFinding:
     ranks: tuple[int, ...]
     text: str
     places: tuple[str, ...] = ()
-    """Of each of `ranks`, or one that they share: the instruction and the line of our code."""
+    """Instruction and code line of each of `ranks`, or one that they share."""
 
     def __str__(self) -> str:
-        is_told = not self.places or "\n" in self.text  # a text of several lines has the places where they belong
-        where = "" if is_told else f" [{'; '.join(dict.fromkeys(self.places))}]"
-        return f"{self.kind}, {format_ranks(self.ranks)}: {self.text}{where}"
+        is_complete = not self.places or "\n" in self.text  # a text of several lines contains the places
+        locations = "" if is_complete else f" [{'; '.join(dict.fromkeys(self.places))}]"
+        return f"{self.kind}, {format_ranks(self.ranks)}: {self.text}{locations}"
 
 
 def group_findings(findings: Mapping[int, Sequence[RankFinding]]) -> Iterator[RunFinding]:
-    """Return the findings of single ranks, one fault for all that say the same of one line of code.
+    """Merge the findings of single ranks that have the same text and code line.
 
-    The instructions in which it happens differ: the first is named, and they are counted.
+    Their instructions may differ: the merged finding names the first and counts them.
     """
     alike: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for rank, found in findings.items():
         for finding in dict.fromkeys(found):
             key = finding.kind, finding.text, code_line(finding.code_location)
             alike.setdefault(key, []).append((rank, finding.code_location))
-    for (kind, text, _), of in alike.items():
-        ranks = tuple(dict.fromkeys(rank for rank, _ in of))
-        often = f"; {len(of)} times" if len(of) > len(ranks) else ""
-        yield RunFinding(kind, ranks, f"{text}{often}", (of[0][1],))
+    for (kind, text, _), occurrences in alike.items():
+        ranks = tuple(dict.fromkeys(rank for rank, _ in occurrences))
+        count = f"; {len(occurrences)} times" if len(occurrences) > len(ranks) else ""
+        yield RunFinding(kind, ranks, f"{text}{count}", (occurrences[0][1],))
 
 
 def code_line(place: str) -> str:
-    """Return the line of our code without the instruction that a place begins with."""
+    """Return the code line of a code location, without its instruction."""
     return place.rpartition(": ")[2]
 
 
 def has_raised(log: RankLog) -> bool:
-    """Return whether the rank's step raised, so that what it would have done later is not known."""
+    """Return whether the rank's step raised, so that its log is incomplete."""
     return any(finding.kind == ERROR_KIND for finding in log.findings)
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """Return the ranks as errors name them, a long list by its ends."""
+    """Return the ranks as text for messages; a long list is abbreviated to its ends."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) <= 4:

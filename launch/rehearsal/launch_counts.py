@@ -1,4 +1,4 @@
-"""Launches and bytes, averaged over what the rehearsed ranks have alike: a layer's phases in one micro-batch."""
+"""Kernel launches and bytes per phase of a layer in one micro-batch, averaged over the rehearsed ranks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class MeanKernelLaunches:
-    """The mean over layers, micro-batches and ranks; of what belongs to no layer, over ranks, of a whole step."""
+    """Mean over layers, micro-batches and ranks; for launches that belong to no layer, of a whole step over ranks."""
 
     of: str
     """`MoE layer`, `dense layer`, `MTP module` or `step`."""
     phase: str
     stream: str
     operation: str
-    """Empty where all operations are taken together."""
+    """Empty for the sum over all operations."""
     place: str
     launches: float
     bytes: float
 
 
 def mean_launches_by_phase(config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> list[MeanKernelLaunches]:
-    """Return the phases of a layer in one micro-batch, stream by stream, in the order of their first launch."""
+    """Return the means by phase and stream, in the order of the first launch."""
     found = _means(config, stages, logs, lambda row: (row.phase, row.stream))
     return [MeanKernelLaunches(of, phase, stream, "", "", *mean) for (of, (phase, stream)), mean in found.items()]
 
@@ -42,14 +42,14 @@ def mean_launches_by_phase(config: RunConfig, stages: StageLayout, logs: Sequenc
 def mean_launches_by_operation(
     config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]
 ) -> list[MeanKernelLaunches]:
-    """Return every kind of operation at every place, those that move the most bytes first."""
+    """Return the means by operation and code location, those that move the most bytes first."""
     found = _means(config, stages, logs, lambda row: (row.phase, row.stream, row.operation, row.code_location))
     counts = [MeanKernelLaunches(of, *key, *mean) for (of, key), mean in found.items()]
     return sorted(counts, key=lambda count: -count.bytes)
 
 
 def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[float, float]]:
-    """Return launches and bytes by stream of a MoE layer's whole forward and backward in one micro-batch each."""
+    """Return launches and bytes by stream of a MoE layer's forward and backward of one micro-batch."""
     sums: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for count in counts:
         if count.of == MOE_LAYER:
@@ -59,17 +59,18 @@ def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[fl
 
 
 def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
-    """Whether a MoE layer's counts hold its weight gradients, which name no layer: a rank of MoE layers alone knows."""
+    """Return whether a MoE layer's counts include its weight gradients."""
+    # Their spans name no layer, so they are known only from a rank that holds nothing but MoE layers.
     return any(count.of == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
 
 
 class _Owners:
-    """What the launches of each rank belong to, and how often there is such a thing."""
+    """Assignment of each rank's launches to a kind of layer or to the step, and the number of each kind."""
 
     def __init__(self, config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> None:
         self._dense_layers = config.model.first_k_dense_replace
         self._plain: set[int] = set()
-        """Ranks that have MoE layers and nothing else."""
+        """Ranks that hold only MoE layers."""
         self.occurrences: Counter[str] = Counter({WHOLE_STEP: len(logs)})
         numbers = {log.micro_batches for log in logs}
         micro_batches = {number: stages.build_checked_program(number).micro_batches_in_chunk(0) for number in numbers}
@@ -82,7 +83,7 @@ class _Owners:
                 self.occurrences[_UNLABELED] += layers[MOE_LAYER]
 
     def owner_of(self, rank: int, row: KernelLaunches) -> str:
-        """Return a key of `times`."""
+        """Return a key of `occurrences`."""
         if row.layer:
             name, _, number = row.layer.rpartition("_")
             if name != "layer":
@@ -96,12 +97,12 @@ class _Owners:
 _UNLABELED = "launches of MoE layers that name no layer"
 _DENSE_PHASES = frozenset({"dense(F)", "dense(B)"})
 _CHUNK_PHASES = frozenset({*Op, "attn(W)", "mlp(W)"})
-"""Weight gradients, and what a chunk does between the phases of its layers. On a rank that has MoE layers alone all of
-it is theirs."""
+"""Weight gradients, and the operations of a chunk between the phases of its layers. On a rank that holds only MoE
+layers they all belong to MoE layers."""
 
 
 def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
-    """Return how many layers of each kind the chunks of a rank have."""
+    """Return the number of layers of each kind in the chunks of a rank."""
     layers = [layer for chunk in chunks for layer in chunk.layers]
     dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
     return {
@@ -114,7 +115,7 @@ def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
 def _means(
     config: RunConfig, stages: StageLayout, logs: Sequence[RankLog], key_of: Callable[[KernelLaunches], Key]
 ) -> dict[tuple[str, Key], tuple[float, float]]:
-    """Return launches and bytes by what is counted for and key."""
+    """Return mean launches and bytes by owner and key."""
     owners = _Owners(config, stages, logs)
     sums: defaultdict[tuple[str, Key], list[int]] = defaultdict(lambda: [0, 0])
     for log in logs:

@@ -1,7 +1,7 @@
-"""What one rehearsed rank did, as data: written by the process of the rank, read by what compares ranks.
+"""Log of one rehearsed rank: written by the rank's process, and read by the comparison of ranks.
 
-`events` hold everything that one rank does with others or waits for, in the order of its host. A stream is known by its
-name (`compute`, or the track of the worker that made it) and an event by its number.
+`events` hold all communication and all waits of the rank, in the order of its host. A stream is identified by its name
+(`compute`, or the track of the communicator that created it) and an event by its number.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True)
 class CollectiveRecord:
-    """An operation of all ranks of a group, queued on a stream."""
+    """Collective of a group, queued on a stream."""
 
     group: str
-    """What the group is for, such as `ep` or `dense gradients`; with `ranks` it names one communicator."""
+    """Name of the group, such as `ep` or `dense gradients`; with `ranks` it identifies one communicator."""
     ranks: tuple[int, ...]
     operation: str
     """`all_reduce`, `all_to_all`, `reduce_scatter` or `all_gather`."""
     purpose: str
-    """Such as `dispatch of layer_03, micro-batch 2`."""
+    """Purpose of the operation, such as `dispatch of layer_03, micro-batch 2`."""
     shape: tuple[int, ...]
-    """Of the tensor that all ranks have alike: all of it but for `all_to_all`, where it is that of one row."""
+    """Shape that is equal on all ranks: of the whole tensor, or for `all_to_all` of one row."""
     dtype: str
     sends: tuple[int, ...]
-    """Of an all_to_all: rows for each rank of the group. Empty otherwise."""
+    """Rows for each rank of the group in an `all_to_all`; empty otherwise."""
     receives: tuple[int, ...]
-    """Of an all_to_all: rows from each rank of the group. Empty otherwise."""
+    """Rows from each rank of the group in an `all_to_all`; empty otherwise."""
     stream: str
     code_location: str
-    """The instruction and the line of our code."""
+    """Instruction and code line."""
     is_warm_up: bool = False
 
 
@@ -49,7 +49,7 @@ class P2POpRecord:
 
 @dataclass(frozen=True)
 class P2PBatchRecord:
-    """Messages that are posted together on one communicator, queued on a stream."""
+    """P2P batch: messages posted together on one communicator, queued on a stream."""
 
     group: str
     ranks: tuple[int, ...]
@@ -62,7 +62,7 @@ class P2PBatchRecord:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """An event is recorded on a stream."""
+    """Record of an event on a stream."""
 
     event: int
     stream: str
@@ -70,7 +70,7 @@ class EventRecord:
 
 @dataclass(frozen=True)
 class StreamWait:
-    """What is queued on a stream from here on waits for an event."""
+    """Wait of a stream for an event, before all that is queued on it later."""
 
     event: int
     stream: str
@@ -78,17 +78,17 @@ class StreamWait:
 
 @dataclass(frozen=True)
 class HostWait:
-    """The host waits: for an event, or for all that is queued on a stream (`event` is None)."""
+    """Wait of the host for an event, or for everything queued on a stream (`event` is None)."""
 
     event: int | None
     stream: str
     reason: str
-    """`read` (of a tensor's numbers), `event`, or `synchronize`."""
+    """`read` (of a tensor's values), `event`, or `synchronize`."""
     code_location: str
     is_inside_fb: bool = False
-    """Whether it happens while an FB runs, of its first to its last operation."""
+    """True between the first and the last operation of an FB."""
     is_warm_up: bool = False
-    """Whether it happens before the step, while model and optimizer are made."""
+    """True before the step, while model and optimizer are built."""
 
 
 LogEvent: TypeAlias = CollectiveRecord | P2PBatchRecord | EventRecord | StreamWait | HostWait
@@ -96,12 +96,12 @@ LogEvent: TypeAlias = CollectiveRecord | P2PBatchRecord | EventRecord | StreamWa
 
 @dataclass(frozen=True)
 class KernelLaunches:
-    """Operations of one kind that one place of the code launches, and the bytes that they read and write."""
+    """Count of one operation's launches at one code location, and the bytes that they read and write."""
 
     phase: str
-    """Such as `attn(F)`, `mlp(B)`, `dispatch`, `optimizer`."""
+    """Phase, such as `attn(F)`, `mlp(B)`, `dispatch`, `optimizer`."""
     layer: str
-    """Such as `layer_03`; empty where it is no layer's."""
+    """Layer, such as `layer_03`; empty outside of layers."""
     stream: str
     operation: str
     code_location: str
@@ -111,7 +111,7 @@ class KernelLaunches:
 
 @dataclass(frozen=True)
 class RankFinding:
-    """A fault that one rank alone shows."""
+    """Finding in the log of one rank."""
 
     kind: str
     """`device`, `memory`, `host read`, `deprecated` or `error`."""
@@ -121,23 +121,23 @@ class RankFinding:
 
 @dataclass(frozen=True)
 class DeviceMemoryRecord:
-    """Bytes of live tensors on the device, and what `shoestring memory` predicts without its fixed reserve."""
+    """Bytes of live tensors on the device, and the prediction of `shoestring memory` without the fixed reserve."""
 
     state: int
     building: int
-    """The most while model and optimizer were made."""
+    """Peak while model and optimizer were built."""
     peak: int
     peak_phase: str
     by_phase: dict[str, int]
-    """The most while each phase ran."""
+    """Peak during each phase."""
     predicted: float
     capacity: float | None
-    """Of the GPU, less the fixed reserve; None where the cluster does not say."""
+    """Memory of the GPU without the fixed reserve; None if the cluster configuration has none."""
 
 
 @dataclass(frozen=True)
 class RankLog:
-    """Everything that was seen of one rank."""
+    """Complete log of one rank."""
 
     rank: int
     pp_rank: int
@@ -145,24 +145,24 @@ class RankLog:
     micro_batches: int
     group_creations: int
     operations: int
-    """That torch dispatched."""
+    """Number of operations that torch dispatched."""
     events: tuple[LogEvent, ...]
     launches: tuple[KernelLaunches, ...]
     findings: tuple[RankFinding, ...]
     memory: DeviceMemoryRecord
     assumptions: tuple[str, ...]
-    """What the rehearsal put in the place of numbers that only a device would have."""
+    """Assumed values of numbers that only a real device computes."""
     seconds: float
 
     def write(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write the log as JSON."""
         tree = asdict(self)
         tree["events"] = [{"kind": type(event).__name__, **asdict(event)} for event in self.events]
         path.write_text(json.dumps(tree))
 
     @staticmethod
     def read(path: Path) -> RankLog:
-        """Read what `write` wrote."""
+        """Read a log that `write` has written."""
         tree = json.loads(path.read_text())
         events = tuple(_event(dict(each)) for each in tree.pop("events"))
         launches = tuple(KernelLaunches(**each) for each in tree.pop("launches"))

@@ -1,4 +1,4 @@
-"""The rehearsed ranks' processes: as many at a time as there are cores and memory for, and none left behind."""
+"""Processes of rehearsed ranks: as many at a time as cores and memory allow, and none left behind."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from ..run.torchrun import RanksFailed
 from .log import RankLog
 
 RANK_MODULE_ARGUMENTS = ("-m", "shoestring.launch.rehearsal.rank")
-"""Arguments of Python for the process of one rank; a specification and the path of its log come behind them."""
+"""Python's arguments for the process of one rank; the paths of its specification and its log follow them."""
 HOST_BYTES_PER_RANK = 10**9
-"""Of the host, for a process: a rank of DeepSeek-V3 takes half of it at most (resident set, measured)."""
+"""Host memory per process: a rank of DeepSeek-V3 needs at most half of it (resident set, measured)."""
 
 _LAST_LINES = 12
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class RehearsalRequest:
-    """What all rehearsed ranks have in common."""
+    """Parameters that all rehearsed ranks share."""
 
     overrides: tuple[str, ...]
     config_dir: str | None
     micro_batches: int | None
     shim: str
-    """Path of the library that `shim.build_shim` has made."""
+    """Path of the library that `build_autograd_shim` returns."""
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A rank's process and its files."""
+    """Process of a rank, and its files."""
 
     rank: int
     process: Popen[bytes]
     output: Path
-    said: Path
+    messages: Path
 
 
 def rehearse_ranks(
@@ -57,10 +57,10 @@ def rehearse_ranks(
     max_processes: int,
     rank_arguments: Sequence[str] = RANK_MODULE_ARGUMENTS,
 ) -> tuple[RankLog, ...]:
-    """Run a process for each rank to its end, `at_once` at a time, and return their logs in the order of `ranks`.
+    """Run one process per rank, `max_processes` at a time, and return their logs in the order of `ranks`.
 
-    `tell` gets a line at once and one for each rank that has ended. Raises `RanksFailed` for a process that dies, and
-    `Stopped` for SIGINT and SIGTERM; in any case no process and no file stays.
+    `report_progress` gets one line at the start and one per finished rank. Raises `RanksFailed` if a process fails, and
+    `StoppedBySignal` for SIGINT and SIGTERM; no process and no file is left behind.
     """
     report_progress(f"rehearsing {len(ranks)} rank(s), {min(len(ranks), max_processes)} at a time")
     logs: dict[int, RankLog] = {}
@@ -72,7 +72,7 @@ def rehearse_ranks(
                     running.append(_start(request, waiting.popleft(), Path(scratch), rank_arguments))
                 ended = _first_ended(running)
                 running.remove(ended)
-                log = logs[ended.rank] = _log_of(ended)
+                log = logs[ended.rank] = _read_log(ended)
                 report_progress(_progress(log, len(logs), len(ranks)))
         finally:
             for left in running:
@@ -82,13 +82,13 @@ def rehearse_ranks(
 
 
 def max_concurrent_processes() -> int:
-    """Return for how many ranks this machine has cores and memory; at least 1."""
+    """Return the number of ranks for which this machine has cores and memory, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _available_bytes() // HOST_BYTES_PER_RANK))
 
 
 def _available_bytes() -> int:
-    """Memory that processes can have without swapping; where Linux does not say, all that there is."""
+    """Return the memory available without swapping, or all memory if the kernel does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
@@ -97,21 +97,21 @@ def _available_bytes() -> int:
     return int(available) * 1024
 
 
-def _start(request: RehearsalRequest, rank: int, scratch: Path, entry: Sequence[str]) -> _Running:
-    spec, output, said = (scratch / f"{name}_{rank}" for name in ("spec", "log", "said"))
+def _start(request: RehearsalRequest, rank: int, scratch: Path, rank_arguments: Sequence[str]) -> _Running:
+    spec, output, messages = (scratch / f"{name}_{rank}" for name in ("spec", "log", "messages"))
     spec.write_text(json.dumps({**asdict(request), "rank": rank}))
-    command = [sys.executable, *entry, str(spec), str(output)]
-    with said.open("wb") as file:
+    command = [sys.executable, *rank_arguments, str(spec), str(output)]
+    with messages.open("wb") as file:
         process = Popen(
             command,
             env=build_rank_environment(),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends them
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the ranks
             preexec_fn=die_with_parent,
         )
-    return _Running(rank, process, output, said)
+    return _Running(rank, process, output, messages)
 
 
 def _first_ended(running: Sequence[_Running]) -> _Running:
@@ -119,20 +119,20 @@ def _first_ended(running: Sequence[_Running]) -> _Running:
         for each in running:
             if each.process.poll() is not None:
                 return each
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _log_of(ended: _Running) -> RankLog:
+def _read_log(ended: _Running) -> RankLog:
     code = ended.process.returncode
     if code == 0 and ended.output.exists():
         return RankLog.read(ended.output)
-    said = ended.said.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
-    how = f"was killed by signal {-code}, where memory is short by the kernel" if code < 0 else f"ended with {code}"
-    words = "".join(f"\n  {line}" for line in said) or " nothing"
-    raise RanksFailed(f"the process of rank {ended.rank} {how} and left no log; it said:{words}")
+    messages = ended.messages.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+    outcome = f"was killed by signal {-code} (9: possibly out of memory)" if code < 0 else f"exited with {code}"
+    output = "".join(f"\n  {line}" for line in messages) or " none"
+    raise RanksFailed(f"the process of rank {ended.rank} {outcome} and wrote no log; its output:{output}")
 
 
-def _progress(log: RankLog, done: int, of: int) -> str:
-    peak = f"{log.memory.peak / 1e9:.2f} GB" if log.memory.peak else "nothing"
-    where = f"rank {log.rank} (pipeline position {log.pp_rank})"
-    return f"{done}/{of}  {where}: {log.seconds:.1f} s, peak {peak}, {len(log.findings)} finding(s) of its own"
+def _progress(log: RankLog, done: int, total: int) -> str:
+    peak = f"{log.memory.peak / 1e9:.2f} GB" if log.memory.peak else "0 GB"
+    rank = f"rank {log.rank} (pipeline rank {log.pp_rank})"
+    return f"{done}/{total}  {rank}: {log.seconds:.1f} s, peak {peak}, {len(log.findings)} finding(s)"

@@ -1,7 +1,7 @@
-"""The process of one rehearsed rank: python -m shoestring.launch.rehearsal.rank SPEC.json OUT.json
+"""Process of one rehearsed rank: python -m shoestring.launch.rehearsal.rank SPEC.json OUT.json
 
 SPEC: {"overrides": [...], "config_dir": null or a path, "rank": a number, "micro_batches": null or a number,
-"shim": the path of what `shim.build_shim` returns}. Nothing here may import torch before the shim is loaded.
+"shim": the path that `build_autograd_shim` returns}. Nothing here may import torch before the shim is loaded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rehearse what the file of the first argument says and write the log to the second.
+    """Rehearse the rank that the first argument's file describes, and write the log to the second argument.
 
-    Ends with the text of a refusal and code 2 where the run cannot be rehearsed.
+    Print the error and exit with 2 if the run cannot be rehearsed.
     """
     spec = json.loads(Path(arguments[0]).read_text())
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are counted, and neither compiled nor interpreted
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are only counted, neither compiled nor interpreted
     ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
     from ...comm.errors import ConfigError
     from .rehearse import RankRehearsal  # imports torch, which now finds the shim's device
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
         rehearsal = RankRehearsal.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
-    except ConfigError as refused:
-        print(refused, file=sys.stderr)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
     rehearsal.run().write(Path(arguments[1]))
 

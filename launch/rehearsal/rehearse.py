@@ -1,4 +1,4 @@
-"""One rank of a run, built and stepped once on a device that computes nothing."""
+"""Rehearsal of one rank: build it and run one step on a device that computes nothing."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ from .device.streams import LoggedStreams
 from .gpu_config import FAKE_DEVICE, gpu_run_config
 from .log import DeviceMemoryRecord, RankLog
 
-assert fake_collectives.collective_ops  # its import registers what collectives do to fake tensors
+assert fake_collectives.collective_ops  # its import registers the fake kernels of collectives
 
 
 @dataclass(frozen=True)
 class RankRehearsal:
-    """One rank's run and its first step."""
+    """Rehearsal of one rank's first step."""
 
     config: RunConfig
     rank: int
     global_batch_size: int
-    """Of the step, over all ranks."""
+    """Sequences of the step, over all ranks."""
 
     @staticmethod
     def compose(
         overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None
     ) -> RankRehearsal:
-        """Compose the run as its GPUs would see it. Raises `ConfigError`."""
+        """Compose the run as on its GPUs. Raises `ConfigError`."""
         config = gpu_run_config(compose_run_config(overrides, config_dir), micro_batches)
         if not 0 <= rank < config.topology.world_size:
             hint = f"must be from 0 to {config.topology.world_size - 1}"
@@ -63,12 +63,12 @@ class RankRehearsal:
 
     @property
     def micro_batches(self) -> int:
-        """Of this rank in the step."""
+        """Micro-batches of this rank in the step."""
         return self.global_batch_size // self.config.global_micro_batch_size
 
     @property
     def predicted_memory(self) -> RankMemory:
-        """Memory of the rank in such a step, on a GPU."""
+        """Predicted memory of the rank in this step, on a GPU."""
         training = replace(
             self.config.training,
             global_batch_size=self.global_batch_size,
@@ -81,59 +81,59 @@ class RankRehearsal:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What stands for numbers that only a GPU would have."""
+        """Assumed values of numbers that only a GPU computes, for the report."""
         routing = BalancedRouting.from_config(self.config)
         rows = int(routing.rows_by_expert.sum()) // routing.ranks
         return (
-            f"routing is balanced: the experts of each rank receive {rows} rows a micro-batch, and a token visits"
-            f" {routing.mean_ranks_per_token:.2f} ranks in {routing.mean_nodes_per_token:.2f} nodes",
+            f"routing is balanced: the experts of each rank receive {rows} rows per micro-batch, and each token is sent"
+            f" to {routing.mean_ranks_per_token:.2f} ranks on {routing.mean_nodes_per_token:.2f} nodes",
             "every loss, count and norm that the host reads is 1",
         )
 
     def run(self) -> RankLog:
-        """Build the rank and take the step; what is raised meanwhile is a finding."""
+        """Build the rank and run the step; an exception becomes a finding."""
         began = time.perf_counter()
-        ledger = RankRecorder(RehearsalSpanRecorder("building"))
-        memory = _Levels()
-        groups = LoggedGroupFactory(self.rank, ledger)
-        with _noting_warnings(ledger):
+        recorder = RankRecorder(RehearsalSpanRecorder("building"))
+        memory = _MemoryLevels()
+        groups = LoggedGroupFactory(self.rank, recorder)
+        with _record_deprecations(recorder):
             try:
-                self._step(ledger, groups, memory)
+                self._step(recorder, groups, memory)
             except Exception as error:
                 kind = type(error).__name__
-                place = f"{ledger.spans.current_instruction}: {ledger.code_locations.error_location(error)}"
-                ledger.record_finding("error", f"{kind}: {error}", place)
+                place = f"{recorder.spans.current_instruction}: {recorder.code_locations.error_location(error)}"
+                recorder.record_finding("error", f"{kind}: {error}", place)
         return RankLog(
             rank=self.rank,
             pp_rank=self.config.topology.pp_rank(self.rank),
             world_size=self.config.topology.world_size,
             micro_batches=self.micro_batches,
             group_creations=groups.creation_calls,
-            operations=ledger.operations,
-            events=tuple(ledger.events),
-            memory=self._memory(ledger, memory),
-            launches=ledger.launches,
-            findings=ledger.findings,
+            operations=recorder.operations,
+            events=tuple(recorder.events),
+            memory=self._memory(recorder, memory),
+            launches=recorder.launches,
+            findings=recorder.findings,
             assumptions=self.assumptions,
             seconds=time.perf_counter() - began,
         )
 
-    def _step(self, ledger: RankRecorder, logged: LoggedGroupFactory, levels: _Levels) -> None:
+    def _step(self, recorder: RankRecorder, logged: LoggedGroupFactory, levels: _MemoryLevels) -> None:
         topology, training = self.config.topology, self.config.training
         dist.init_process_group("fake", rank=self.rank, world_size=topology.world_size, store=FakeStore())
         limit = timedelta(seconds=training.collective_timeout_seconds)
-        holders = build_stage_layout(self.config).replica_pp_groups()
-        groups = ProcessGroups.create(topology, self.rank, limit, holders, logged)
-        device = FakeDeviceMode(ledger, BalancedReadback(self.config, self.rank, ledger.spans))
+        replica_groups = build_stage_layout(self.config).replica_pp_groups()
+        groups = ProcessGroups.create(topology, self.rank, limit, replica_groups, logged)
+        device = FakeDeviceMode(recorder, BalancedReadback(self.config, self.rank, recorder.spans))
         with patch_triton_and_threads(device), device:
-            engine = build_engine(self.config, groups, FAKE_DEVICE, ledger.spans, LoggedStreams(ledger))
-            levels.state, levels.building = ledger.memory.live_bytes, ledger.memory.peak_bytes
-            ledger.spans.set_base_phase("step")
-            ledger.begin_step()
+            engine = build_engine(self.config, groups, FAKE_DEVICE, recorder.spans, LoggedStreams(recorder))
+            levels.state, levels.building = recorder.memory.live_bytes, recorder.memory.peak_bytes
+            recorder.spans.set_base_phase("step")
+            recorder.begin_step()
             self._take_step(engine)
 
     def _take_step(self, engine: TrainingEngine) -> None:
-        """The run's first, as `trainer.loop` takes it."""
+        """Run the first step as `trainer.loop` does."""
         config = self.config
         settings = StepSettings(
             learning_rate=config.optimizer.learning_rate_at(config.tokens_after(1)),
@@ -153,15 +153,15 @@ class RankRehearsal:
             )
             yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(FAKE_DEVICE)
 
-    def _memory(self, ledger: RankRecorder, levels: _Levels) -> DeviceMemoryRecord:
-        predicted, live = self.predicted_memory, ledger.memory
+    def _memory(self, recorder: RankRecorder, levels: _MemoryLevels) -> DeviceMemoryRecord:
+        predicted, live = self.predicted_memory, recorder.memory
         size = self.config.cluster.memory_gb
         capacity = None if size is None else size * 1e9 - predicted.non_allocator_bytes
         if capacity is not None and max(live.peak_bytes, levels.building) > capacity:
-            worst = max(live.peak_bytes, levels.building)
+            peak = max(live.peak_bytes, levels.building)
             phase = live.peak_phase if live.peak_bytes >= levels.building else "building"
-            text = f"{worst / 1e9:.1f} GB are alive in {phase}, and the GPU has {capacity / 1e9:.1f} GB for tensors"
-            ledger.record_finding("memory", text, phase)
+            text = f"live tensors need {peak / 1e9:.1f} GB in {phase}, the GPU has {capacity / 1e9:.1f} GB for tensors"
+            recorder.record_finding("memory", text, phase)
         return DeviceMemoryRecord(
             state=levels.state,
             building=levels.building,
@@ -174,18 +174,18 @@ class RankRehearsal:
 
 
 @dataclass
-class _Levels:
-    """Bytes that are alive."""
+class _MemoryLevels:
+    """Bytes of live tensors: after the engine is built, and the peak while it was built."""
 
     state: int = 0
     building: int = 0
 
 
 @contextmanager
-def _noting_warnings(ledger: RankRecorder) -> Iterator[None]:
-    """Calls of ours that warn of their end are findings, each once."""
+def _record_deprecations(recorder: RankRecorder) -> Iterator[None]:
+    """Record each call from our code to a deprecated function as a finding, once."""
 
-    def note(
+    def record(
         message: Warning | str,
         category: type[Warning],
         filename: str,
@@ -193,12 +193,12 @@ def _noting_warnings(ledger: RankRecorder) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        place = ledger.code_locations.line_location(sys._getframe())
+        place = recorder.code_locations.line_location(sys._getframe())
         is_deprecation = issubclass(category, DeprecationWarning | FutureWarning) or "deprecated" in str(message)
         if is_deprecation and place != AUTOGRAD_LOCATION:
-            ledger.record_finding("deprecated", str(message).strip().splitlines()[0], place)
+            recorder.record_finding("deprecated", str(message).strip().splitlines()[0], place)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = note
+        warnings.showwarning = record
         yield

@@ -1,4 +1,4 @@
-"""Which ranks of a run are rehearsed."""
+"""Selection of the ranks to rehearse."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...trainer.config import RunConfig
 def representative_ranks(topology: Topology) -> tuple[int, ...]:
     """Return ranks that together run all code of the grid and have every kind of neighbor.
 
-    One of each pipeline position, all at the same place in their data-parallel groups; and of the middle position,
-    which holds the most expert layers, a second member of an EP group and a second member of an edp group.
+    They are one of each pipeline rank, all at the same position in their data-parallel groups; and for the middle
+    pipeline rank, which holds the most expert layers, a second member of its EP group and of its edp group.
     """
     chosen = {pp_rank * topology.dp for pp_rank in range(topology.pp)}
     middle = topology.pp // 2 * topology.dp
@@ -24,7 +24,7 @@ def representative_ranks(topology: Topology) -> tuple[int, ...]:
 
 
 def select_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
-    """Return those of `--ranks`, such as `0,7,901`, ascending; representative ones without. Raises `ConfigError`."""
+    """Parse `--ranks`, such as `0,7,901`; default to representative ranks. Ascending. Raises `ConfigError`."""
     if listed is None:
         return representative_ranks(topology)
     ranks: list[int] = []
@@ -33,23 +33,23 @@ def select_ranks(topology: Topology, listed: str | None) -> tuple[int, ...]:
 
 
 def _parse(listed: str, world_size: int, ranks: list[int]) -> Iterator[Problem]:
-    """Read `listed` into `ranks`."""
+    """Parse `listed` into `ranks`, and yield problems."""
     for text in listed.split(","):
         try:
             rank = int(text)
         except ValueError:
-            yield Problem("--ranks", text, "write numbers of ranks with commas between them, as in 0,7,901")
+            yield Problem("--ranks", text, "write rank numbers separated by commas, as in 0,7,901")
             continue
         if not 0 <= rank < world_size:
             yield Problem("--ranks", rank, f"the run has {world_size} ranks; write numbers from 0 to {world_size - 1}")
         elif rank in ranks:
-            yield Problem("--ranks", rank, "stands there twice; write each rank once")
+            yield Problem("--ranks", rank, "is repeated; write each rank once")
         else:
             ranks.append(rank)
 
 
 def micro_batch_problems(config: RunConfig, micro_batches: int | None) -> Iterator[Problem]:
-    """Return why a step of the run cannot have so many micro-batches; None is the number of its first step."""
+    """Yield a problem if a step cannot have `micro_batches`; None stands for the number of the first step."""
     if micro_batches is None:
         return
     schedule = config.schedule

@@ -1,6 +1,6 @@
-"""Whether a run can be started on this machine at all: what its processes and its parameters need at the least.
+"""Lower bounds on the processes and memory of a run, which reject a run that cannot start on this machine.
 
-`shoestring memory` predicts what a run really needs. These bounds are far below that, and cost nothing to know.
+`shoestring memory` predicts what a run really needs. These bounds are far lower, and cost nothing to compute.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from ...trainer.config import RunConfig
 from ...trainer.model.config import ModelConfig
 
 MIN_PROCESS_BYTES = 150e6
-"""Resident in a process that has imported torch, and not shared with others: 180 MB measured with torch 2.13 (CPU)."""
+"""Resident, unshared bytes of a process that has imported torch: 180 MB measured with torch 2.13 (CPU)."""
 MAX_RANKS_PER_CORE = 32
-"""Ranks that compute on CPUs, at the most. A step of two on one core takes twice as long; of 32, minutes."""
+"""Limit for ranks that compute on CPUs. Two ranks on one core double the time of a step; 32 take minutes."""
 _CGROUP = Path("/sys/fs/cgroup")
-_THREADS_A_RANK = 4
+_THREADS_PER_RANK = 4
 
 
 @dataclass(frozen=True)
 class MachineCapacity:
-    """What this machine has for ranks."""
+    """Cores, memory and process limit of this machine."""
 
     cpu_cores: int
     host_bytes: float
     gpu_bytes: float | None
-    """Of one GPU; None where ranks compute on CPUs."""
+    """Memory of one GPU; None if ranks compute on CPUs."""
     max_tasks: int | None
-    """Processes and threads that may be started; None for no limit."""
+    """Limit on processes and threads; None for no limit."""
 
     @staticmethod
     def detect(*, on_gpu: bool) -> MachineCapacity:
-        """Return what the kernel and the control group of this process say."""
+        """Read the capacity from the kernel and the control group of this process."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = _limit("memory.max")
         gpu = float(torch.cuda.get_device_properties(0).total_memory) if on_gpu else None
@@ -50,7 +50,7 @@ class MachineCapacity:
 
 
 def _limit(name: str) -> int | None:
-    """A limit of this process's control group, where it shows one at the top."""
+    """Read a limit of this process's control group; None if the root of the hierarchy shows none."""
     try:
         text = (_CGROUP / name).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -59,36 +59,36 @@ def _limit(name: str) -> int | None:
 
 
 def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapacity) -> Iterator[Problem]:
-    """What is too large for this machine, whatever else is configured."""
+    """Yield a problem for each part of the run that is too large for this machine."""
     grid = f"{local_ranks} ranks on this machine"
     if capacity.gpu_bytes is None and local_ranks > MAX_RANKS_PER_CORE * capacity.cpu_cores:
         hint = (
             f"asks for {grid}, which has {capacity.cpu_cores} cores; at most {MAX_RANKS_PER_CORE * capacity.cpu_cores}"
         )
-        yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more machines")
+        yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more nodes")
     elif local_ranks * MIN_PROCESS_BYTES > capacity.host_bytes:
         needs = f"{local_ranks * MIN_PROCESS_BYTES / 1e9:,.0f} GB for their processes alone"
         yield Problem(
             "topology", _grid(config), f"asks for {grid}, {needs}; it has {capacity.host_bytes / 1e9:,.1f} GB"
         )
-    elif capacity.max_tasks is not None and local_ranks * _THREADS_A_RANK > capacity.max_tasks:
+    elif capacity.max_tasks is not None and local_ranks * _THREADS_PER_RANK > capacity.max_tasks:
         yield Problem(
             "topology", _grid(config), f"asks for {grid}, which may start {capacity.max_tasks} processes and threads"
         )
     needed = minimum_memory_per_rank(config)
-    for what, key, size in needed:
+    for name, key, size in needed:
         has = capacity.host_bytes / local_ranks if capacity.gpu_bytes is None else capacity.gpu_bytes
         if size > has:
-            where = "of this machine's memory" if capacity.gpu_bytes is None else "of memory on a GPU"
-            hint = f"a rank needs {size / 1e9:,.0f} GB for {what} alone, and has {has / 1e9:,.1f} GB {where}"
+            kind = "of this machine's memory" if capacity.gpu_bytes is None else "of GPU memory"
+            hint = f"a rank needs {size / 1e9:,.0f} GB for {name} alone, and has {has / 1e9:,.1f} GB {kind}"
             yield Problem(*key, f"{hint}; see `shoestring memory`")
             return
 
 
 def minimum_memory_per_rank(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], float]]:
-    """Yield what one rank cannot do without: a name, the key and value to blame, and bytes."""
+    """Yield lower bounds on the memory of one rank: a name, the key and value that cause it, and bytes."""
     parameters = parameter_count_lower_bound(config.model)
-    # A weight of 1 byte (FP8), a master of 4 and two moments of 2, each on one rank of the run at the least.
+    # 9 bytes per parameter: an FP8 weight (1), an FP32 master (4), two BF16 moments (2 each), sharded over all ranks.
     size = parameters * 9.0 / config.topology.world_size
     yield f"{parameters:.3g} parameters and their optimizer state", ("model", config.model.name), size
     tokens = config.schedule.micro_batch_size * config.training.sequence_length
@@ -97,7 +97,7 @@ def minimum_memory_per_rank(config: RunConfig) -> Iterator[tuple[str, tuple[str,
 
 
 def parameter_count_lower_bound(model: ModelConfig) -> int:
-    """Return a count that the model's parameters exceed: feed-forward networks, embedding and head."""
+    """Return the parameters of feed-forward networks, embedding and head, without attention and norms."""
     routed = model.num_moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
     dense = model.first_k_dense_replace * model.intermediate_size
     return model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)

@@ -1,4 +1,4 @@
-"""What must be the same in every process of a run: configuration, code, data, and the name of the launch."""
+"""Fingerprint of a run (configuration, code, data), equal in all of its processes, and the name of the attempt."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ _CODE = ("comm", "conf", "launch", "parallelism", "trainer")
 
 
 def run_fingerprint(config: RunConfig, data: str) -> Fingerprints:
-    """Return the facts of a run on this machine; `data` is the digest of its prepared data.
-
-    Configuration first: where code differs too, the key says more.
-    """
+    """Return the fingerprint of a run on this machine; `data` is the digest of its prepared data."""
+    # Configuration first, as the first mismatch is reported: a key says more than a different code hash.
     facts = {
         key: Fingerprint(_digest(value), json.dumps(restore_interpolations(value)))
         for key, value in _flat(config_to_dict(config), "")
@@ -37,11 +35,11 @@ def run_fingerprint(config: RunConfig, data: str) -> Fingerprints:
 
 
 def data_digest(config: RunConfig) -> str:
-    """Return the digest of the prepared data that a process sees; where it sees none, why."""
+    """Return the digest of the prepared data; if it cannot be read, a text that says why."""
     try:
         return read_manifest(Path(config.data.prepared)).content_hash
-    except ConfigError as refused:
-        return f"cannot be read here: {refused}"
+    except ConfigError as error:
+        return f"cannot be read here: {error}"
 
 
 def code_hash() -> str:
@@ -68,20 +66,20 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 ATTEMPT_ENV_VAR = "SHOESTRING_ATTEMPT"
-"""By which the launcher tells its ranks."""
+"""Environment variable that carries the attempt's name from the launcher to its ranks."""
 
 
 def attempt_name() -> str:
-    """What the ledger calls this launch: as the launcher says, or as the torchrun that has started this rank is known.
+    """Return the attempt's name in the ledger: the launcher's, or one derived from the torchrun that started this rank.
 
-    Its run id is the same each time (`none`) unless it is given; process number and start tell two of them apart, and
-    stay when it starts its ranks again.
+    torchrun's run id is `none` unless it is given, so the name adds its process id and start time, which stay the same
+    when torchrun restarts its ranks.
     """
     given = os.environ.get(ATTEMPT_ENV_VAR)
     if given:
         return given
     agent = os.getppid()
     stat = Path(f"/proc/{agent}/stat")
-    # Field 22 is the start in ticks since the boot; field 2, the name, may hold spaces but ends with the last ")".
+    # Field 22 is the start in ticks since boot; field 2, the name, may hold spaces but ends with the last ")".
     start = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "0"
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}.{agent}.{start}"

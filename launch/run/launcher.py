@@ -1,4 +1,4 @@
-"""The parent of a run's ranks: it holds the directory and the GPUs in the ledger, and says how the run ended."""
+"""Launcher: lock the run directory, record the allocation in the ledger, run torchrun, and return the exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...trainer.ledger.allocation_journal import AllocationJournal
 from ...trainer.ledger.summary import ensure_snapshot
 from ...trainer.run.exit import HaltReason
 from ..compose import config_to_yaml
-from ..console import print_to_stderr, print_to_stdout
+from ..console import RESUME_HINT, print_to_stderr, print_to_stdout
 from .fingerprint import ATTEMPT_ENV_VAR
 from .preflight import budget_blocker, delete_partial_checkpoints, is_run_finished
 from .rank_environment import (
@@ -58,20 +58,20 @@ from .signals import (
 from .torchrun import TORCHRUN_COMMAND, terminate_torchrun
 
 LAUNCHER_TERMINATION_SIGNALS = (*FORCE_STOP_SIGNALS, signal.SIGHUP)
-"""Signals, beside SIGINT, that end a launcher whose ranks cannot be asked."""
-_FAULT = 1
-_SECONDS_BETWEEN_LOOKS = 0.5
+"""Signals, besides SIGINT, that end a launcher that cannot pass a stop request to ranks."""
+_FAILURE = 1
+_POLL_SECONDS = 0.5
 _SECONDS_ALONE = 5
-"""torchrun itself ends within a second of its last rank where no other machine is waited for."""
+"""torchrun ends within a second of its last rank if it waits for no other node."""
 _SECONDS_FOR_LOCK = 120
-"""Slurm kills what is left of a job's last start 30 s (KillWait) after it has asked."""
+"""Slurm kills the remaining processes of a job's previous start 30 s (KillWait) after SIGTERM."""
 
 RendezvousCallback = Callable[[str], None]
-"""Waits for the other machines of the launch that is named."""
+"""Function that waits for the other nodes of the named attempt."""
 
 
 class StoppedBySignal(BaseException):
-    """A signal asked the launcher to stop."""
+    """The launcher received a signal to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -81,17 +81,19 @@ class StoppedBySignal(BaseException):
 def launch_run(
     config: RunConfig, local: LocalRanks, *, fresh: bool, rendezvous: RendezvousCallback | None = None
 ) -> int:
-    """Run the whole job, or machine 0's share of it, to its end; return the exit code of `shoestring train`.
+    """Run the whole job, or node 0's ranks of it, to the end; return the exit code of `shoestring train`.
 
-    `local` says which ranks this machine runs; `meet` waits for the others, and raises `ConfigError` for one that
-    does not fit.
+    `local` names the ranks of this machine. `rendezvous` waits for the other nodes, and raises `ConfigError` for a
+    node that does not match and `RendezvousError` for one that does not come.
     """
     run_dir = Path(config.training.run_dir)
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # the launcher of the job's last start may still be ending
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # the launcher of the job's previous start may still run
         wait_for_run_dir_lock(run_dir, _SECONDS_FOR_LOCK)
     with lock_run_dir(run_dir, fresh=fresh):
         if is_run_finished(config):
-            print_to_stdout(f"{run_dir} is finished. --fresh starts over; a larger training.tokens goes on.")
+            print_to_stdout(
+                f"{run_dir} is finished. Use --fresh to start over, or a larger training.tokens to continue."
+            )
             return 0
         ensure_snapshot(run_dir)
         spent = budget_blocker(config)
@@ -117,7 +119,7 @@ def launch_run(
                     with raise_on_stop_signals(STOP_SIGNALS):
                         rendezvous(attempt)
                 except StoppedBySignal as stop:
-                    reason = f"{stop} before the machines had met"
+                    reason = f"{stop} before all nodes had connected"
                     record_stop(run_dir, made_step=False)
                     print_to_stderr(f"shoestring train: {reason}")
                     return preemption_exit_code(run_dir)
@@ -126,20 +128,19 @@ def launch_run(
                     raise
             try:
                 code = run_torchrun(config, local, run_dir, attempt)
-                reason = f"a rank died, torchrun exited with {code}"
+                reason = f"a rank died (torchrun exit code {code})"
             except StoppedBySignal as stop:
                 code, reason = stop.exit_code, str(stop)
             ignore_late_stop_signals()
             status = read_run_status(run_dir)
             if status is not None:
                 reason = str(status["reason"])
-                found = int(str(status["exit_code"]))
-                return preemption_exit_code(run_dir) if found == HaltReason.PREEMPTED else found
-            print_to_stderr(f"shoestring train: {reason}; the same command goes on from the last checkpoint")
-            return code if code > _FAULT else _FAULT
-        except (
-            StoppedBeforeStart
-        ) as stop:  # between two handlers of this launcher: counted, as any stop without a step is
+                status_code = int(str(status["exit_code"]))
+                return preemption_exit_code(run_dir) if status_code == HaltReason.PREEMPTED else status_code
+            print_to_stderr(f"shoestring train: {reason}. {RESUME_HINT}")
+            return code if code > _FAILURE else _FAILURE
+        except StoppedBeforeStart as stop:
+            # A signal between two handlers of this launcher counts as any stop without a step.
             reason = f"stopped by {stop}"
             record_stop(run_dir, made_step=False)
             print_to_stderr(f"shoestring train: {reason}")
@@ -149,56 +150,60 @@ def launch_run(
 
 
 def preemption_exit_code(run_dir: Path) -> int:
-    """The exit code of a run that was asked to stop: not the one that has it started again, if that leads nowhere."""
-    words = restart_blocker(run_dir)
-    if words is None:
+    """Return the exit code of a stopped run: 75, which requeues it, or 1 if a restart would not make progress."""
+    blocker = restart_blocker(run_dir)
+    if blocker is None:
         return HaltReason.PREEMPTED
-    print_to_stderr(f"shoestring train: {words}")
-    return _FAULT
+    print_to_stderr(f"shoestring train: {blocker}")
+    return _FAILURE
 
 
 @dataclass(frozen=True)
 class LocalRanks:
-    """The ranks of one machine."""
+    """Ranks of one machine."""
 
     count: int
     torchrun_arguments: tuple[str, ...]
-    """Arguments of torchrun that say which they are."""
+    """Arguments of torchrun that select these ranks."""
 
 
 def run_torchrun(config: RunConfig, local: LocalRanks, run_dir: Path, attempt: str) -> int:
-    """Run this machine's ranks, by the configuration in `run_dir`, to their end; return torchrun's exit code.
+    """Run this machine's ranks with the configuration in `run_dir` to the end; return torchrun's exit code.
 
-    The first of `STOP_SIGNALS` asks the ranks to stop after their step. A second SIGTERM or SIGQUIT, no end within
-    `training.stop_seconds`, or SIGINT ends them and then raises `StoppedBySignal`; so does a failure of ranks that were asked.
+    The first of `STOP_SIGNALS` requests a stop after the current step. Raise `StoppedBySignal` after a second SIGTERM
+    or SIGQUIT, after `training.stop_seconds`, after SIGINT (all three end the ranks), or if ranks fail after a request.
     """
     with tempfile.TemporaryDirectory(prefix="shoestring_") as folder:
         stop_file = Path(folder, "stop")
-        own = {ATTEMPT_ENV_VAR: attempt, LAUNCHER_PID_ENV_VAR: str(os.getpid()), STOP_FILE_ENV_VAR: str(stop_file)}
-        environment = _environment(config, local, own)
-        # torchrun would leave a folder of its own behind, and pass on signals that the ranks are asked with.
+        launch_variables = {
+            ATTEMPT_ENV_VAR: attempt,
+            LAUNCHER_PID_ENV_VAR: str(os.getpid()),
+            STOP_FILE_ENV_VAR: str(stop_file),
+        }
+        environment = _environment(config, local, launch_variables)
+        # Without these, torchrun leaves a log folder behind, and forwards the stop signals as kills to the ranks.
         torchrun = [*_torchrun(config, local), f"--log-dir={folder}/torchrun", "--signals-to-handle=SIGINT"]
         command = [*TORCHRUN_COMMAND, *torchrun, "-m", "shoestring.launch.run.start_rank", str(run_dir / CONFIG_FILE)]
         return _run(command, environment, StopRequest(stop_file, config.training.stop_seconds))
 
 
-def _environment(config: RunConfig, local: LocalRanks, own: Mapping[str, str]) -> dict[str, str]:
+def _environment(config: RunConfig, local: LocalRanks, launch_variables: Mapping[str, str]) -> dict[str, str]:
     on_gpu = uses_gpus(config.training.device, local.count)
     settings = applicable_settings(Path(config.training.run_dir), on_gpu=on_gpu)
     if local.count == config.topology.world_size:
         settings += [setting for setting in single_node_settings() if on_gpu or not setting.gpu_only]
-    return build_rank_environment({**SAFE_PATH_ENVIRONMENT, **own}, settings)
+    return build_rank_environment({**SAFE_PATH_ENVIRONMENT, **launch_variables}, settings)
 
 
 def _torchrun(config: RunConfig, local: LocalRanks) -> tuple[str, ...]:
     on_gpu = uses_gpus(config.training.device, local.count)
-    bound = numa_binding_blocker(NumaSupport.detect(), on_gpu=on_gpu) is None
-    return (*local.torchrun_arguments, NUMA_BINDING_FLAG) if bound else local.torchrun_arguments
+    can_bind = numa_binding_blocker(NumaSupport.detect(), on_gpu=on_gpu) is None
+    return (*local.torchrun_arguments, NUMA_BINDING_FLAG) if can_bind else local.torchrun_arguments
 
 
 def _run(command: Sequence[str], environment: dict[str, str], request: StopRequest) -> int:
     with raise_on_stop_signals():
-        process = subprocess.Popen(command, env=environment, preexec_fn=_become_torchrun)
+        process = subprocess.Popen(command, env=environment, preexec_fn=_prepare_torchrun_process)
         try:
             with request.request_stop_on_signal():
                 code = _wait(process)
@@ -209,15 +214,15 @@ def _run(command: Sequence[str], environment: dict[str, str], request: StopReque
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Until torchrun ends; a few seconds after its last rank has, end it.
+    """Wait for torchrun; terminate it a few seconds after its last rank has ended.
 
-    torchrun waits for that of every other machine, up to five minutes, and one that was killed never comes.
+    torchrun waits up to five minutes for the torchrun of every other node, and one that was killed never answers.
     """
     alone_since: float | None = None
     has_started = False
     while True:
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(_SECONDS_BETWEEN_LOOKS)
+            return process.wait(_POLL_SECONDS)
         is_alone = not _has_children(process.pid)
         has_started = has_started or not is_alone
         now = time.monotonic()
@@ -228,7 +233,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _has_children(pid: int) -> bool:
-    """Whether the process has any; True where the kernel does not say."""
+    """Return whether a process has children; True if the kernel does not tell."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         return any((thread / "children").read_text().strip() for thread in threads)
@@ -236,31 +241,29 @@ def _has_children(pid: int) -> bool:
         return True
 
 
-def _become_torchrun() -> None:
-    """Between fork and exec. Slurm and systemd send a request to stop to every process of a job.
-
-    torchrun and the ranks it starts inherit that these are blocked: the former turns them into the stop file, the
-    latter get them once they listen. SIGINT is ignored in what a script starts in the background.
-    """
+def _prepare_torchrun_process() -> None:
+    """Set up torchrun's process between fork and exec."""
     die_with_parent()
+    # Slurm and systemd send stop signals to every process of a job. torchrun and its ranks inherit that they are
+    # blocked: torchrun turns them into the stop file, and a rank unblocks them once its handlers are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores SIGINT in the background processes of a script
 
 
 class StopRequest:
-    """The launcher's wish that its ranks stop, said by `stop_file`."""
+    """Stop request to the ranks: the launcher creates `stop_file` at the first stop signal."""
 
     def __init__(self, stop_file: Path, seconds: float) -> None:
         self._stop_file = stop_file
         self._seconds = seconds
-        self._asked: int | None = None
-        self._asked_at = 0.0
+        self._requested_by: int | None = None
+        self._requested_at = 0.0
 
     @contextmanager
     def request_stop_on_signal(self) -> Iterator[None]:
-        """The first asking signal asks; one that ends, or no end of the context in time, raises `StoppedBySignal`."""
-        heard = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM)
-        former = {number: signal.signal(number, self._hear) for number in heard}
+        """Request a stop at the first stop signal; raise `StoppedBySignal` at a forcing one or after `seconds`."""
+        handled = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM)
+        former = {number: signal.signal(number, self._handle) for number in handled}
         try:
             yield
         finally:
@@ -268,32 +271,32 @@ class StopRequest:
             for number, handler in former.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested_by is not None:
             if number == signal.SIGALRM:
-                raise StoppedBySignal(self._asked)
-            # SIGUSR1 never means more than a request.
-            if number in FORCE_STOP_SIGNALS and time.monotonic() - self._asked_at > STOP_DEBOUNCE_SECONDS:
+                raise StoppedBySignal(self._requested_by)
+            # SIGUSR1 and SIGHUP only request a stop, however often they come.
+            if number in FORCE_STOP_SIGNALS and time.monotonic() - self._requested_at > STOP_DEBOUNCE_SECONDS:
                 raise StoppedBySignal(number)
             return
-        self._asked, self._asked_at = number, time.monotonic()
+        self._requested_by, self._requested_at = number, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
         self._stop_file.touch()
-        if os.environ.get("SLURM_NODEID", "0") == "0":  # all machines of a job write into one file
-            text = "the run stops after this step, with a checkpoint; a second SIGTERM ends it at once"
+        if os.environ.get("SLURM_NODEID", "0") == "0":  # all nodes of a Slurm job write into one file
+            text = "stopping after this step, with a checkpoint; a second SIGTERM stops immediately"
             print_to_stderr(f"shoestring train: {signal.Signals(number).name}: {text}")
 
     def raise_if_stop_failed(self, code: int) -> None:
-        """Ranks that were asked to stop and failed have stopped, but not as they were asked to."""
-        if code and self._asked is not None:
-            raise StoppedBySignal(self._asked)
+        """Raise `StoppedBySignal` if a stop was requested and the ranks exited with a non-zero `code`."""
+        if code and self._requested_by is not None:
+            raise StoppedBySignal(self._requested_by)
 
 
 @contextmanager
 def raise_on_stop_signals(numbers: Iterable[signal.Signals] = LAUNCHER_TERMINATION_SIGNALS) -> Iterator[None]:
-    """SIGTERM (Slurm, `docker stop`) and its like become `StoppedBySignal`, so that the ledger is closed; SIGINT always does.
+    """Raise `StoppedBySignal` at SIGINT and each of `numbers`, so that the ledger is closed before this process ends.
 
-    Once one has, this process is about to end, and further ones are ignored: none may cut the closing short.
+    Further signals are ignored after the first, so that none interrupts the closing.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""One machine's share of `shoestring train` over several machines: launch/torchrun.sh starts it on each of them."""
+"""`shoestring train` on one node of several; launch/torchrun.sh starts it on each node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...comm.rank_consistency import Fingerprints
 from ...trainer.config import RunConfig
 from ...trainer.run.exit import HaltReason
 from ..compose import compose_run_config, read_config
-from ..console import open_standard_streams, print_to_stderr
+from ..console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
 from .fingerprint import data_digest, run_fingerprint
 from .launcher import LocalRanks, StoppedBySignal, launch_run, preemption_exit_code, raise_on_stop_signals, run_torchrun
 from .preflight import budget_blocker, is_run_finished, run_preflight_checks
@@ -37,45 +37,43 @@ from .signals import STOP_SIGNALS, StoppedBeforeStart, raise_on_early_stop
 from .torchrun import local_torchrun_arguments
 
 _PORT = 29500
-_FAULT, _REFUSED = 1, 2
+_FAILURE, _CONFIG_ERROR = 1, 2
 _NO_WAIT = 0.0
 _SECONDS_FOR_STATUS = 10
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 _NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """Where this machine stands in the launch, and how the machines find each other."""
+    """Position of this node in the launch, and the address at which the nodes connect."""
 
     nodes: int
     node_rank: int
-    """Of this machine. Rank 0 of the run lives on machine 0, which speaks for the run: its directory, its ledger."""
+    """Number of this node. Node 0 runs rank 0 and owns the run directory and the ledger."""
     master_address: str
-    """Of machine 0; empty where there is one machine."""
+    """Address of node 0; empty for a launch of one node."""
     master_port: int
-    """TCP port on machine 0."""
+    """TCP port on node 0."""
     gpus_per_node: int | None
-    """Ranks on each machine, where they are given."""
+    """Ranks on each node; None if GPUS_PER_NODE is not set."""
 
     def rendezvous_endpoint(self, seconds: float) -> RendezvousEndpoint:
-        """Where the machines meet, who wait for each other so long."""
+        """Return the endpoint at which the nodes connect, with a timeout of `seconds`."""
         return RendezvousEndpoint(self.master_address, self.master_port, self.nodes, self.node_rank, seconds)
 
     def torchrun_arguments(self, processes: int) -> list[str]:
-        """Arguments of torchrun for `processes` ranks on this machine.
-
-        The rendezvous is static: c10d numbers the machines by the order of their addresses, so that neighbors in the
-        topology would not be neighbors in the network, and rank 0 could be anywhere.
-        """
+        """Return torchrun's arguments for `processes` ranks on this node."""
         if self.nodes == 1:
             return local_torchrun_arguments(processes)
-        meeting = [f"--master-addr={self.master_address}", f"--master-port={self.master_port}"]
-        return [f"--nnodes={self.nodes}", f"--node-rank={self.node_rank}", *meeting, f"--nproc-per-node={processes}"]
+        # A static rendezvous: c10d's would number the nodes by the order of their addresses, so that neighbors in the
+        # topology would not be neighbors in the network, and rank 0 could be on any node.
+        master = [f"--master-addr={self.master_address}", f"--master-port={self.master_port}"]
+        return [f"--nnodes={self.nodes}", f"--node-rank={self.node_rank}", *master, f"--nproc-per-node={processes}"]
 
 
 def read_node_environment(environment: Mapping[str, str]) -> NodeEnvironment:
-    """The machine that the variables of launch/torchrun.sh describe. Raises `ConfigError` with all that is wrong."""
+    """Read the variables of launch/torchrun.sh. Raises `ConfigError` with every problem."""
     problems: list[Problem] = []
 
     def whole(name: str, default: int, low: int, high: int) -> int:
@@ -91,19 +89,20 @@ def read_node_environment(environment: Mapping[str, str]) -> NodeEnvironment:
     processes = whole("GPUS_PER_NODE", 1, 1, 1024) if environment.get("GPUS_PER_NODE") else None
     address = environment.get("MASTER_ADDR", "")
     if not problems and rank >= nodes:
-        problems.append(Problem("NODE_RANK", rank, f"must be less than NNODES = {nodes}: machines count from 0"))
+        problems.append(Problem("NODE_RANK", rank, f"must be less than NNODES = {nodes}: nodes count from 0"))
     if nodes > 1 and not environment.get("NODE_RANK"):
-        problems.append(Problem("NODE_RANK", "", "is missing; number the machines from 0 to NNODES - 1"))
+        problems.append(Problem("NODE_RANK", "", "is missing; number the nodes from 0 to NNODES - 1"))
     if nodes > 1 and not address:
-        problems.append(Problem("MASTER_ADDR", "", "is missing; name the machine with NODE_RANK=0, the same on all"))
+        hint = "is missing; write the address of the node with NODE_RANK=0, the same on all nodes"
+        problems.append(Problem("MASTER_ADDR", "", hint))
     raise_if_any(problems)
     return NodeEnvironment(nodes, rank, address, port, processes)
 
 
 def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
-    """Ranks on this machine: what was asked for, else its GPUs, else the topology's ranks dealt out to CPUs.
+    """Return the number of ranks on this node: GPUS_PER_NODE, else its GPUs, else an equal share of the topology.
 
-    Raises `ConfigError` unless the machines together run the topology's ranks, and its nodes are the machines.
+    Raises `ConfigError` unless the nodes together run the topology's ranks, and `topology.gpus_per_node` matches.
     """
     world, topology = config.topology.world_size, config.topology
     gpus = 0 if config.training.device == "cpu" else torch.cuda.device_count()
@@ -111,10 +110,10 @@ def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
     problems = []
     if place.nodes * processes != world:
         total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
-        hint = f"{total}, and the topology asks for {world}; {_how_to_fit(world, place, processes, gpus)}"
+        hint = f"{total}, and the topology needs {world}; {_how_to_fit(world, place, processes, gpus)}"
         problems.append(Problem("GPUS_PER_NODE", processes, hint))
     if place.nodes > 1 and topology.gpus_per_node != processes:
-        hint = f"each machine runs {processes}; write topology.gpus_per_node={processes}"
+        hint = f"each node runs {processes} ranks; write topology.gpus_per_node={processes}"
         problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, hint))
     raise_if_any(problems)
     return processes
@@ -131,10 +130,9 @@ def _how_to_fit(world: int, place: NodeEnvironment, processes: int, gpus: int) -
 
 
 def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
-    """Run this machine's ranks to the end; return the exit code.
+    """Run this node's ranks to the end; return the exit code of the run, or 1 if only this node failed.
 
-    Every machine returns that of the run, as `shoestring train` does, or 1 for its own fault. Raises `ConfigError`
-    before any process exists, and `RendezvousError`.
+    Raises `ConfigError` before any process exists, and `RendezvousError`.
     """
     place = read_node_environment(os.environ)
     try:
@@ -143,68 +141,70 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
         if place.nodes > 1:
             raise_if_any(master_address_problems(place.master_address))
         run_preflight_checks(config, processes, fresh=fresh, is_first_node=place.node_rank == 0)
-    except ConfigError as refused:
+    except ConfigError as error:
         if place.node_rank == 0:
             raise
-        _say_refused(refused)
-        report_config_error(place.rendezvous_endpoint(_NO_WAIT), refused)
-        return _REFUSED
+        _print_config_error(error)
+        report_config_error(place.rendezvous_endpoint(_NO_WAIT), error)
+        return _CONFIG_ERROR
     local = LocalRanks(processes, tuple(place.torchrun_arguments(processes)))
     if place.nodes == 1:
         return launch_run(config, local, fresh=fresh)
-    # Each machine would put another instant in the place of `${now:...}`: machine 0's holds, and is not compared.
+    # Each node would resolve `${now:...}` to another time: node 0's is used, and a constant is compared.
     facts = run_fingerprint(compose_run_config(overrides, config_dir, _NO_INSTANT), data_digest(config))
-    venue = place.rendezvous_endpoint(config.training.rendezvous_timeout_seconds)
+    endpoint = place.rendezvous_endpoint(config.training.rendezvous_timeout_seconds)
     if place.node_rank == 0:
         run_dir = Path(config.training.run_dir)
         return launch_run(
-            config, local, fresh=fresh, rendezvous=lambda attempt: host_rendezvous(venue, facts, run_dir, attempt)
+            config, local, fresh=fresh, rendezvous=lambda attempt: host_rendezvous(endpoint, facts, run_dir, attempt)
         )
     if not fresh and is_run_finished(config):
         return 0
     if not fresh and budget_blocker(config) is not None:
         return HaltReason.OVER_BUDGET
-    return _share(venue, facts, local)
+    return _run_other_node(endpoint, facts, local)
 
 
-def _share(venue: RendezvousEndpoint, facts: Fingerprints, local: LocalRanks) -> int:
-    """Run the ranks of a machine that is not machine 0; return the exit code of the run, or 1 for a fault."""
+def _run_other_node(endpoint: RendezvousEndpoint, facts: Fingerprints, local: LocalRanks) -> int:
+    """Run the ranks of a node other than node 0; return the exit code of the run, or 1 if it is not known."""
     try:
         with raise_on_stop_signals(STOP_SIGNALS):
-            run_dir = join_rendezvous(venue, facts)
+            run_dir = join_rendezvous(endpoint, facts)
     except StoppedBySignal as stop:
-        print_to_stderr(f"shoestring train: {stop} before the machines had met")
+        print_to_stderr(f"shoestring train: {stop} before all nodes had connected")
         return HaltReason.PREEMPTED
     config = read_config(run_dir / CONFIG_FILE)
-    # Rank 0 says how the run ended, also where a rank of this machine that was asked to stop did not end well.
+    # Rank 0 records how the run ended; it decides the exit code also if a rank of this node failed while it stopped.
     seconds: float = _SECONDS_FOR_STATUS
     try:
         code = run_torchrun(config, local, run_dir, uuid.uuid4().hex[:12])
-        reason = f"a rank died, torchrun exited with {code}" if code else "the ranks of this machine have ended"
+        reason = f"a rank died (torchrun exit code {code})" if code else "the ranks of this node have ended"
         seconds = 0 if code else seconds
     except StoppedBySignal as stop:
         code, reason = stop.exit_code, str(stop)
         seconds = 0 if code == 128 + signal.SIGINT else seconds
     status = _status(run_dir, seconds)
     if status is None:
-        print_to_stderr(f"shoestring train: {reason}, and machine 0 has not said how the run ended; look what it says")
-        return code if code > _FAULT else _FAULT
-    found = int(str(status["exit_code"]))
-    if found and "SLURM_JOB_ID" not in os.environ:  # all machines of a job write into one file
+        print_to_stderr(
+            f"shoestring train: {reason}. Node 0 did not record how the run ended; see the output of node 0"
+        )
+        return code if code > _FAILURE else _FAILURE
+    status_code = int(str(status["exit_code"]))
+    if status_code and "SLURM_JOB_ID" not in os.environ:  # all nodes of a Slurm job write into one file
         print_to_stderr(f"shoestring train: {status['reason']}")
-    return preemption_exit_code(run_dir) if found == HaltReason.PREEMPTED else found
+    return preemption_exit_code(run_dir) if status_code == HaltReason.PREEMPTED else status_code
 
 
 def _status(run_dir: Path, seconds: float) -> Mapping[str, object] | None:
-    """What rank 0 has left, which may show a moment later on this machine."""
+    """Read rank 0's status, and wait up to `seconds` for a network file system to show it on this node."""
     deadline = time.monotonic() + seconds
     while (status := read_run_status(run_dir)) is None and time.monotonic() < deadline:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
     return status
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of launch/torchrun.sh: the arguments are those of `shoestring train`."""
+    """Run launch/torchrun.sh, with the arguments of `shoestring train`, and exit with its code."""
     open_standard_streams()
     options = parse_arguments(arguments)
     try:
@@ -213,26 +213,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StoppedBeforeStart as stopped:
         print_to_stderr(f"launch/torchrun.sh: stopped by {stopped}")
         code = int(HaltReason.PREEMPTED)
-    except ConfigError as refused:
-        _say_refused(refused)
-        code = _REFUSED
+    except ConfigError as error:
+        _print_config_error(error)
+        code = _CONFIG_ERROR
     except RendezvousError as error:
         print_to_stderr(f"launch/torchrun.sh: {error}")
-        code = _FAULT
+        code = _FAILURE
     sys.exit(code)
 
 
-def _say_refused(refused: ConfigError) -> None:
-    print_to_stderr("launch/torchrun.sh: refused")
-    for problem in refused.problems:
+def _print_config_error(error: ConfigError) -> None:
+    print_to_stderr(f"launch/torchrun.sh: {INVALID_CONFIGURATION}")
+    for problem in error.problems:
         print_to_stderr(f"  {problem}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand before, between and behind options."""
+    """Parse the command line; overrides may come before, between and after options."""
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
-    parser.add_argument("--config-dir", type=Path, help="a directory with configuration groups of your own")
+    parser.add_argument("--config-dir", type=Path, help="a directory with additional configuration groups")
     parser.add_argument("--fresh", action="store_true", help="empty training.run_dir first")
     return parser.parse_intermixed_args(arguments)
 

@@ -1,4 +1,4 @@
-"""What is checked on disk and hardware before a run's first process exists."""
+"""Checks of disk and hardware before a run's first process exists."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .run_dir import read_run_status, run_dir_problems
 
 
 def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is_first_node: bool = True) -> None:
-    """Refuse, all at once, what cannot run on this machine or in this directory.
+    """Raise `ConfigError` with everything that keeps the run from starting on this machine or in its run directory.
 
-    Data that is missing, damaged or too short, GPUs or a DeepEP not there, a wandb without account, a port that is
-    taken, a directory that no run has made, a checkpoint of another run. `first_machine` is the one that speaks for the
-    run.
+    Checked: prepared data (missing, damaged, too short), GPUs, FP8 and attention backends, DeepEP, the wandb account,
+    the Prometheus port, the budget, the run directory and its checkpoint. `is_first_node`: this node owns the run
+    directory and reports for the run.
     """
     on_gpu = uses_gpus(config.training.device, local_ranks)
-    # First and alone: what is checked below takes time and memory that grow with these sizes.
+    # These first, and alone: the checks below take time and memory that grow with the sizes checked here.
     raise_if_any(
         capacity_problems(config, local_ranks, MachineCapacity.detect(on_gpu=on_gpu and torch.cuda.is_available()))
     )
@@ -53,7 +53,7 @@ def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is
     problems += hardware_problems(config, local_ranks)
     if is_first_node and config.telemetry.wandb.mode == "online":
         from ...trainer.telemetry.wandb_sink import (
-            wandb_account_problems,  # a second of import, for the runs that use it
+            wandb_account_problems,  # the import takes a second, so only runs that use wandb pay for it
         )
 
         problems += wandb_account_problems()
@@ -71,7 +71,7 @@ def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is
 
 
 def _checkpoint_problems(config: RunConfig, data: DataManifest | None, *, fresh: bool) -> Iterator[Problem]:
-    """Of the last one that looks whole: the run takes that, and says so. Or of that which a new run begins with."""
+    """Yield problems of the newest intact checkpoint, else of the checkpoint that a new run starts from."""
     try:
         checkpoint, damaged = (None, []) if fresh else _store(config).open_last_intact()
     except OSError as error:
@@ -85,29 +85,30 @@ def _checkpoint_problems(config: RunConfig, data: DataManifest | None, *, fresh:
     elif config.training.start_from is not None:
         start, run_dir = Path(config.training.start_from), Path(config.training.run_dir)
         if fresh and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(run_dir)):
-            yield Problem("training.start_from", str(start), f"lies in {run_dir}, which --fresh empties; move it first")
+            yield Problem("training.start_from", str(start), f"is in {run_dir}, which --fresh empties; move it first")
         yield from start_from_problems(find_checkpoint(start), config, data)
 
 
 def delete_partial_checkpoints(config: RunConfig) -> None:
-    """Before a launch writes anything: free what saves of an earlier one have left half written.
+    """Delete the unfinished checkpoints of earlier attempts.
 
-    Raises `ConfigError` while another process trains in the same directory, whose save may be under way.
+    Raises `ConfigError` while another process trains in the same directory, since its save may be in progress.
     """
     refuse_if_locked(Path(config.training.run_dir) / WORK_FILE)
     remove_partial_saves(_store(config))
 
 
 def is_run_finished(config: RunConfig) -> bool:
-    """Whether the run directory holds a run of this length that ended as it should, sample and summary included."""
+    """Return whether the run directory holds a run that completed all configured steps and exited with 0."""
     steps, status = _store(config).steps(), read_run_status(Path(config.training.run_dir))
     return bool(steps) and steps[-1] >= config.total_steps and status is not None and status["exit_code"] == 0
 
 
 def budget_blocker(config: RunConfig) -> str | None:
-    """Why no step may be trained: a budget is used up, or would be before the end at the price of the last steps.
+    """Return why no further step may be trained, or None.
 
-    Raises `ConfigError` for a broken ledger.
+    A budget is used up, or would be before the last step at the cost of the recent steps. Raises `ConfigError` for a
+    damaged ledger.
     """
     run_dir = Path(config.training.run_dir)
     tokens_left = _tokens_left(config)
@@ -120,7 +121,7 @@ def budget_blocker(config: RunConfig) -> str | None:
 
 
 def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Problem]:
-    """What the project and the plan say against this run."""
+    """Yield problems of the run with its project file and its plan."""
     budget, run_dir = config.budget, Path(config.training.run_dir)
     left, name = budget.gpu_hours, "budget.gpu_hours"
     if budget.project is not None:
@@ -132,17 +133,17 @@ def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Probl
             yield Problem("budget.phase", budget.phase, f"has no budget in {budget.project}; add it under gpu_hours")
         shared = gpu_hours_left_in_project(budget, run_dir)
         assert shared is not None
-        left, name = min((left, name), (shared, f"what is left in {budget.project}"))
+        left, name = min((left, name), (shared, f"the remaining budget in {budget.project}"))
         if fresh and (run_dir / ALLOCATION_FILE).exists():
-            hint = "would erase what this run has cost from the project; name another directory and list it there"
+            hint = "would erase this run's cost from the project; use another run directory and list it there"
             yield Problem("--fresh", True, hint)
         if shared == 0.0:
             yield Problem(
-                "budget.project", budget.project, f"nothing is left for {budget.phase}; raise gpu_hours there"
+                "budget.project", budget.project, f"the budget of {budget.phase} is used up; raise gpu_hours there"
             )
     plan = budget.planned_gpu_hours
     if plan is not None and plan > left and not budget.allow_over_plan:
-        hint = f"the plan exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
+        hint = f"exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
         yield Problem("budget.planned_gpu_hours", plan, hint, ("budget.gpu_hours", "budget.project"))
 
 
@@ -157,7 +158,7 @@ def _store(config: RunConfig) -> CheckpointStore:
 
 
 def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    """What this machine lacks for so many ranks of the run."""
+    """Yield a problem for each GPU, library or kernel that `local_ranks` ranks need and this machine lacks."""
     yield from _device_problems(config, local_ranks)
     yield from _exchange_problems(config, local_ranks)
     yield from _provider_problems(config, local_ranks)
@@ -167,7 +168,7 @@ def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
 def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     gpus = torch.cuda.device_count()
     if config.training.device == "cuda" and gpus < local_ranks:
-        hint = f"{local_ranks} ranks need a GPU each and this machine has {gpus}; write auto or cpu, or fewer ranks"
+        hint = f"{local_ranks} ranks need one GPU each, this machine has {gpus}; write auto or cpu, or use fewer ranks"
         yield Problem("training.device", "cuda", hint)
 
 
@@ -179,22 +180,22 @@ def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]
 
 
 def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    """What computes attention must be here, for the device that each rank will take."""
+    """Yield a problem if the attention backend does not run on the device that the ranks will use."""
     name, device = config.training.attention_backend, config.training.device
     gpus = torch.cuda.device_count()
     if device != "cpu" and gpus >= local_ranks:
         case = config.attention_shape(config.precision.compute_dtype(torch.device("cuda")))
         try:
             select_attention(name, case, GpuCapabilities.detect())
-        except ConfigError as refused:
-            yield from refused.problems
+        except ConfigError as error:
+            yield from error.problems
     elif name != "auto" and device == "auto":
-        hint = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or fewer ranks"
+        hint = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or use fewer ranks"
         yield Problem(CONFIG_KEY, name, hint)
 
 
 def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    """What computes in FP8 must be here, for the device that each rank will take."""
+    """Yield a problem for each reason why the FP8 backend does not run on the device that the ranks will use."""
     name, device = config.precision.fp8_backend, config.training.device
     if config.precision.linear != "fp8":
         return

@@ -1,7 +1,7 @@
-"""Ranks that another program has started find each other: torchrun of one's own, or a container's variables.
+"""Rendezvous of ranks that the user's torchrun, or a container with torchrun's variables, has started.
 
-They wait for each other as machines do (`meeting.py`): a name that does not resolve is refused, what is waited for is
-said, the wait has a limit, and a request to stop ends it.
+As in the rendezvous of nodes (`rendezvous.py`), a name that does not resolve is an error, a message says what the rank
+waits for, the wait has a limit, and a stop signal ends it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store
 from ...comm.errors import raise_if_any
 from .rendezvous import PeriodicMessage, master_address_problems
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 
 class StoppedBeforeRendezvous(Exception):  # noqa: N818 -- says what happened
-    """A request to stop came before the ranks had met; nothing was trained."""
+    """A stop was requested before all ranks had connected; nothing was trained."""
 
 
-def open_rendezvous_store(worker: TorchrunEnvironment, seconds: float, stop_asked: Callable[[], bool]) -> dist.Store:
-    """Return the store at MASTER_ADDR:MASTER_PORT once every rank has come to it.
+def open_rendezvous_store(
+    worker: TorchrunEnvironment, seconds: float, stop_requested: Callable[[], bool]
+) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT once every rank has connected to it.
 
-    Raises `ConfigError` where the address does not resolve, `dist.DistError` or `OSError` where ranks are not there in
-    `seconds`, `StoppedBeforeRendezvous`.
+    Raises `ConfigError` if the address does not resolve, `dist.DistError` or `OSError` if ranks do not connect within
+    `seconds`, and `StoppedBeforeRendezvous`.
     """
     raise_if_any(master_address_problems(os.environ["MASTER_ADDR"]))
     stores: list[dist.Store] = []
@@ -40,20 +42,20 @@ def open_rendezvous_store(worker: TorchrunEnvironment, seconds: float, stop_aske
         except (dist.DistError, OSError) as error:
             errors.append(error)
 
-    # torch waits outside Python, where no signal is heard: so it does in a thread of its own
-    opening = threading.Thread(target=open_it, daemon=True, name="ranks meet")
+    # torch waits in C++, where Python handles no signal, so the wait is in another thread.
+    opening = threading.Thread(target=open_it, daemon=True, name="rendezvous")
     opening.start()
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    words = PeriodicMessage(first_after=_SECONDS_BETWEEN_LOOKS)
+    message = PeriodicMessage(first_after=_POLL_SECONDS)
     while opening.is_alive():
-        if stop_asked():
-            raise StoppedBeforeRendezvous(f"stopped before the {worker.world_size} ranks had met at {where}")
+        if stop_requested():
+            raise StoppedBeforeRendezvous(f"stopped before all {worker.world_size} ranks had connected at {where}")
         if worker.local_rank == 0:
             others = worker.world_size - 1
-            words.print_if_due(
+            message.print_if_due(
                 f"rank {worker.rank} waits for {others} other rank{'s' if others > 1 else ''} at {where}"
             )
-        opening.join(_SECONDS_BETWEEN_LOOKS)
+        opening.join(_POLL_SECONDS)
     if errors:
         raise errors[0]
     return stores[0]

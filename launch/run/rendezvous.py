@@ -1,11 +1,11 @@
-"""The machines of a launch meet before any of them starts a rank: machine 0 waits at MASTER_ADDR:MASTER_PORT.
+"""Rendezvous of the nodes of a launch, before any of them starts a rank: node 0 listens at MASTER_ADDR:MASTER_PORT.
 
-    machine r -> machine 0   who it is, and its facts: configuration, code, data (`identity.py`)
-    machine 0 -> machine r   once all have come: the run directory, and what a file in it holds
-    machine r -> machine 0   whether it sees that file
-    machine 0 -> machine r   go
+    node r -> node 0   its number and its fingerprint: configuration, code, data (`fingerprint.py`)
+    node 0 -> node r   once all have connected: the run directory, and the content of a file in it
+    node r -> node 0   true if it sees that file
+    node 0 -> node r   go
 
-In the place of each answer of machine 0 may come a refusal, which all machines get. A message is a line of JSON.
+Instead of either answer node 0 may send an error, which all nodes receive. A message is one line of JSON.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ from ...comm.rank_consistency import (
 )
 from ..console import print_to_stderr
 
-_SECONDS_BETWEEN_WORDS = 30
-_SECONDS_BETWEEN_LOOKS = 0.5
+_MESSAGE_INTERVAL_SECONDS = 30
+_POLL_SECONDS = 0.5
 _SECONDS_TO_SPEAK = 10
-"""For a machine that has connected to send its line: on one machine and in one network this takes milliseconds."""
+"""Limit for a connected node to send its message; within one network it takes milliseconds."""
 _SECONDS_TO_SEE = 60
-"""For a file to appear on the other machines: NFS looks again after 60 s (acdirmax)."""
+"""Limit for a file to appear on the other nodes: NFS caches a directory for up to 60 s (acdirmax)."""
 _SECONDS_TO_HEAR = 20
-"""For machines that are about to come, when one that has come is refused: they would wait for nobody."""
+"""Time after an error in which further nodes may connect, so that they receive it instead of waiting in vain."""
 _SECONDS_FOR_PORT = 20
 _SECONDS_TO_REPORT = 20
-"""Machines are started together, and machine 0 listens later than another one refuses: it looks at more."""
-_MOST_BYTES = 4 * 2**20
-_MOST_NEWCOMERS = 256
-"""Connections that have not said yet who they are: a machine does so within milliseconds."""
-_MOST_NOTE_BYTES = 1000
+"""Time in which a node tries to report an error: node 0 has more to check, and listens later than others fail."""
+_MAX_BYTES = 4 * 2**20
+_MAX_UNIDENTIFIED = 256
+"""Limit on connections that have not sent their message; a node sends it within milliseconds."""
+_MAX_NOTE_BYTES = 1000
 _FILE = "meeting"
 
 
 class RendezvousError(Exception):
-    """Machines did not come, or have left again. Not the input's fault: the same command may do."""
+    """Nodes did not connect, or disconnected. The input is valid: the same command may succeed later."""
 
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """Where the machines meet, and which of them this is."""
+    """Address at which the nodes connect, and the number of this node."""
 
     address: str
     port: int
     node_count: int
     node_rank: int
-    """Number of this one."""
+    """Number of this node."""
     timeout_seconds: float
-    """How long to wait: `training.rendezvous_timeout_seconds`."""
+    """Time to wait for other nodes: `training.rendezvous_timeout_seconds`."""
 
     @property
     def host_and_port(self) -> str:
@@ -76,85 +76,86 @@ class RendezvousEndpoint:
 
     @property
     def timeout_text(self) -> str:
-        """The limit, with the key that sets it."""
+        """Timeout with the key that sets it, for messages."""
         return f"{self.timeout_seconds:g} s (training.rendezvous_timeout_seconds)"
 
 
 def master_address_problems(address: str) -> Iterator[Problem]:
-    """What keeps this machine from finding machine 0: its name does not resolve, or names none."""
+    """Yield a problem if MASTER_ADDR does not resolve on this machine or names no single host."""
     try:
         found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         host, _, port = address.rpartition(":")
-        hint = "name machine 0 by an address that all machines know"
+        hint = "write an address of node 0 that all nodes can resolve"
         if port.isdecimal() and ":" not in host:
             hint = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
         elif address != (bare := address.strip().strip("[]")):
             hint = f"write {bare}, without spaces and brackets" if bare else hint
-        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {hint}")
+        yield Problem("MASTER_ADDR", address, f"does not resolve on this node ({error}); {hint}")
         return
     if any(ip_address(str(entry[4][0]).partition("%")[0]).is_unspecified for entry in found):
-        hint = "is every address of a machine and names none; name machine 0 by an address that all machines know"
+        hint = "is the wildcard address; write an address of node 0 that all nodes can resolve"
         yield Problem("MASTER_ADDR", address, hint)
 
 
-def host_rendezvous(venue: RendezvousEndpoint, facts: Fingerprints, run_dir: Path, attempt: str) -> None:
-    """As machine 0: return when all machines are there, fit, and see what `run_dir` holds; `attempt` is in no other.
+def host_rendezvous(endpoint: RendezvousEndpoint, facts: Fingerprints, run_dir: Path, attempt: str) -> None:
+    """Run the rendezvous on node 0; return when all nodes have connected, match `facts` and share `run_dir`.
 
-    Raises `ConfigError` for one that does not fit, `RendezvousError` for one that does not come.
+    `attempt` is the unique text of the shared file. Raises `ConfigError` for a node that does not match, and
+    `RendezvousError` for one that does not connect.
     """
     with ExitStack() as cleanup:
         note = run_dir / _FILE
-        with config_error_context(note, "make room, or name another training.run_dir"):
+        with config_error_context(note, "free disk space, or use another training.run_dir"):
             replace_file_atomically(note, attempt.encode())
         cleanup.callback(lambda: note.unlink(missing_ok=True))
-        listener = cleanup.enter_context(_listener(venue))
-        guests: dict[int, _Line] = {}
-        cleanup.callback(_close, guests)
+        listener = cleanup.enter_context(_listener(endpoint))
+        nodes: dict[int, _Connection] = {}
+        cleanup.callback(_close, nodes)
         try:
-            _gather(venue, listener, facts, guests)
-            for number, guest in guests.items():
-                _send(number, guest, {"run_dir": str(run_dir), "attempt": attempt})
-            for number, guest in guests.items():
-                _check_sight(number, guest, run_dir)
-        except ConfigError as refused:
-            for guest in guests.values():
+            _register_nodes(endpoint, listener, facts, nodes)
+            for number, node in nodes.items():
+                _send(number, node, {"run_dir": str(run_dir), "attempt": attempt})
+            for number, node in nodes.items():
+                _check_shared_file(number, node, run_dir)
+        except ConfigError as error:
+            for node in nodes.values():
                 with suppress(OSError):
-                    guest.send({"refused": str(refused)})
+                    node.send({"refused": str(error)})
             raise
-        for number, guest in guests.items():
-            _send(number, guest, {"go": True})
+        for number, node in nodes.items():
+            _send(number, node, {"go": True})
 
 
-def _send(number: int, guest: _Line, message: Mapping[str, object]) -> None:
+def _send(number: int, node: _Connection, message: Mapping[str, object]) -> None:
     try:
-        guest.send(message)
+        node.send(message)
     except OSError as error:
         raise RendezvousError(
-            f"machine {number} ({guest.host}) has left ({error.strerror}); look what it says"
+            f"node {number} ({node.host}) disconnected ({error.strerror}); see the output of that node"
         ) from error
 
 
-def _close(guests: Mapping[int, _Line]) -> None:
-    for guest in guests.values():
-        guest.close()
+def _close(nodes: Mapping[int, _Connection]) -> None:
+    for node in nodes.values():
+        node.close()
 
 
-def join_rendezvous(venue: RendezvousEndpoint, facts: Fingerprints) -> Path:
-    """As another machine: return the run directory of the launch once all machines are there and fit."""
-    line = _reach(venue)
+def join_rendezvous(endpoint: RendezvousEndpoint, facts: Fingerprints) -> Path:
+    """Connect to node 0; return the run directory of the launch once all nodes have connected and match."""
+    peer = _connect(endpoint)
     try:
-        line.send({"machine": venue.node_rank, "host": socket.gethostname(), "facts": fingerprints_to_json(facts)})
-        told = _answer(venue, line)
-        run_dir, attempt = _path(told["run_dir"]), told["attempt"].as_string()
-        line.send({"sees": _sees(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
-        _answer(venue, line)["go"].as_boolean()
+        peer.send({"machine": endpoint.node_rank, "host": socket.gethostname(), "facts": fingerprints_to_json(facts)})
+        answer = _receive_answer(endpoint, peer)
+        run_dir, attempt = _path(answer["run_dir"]), answer["attempt"].as_string()
+        peer.send({"sees": _sees_file(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
+        _receive_answer(endpoint, peer)["go"].as_boolean()
     except MalformedFileError as error:
-        raise RendezvousError(f"what answers at {venue.host_and_port} is no launch of Shoestring: {error}") from error
+        raise RendezvousError(f"{endpoint.host_and_port} is not node 0 of a Shoestring launch: {error}") from error
     except OSError as error:
-        raise RendezvousError(f"machine 0 at {venue.host_and_port} cannot be reached any more: {error}") from error
+        raise RendezvousError(f"lost the connection to node 0 at {endpoint.host_and_port}: {error}") from error
     finally:
-        line.close()
+        peer.close()
     return run_dir
 
 
@@ -165,28 +166,28 @@ def _path(item: JsonValue) -> Path:
     return Path(text)
 
 
-def report_config_error(venue: RendezvousEndpoint, refused: ConfigError) -> None:
-    """Tell machine 0, if it waits or begins to within seconds, that this machine will not come."""
+def report_config_error(endpoint: RendezvousEndpoint, error: ConfigError) -> None:
+    """Send `error` to node 0, if it listens within `_SECONDS_TO_REPORT`, so that it stops waiting for this node."""
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while True:
         try:
-            connection = socket.create_connection((venue.address, venue.port), _SECONDS_BETWEEN_LOOKS)
+            connection = socket.create_connection((endpoint.address, endpoint.port), _POLL_SECONDS)
             break
         except (ConnectionRefusedError, TimeoutError):
             if time.monotonic() > deadline:
                 return
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         except OSError:
             return
     with suppress(OSError):
-        line = _Line(connection)
-        line.send({"machine": venue.node_rank, "host": socket.gethostname(), "refused": str(refused)})
-        line.close()
+        peer = _Connection(connection)
+        peer.send({"machine": endpoint.node_rank, "host": socket.gethostname(), "refused": str(error)})
+        peer.close()
 
 
 @dataclass(eq=False)
-class _Line:
-    """One connection: a line of JSON at a time."""
+class _Connection:
+    """Connection to another node that sends and receives lines of JSON."""
 
     connection: socket.socket
     host: str = "?"
@@ -197,18 +198,19 @@ class _Line:
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> JsonValue | None:
-        """The next message, a mapping; None where the other side has closed.
+        """Return the next message, a mapping; None if the other side has closed the connection.
 
-        With 0 seconds, only what has come already is looked at. Raises `TimeoutError`, and `MalformedFileError` for junk.
+        With 0 seconds, only bytes that have arrived are read. Raises `TimeoutError`, and `MalformedFileError` for
+        anything but a JSON object.
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             self.connection.settimeout(max(0.001, deadline - time.monotonic()))
-            got = self.connection.recv(2**16)
-            if not got:
+            data = self.connection.recv(2**16)
+            if not data:
                 return None
-            self._rest += got
-            if len(self._rest) > _MOST_BYTES:
+            self._rest += data
+            if len(self._rest) > _MAX_BYTES:
                 raise MalformedFileError("", len(self._rest), "is too long for a message")
             if b"\n" not in self._rest and time.monotonic() >= deadline:
                 raise TimeoutError
@@ -222,241 +224,253 @@ class _Line:
 
 
 class PeriodicMessage:
-    """Says what is waited for, `first_after` seconds from now and every 30 seconds."""
+    """Message on a wait, printed `first_after` seconds from now and every 30 seconds."""
 
     def __init__(self, first_after: float = 0) -> None:
         self._next = time.monotonic() + first_after
 
     def print_if_due(self, text: str) -> None:
-        """Say `text` where it is time."""
+        """Print `text` if it is due."""
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _SECONDS_BETWEEN_WORDS
+            self._next = time.monotonic() + _MESSAGE_INTERVAL_SECONDS
             print_to_stderr(f"shoestring train: {text}")
 
 
 @contextmanager
-def _listener(venue: RendezvousEndpoint) -> Iterator[socket.socket]:
-    """On every address of this machine, or on its loopback alone where that is where the machines meet."""
+def _listener(endpoint: RendezvousEndpoint) -> Iterator[socket.socket]:
+    """Listen on every address of this machine, or only on its loopback address if that is MASTER_ADDR."""
     deadline = time.monotonic() + _SECONDS_FOR_PORT
     while True:
         try:
-            listener = _listen(venue)
+            listener = _listen(endpoint)
             break
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                hint = f"cannot be listened to on this machine ({error.strerror}); name another port, the same on all"
-                raise ConfigError([Problem("MASTER_PORT", venue.port, hint)]) from error
-        time.sleep(_SECONDS_BETWEEN_LOOKS)  # the launch before this one, or another program, still has the port
+                hint = f"cannot be opened on this machine ({error.strerror}); use another port, the same on all nodes"
+                raise ConfigError([Problem("MASTER_PORT", endpoint.port, hint)]) from error
+        time.sleep(_POLL_SECONDS)  # the previous launch, or another program, still has the port
     with listener:
         listener.setblocking(False)
         yield listener
 
 
-def _listen(venue: RendezvousEndpoint) -> socket.socket:
-    loopback = resolve_to_loopback(venue.address)
+def _listen(endpoint: RendezvousEndpoint) -> socket.socket:
+    loopback = resolve_to_loopback(endpoint.address)
     if loopback is not None:
-        return open_listening_socket(loopback, venue.port)
+        return open_listening_socket(loopback, endpoint.port)
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", venue.port), family=family, dualstack_ipv6=both, backlog=2048)
+    return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=both, backlog=2048)
 
 
-class _Newcomers:
-    """Connections that have not said yet who they are, all waited for at once: a silent one delays no other."""
+class _UnidentifiedConnections:
+    """Connections that have not sent their first message, polled together: a silent one delays no other."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._deadlines: dict[_Line, float] = {}
+        self._deadlines: dict[_Connection, float] = {}
 
-    def __enter__(self) -> _Newcomers:
+    def __enter__(self) -> _UnidentifiedConnections:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for line in self._deadlines:
-            line.close()
+        for peer in self._deadlines:
+            peer.close()
         self._selector.close()
 
-    def wait_for_messages(self, seconds: float) -> Iterator[tuple[_Line, JsonValue]]:
-        """Yield each connection that says something within `seconds`, with what it says.
+    def wait_for_messages(self, seconds: float) -> Iterator[tuple[_Connection, JsonValue]]:
+        """Yield each connection that sends a message within `seconds`, with the message.
 
-        What does not speak our language is let go without a word: a port may be scanned.
+        Connections that send anything else are closed without an error, since a port may be scanned.
         """
         for key, _ in self._selector.select(max(0.0, seconds)):
             if key.data is None:
                 self._accept()
             elif key.data in self._deadlines:
-                yield from self._heard(key.data)
-        late = [line for line, deadline in self._deadlines.items() if time.monotonic() > deadline]
-        for line in late:
-            self._forget(line).close()
+                yield from self._receive(key.data)
+        late = [peer for peer, deadline in self._deadlines.items() if time.monotonic() > deadline]
+        for peer in late:
+            self._forget(peer).close()
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has left already
+        except OSError:  # it has disconnected already
             return
-        if len(self._deadlines) >= _MOST_NEWCOMERS:
+        if len(self._deadlines) >= _MAX_UNIDENTIFIED:
             self._forget(next(iter(self._deadlines))).close()
-        line = _Line(connection)
-        self._deadlines[line] = time.monotonic() + _SECONDS_TO_SPEAK
-        self._selector.register(connection, selectors.EVENT_READ, line)
+        peer = _Connection(connection)
+        self._deadlines[peer] = time.monotonic() + _SECONDS_TO_SPEAK
+        self._selector.register(connection, selectors.EVENT_READ, peer)
 
-    def _heard(self, line: _Line) -> Iterator[tuple[_Line, JsonValue]]:
+    def _receive(self, peer: _Connection) -> Iterator[tuple[_Connection, JsonValue]]:
         try:
-            message = line.receive(0)
+            message = peer.receive(0)
         except TimeoutError:
             return  # a part of a message
         except (OSError, ValueError):
             message = None
-        self._forget(line)
+        self._forget(peer)
         if message is None:
-            line.close()
+            peer.close()
         else:
-            yield line, message
+            yield peer, message
 
-    def _forget(self, line: _Line) -> _Line:
-        self._selector.unregister(line.connection)
-        del self._deadlines[line]
-        return line
-
-
-def _gather(venue: RendezvousEndpoint, listener: socket.socket, facts: Fingerprints, guests: dict[int, _Line]) -> None:
-    """Until every other machine is among the `guests`. Raises `ConfigError`, once most of them are there to hear it."""
-    with _Newcomers(listener) as newcomers:
-        _gather_from(newcomers, venue, facts, guests)
+    def _forget(self, peer: _Connection) -> _Connection:
+        self._selector.unregister(peer.connection)
+        del self._deadlines[peer]
+        return peer
 
 
-def _gather_from(
-    newcomers: _Newcomers, venue: RendezvousEndpoint, facts: Fingerprints, guests: dict[int, _Line]
+def _register_nodes(
+    endpoint: RendezvousEndpoint, listener: socket.socket, facts: Fingerprints, nodes: dict[int, _Connection]
 ) -> None:
-    deadline, words, hint = time.monotonic() + venue.timeout_seconds, PeriodicMessage(), _foreign(venue.address)
-    refusals: list[ConfigError] = []
-    while len(guests) < venue.node_count - 1:
-        missing = [number for number in range(1, venue.node_count) if number not in guests]
-        some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        words.print_if_due(
-            f"waiting for {len(missing)} of {venue.node_count} machines at {venue.host_and_port} (missing: {some}){hint}"
-        )
-        if refusals and time.monotonic() > deadline:
+    """Add every other node to `nodes`. Raises `ConfigError`, after a delay in which the other nodes may connect."""
+    with _UnidentifiedConnections(listener) as connections:
+        _register_nodes_from(connections, endpoint, facts, nodes)
+
+
+def _register_nodes_from(
+    connections: _UnidentifiedConnections,
+    endpoint: RendezvousEndpoint,
+    facts: Fingerprints,
+    nodes: dict[int, _Connection],
+) -> None:
+    deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
+    hint = _not_local_hint(endpoint.address)
+    errors: list[ConfigError] = []
+    while len(nodes) < endpoint.node_count - 1:
+        missing = [number for number in range(1, endpoint.node_count) if number not in nodes]
+        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        count = f"{len(missing)} of {endpoint.node_count} nodes"
+        waiting.print_if_due(f"waiting for {count} at {endpoint.host_and_port} (missing: {names}){hint}")
+        if errors and time.monotonic() > deadline:
             break
         if time.monotonic() > deadline:
-            late = f"of {venue.node_count} machines, {some} did not come to {venue.host_and_port} within {venue.timeout_text}{hint}"
-            raise RendezvousError(f"{late}; look what they say, and whether they reach that address")
-        for line, message in newcomers.wait_for_messages(min(_SECONDS_BETWEEN_LOOKS, deadline - time.monotonic())):
+            late = f"{count} did not connect to {endpoint.host_and_port} within {endpoint.timeout_text}"
+            advice = "see their output, and check that they can reach that address"
+            raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
+        for peer, message in connections.wait_for_messages(min(_POLL_SECONDS, deadline - time.monotonic())):
             try:
-                _welcome(venue, line, message, facts, guests)
-            except ConfigError as refused:
-                refusals.append(refused)
+                _register_node(endpoint, peer, message, facts, nodes)
+            except ConfigError as error:
+                errors.append(error)
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
-    if refusals:
-        raise refusals[0]
+    if errors:
+        raise errors[0]
 
 
-def _foreign(address: str) -> str:
-    """A word on an address that is not of this machine, as far as it knows."""
+def _not_local_hint(address: str) -> str:
+    """Return a hint if `address` is not an address of this machine, else an empty text."""
     try:
-        for family, _, _, _, place in socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM):
+        for family, _, _, _, socket_address in socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.bind(place)
+                probe.bind(socket_address)
                 return ""
     except OSError:
         return ""
-    return f"; {address} is no address of this machine, which has NODE_RANK=0"
+    return f"; {address} is not an address of this machine, which has NODE_RANK=0"
 
 
-def _welcome(
-    venue: RendezvousEndpoint, line: _Line, message: JsonValue, facts: Fingerprints, guests: dict[int, _Line]
+def _register_node(
+    endpoint: RendezvousEndpoint,
+    peer: _Connection,
+    message: JsonValue,
+    facts: Fingerprints,
+    nodes: dict[int, _Connection],
 ) -> None:
-    """Note who has come; let go what is no machine of the launch."""
+    """Add `peer` to `nodes`, or close it if it is not a node of the launch. Raises `ConfigError` for a mismatch."""
     try:
-        number, line.host = message["machine"].as_integer(1, venue.node_count - 1), message["host"].as_string()
-        said = message.get("refused")
-        refused = None if said is None else said.as_string()
-        theirs = {} if refused is not None else fingerprints_from_json(message["facts"].as_string())
+        number, peer.host = message["machine"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
+        item = message.get("refused")
+        its_error = None if item is None else item.as_string()
+        theirs = {} if its_error is not None else fingerprints_from_json(message["facts"].as_string())
     except (ValueError, KeyError):
-        line.close()
+        peer.close()
         return
-    if number in guests:
-        guests[number].close()  # it was started again
-    guests[number] = line
-    who = f"machine {number} ({line.host})"
-    if refused is not None:
-        raise ConfigError([Problem(f"machine {number}", line.host, f"was refused there: {refused}")])
+    if number in nodes:
+        nodes[number].close()  # the node was restarted
+    nodes[number] = peer
+    who = f"node {number} ({peer.host})"
+    if its_error is not None:
+        raise ConfigError([Problem(f"node {number}", peer.host, f"reported an error: {its_error}")])
     name = find_first_mismatch(facts, theirs)
     if name is not None:
-        here = f"machine 0 ({socket.gethostname()})"
+        here = f"node 0 ({socket.gethostname()})"
         raise ConfigError([Problem(name, describe_mismatch(name, (here, facts), (who, theirs)), MISMATCH_HINT)])
 
 
-def _check_sight(number: int, guest: _Line, run_dir: Path) -> None:
+def _check_shared_file(number: int, node: _Connection, run_dir: Path) -> None:
     try:
-        message = guest.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
+        message = node.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
-        raise RendezvousError(f"machine {number} ({guest.host}) has stopped answering: {error}") from error
+        raise RendezvousError(f"node {number} ({node.host}) has stopped answering: {error}") from error
     if message is None:
-        raise RendezvousError(f"machine {number} ({guest.host}) has left; look what it says")
+        raise RendezvousError(f"node {number} ({node.host}) disconnected; see the output of that node")
     tree = message.as_mapping()
     if tree.get("sees") is not True:
         hint = (
-            f"is not shared: machine {number} ({guest.host}) does not see in {tree.get('where')} what machine 0 "
-            f"wrote in {run_dir.absolute()}; name a directory on a file system that all machines share"
+            f"is not shared: node {number} ({node.host}) does not see in {tree.get('where')} the file that node 0 "
+            f"wrote in {run_dir.absolute()}; use a directory on a file system that all nodes share"
         )
         raise ConfigError([Problem("training.run_dir", str(run_dir), hint)])
 
 
-def _sees(note: Path, attempt: str) -> bool:
-    """Whether `note` holds `attempt`, or does so soon: a network file system may show it late."""
+def _sees_file(note: Path, attempt: str) -> bool:
+    """Return whether `note` holds `attempt`; wait for it, since a network file system may show it late."""
     is_there = False
     with suppress(OSError):
         is_there = note.parent.is_dir()
-    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _SECONDS_BETWEEN_LOOKS)
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _POLL_SECONDS)
     while True:
         with suppress(OSError, MalformedFileError):
             names = {path.name for path in note.parent.iterdir()}
-            if note.name in names and read_text(note, _MOST_NOTE_BYTES) == attempt:
+            if note.name in names and read_text(note, _MAX_NOTE_BYTES) == attempt:
                 return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _reach(venue: RendezvousEndpoint) -> _Line:
-    deadline, words = time.monotonic() + venue.timeout_seconds, PeriodicMessage()
+def _connect(endpoint: RendezvousEndpoint) -> _Connection:
+    deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     while True:
         try:
             seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
-            connection = socket.create_connection((venue.address, venue.port), seconds)
+            connection = socket.create_connection((endpoint.address, endpoint.port), seconds)
         except OSError as error:
-            words.print_if_due(f"waiting for machine 0 at {venue.host_and_port} ({error.strerror or error})")
+            waiting.print_if_due(f"waiting for node 0 at {endpoint.host_and_port} ({error.strerror or error})")
             if time.monotonic() > deadline:
-                hint = "check MASTER_ADDR and MASTER_PORT, and look what machine 0 says"
+                hint = "check MASTER_ADDR and MASTER_PORT, and see the output of node 0"
                 raise RendezvousError(
-                    f"machine 0 was not at {venue.host_and_port} within {venue.timeout_text}; {hint}"
+                    f"node 0 did not listen at {endpoint.host_and_port} within {endpoint.timeout_text}; {hint}"
                 ) from error
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(_POLL_SECONDS)
         else:
-            return _Line(connection)
+            return _Connection(connection)
 
 
-def _answer(venue: RendezvousEndpoint, line: _Line) -> JsonValue:
-    """What machine 0 says next. Raises `ConfigError`, `RendezvousError`, and `MalformedFileError` for what no machine 0 says."""
-    deadline, words = time.monotonic() + venue.timeout_seconds + _SECONDS_TO_SEE, PeriodicMessage()
+def _receive_answer(endpoint: RendezvousEndpoint, peer: _Connection) -> JsonValue:
+    """Return node 0's next message.
+
+    Raises `ConfigError` that node 0 reports, `RendezvousError`, and `MalformedFileError` for anything but a message.
+    """
+    deadline, waiting = time.monotonic() + endpoint.timeout_seconds + _SECONDS_TO_SEE, PeriodicMessage()
     while time.monotonic() < deadline:
         try:
-            message = line.receive(_SECONDS_BETWEEN_LOOKS)
+            message = peer.receive(_POLL_SECONDS)
         except TimeoutError:
-            words.print_if_due(
-                f"has reached machine 0 at {venue.host_and_port}; waiting until all {venue.node_count} machines are there"
-            )
+            others = f"waiting until all {endpoint.node_count} nodes have connected"
+            waiting.print_if_due(f"connected to node 0 at {endpoint.host_and_port}; {others}")
             continue
         if message is None:
-            raise RendezvousError(f"machine 0 at {venue.host_and_port} has ended the launch; look what it says")
+            raise RendezvousError(f"node 0 at {endpoint.host_and_port} ended the launch; see the output of node 0")
         if "refused" in message:
-            words_of_0 = message["refused"].as_string()
-            raise ConfigError([Problem("machine 0", venue.host_and_port, f"has refused the launch: {words_of_0}")])
+            reason = message["refused"].as_string()
+            raise ConfigError([Problem("node 0", endpoint.host_and_port, f"reported an error: {reason}")])
         return message
     raise RendezvousError(
-        f"machine 0 at {venue.host_and_port} did not answer within {venue.timeout_text}; look what it says"
+        f"node 0 at {endpoint.host_and_port} did not answer within {endpoint.timeout_text}; see the output of node 0"
     )

@@ -1,7 +1,7 @@
-"""The directory that one run owns: claimed by one launcher at a time, emptied only if a run has made it.
+"""Run directory: locked by one launcher at a time, and emptied only if a run has created it.
 
-A marker, the first file of a new run directory, tells it from any other directory: a `config.yaml` lies in many. A
-launch waits for a bounded time until the one before it has let go of the directory.
+A marker, the first file of a new run directory, distinguishes it from other directories, of which many hold a
+`config.yaml`. A launcher waits for a limited time until the previous one has released the lock.
 """
 
 from __future__ import annotations
@@ -26,92 +26,92 @@ _STATUS_BYTES = 10**6
 _LOCK_FILE = "lock"
 _RESERVE_FILE = "run_status.reserve"
 _RESERVE_BYTES = 16 * 1024
-"""Some blocks of any file system: the launcher's heartbeat may take one when they are freed."""
+"""Several blocks of any file system: the launcher's heartbeat may take one of them when they are freed."""
 _MARKER_FILE = ".shoestring_run"
 _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoestring train --fresh` empties it.\n"
 
 
 @contextmanager
 def lock_run_dir(run_dir: Path, *, fresh: bool) -> Iterator[None]:
-    """Hold `run_dir`, made if it is not there and emptied if `fresh`, for as long as this process lives.
+    """Lock `run_dir` for the context; create it if it is missing, and empty it if `fresh`.
 
-    Raises `ConfigError` for a directory that another launcher holds, that cannot be written, or that is not a run's.
+    Raises `ConfigError` for a directory that another launcher holds, that cannot be written, or that no run created.
     """
     create_run_dir(run_dir)
-    with _refusing_to_fail(run_dir):
+    with _os_errors_as_config_errors(run_dir):
         raise_if_not_regular_file(run_dir / _LOCK_FILE)
         lock = (run_dir / _LOCK_FILE).open("a")
     with lock:
         _lock(lock.fileno(), run_dir)
         if fresh:
-            with _refusing_to_fail(run_dir):
+            with _os_errors_as_config_errors(run_dir):
                 _empty(run_dir)
         yield
 
 
 def run_dir_problems(run_dir: Path) -> Iterator[Problem]:
-    """What keeps a run from taking `run_dir`: it is there, and neither empty nor made by a run."""
-    if run_dir.exists() and not _is_a_runs(run_dir):
-        hint = f"exists and was not made by a run (it holds no {_MARKER_FILE}); name another directory"
+    """Yield a problem if `run_dir` exists, is not empty and was not created by a run."""
+    if run_dir.exists() and not _is_free_or_run_dir(run_dir):
+        hint = f"exists and was not created by a run (it has no {_MARKER_FILE}); use another directory"
         yield Problem("training.run_dir", str(run_dir), hint)
 
 
 def is_run_dir(run_dir: Path) -> bool:
-    """Whether a run has made `run_dir`."""
+    """Return whether a run has created `run_dir`."""
     return (run_dir / _MARKER_FILE).exists()
 
 
 def create_run_dir(run_dir: Path) -> None:
-    """Make `run_dir` a run's, whether or not it is there. Raises `ConfigError` for one that holds anything else."""
-    with _refusing_to_fail(run_dir):
+    """Create `run_dir` with its marker, or keep it if a run created it. Raises `ConfigError` for other directories."""
+    with _os_errors_as_config_errors(run_dir):
         raise_if_any(run_dir_problems(run_dir))
-        with _removing_if_it_fails(run_dir):
+        with _remove_on_error(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             if not (run_dir / _MARKER_FILE).exists():
                 replace_file_atomically(run_dir / _MARKER_FILE, _MARKER_TEXT.encode())
 
 
 @contextmanager
-def _removing_if_it_fails(folder: Path) -> Iterator[None]:
-    """On an error of the system, remove `folder` and the folders above it that were not there before and are empty."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+def _remove_on_error(folder: Path) -> Iterator[None]:
+    """Remove `folder` and its parents at an OSError, if they are empty and did not exist before."""
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
     except OSError:
         with suppress(OSError):
-            for each in made:
+            for each in created:
                 each.rmdir()
         raise
 
 
 @contextmanager
-def _refusing_to_fail(run_dir: Path) -> Iterator[None]:
+def _os_errors_as_config_errors(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = str(error) if error.strerror is None else error.strerror
-        if error.filename is not None:  # a write to an open file names none
+        if error.filename is not None:  # None for a write to an open file
             reason = f"{reason}: {error.filename}"
-        hint = f"cannot be written ({reason}); name another directory"
+        hint = f"cannot be written ({reason}); use another directory"
         raise ConfigError([Problem("training.run_dir", str(run_dir), hint)]) from error
 
 
-def _is_a_runs(run_dir: Path) -> bool:
+def _is_free_or_run_dir(run_dir: Path) -> bool:
     if not run_dir.is_dir():
         return False
     names = {path.name for path in run_dir.iterdir()}
-    # The marker's unfinished file alone: another machine of this launch is making the directory, or one that was killed.
+    # Only the marker's temporary file: another node of this launch is creating the directory, or was killed meanwhile.
     return _MARKER_FILE in names or names <= {f"{_MARKER_FILE}.new"}
 
 
 def _lock(descriptor: int, run_dir: Path) -> None:
-    """The kernel lets go of the lock when this process ends, however it ends."""
-    held = "another run is going on in it; wait for it, stop it, or name another directory"
+    # flock: the kernel releases the lock when this process ends, in whatever way it ends.
+    held = "another run is active in it; wait for it, stop it, or use another directory"
     acquire_exclusive_lock(descriptor, "training.run_dir", str(run_dir), held)
 
 
 def _empty(run_dir: Path) -> None:
-    """Remove everything but the lock and the marker. What a link points to is not the run's to remove."""
+    """Remove everything but the lock and the marker; remove links, never their targets."""
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -120,40 +120,40 @@ def _empty(run_dir: Path) -> None:
 
 
 def reserve_status_space(run_dir: Path) -> None:
-    """Take room on the disk that `write_run_status` will need: a disk that fills up meanwhile must not change exit codes.
+    """Reserve the disk space of `write_run_status`, so that a disk that fills up does not change exit codes.
 
-    Raises `ConfigError` where there is none.
+    Raises `ConfigError` if there is none.
     """
-    with _refusing_to_fail(run_dir):
+    with _os_errors_as_config_errors(run_dir):
         path = run_dir / _RESERVE_FILE
         if not (path.exists() and path.stat().st_size == _RESERVE_BYTES):
             replace_file_atomically(path, b" " * _RESERVE_BYTES)
 
 
 def write_run_status(run_dir: Path, code: int, reason: str) -> None:
-    """What a worker that stops on purpose leaves for its launcher, since torchrun turns every exit code into 1."""
+    """Write exit code and reason of a rank that stops on purpose, since torchrun turns every exit code into 1."""
     (run_dir / _RESERVE_FILE).unlink(missing_ok=True)
     replace_file_atomically(run_dir / STATUS_FILE, (json.dumps({"exit_code": code, "reason": reason}) + "\n").encode())
 
 
 def write_run_config(run_dir: Path, text: str) -> None:
-    """Leave the run's configuration in its directory. A link in its place is replaced, not written through."""
+    """Write the run's configuration into its directory. A link in its place is replaced, not followed."""
     replace_file_atomically(run_dir / CONFIG_FILE, text.encode())
 
 
 def clear_run_status(run_dir: Path) -> None:
-    """Forget how the last launch ended: another one begins."""
+    """Delete the status of the previous attempt."""
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
 
 
-def _say(text: str) -> None:
+def _print_warning(text: str) -> None:
     print_to_stderr(f"shoestring train: {text}")
 
 
-def read_run_status(run_dir: Path, warn: Callable[[str], None] = _say) -> Mapping[str, object] | None:
-    """What a worker of the last launch has left, or None where all of them ended otherwise.
+def read_run_status(run_dir: Path, warn: Callable[[str], None] = _print_warning) -> Mapping[str, object] | None:
+    """Return exit code and reason that a rank of the last attempt wrote; None if no rank stopped on purpose.
 
-    A status that cannot be read, of a machine that lost power while it was written, counts as none, and `tell` is told.
+    A status that cannot be read, as after a power failure during the write, counts as none and is passed to `warn`.
     """
     path = run_dir / STATUS_FILE
     try:
@@ -162,23 +162,23 @@ def read_run_status(run_dir: Path, warn: Callable[[str], None] = _say) -> Mappin
     except FileNotFoundError:
         return None
     except (MalformedFileError, OSError) as error:
-        warn(f"{path} does not say how the last launch ended ({error}): it counts as one that did not end as it should")
+        warn(f"{path} cannot be read ({error}): the last attempt counts as failed")
         return None
 
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
 def wait_for_run_dir_lock(run_dir: Path, seconds: float) -> None:
-    """Return when no launcher holds `run_dir`, or after so many seconds; what cannot be locked is not waited for."""
-    deadline, has_said = time.monotonic() + seconds, False
+    """Return when no launcher holds `run_dir`, or after `seconds`; do not wait for a directory that has no lock."""
+    deadline, has_printed = time.monotonic() + seconds, False
     while time.monotonic() < deadline and _is_held(run_dir):
-        if not has_said:
+        if not has_printed:
             print_to_stderr(
-                f"shoestring train: waiting up to {seconds:g} s for the launch before this one to let go of {run_dir}"
+                f"shoestring train: waiting up to {seconds:g} s for the previous launch to release {run_dir}"
             )
-            has_said = True
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+            has_printed = True
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_held(run_dir: Path) -> bool:

@@ -1,10 +1,10 @@
-"""Signals of a run: requests to stop, and ranks that end with their launcher.
+"""Stop signals of a run, and the death of ranks with their launcher.
 
-SIGTERM, SIGUSR1, SIGHUP and SIGQUIT ask the ranks to stop after their step, with a checkpoint, whether the launcher
-gets them, a rank, or what starts the ranks: each of these tells all ranks of the machine by a file. SIGINT stops at
-once. A killed launcher leaves no ranks behind (Linux only).
+SIGTERM, SIGUSR1, SIGHUP and SIGQUIT request a stop after the current step, with a checkpoint, whether the launcher,
+torchrun or a rank receives them: each passes the request to all ranks of the machine by a file. SIGINT stops
+immediately. A killed launcher leaves no ranks behind (Linux only).
 
-Nothing is imported here that takes time: a rank calls this before it loads torch, and is unprotected until then.
+This module imports nothing slow: a rank uses it before it loads torch, and is unprotected until then.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ..console import print_to_stderr
+from ..console import RESUME_HINT, print_to_stderr
 
 STOP_FILE_ENV_VAR = "SHOESTRING_STOP_FILE"
-"""Names a file on this machine that says by being there that the ranks shall stop."""
+"""Environment variable with the path of the stop file; the ranks stop once the file exists."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 FORCE_STOP_SIGNALS = (signal.SIGTERM, signal.SIGQUIT)
-"""Those that end a run when they come again. SIGHUP may come twice for one closed terminal."""
+"""Signals that force a stop when they come a second time. SIGHUP does not: one closed terminal may send it twice."""
 STOP_DEBOUNCE_SECONDS = 2
-"""Slurm may signal a process twice, by itself and in its group."""
-_SECONDS_OF_A_WAIT = 3600.0
-"""`select` takes no number of seconds that is too large."""
+"""Repeats within this time count as one signal: Slurm may signal a process twice, alone and in its group."""
+_MAX_SELECT_SECONDS = 3600.0
+"""Limit for one `select`, which rejects very large timeouts."""
 
 
 class StoppedBeforeStart(BaseException):
-    """A request to stop came before this process listened for it: nothing was trained."""
+    """A stop signal came before this process had installed its handlers; nothing was trained."""
 
 
 @contextmanager
 def raise_on_early_stop() -> Iterator[None]:
-    """Until `install_stop_handlers` or the launcher hears them, the signals raise `StoppedBeforeStart`: imports take seconds.
+    """Raise `StoppedBeforeStart` at a stop signal until `install_stop_handlers` or the launcher handles them.
 
-    Once one has, this process is about to end, and further ones are ignored.
+    It covers the imports, which take seconds. Further signals are ignored, as the process is about to end.
     """
     former = {number: signal.signal(number, _stop_early) for number in exclude_ignored_signals(STOP_SIGNALS)}
     try:
@@ -56,7 +56,7 @@ def raise_on_early_stop() -> Iterator[None]:
 
 
 def ignore_late_stop_signals() -> None:
-    """The ranks have ended: signals that still mean `StoppedBeforeStart` would lie, and may not cut the closing short."""
+    """Ignore the signals that still raise `StoppedBeforeStart`, which is no longer true after the ranks have ended."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is _stop_early:
             signal.signal(number, signal.SIG_IGN)
@@ -68,61 +68,61 @@ def _stop_early(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def exclude_ignored_signals(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Return those of `numbers` that this process listens to: under nohup, SIGHUP means nothing."""
+    """Return `numbers` without SIGHUP if this process ignores it, as under nohup."""
     return [each for each in numbers if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def install_stop_handlers(stop_seconds: float) -> Callable[[], bool]:
-    """In a rank: from now on the signals only ask. Returns what says whether one has come, or the launcher asks.
+    """Install a rank's handlers; return a function that tells whether a stop was requested by signal or stop file.
 
-    Without a launcher the rank itself ends at a second of `FORCE_STOP_SIGNALS`, and `stop_seconds` after the first signal.
+    Without a launcher, the rank ends at a second signal of `FORCE_STOP_SIGNALS` or `stop_seconds` after the first.
     """
     path = os.environ.get(STOP_FILE_ENV_VAR)
-    heard: list[int] = []
+    received: list[int] = []
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
     if path is None:
-        _end_if_told_again(stop_seconds)
+        _start_force_stop_thread(stop_seconds)
     for number in exclude_ignored_signals(STOP_SIGNALS):
-        signal.signal(number, hear)
-        signal.siginterrupt(number, False)  # a communication that is under way goes on
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came while this process started comes now
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, and without a traceback from each rank
-    return lambda: bool(heard) or (path is not None and Path(path).exists())
+        signal.signal(number, record)
+        signal.siginterrupt(number, False)  # a system call of a communication in progress is restarted
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # signals that came during startup are delivered now
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the default ends the rank without a traceback
+    return lambda: bool(received) or (path is not None and Path(path).exists())
 
 
-def _end_if_told_again(stop_seconds: float) -> None:
-    """In a thread, which also hears a signal while the main one waits for messages outside Python."""
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    threading.Thread(target=_end_in_time, args=(ear, stop_seconds), daemon=True, name="second stop").start()
+def _start_force_stop_thread(stop_seconds: float) -> None:
+    # A thread with a wake-up pipe, since Python runs no handler while the main thread waits for messages in C++.
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_force_stop, args=(read_end, stop_seconds), daemon=True, name="second stop").start()
 
 
-def _end_in_time(ear: int, stop_seconds: float) -> None:
-    """Read the numbers of signals from `ear`; end this process as `install_stop_handlers` says."""
-    first = next(number for number in iter(lambda: os.read(ear, 1)[0], None) if number in STOP_SIGNALS)
-    asked_at = time.monotonic()
-    while (left := asked_at + stop_seconds - time.monotonic()) > 0:
-        if not select.select([ear], [], [], min(left, _SECONDS_OF_A_WAIT))[0]:
+def _force_stop(read_end: int, stop_seconds: float) -> None:
+    """Read signal numbers from a pipe; end this process as `install_stop_handlers` describes."""
+    first = next(number for number in iter(lambda: os.read(read_end, 1)[0], None) if number in STOP_SIGNALS)
+    requested_at = time.monotonic()
+    while (left := requested_at + stop_seconds - time.monotonic()) > 0:
+        if not select.select([read_end], [], [], min(left, _MAX_SELECT_SECONDS))[0]:
             continue
-        number = os.read(ear, 1)[0]
-        if number in FORCE_STOP_SIGNALS and time.monotonic() - asked_at > STOP_DEBOUNCE_SECONDS:
-            _end(number, f"a second request, {signal.Signals(number).name}")
-    _end(first, f"no end within {stop_seconds:g} s (training.stop_seconds) of {signal.Signals(first).name}")
+        number = os.read(read_end, 1)[0]
+        if number in FORCE_STOP_SIGNALS and time.monotonic() - requested_at > STOP_DEBOUNCE_SECONDS:
+            _end(number, f"second stop signal, {signal.Signals(number).name}")
+    _end(first, f"still running {stop_seconds:g} s (training.stop_seconds) after {signal.Signals(first).name}")
 
 
-def _end(number: int, words: str) -> NoReturn:
-    print_to_stderr(f"shoestring train: ended at once: {words}; the same command goes on from the last checkpoint")
+def _end(number: int, reason: str) -> NoReturn:
+    print_to_stderr(f"shoestring train: stopped without a checkpoint: {reason}. {RESUME_HINT}")
     os._exit(128 + number)
 
 
 LAUNCHER_PID_ENV_VAR = "SHOESTRING_LAUNCHER_PID"
 
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec is no place for it
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not safe between fork and exec
 
 
 def die_with_parent() -> None:
@@ -132,7 +132,7 @@ def die_with_parent() -> None:
 
 
 def die_with_launcher() -> None:
-    """In a rank: die with torchrun, which dies with the launcher; at once if the launcher has died already."""
+    """Make a rank die with torchrun, which dies with the launcher; exit now if the launcher has died already."""
     launcher = os.environ.get(LAUNCHER_PID_ENV_VAR)
     if launcher is None or "RANK" not in os.environ:
         return
@@ -142,7 +142,7 @@ def die_with_launcher() -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    """Also before its parent has asked for it: a zombie still has a number."""
+    """Return whether the process has ended; a zombie counts as ended, although its number still exists."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

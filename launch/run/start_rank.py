@@ -14,7 +14,7 @@ from .signals import die_with_launcher
 
 
 def main() -> None:
-    """Be the rank that torchrun's variables name, of the run that the launcher has written down."""
+    """Run the rank that torchrun's variables name, with the configuration that the launcher wrote."""
     die_with_launcher()  # before the imports below, which take seconds
     open_standard_streams()
     from .worker import run_rank_from_config_file
@@ -23,11 +23,9 @@ def main() -> None:
 
 
 def exit_without_teardown(code: int) -> NoReturn:
-    """End this process with `code`, and without Python's own end.
-
-    That unloads modules while threads of torch may still be running. One of them that wants the interpreter then aborts
-    the process: about one rank in ten that was stopped before its first step ended with SIGABRT in place of its code.
-    """
+    """End this process with `code`, without Python's finalization."""
+    # Finalization unloads modules while threads of torch may still run. A thread that then takes the interpreter lock
+    # aborts the process: about one in ten ranks stopped before their first step ended with SIGABRT instead of `code`.
     atexit._run_exitfuncs()  # temporary folders of wandb
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

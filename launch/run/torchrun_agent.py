@@ -1,8 +1,8 @@
 """torchrun, as the launcher starts it: `python -P -m shoestring.launch.run.torchrun_agent TORCHRUN_ARGUMENTS`.
 
-It differs from torchrun in three ways. Ranks of one machine meet at a port of its loopback address, and torchrun's own
-listens on every address. It says in a line which rank failed. SIGTERM and its like, which Slurm and systemd send to
-every process of a job, ask the ranks to stop by way of the launcher's file, and the agent waits for them.
+It differs from torchrun in three ways. Ranks of one machine connect at a port of its loopback address, while torchrun
+listens on every address. It prints one line on the rank that failed. The stop signals, which Slurm and systemd send to
+every process of a job, reach the ranks through the launcher's stop file, and the agent waits for the ranks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .signals import STOP_FILE_ENV_VAR, STOP_SIGNALS
 
 RENDEZVOUS_BACKEND = "loopback"
 _SECONDS = 60
-_FAULT = 1
+_FAILURE = 1
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """The meeting of one machine's ranks: a store on the address that `endpoint` names, and on no other."""
+    """Rendezvous of one machine's ranks, with a store that listens only on the address of `parameters.endpoint`."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         listener = open_listening_socket(parameters.endpoint)
@@ -52,7 +52,7 @@ class LoopbackRendezvous(RendezvousHandler):
             timeout=timedelta(seconds=_SECONDS),
             wait_for_workers=False,
             multi_tenant=True,
-            master_listen_fd=_given_away(listener),
+            master_listen_fd=_detach(listener),
         )
 
     @property
@@ -89,39 +89,39 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-def _given_away(listener: socket.socket) -> int:
-    """The descriptor of `listener`, which the store will close."""
+def _detach(listener: socket.socket) -> int:
+    """Detach the descriptor of `listener`, since the store closes it."""
     return listener.detach()
 
 
 def main() -> None:
-    """Run torchrun with the arguments of this process; exit with 1 if a rank has failed, 128 + n after signal n."""
+    """Run torchrun with the arguments of this process; exit with 1 if a rank failed, 128 + n after signal n."""
     if "LOGLEVEL" not in os.environ:  # torchrun's own variable
         logging.disable(logging.ERROR)
     rendezvous_handler_registry.register(RENDEZVOUS_BACKEND, LoopbackRendezvous)
-    threading.Thread(target=_pass_requests_on, daemon=True, name="stop requests").start()
+    threading.Thread(target=_forward_stop_signals, daemon=True, name="stop requests").start()
     try:
         run(parse_args(sys.argv[1:]))
     except SignalException as stop:
         sys.exit(128 + int(stop.sigval))
     except ChildFailedError as error:
         print_to_stderr(f"shoestring: {describe_rank_failure(error)}")
-        sys.exit(_FAULT)
+        sys.exit(_FAILURE)
     except (dist.DistError, OSError) as error:
         print_to_stderr(f"shoestring: the ranks of this machine could not be started: {error}")
-        sys.exit(_FAULT)
+        sys.exit(_FAILURE)
 
 
 def describe_rank_failure(error: ChildFailedError) -> str:
-    """Return in one line which rank failed first, and how."""
+    """Return one line on the rank that failed first and its exit code or signal."""
     rank, failure = error.get_first_failure()
-    how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    outcome = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
     others = len(error.failures) - 1
-    return f"rank {rank} {how}" + (f", and after it {others} more of this machine" if others else "")
+    return f"rank {rank} {outcome}" + (f", then {others} more on this machine" if others else "")
 
 
-def _pass_requests_on() -> None:
-    """Turn signals that the launcher has blocked in this process into its stop file, for as long as this lives."""
+def _forward_stop_signals() -> None:
+    """Create the stop file at each stop signal; the launcher has blocked these signals in this process."""
     path = os.environ.get(STOP_FILE_ENV_VAR)
     if path is None:
         return

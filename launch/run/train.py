@@ -1,4 +1,4 @@
-"""`shoestring train`: check everything, then start the ranks under torchrun; inside torchrun, be one of them."""
+"""`shoestring train`: run the checks, then start the ranks under torchrun; inside torchrun, run one of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: b
     worker = TorchrunEnvironment.read()
     if worker is not None:
         if fresh and ATTEMPT_ENV_VAR not in os.environ:
-            hint = "belongs to the launcher and cannot be honored by a rank; use launch/torchrun.sh --fresh"
+            hint = "is an option of the launcher, not of a rank; use launch/torchrun.sh --fresh"
             raise ConfigError([Problem("--fresh", True, hint)])
         return run_rank(config, worker)
     ranks = config.topology.world_size

@@ -41,62 +41,61 @@ from .restart_policy import attempt_exit_code, record_attempt_exit, record_stop
 from .run_dir import create_run_dir, is_run_dir, lock_run_dir, reserve_status_space, write_run_config, write_run_status
 from .signals import LAUNCHER_PID_ENV_VAR, install_stop_handlers
 
-_REFUSED = 2
+_CONFIG_ERROR = 2
 _SECONDS_FOR_OTHERS = 3
-"""torchrun ends all ranks of a machine with the first: each shall have said what it waited for, and for whom."""
+"""Delay before a failed rank exits: torchrun then ends the other ranks, which first print what they waited for."""
 
 
 def run_rank_from_config_file(path: Path) -> int:
-    """Train as the rank that torchrun's variables name, as the launcher has written down at `path`.
+    """Train as the rank that torchrun's variables name, with the configuration at `path`.
 
-    Return the exit code: 0 where the launcher reads the true one from `run_status.json`.
+    Return the exit code; it is 0 if the launcher reads the true one from `run_status.json`.
     """
     worker = TorchrunEnvironment.read()
     assert worker is not None
     try:
         config = read_config(path)
-    except ConfigError as refused:  # a variable of the environment that is not set on every machine
-        return _refuse_alone(path.parent, worker.rank, refused)
+    except ConfigError as error:  # a variable of the environment that is not set on every machine
+        return _report_config_error(path.parent, worker.rank, error)
     return run_rank(config, worker)
 
 
 def run_rank(config: RunConfig, worker: TorchrunEnvironment) -> int:
     """Train as the rank that `worker` names; return the exit code.
 
-    A fault of the network or of another rank ends this one with 1. A worker that stops on purpose writes
-    `run_status.json`, and exits with 0 under the launcher, which reads it: torchrun turns any other code into 1. Under
-    anything else it exits with the true code, and every rank says why.
+    A failure of the network or of another rank ends this rank with 1. A rank that stops on purpose writes
+    `run_status.json` and exits with 0 under the launcher, which reads the file, since torchrun turns any other code
+    into 1. Without the launcher it exits with the true code, and every rank prints the reason.
     """
-    stop_asked = install_stop_handlers(config.training.stop_seconds)
+    stop_requested = install_stop_handlers(config.training.stop_seconds)
     code = attempt_exit_code(Path(config.training.run_dir), attempt_name())
     if code is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return code  # a torchrun of one's own, with --max-restarts: it starts again what has ended on purpose
+        return code  # the user's torchrun with --max-restarts restarts ranks that ended on purpose
     if worker.world_size != config.topology.world_size:
-        size = f"topology asks for {config.topology.world_size} processes"
-        problem = Problem("world size", worker.world_size, f"{size}; start as many")
-        return _refuse_alone(Path(config.training.run_dir), worker.rank, ConfigError([problem]), owns=False)
-    with _owning(config) if worker.rank == 0 else nullcontext():
-        return _run(config, worker, stop_asked)
+        problem = Problem("world size", worker.world_size, f"topology needs {config.topology.world_size} processes")
+        return _report_config_error(Path(config.training.run_dir), worker.rank, ConfigError([problem]), owns=False)
+    with _hold_run_dir(config) if worker.rank == 0 else nullcontext():
+        return _run(config, worker, stop_requested)
 
 
-def _run(config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]) -> int:
-    """Meet the other ranks and train with them; return the exit code."""
+def _run(config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callable[[], bool]) -> int:
+    """Connect to the other ranks and train with them; return the exit code."""
     try:
-        device, watchdog = _meet(config, worker, stop_asked)
+        device, watchdog = _connect_ranks(config, worker, stop_requested)
     except StoppedBeforeRendezvous as stopped:
         if worker.rank == 0:
             record_stop(Path(config.training.run_dir), made_step=False)
         _exit(_stop(config, worker, HaltReason.PREEMPTED, str(stopped)))
     except ConfigError as error:
-        return _refuse_alone(Path(config.training.run_dir), worker.rank, error)
+        return _report_config_error(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     try:
-        holders = build_stage_layout(config).replica_pp_groups()
+        replica_groups = build_stage_layout(config).replica_pp_groups()
         make = build_group_factory(device, worker.rank, timeout)
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout, holders, make, watchdog)
-        steps = train(config, groups, device, attempt_name(), stop_asked)
+        groups = ProcessGroups.create(config.topology, worker.rank, timeout, replica_groups, make, watchdog)
+        steps = train(config, groups, device, attempt_name(), stop_requested)
     except ConfigError as error:
-        return _stop(config, worker, _REFUSED, str(error))
+        return _stop(config, worker, _CONFIG_ERROR, str(error))
     except RunFailed as error:
         return _stop(config, worker, 1, str(error))
     except RunHalted as halted:
@@ -116,20 +115,20 @@ def _run(config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[]
 
 
 def _watch(config: RunConfig, worker: TorchrunEnvironment) -> Watchdog:
-    """Watch calls into NCCL, with the limit of the start until the engine has connected."""
+    """Start the watchdog of NCCL calls, with the limit for startup until the engine has connected."""
     limit = timedelta(seconds=config.training.start_timeout_seconds)
     watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER_DIR)
     watchdog.start()
     return watchdog
 
 
-def _meet(
-    config: RunConfig, worker: TorchrunEnvironment, stop_asked: Callable[[], bool]
+def _connect_ranks(
+    config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callable[[], bool]
 ) -> tuple[torch.device, Watchdog | None]:
-    """Find the other ranks, compare this one with them, and open the default group.
+    """Connect to the other ranks, compare fingerprints, and open the default group.
 
-    Return this rank's device, and on a GPU what watches its calls; gloo's end at their limit. Machines that our
-    launcher starts have met before; ranks that others start meet here.
+    Return this rank's device, and on a GPU the watchdog of its calls; gloo's calls end at their time limit. Nodes of
+    the launcher have connected before; ranks of the user's torchrun wait for each other here.
     """
     limit = timedelta(seconds=config.training.start_timeout_seconds)
     key = "start_timeout_seconds" if LAUNCHER_PID_ENV_VAR in os.environ else "rendezvous_timeout_seconds"
@@ -137,11 +136,11 @@ def _meet(
         if LAUNCHER_PID_ENV_VAR in os.environ:
             store = connect_rendezvous_store(worker, limit)
         else:
-            store = open_rendezvous_store(worker, config.training.rendezvous_timeout_seconds, stop_asked)
+            store = open_rendezvous_store(worker, config.training.rendezvous_timeout_seconds, stop_requested)
             store.set_timeout(limit)
         key = "start_timeout_seconds"
         verify_ranks_match(store, worker.rank, worker.world_size, run_fingerprint(config, data_digest(config)))
-        _make_settings(config, worker)
+        _apply_settings(config, worker)
         device = pick_device(config, worker)
         watchdog = _watch(config, worker) if device.type == "cuda" else None
         with nullcontext() if watchdog is None else watchdog.watch_call("opening NCCL", range(worker.world_size)):
@@ -149,50 +148,49 @@ def _meet(
     except (dist.DistError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         seconds = getattr(config.training, key)
-        words = f"did not meet the other {worker.world_size - 1} ranks at {where} within {seconds:g} s"
-        _die(f"shoestring train: rank {worker.rank} {words} (training.{key}): {error}")
+        what = f"could not connect to the other {worker.world_size - 1} ranks at {where} within {seconds:g} s"
+        _die(f"shoestring train: rank {worker.rank} {what} (training.{key}): {error}")
     return device, watchdog
 
 
-def _refuse_alone(run_dir: Path, rank: int, refused: ConfigError, *, owns: bool = True) -> int:
-    """Refuse where other ranks may be waiting for this one: torchrun ends them for a code that is not 0.
+def _report_config_error(run_dir: Path, rank: int, error: ConfigError, *, owns: bool = True) -> int:
+    """Print `error` and write it as the run's status; return 2, at which torchrun ends the ranks that wait for it.
 
-    So this rank leaves the status, whichever it is. Not where no launcher holds `run_dir`, and rank 0 not either
-    (`owns`): another run may be going on there.
+    The status is not written if neither a launcher nor rank 0 (`owns`) holds `run_dir`: another run may be using it.
     """
     if (LAUNCHER_PID_ENV_VAR in os.environ or (owns and rank == 0)) and is_run_dir(run_dir):
-        write_run_status(run_dir, _REFUSED, str(refused))
-    if rank == 0 or LAUNCHER_PID_ENV_VAR not in os.environ or not isinstance(refused, RankMismatchError):
-        print_to_stderr(f"shoestring train: {refused}" if rank == 0 else f"shoestring train: rank {rank}: {refused}")
-    return _REFUSED
+        write_run_status(run_dir, _CONFIG_ERROR, str(error))
+    if rank == 0 or LAUNCHER_PID_ENV_VAR not in os.environ or not isinstance(error, RankMismatchError):
+        print_to_stderr(f"shoestring train: {error}" if rank == 0 else f"shoestring train: rank {rank}: {error}")
+    return _CONFIG_ERROR
 
 
-def _make_settings(config: RunConfig, worker: TorchrunEnvironment) -> None:
-    """Before CUDA starts: make what a torchrun of one's own has not, and say what differs from our settings."""
+def _apply_settings(config: RunConfig, worker: TorchrunEnvironment) -> None:
+    """Set the variables that the user's torchrun has not set, before CUDA starts; rank 0 prints the differences."""
     on_gpu = uses_gpus(config.training.device, _local_ranks())
     run_dir = Path(config.training.run_dir)
     chosen = applicable_settings(run_dir, on_gpu=on_gpu)
-    words = [*describe_user_overrides(chosen, os.environ), *apply_late_settings(chosen, os.environ)]
+    messages = [*describe_user_overrides(chosen, os.environ), *apply_late_settings(chosen, os.environ)]
     if worker.rank != 0:
         return
-    if on_gpu:  # rank 0 alone makes the folder: a run directory that others make before it would not be a run's
+    if on_gpu:  # only rank 0, which has written the marker first: without it the directory would not count as a run's
         (run_dir / FLIGHT_RECORDER_DIR).mkdir(exist_ok=True)
-    for each in words:
-        print_to_stderr(f"shoestring train: {each}")
+    for message in messages:
+        print_to_stderr(f"shoestring train: {message}")
 
 
 def _local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _die(words: str) -> NoReturn:
-    """Say why, then leave with 1, once the words stand before those of the ranks that then miss this one."""
-    print_to_stderr(words)
+def _die(message: str) -> NoReturn:
+    """Print `message`, then exit with 1 after a delay, so that it precedes the errors of ranks that lose this one."""
+    print_to_stderr(message)
     _exit(1, _SECONDS_FOR_OTHERS)
 
 
 def _exit(code: int, seconds: float = 0) -> NoReturn:
-    """Leave after `seconds`: threads of this process may wait for messages that never come."""
+    """Exit after `seconds` without finalization, since threads of this process may wait for messages forever."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     time.sleep(seconds)
@@ -200,10 +198,10 @@ def _exit(code: int, seconds: float = 0) -> NoReturn:
 
 
 @contextmanager
-def _owning(config: RunConfig) -> Iterator[None]:
-    """On rank 0: under a torchrun of one's own there is no launcher to hold the directory and leave the configuration.
+def _hold_run_dir(config: RunConfig) -> Iterator[None]:
+    """Do the launcher's work on rank 0 under the user's torchrun: lock the run directory and write the configuration.
 
-    Raises `ConfigError`, before anything is written, where another run is going on in it.
+    Raises `ConfigError`, before anything is written, if another run is active in the directory.
     """
     run_dir = Path(config.training.run_dir)
     if LAUNCHER_PID_ENV_VAR in os.environ:
@@ -228,26 +226,26 @@ def _stop(config: RunConfig, worker: TorchrunEnvironment, code: int, reason: str
             write_run_status(run_dir, code, reason)
             if not launched:
                 record_attempt_exit(run_dir, attempt_name(), code)
-        except OSError as error:  # the run directory is gone: a launcher that reads nothing says so with 1
-            print_to_stderr(f"shoestring train: how the run ended cannot be written down: {error}")
+        except OSError as error:  # the run directory is gone: a launcher that reads no status exits with 1
+            print_to_stderr(f"shoestring train: the run status cannot be written: {error}")
             return 1 if launched else code
     return 0 if launched else code
 
 
 def pick_device(config: RunConfig, worker: TorchrunEnvironment) -> torch.device:
-    """The device of this rank; `auto` takes GPUs where every local process gets one of its own."""
+    """Return the device of this rank; `auto` uses GPUs if every local rank gets one."""
     wanted = config.training.device
     gpus = torch.cuda.device_count()
     local = _local_ranks()
     if wanted == "auto" and 0 < gpus < local and worker.local_rank == 0:
         has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
-        fit = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
-        text = f"this machine has {has} for {local} ranks, so they compute on its CPU; to use {has}, write {fit}"
+        choice = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
+        text = f"this machine has {has} for {local} ranks, so they compute on the CPU; to use {has}, write {choice}"
         print_to_stderr(f"shoestring train: {text}")
     if not uses_gpus(wanted, local):
         return torch.device("cpu")
     device = torch.device("cuda", worker.local_rank)
     torch.cuda.set_device(device)
-    # A product that cuBLAS splits along its inner width would add the parts in BF16.
+    # With the reduced-precision default, cuBLAS adds the parts of a split-K product in BF16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device

@@ -25,10 +25,10 @@ def test_what_is_asked_of_our_kernels_is_the_traces_rate_on_all_processors() -> 
     assert shapes["o_proj dgrad"].asked(132) == pytest.approx(1038 * 132 / 112)
     assert shapes["o_proj wgrad"].asked(132) == pytest.approx(0.9 * 642 * 132 / 112)
     row = fp8_kernels.Row("o_proj fwd", trace=1068, triton=1258.0, torch=2000.0, bf16=700.0, error=1e-3, asked=1258.7)
-    assert fp8_kernels.verdicts(row) == ["BELOW"]  # only our kernels count
-    assert fp8_kernels.verdicts(replace(row, triton=1259.0)) == ["reached"]
-    assert fp8_kernels.verdicts(replace(row, triton=1259.0, error=0.02)) == ["reached", "WRONG"]
-    assert fp8_kernels.verdicts(replace(row, triton=None, error=float("nan"))) == ["WRONG"]
+    assert fp8_kernels.outcomes(row) == ["BELOW"]  # ours alone count
+    assert fp8_kernels.outcomes(replace(row, triton=1259.0)) == ["reached"]
+    assert fp8_kernels.outcomes(replace(row, triton=1259.0, error=0.02)) == ["reached", "WRONG"]
+    assert fp8_kernels.outcomes(replace(row, triton=None, error=float("nan"))) == ["WRONG"]
 
 
 class Event:

@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_skipped_and_fails_where_it_is_mandatory(tmp_path: 
     verdicts = {line.split(" code ")[1].split()[1]: line[:9].strip() for line in lines[:-1]}
     assert verdicts == {name: "not here" if name in ON_GPU else "skipped" for name in PARTS}
     assert "torch sees no GPU" in lines[-2]
-    assert lines[-1].startswith("mandatory and not passed: environment doctor bring_up data train_cpu;")
+    assert lines[-1].startswith("mandatory parts failed or skipped: environment doctor bring_up data train_cpu;")
 
 
 @pytest.mark.parametrize("arguments", [("--seconds",), ("--seconds", "soon"), ("--everything",)])

@@ -61,7 +61,7 @@ def act(arguments):
         while True:
             pass
     (root / "made").mkdir()
-    print("refused")
+    print("error: invalid")
     sys.exit(int(arguments[0]))
 
 trial.main, trial.CPU_SECONDS = act, 1

@@ -66,7 +66,7 @@ def _wrong(made: Input, code: int, words: str) -> str:
         return f"exit code {code}"
     if code == 2 and made.made is not None and os.path.lexists(made.made):
         return f"{made.made} is left"
-    if code == 2 and "refused" not in words and "error:" not in words:
+    if code == 2 and ": error" not in words and "error:" not in words:
         return "a refusal without a word"
     return ""
 

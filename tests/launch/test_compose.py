@@ -143,10 +143,10 @@ def test_an_override_that_means_nothing_is_named_with_a_hint(override: str, fiel
         ("=3", "write key=value or group=choice"),
         ("training.run_dir=a=b", "quote text with signs"),
         ("training.validation=[a", "write key=value or group=choice"),
-        ("~training.seed", "nothing can be taken out"),
-        ("~optimizer", "nothing can be taken out"),
-        ("training.seed=1,2", "one value for each key"),
-        ("model=tiny,deepseek_v3", "one value for each key"),
+        ("~training.seed", "a key cannot be deleted"),
+        ("~optimizer", "a key cannot be deleted"),
+        ("training.seed=1,2", "one value per key"),
+        ("model=tiny,deepseek_v3", "one value per key"),
         ("training.run_dir=${nowhere}", "'nowhere' not found"),
         ("training.run_dir=???", "Missing mandatory value"),
         ("model@other=tiny", "override model"),
@@ -162,7 +162,7 @@ def test_text_that_cannot_be_read_is_shown_as_it_was_written(text: str, hint: st
 def test_a_number_of_thousands_of_digits_is_refused_with_the_others() -> None:
     problems = refused(compose_run_config, [f"training.tokens=1{'0' * 5000}", "training.sed=1"])
     assert problems.keys() == {"command line", "training.sed"}
-    assert_says(problems["command line"], "holds a number of too many digits to be read")
+    assert_says(problems["command line"], "contains a number with too many digits")
     assert len(problems["command line"]) < 300
 
 
@@ -289,7 +289,7 @@ def test_a_users_file_that_could_never_be_chosen(tmp_path: Path) -> None:
         (
             '# @package _global_\ntraining:\n  run_dir: "a\\0b"\n',
             "training.run_dir",
-            r"'a\\x00b': holds a NUL character",
+            r"'a\\x00b': contains a NUL character",
         ),
         (f"training:\n  tokens: 1{'0' * 5000}\n", "mine.yaml", "is not YAML of a configuration"),
     ],

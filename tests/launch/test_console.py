@@ -56,7 +56,8 @@ def test_a_verb_that_only_shows(view: str, code: int, tmp_path: Path) -> None:
     """A closed pipe is no failure: its reader has read enough. A full disk is one."""
     ended = bash(f"{shoestring('params', *SMALL)} {view}", tmp_path)
     assert ended.returncode == code, ended.stderr
-    words = ["refused", "standard output = None: cannot be written (No space left on device)"] if code else []
+    problem = "standard output = None: cannot be written (No space left on device)"
+    words = ["shoestring params: error", problem] if code else []
     assert all(word in line for word, line in zip(words, ended.stderr.splitlines(), strict=True))
 
 
@@ -114,8 +115,8 @@ def test_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:
 
 
 def test_names_of_others_do_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    print_to_stderr("refused\n\tmachine 1: \x1b[2J\x07\udc80")
+    print_to_stderr("error\n\tnode 1: \x1b[2J\x07\udc80")
     print_to_stdout("imported to \x1b]0;title\x07")
     output, errors = capsys.readouterr()
-    assert errors == "refused\n\tmachine 1: \\x1b[2J\\x07\\udc80\n"
+    assert errors == "error\n\tnode 1: \\x1b[2J\\x07\\udc80\n"
     assert output == "imported to \\x1b]0;title\\x07\n"

@@ -87,7 +87,7 @@ def test_a_signal_leaves_nothing_half_made(
     assert signal.getsignal(number) == before
     if number != signal.SIGINT:
         verbs = ("export", "import", "data prepare")
-        words = "".join(f"shoestring {v}: stopped by {number.name}; what it had begun is removed\n" for v in verbs)
+        words = "".join(f"shoestring {v}: stopped by {number.name}; unfinished output was removed\n" for v in verbs)
         assert capsys.readouterr().err == words
 
 

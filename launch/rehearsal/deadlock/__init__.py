@@ -1,1 +1,1 @@
-"""The connection model: whether the logs of all rehearsed ranks can run to their end on NCCL."""
+"""Connection model: a simulation of NCCL that detects hangs in the logs of all rehearsed ranks."""

@@ -1,4 +1,4 @@
-"""What the rehearsed ranks do on each communicator, in the order of each rank's host."""
+"""Calls of the rehearsed ranks, grouped by communicator, in the order of each rank's host."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..log import CollectiveRecord, P2PBatchRecord, P2POpRecord, RankLog
 
 @dataclass(frozen=True)
 class Communicator:
-    """A process group, known by its name and its ranks."""
+    """Process group, identified by its name and its ranks."""
 
     group: str
     ranks: tuple[int, ...]
 
     @staticmethod
     def from_event(event: CollectiveRecord | P2PBatchRecord) -> Communicator:
-        """Return that which an event uses."""
+        """Return the communicator that an event uses."""
         return Communicator(event.group, event.ranks)
 
     def rehearsed_members(self, rehearsed: Iterable[int]) -> list[int]:
-        """Return those of the `rehearsed` ranks that belong to it, ascending."""
+        """Return the members among the `rehearsed` ranks, ascending."""
         return sorted(set(self.ranks).intersection(rehearsed))
 
     def __hash__(self) -> int:
-        return hash((self.group, self.ranks[0], len(self.ranks)))  # of 2048 ranks at each look-up would take minutes
+        return hash((self.group, self.ranks[0], len(self.ranks)))  # hashing 2048 ranks per look-up takes minutes
 
     def __str__(self) -> str:
         return f"`{self.group}` of {format_ranks(self.ranks)}"
@@ -35,20 +35,20 @@ class Communicator:
 
 @dataclass(frozen=True)
 class P2POpEndpoint:
-    """One end of a message, and where the code posts it."""
+    """One end of a message, and the code location that posts it."""
 
     message: P2POpRecord
     code_location: str
 
 
 CollectivesByCommunicator = dict[Communicator, dict[int, list[CollectiveRecord]]]
-"""By communicator and rank."""
+"""Collectives by communicator and rank."""
 EndpointsByChannel = dict[tuple[Communicator, int, int], list[P2POpEndpoint]]
-"""By communicator, sender and receiver."""
+"""Ends of messages by communicator, sender and receiver."""
 
 
 def group_collectives(logs: Sequence[RankLog]) -> CollectivesByCommunicator:
-    """Return the collectives of every rehearsed member, an empty list for one that has none."""
+    """Return the collectives of every rehearsed member, an empty list for a member without any."""
     rehearsed = [log.rank for log in logs]
     found: CollectivesByCommunicator = {}
     for log in logs:
@@ -62,7 +62,7 @@ def group_collectives(logs: Sequence[RankLog]) -> CollectivesByCommunicator:
 
 
 def group_p2p_ops(logs: Sequence[RankLog]) -> tuple[EndpointsByChannel, EndpointsByChannel]:
-    """Return what is sent and what is received between rehearsed ranks."""
+    """Return the sends and the receives between rehearsed ranks."""
     rehearsed = {log.rank for log in logs}
     sent: EndpointsByChannel = defaultdict(list)
     received: EndpointsByChannel = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Why a simulation has come to a stop: the call that is missing, or the shortest cycle, and where every rank stands."""
+"""Diagnosis of a hang: the missing call or the shortest cycle of waits, and the position of every rank."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from .waits import (
 
 
 def find_hangs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
-    """Return errors of first contacts, and the hang in which the logs end, if they do.
-
-    Where a rank's log ends by an error, others wait for what it would have done: then nothing is said.
-    """
+    """Yield errors of connection order, and the hang in which the logs end, if they do."""
+    # After an exception of one rank the others wait for its missing calls, which is not a hang of the run.
     if any(has_raised(log) for log in logs):
         return
     simulation = DeadlockSimulation(logs)
@@ -40,27 +38,27 @@ def find_hangs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
 def _hang(simulation: DeadlockSimulation) -> RunFinding:
     chain = _shortest_chain(simulation)
     ranks = tuple(dict.fromkeys(actor.rank for actor in chain))
-    lines = ["nothing can move.", *(f"    {line}" for line in _chain_lines(simulation, chain))]
-    lines += [f"  rank {rank}: {_standing(simulation, rank)}" for rank in _stuck_ranks(simulation)]
-    return RunFinding("hang", ranks, "\n".join(lines), tuple(_place(simulation, rank) for rank in ranks))
+    lines = ["no rank can continue.", *(f"    {line}" for line in _chain_lines(simulation, chain))]
+    lines += [f"  rank {rank}: {_describe_rank(simulation, rank)}" for rank in _stuck_ranks(simulation)]
+    return RunFinding("hang", ranks, "\n".join(lines), tuple(_host_location(simulation, rank) for rank in ranks))
 
 
 def _shortest_chain(simulation: DeadlockSimulation) -> list[Actor]:
-    """Return a way to a rank that has ended without a call that others wait for, else the shortest cycle."""
+    """Return the shortest path to a rank that ended without a call that others wait for, else the shortest cycle."""
     starts = sorted(simulation.waiting, key=lambda actor: (actor.rank, actor.stream))
-    ways = [way for start in starts if (way := _way_to_end(simulation, start))]
-    cycles = [way for start in starts if (way := _way(simulation, start, start))]
-    return min(ways or cycles, key=len)
+    paths = [path for start in starts if (path := _path_to_end(simulation, start))]
+    cycles = [path for start in starts if (path := _shortest_path(simulation, start, start))]
+    return min(paths or cycles, key=len)
 
 
-def _way_to_end(simulation: DeadlockSimulation, start: Actor) -> list[Actor]:
+def _path_to_end(simulation: DeadlockSimulation, start: Actor) -> list[Actor]:
     ends = [Actor(rank) for rank in simulation.hosts if simulation.has_host_finished(rank)]
-    ways = [way for end in ends if (way := _way(simulation, start, end))]
-    return min(ways, key=len, default=[])
+    paths = [path for end in ends if (path := _shortest_path(simulation, start, end))]
+    return min(paths, key=len, default=[])
 
 
-def _way(simulation: DeadlockSimulation, start: Actor, end: Actor) -> list[Actor]:
-    """Return the shortest chain of waits from one actor to another, both included; empty where there is none."""
+def _shortest_path(simulation: DeadlockSimulation, start: Actor, end: Actor) -> list[Actor]:
+    """Return the shortest chain of waits from one actor to another, both included; empty if there is none."""
     before: dict[Actor, Actor] = {}
     queue = deque([start])
     while queue:
@@ -70,20 +68,20 @@ def _way(simulation: DeadlockSimulation, start: Actor, end: Actor) -> list[Actor
                 continue
             before[other] = actor
             if other == end:
-                return _backwards(before, start, end)
+                return _reconstruct_path(before, start, end)
             queue.append(other)
     return []
 
 
-def _backwards(before: dict[Actor, Actor], start: Actor, end: Actor) -> list[Actor]:
-    way = [end, before[end]]
-    while way[-1] != start:
-        way.append(before[way[-1]])
-    return way[::-1]
+def _reconstruct_path(before: dict[Actor, Actor], start: Actor, end: Actor) -> list[Actor]:
+    path = [end, before[end]]
+    while path[-1] != start:
+        path.append(before[path[-1]])
+    return path[::-1]
 
 
 def blocking_actors(simulation: DeadlockSimulation, actor: Actor) -> list[Actor]:
-    """Return what the actor waits for; nothing where it does not wait."""
+    """Return the actors that the actor waits for; empty if it does not wait."""
     wait = simulation.waiting.get(actor)
     if wait is None:
         return []
@@ -111,24 +109,24 @@ def blocking_actors(simulation: DeadlockSimulation, actor: Actor) -> list[Actor]
 
 def _chain_lines(simulation: DeadlockSimulation, chain: Sequence[Actor]) -> Iterator[str]:
     for actor, other in pairwise(chain):
-        yield f"{actor} {_waits(simulation, actor)}: for {other}"
+        yield f"{actor} {_describe_wait(simulation, actor)}: blocked by {other}"
     if simulation.waiting.get(chain[-1]) is None:
-        yield f"{chain[-1]} has ended without it"
+        yield f"{chain[-1]} has ended without that call"
 
 
 def _stuck_ranks(simulation: DeadlockSimulation) -> list[int]:
     return sorted({actor.rank for actor in simulation.waiting})
 
 
-def _standing(simulation: DeadlockSimulation, rank: int) -> str:
-    """Return where the host of a rank is, and what its streams wait for."""
-    parts = [f"host {_waits(simulation, Actor(rank))} at {_place(simulation, rank)}"]
+def _describe_rank(simulation: DeadlockSimulation, rank: int) -> str:
+    """Return the position of a rank's host, and the waits of its streams."""
+    parts = [f"host {_describe_wait(simulation, Actor(rank))} at {_host_location(simulation, rank)}"]
     streams = sorted(actor.stream for actor in simulation.waiting if actor.rank == rank and actor.stream != HOST_STREAM)
-    parts += [f"stream {stream} {_waits(simulation, Actor(rank, stream))}" for stream in streams]
+    parts += [f"stream {stream} {_describe_wait(simulation, Actor(rank, stream))}" for stream in streams]
     return "; ".join(parts)
 
 
-def _place(simulation: DeadlockSimulation, rank: int) -> str:
+def _host_location(simulation: DeadlockSimulation, rank: int) -> str:
     host = simulation.hosts[rank]
     if simulation.has_host_finished(rank):
         return "the end of its log"
@@ -136,17 +134,17 @@ def _place(simulation: DeadlockSimulation, rank: int) -> str:
 
 
 def call_location(event: LogEvent) -> str:
-    """Return where the code makes the call; a host only stops at calls that have a place."""
+    """Return the code location of a call; a host only stops at calls that have one."""
     assert isinstance(event, CollectiveRecord | P2PBatchRecord | HostWait)
     return event.code_location
 
 
-def _waits(simulation: DeadlockSimulation, actor: Actor) -> str:
+def _describe_wait(simulation: DeadlockSimulation, actor: Actor) -> str:
     wait = simulation.waiting.get(actor)
-    return "has ended" if wait is None else _text(wait, actor.rank)
+    return "has ended" if wait is None else _wait_text(wait, actor.rank)
 
 
-def _text(wait: Wait, rank: int) -> str:
+def _wait_text(wait: Wait, rank: int) -> str:
     if isinstance(wait, CollectiveConnectWait):
         return f"connects {wait.communicator} for its first {wait.operation}"
     if isinstance(wait, P2PConnectWait):

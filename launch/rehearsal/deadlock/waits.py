@@ -1,4 +1,4 @@
-"""What a host or a stream of a rehearsed rank can wait for. Each is also the key under which it is woken."""
+"""Waits of the hosts and streams of rehearsed ranks, each with the key under which it is woken."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .communicators import Communicator
 
 HOST_STREAM = ""
 CONTROL_GROUP = "control"
-"""Name of the group whose operations are the host's own: no stream has them."""
+"""Name of the group whose operations run on the host and not on a stream."""
 
 
 @dataclass(frozen=True)
 class Actor:
-    """The host of a rank, or one of its streams."""
+    """Host of a rank, or one of its streams."""
 
     rank: int
     stream: str = HOST_STREAM
@@ -26,20 +26,20 @@ class Actor:
 
 @dataclass(frozen=True)
 class CollectiveConnectWait:
-    """A host connects the rings of a communicator, until every rehearsed member does."""
+    """Wait of a host that connects the rings of a communicator, until every rehearsed member does."""
 
     communicator: Communicator
     operation: str
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return self
 
 
 @dataclass(frozen=True)
 class P2PConnectWait:
-    """A host connects a pair in one direction, until the other end does."""
+    """Wait of a host that connects two ranks in one direction, until the other end does."""
 
     communicator: Communicator
     source: int
@@ -47,28 +47,28 @@ class P2PConnectWait:
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return self
 
 
 @dataclass(frozen=True)
 class StreamProgressWait:
-    """A host or a stream waits until a stream of its rank has done what was queued there."""
+    """Wait of a host or a stream until a stream of its rank has completed `completed_count` items."""
 
     actor: Actor
     completed_count: int
-    """How many the stream must have done."""
+    """Number of items that the stream must have completed."""
     reason: str
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return self.actor
 
 
 @dataclass(frozen=True)
 class CollectiveCompletionWait:
-    """A stream is in a collective, until every rehearsed member is in it."""
+    """Wait of a stream in a collective, until every rehearsed member is in it."""
 
     communicator: Communicator
     collective_index: int
@@ -76,13 +76,13 @@ class CollectiveCompletionWait:
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return "collective", self.communicator, self.collective_index
 
 
 @dataclass(frozen=True)
 class P2PCompletionWait:
-    """A stream is in a P2P batch, until the other end of this message is in its batch."""
+    """Wait of a stream in a P2P batch, until the other end of this message is in its batch."""
 
     communicator: Communicator
     source: int
@@ -92,27 +92,27 @@ class P2PCompletionWait:
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return "message", self.communicator, self.source, self.target, self.message_index
 
 
 @dataclass(frozen=True)
 class LaunchOrderWait:
-    """A stream waits for an earlier operation of its rank on the same communicator, which another stream has."""
+    """Wait of a stream for an earlier operation of its rank on the same communicator, on another stream."""
 
     communicator: Communicator
     rank: int
     launch_index: int
-    """Of the operation that waits, among this rank's on the communicator."""
+    """Index of the waiting operation among this rank's launches on the communicator."""
 
     @property
     def wake_key(self) -> Hashable:
-        """What wakes it."""
+        """Key under which the wait is woken."""
         return launch_order_key(self.communicator, self.rank)
 
 
 def launch_order_key(communicator: Communicator, rank: int) -> Hashable:
-    """Return the key of all that waits for an operation of `rank` on `communicator` to end."""
+    """Return the wake key of waits for the end of an operation of `rank` on `communicator`."""
     return "turn", communicator, rank
 
 

@@ -1,1 +1,1 @@
-"""A GPU that computes nothing: fake CUDA tensors and fake communicators."""
+"""Fake GPU that computes nothing: fake CUDA tensors and fake communicators."""

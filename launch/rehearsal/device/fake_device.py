@@ -1,9 +1,8 @@
-"""A GPU that computes nothing: torch's operations on fake CUDA tensors, counted; real ones on the host.
+"""Fake GPU: operations on fake CUDA tensors are counted and compute nothing; operations on host tensors run.
 
-The mode sees every operation that torch dispatches. What touches a tensor of the device runs on fake tensors, which
-have shapes, dtypes and devices, and no memory. What touches the host alone runs for real, so that Python can read its
-numbers; only large tensors of the host, which nothing reads, are fake too. What crosses from the device to the host is
-answered by an oracle.
+The dispatch mode sees every operation of torch. Operations on device tensors run on fake tensors, which have shape,
+dtype and device, but no memory. Operations on host tensors compute, so that Python can read the values; only large host
+tensors, which nothing reads, are fake too. A `DeviceReadback` supplies the values of copies from device to host.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .fake_tensors import FakeTensorExecutor
 from .recorder import RankRecorder
 
 _LARGE = 2**20
-"""Elements from which on a tensor of the host is fake: weights and their averages."""
+"""Size in elements from which a host tensor is fake: weights and their EMA."""
 _aten = torch.ops.aten
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
 _COPY = _aten.copy_.default
@@ -35,41 +34,40 @@ _CROSSING = (_COPY, _TO_COPY, _ITEM)
 
 
 class DeviceReadback(Protocol):
-    """Knows what a GPU would have computed."""
+    """Source of the values that a GPU would have computed."""
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Return numbers of the host in the shape and dtype of a tensor of the device that is read now."""
+        """Return a host tensor of values with the shape and dtype of the device tensor that is read now."""
         ...
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is to be known of an operation before it runs."""
+    """Properties of an operation that are known before it runs."""
 
     name: str
     is_free: bool
-    """It launches nothing: a view, or memory that is not filled."""
+    """True if it launches no kernel: a view, or memory that is not filled."""
     is_view: bool
     is_collective: bool
     is_factory: bool
-    """It takes no tensor."""
+    """True if it takes no tensor."""
     is_like: bool
-    """It makes a tensor like one that it takes."""
+    """True if it creates a tensor like its argument."""
 
 
 class FakeDeviceMode(TorchDispatchMode):
-    """Runs operations on fake tensors of `cuda:0` and writes them into a ledger."""
+    """Dispatch mode that runs operations on fake tensors of `cuda:0` and records them."""
 
-    def __init__(self, ledger: RankRecorder, oracle: DeviceReadback) -> None:
+    def __init__(self, recorder: RankRecorder, readback: DeviceReadback) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._ledger, self._oracle = ledger, oracle
+        self._recorder, self._readback = recorder, readback
         self._fakes = FakeTensorExecutor()
         self._kinds: dict[OpOverload, _Kind] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """The wrapper against torch.compile, which is not used here, costs more than most operations."""
-        return False
+        return False  # the wrapper that disables torch.compile, which is not used here, costs more than most operations
 
     def __enter__(self) -> FakeDeviceMode:
         self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()
@@ -84,125 +82,125 @@ class FakeDeviceMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run one operation."""
+        """Run one operation and record its launch."""
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
-        self._ledger.operations += 1
+        self._recorder.operations += 1
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)
         if func is _PIN:
             return args[0]
         if FakeTensor not in types:
-            return self._of_host(func, kind, types, args, kwargs)
+            return self._run_on_host(func, kind, types, args, kwargs)
         if kind.is_view:
             return self._fakes.run_operation(func, types, args, kwargs)
         if kind.is_collective:
-            self._ledger.record_launch(f"c10d.{kind.name}", device_bytes_touched(list(_tensors(args))))
+            self._recorder.record_launch(f"c10d.{kind.name}", device_bytes_touched(list(_tensors(args))))
             return self._fakes.run_operation(func, types, args, kwargs)
         if func in _CROSSING:
-            crossing = _crossing(func, args, kwargs)
-            if crossing is not None:
-                return self._cross(func, types, args, kwargs, *crossing)
+            direction = _copy_direction(func, args, kwargs)
+            if direction is not None:
+                return self._copy_across(func, types, args, kwargs, *direction)
         if kind.is_like and _is_host(kwargs.get("device")) and args[0].numel() < _LARGE:
             return _on_host(func, args, kwargs)
-        return self._of_device(func, kind, types, args, kwargs)
+        return self._run_on_device(func, kind, types, args, kwargs)
 
     def record_kernel(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Count a launch that torch does not dispatch."""
+        """Record a kernel launch that torch does not dispatch."""
         for place, tensor in enumerate(tensors):
             if not is_fake_device_tensor(tensor):
-                self._ledger.record_finding("device", f"argument {place} of kernel {name} is a {_described(tensor)}")
-        self._ledger.record_launch(name, device_bytes_touched(tensors))
+                self._recorder.record_finding("device", f"argument {place} of kernel {name} is a {_describe(tensor)}")
+        self._recorder.record_launch(name, device_bytes_touched(tensors))
 
-    def _of_host(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Nothing that it takes is fake."""
+    def _run_on_host(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation without fake arguments."""
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             if func is _TO_COPY:
                 return self._upload(args[0], kwargs)
-            return self._of_device(func, kind, types, args, kwargs)
+            return self._run_on_device(func, kind, types, args, kwargs)
         if kind.is_factory and args and _elements(args[0]) >= _LARGE:
             return self._fakes.run_operation(func, types, args, _unpinned(kwargs))
         return func(*args, **_unpinned(kwargs))
 
-    def _of_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run_on_device(self, func: Any, kind: _Kind, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         inputs = list(_tensors(args))
         if kwargs:
             inputs += _tensors(kwargs.values())
         if len(inputs) > 1 and func is not _COPY:
-            args, kwargs = self._on_one_device(kind, inputs, args, kwargs)
+            args, kwargs = self._move_to_device(kind, inputs, args, kwargs)
         out = self._fakes.run_operation(func, types, args, _unpinned(kwargs))
         outputs = (out,) if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, (tuple, list)) else ()
         is_used = False
         for tensor in outputs:
             if tensor._fake_device.type == "cuda":  # type: ignore[attr-defined]
                 is_used = True
-                self._ledger.memory.add_tensor(tensor)
+                self._recorder.memory.add_tensor(tensor)
         if kind.is_free or not (is_used or any(map(is_fake_device_tensor, inputs))):
             return out
-        self._ledger.record_launch(kind.name, device_bytes_touched([*inputs, *outputs]))
+        self._recorder.record_launch(kind.name, device_bytes_touched([*inputs, *outputs]))
         return out
 
-    def _on_one_device(
+    def _move_to_device(
         self, kind: _Kind, inputs: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """Note tensors of the host among those of the device, and go on as if they were on it."""
+        """Record host tensors among device tensors as findings, and continue as if they were on the device."""
         wrong = [tensor for tensor in inputs if not is_fake_device_tensor(tensor) and tensor.dim() > 0]
         if not wrong or len(wrong) == len(inputs):
             return args, kwargs
         for tensor in wrong:
-            text = f"{kind.name} takes a {_described(tensor)} beside tensors of the device"
-            self._ledger.record_finding("device", text)
+            text = f"{kind.name} takes a {_describe(tensor)} together with device tensors"
+            self._recorder.record_finding("device", text)
         moved = {id(tensor): self._empty(tensor) for tensor in wrong}
         return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
 
-    def _cross(
+    def _copy_across(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_host: bool, waits: bool
     ) -> Any:
-        """A copy between host and device."""
-        ledger = self._ledger
+        """Run a copy between host and device; `waits` tells whether the host waits for it."""
+        recorder = self._recorder
         if waits:
-            ledger.record_host_wait(None, ledger.stream, "read" if to_host else "synchronize")
+            recorder.record_host_wait(None, recorder.stream, "read" if to_host else "synchronize")
         if func is _ITEM:
-            return self._oracle.read(args[0]).item() if to_host else 1
+            return self._readback.read(args[0]).item() if to_host else 1
         if not to_host:
             out = self._fakes.run_operation(func, types, args, kwargs)
-            ledger.memory.add_tensor(out)
-            ledger.record_launch("copy to device", device_bytes_touched([out]))
+            recorder.memory.add_tensor(out)
+            recorder.record_launch("copy to device", device_bytes_touched([out]))
             return out
         target, source = args[:2] if func is _COPY else (None, args[0])
-        ledger.record_launch("copy to host", device_bytes_touched([source]))
+        recorder.record_launch("copy to host", device_bytes_touched([source]))
         if isinstance(target, FakeTensor) or source.numel() >= _LARGE:
             return self._fakes.run_operation(func, types, args, kwargs)
-        answer = self._oracle.read(source)
+        answer = self._readback.read(source)
         return answer.to(kwargs.get("dtype") or answer.dtype) if target is None else target.copy_(answer)
 
     def _upload(self, tensor: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """A tensor of the host to the device."""
+        """Copy a host tensor to the device."""
         if not kwargs.get("non_blocking"):
-            self._ledger.record_host_wait(None, self._ledger.stream, "synchronize")
+            self._recorder.record_host_wait(None, self._recorder.stream, "synchronize")
         out = self._empty(tensor, kwargs.get("dtype"))
-        self._ledger.record_launch("copy to device", device_bytes_touched([tensor, out]))
+        self._recorder.record_launch("copy to device", device_bytes_touched([tensor, out]))
         return out
 
     def _empty(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the device with the shape and strides of one of the host."""
+        """Create a device tensor with the shape and strides of a host tensor."""
         func = _aten.empty_strided.default
         kwargs = {"dtype": dtype or like.dtype, "device": torch.device("cuda", 0)}
         out: Tensor = self._fakes.run_operation(func, (), (like.shape, like.stride()), kwargs)
-        self._ledger.memory.add_tensor(out)
+        self._recorder.memory.add_tensor(out)
         return out
 
 
 def is_fake_device_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is one of the rehearsed device."""
+    """Return whether a tensor is on the fake device."""
     return isinstance(tensor, FakeTensor) and tensor._fake_device.type == "cuda"
 
 
 def device_bytes_touched(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of the device that a kernel touches: of each distinct tensor once, expanded dimensions once."""
+    """Return the device bytes that a kernel touches; each distinct tensor and each expanded dimension counts once."""
     if len(tensors) == 1:
         return _touched(tensors[0])
     total = 0
@@ -224,7 +222,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _touched(tensor: Tensor) -> int:
-    """Bytes of the device in a tensor."""
+    """Return the device bytes of one tensor."""
     if not is_fake_device_tensor(tensor):
         return 0
     size = tensor.element_size()
@@ -249,8 +247,8 @@ def _kind(func: Any) -> _Kind:
     )
 
 
-def _crossing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
-    """Whether a copy goes to the host, and whether the host waits for it; None where it stays on one side."""
+def _copy_direction(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bool] | None:
+    """Return whether a copy goes to the host and whether the host waits for it; None for a copy on one side."""
     if func is _ITEM:
         on_device = is_fake_device_tensor(args[0])
         return on_device, on_device
@@ -271,9 +269,9 @@ def _is_host(device: object) -> bool:
 
 
 def _on_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """A small tensor of the host, made like one of the device."""
-    stand_in = torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype)
-    return func(stand_in, *args[1:], **_unpinned(kwargs))
+    """Create a small host tensor like a device tensor."""
+    like = torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype)
+    return func(like, *args[1:], **_unpinned(kwargs))
 
 
 def _elements(size: object) -> int:
@@ -281,7 +279,7 @@ def _elements(size: object) -> int:
 
 
 def _unpinned(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the wish for pinned memory, which is ordinary memory here."""
+    """Return `kwargs` without pinned memory, which is ordinary memory here."""
     return {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
 
 
@@ -301,5 +299,5 @@ def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
     return type(value)(_replaced(item, moved) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} tensor {list(tensor.shape)} of the host"
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} host tensor {list(tensor.shape)}"

@@ -1,6 +1,6 @@
-"""Fake tensors, quickly: what an operation makes of shapes that it has met before is remembered.
+"""Fast execution of operations on fake tensors, with a cache of results by shapes and other arguments.
 
-torch's own fake mode finds out what a new case gives. It remembers, too, but its look-up takes ten times as long, and a
+torch's fake mode computes the result of a new case. It has a cache too, but its look-up takes ten times as long, and a
 step of DeepSeek-V3 has 300,000 operations.
 """
 
@@ -19,7 +19,7 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.la
 
 @dataclass(frozen=True)
 class _Argument:
-    """A result that is one of the arguments."""
+    """Result that is one of the arguments."""
 
     name: int | str
 
@@ -29,7 +29,7 @@ class _Argument:
 
 @dataclass(frozen=True)
 class _View:
-    """A result in the memory of an argument."""
+    """Result that is a view of an argument."""
 
     of: int
     shape: torch.Size
@@ -47,7 +47,7 @@ class _View:
 
 @dataclass(frozen=True)
 class _New:
-    """A result in memory of its own."""
+    """Result in new memory."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -63,30 +63,30 @@ _Recipe = _Argument | _View | _New
 
 @dataclass(frozen=True)
 class _Recipes:
-    """How the results of one case are made."""
+    """Recipes of all results of one case."""
 
     results: tuple[_Recipe, ...]
     container: type | None
-    """None where there is one result."""
+    """Tuple or list; None for a single result."""
 
 
-class _Unknown(Exception):  # noqa: N818 -- says what it is
-    """An argument or a result that nothing can be remembered of."""
+class _Uncacheable(Exception):  # noqa: N818 -- a signal, not an error
+    """Raised for an argument or a result that cannot be cached."""
 
 
 class FakeTensorExecutor:
-    """Runs operations on fake tensors. No mode may be active, as inside of `__torch_dispatch__`."""
+    """Execution of operations on fake tensors. No dispatch mode may be active, as inside `__torch_dispatch__`."""
 
     def __init__(self) -> None:
         self.fake_tensor_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._recipes: dict[Any, _Recipes | None] = {}
 
     def run_operation(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return what `func` gives for these arguments, of which at least one is fake or names the device."""
+        """Return the result of `func` for arguments of which at least one is fake or names the device."""
         try:
             key = (func, _key(args), _key(kwargs.items()) if kwargs else None)
             known = self._recipes.get(key, _NEW)
-        except (_Unknown, TypeError):
+        except (_Uncacheable, TypeError):
             return self.fake_tensor_mode.dispatch(func, types, args, kwargs)
         if known is _NEW:
             _check_product(func, args)
@@ -107,7 +107,7 @@ _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot")
 
 
 def _check_product(func: Any, args: Sequence[Any]) -> None:
-    """Raise `RuntimeError`, as a GPU does, where a product takes several dtypes: torch's fake kernels accept that."""
+    """Raise `RuntimeError`, as a GPU does, for a product of several dtypes, which torch's fake kernels accept."""
     if func._schema.name.removeprefix("aten::") in _PRODUCTS:
         dtypes = list(dict.fromkeys(str(each.dtype) for each in args if isinstance(each, Tensor)))
         if len(dtypes) > 1:
@@ -115,13 +115,13 @@ def _check_product(func: Any, args: Sequence[Any]) -> None:
 
 
 def _key(values: Any) -> tuple[Any, ...]:
-    """What the result depends on. Numbers are told apart by their types, for 1 and 1.0 are equal."""
+    """Return the cache key of arguments. It holds the types of numbers, since 1 and 1.0 are equal."""
     key: list[Any] = []
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
             if value.constant is not None:
-                raise _Unknown
+                raise _Uncacheable
             key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device)
         elif kind in _PLAIN:
             key += (kind, value)
@@ -132,16 +132,16 @@ def _key(values: Any) -> tuple[Any, ...]:
         elif isinstance(value, torch.Generator):
             key.append(kind)
         else:
-            raise _Unknown
+            raise _Uncacheable
     return tuple(key)
 
 
 def _recipes(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipes | None:
-    """How to make this result again; None where it must be found out each time."""
+    """Return the recipes of a result; None if it cannot be cached."""
     several = isinstance(out, (tuple, list))
     try:
         results = tuple(_recipe(each, args, kwargs) for each in (out if several else (out,)))
-    except _Unknown:
+    except _Uncacheable:
         return None
     storages = [each.untyped_storage()._cdata for each in out] if several else []
     made = [storage for storage, result in zip(storages, results, strict=False) if isinstance(result, _New)]
@@ -152,14 +152,14 @@ def _recipes(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recip
 
 def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe:
     if type(out) is not FakeTensor or out.constant is not None:
-        raise _Unknown
+        raise _Uncacheable
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for name, value in named:
         if value is out:
             return _Argument(name)
     state = dict(vars(out))
     if any(isinstance(value, Tensor) for value in state.values()):
-        raise _Unknown
+        raise _Uncacheable
     storage = out.untyped_storage()
     for place, value in enumerate(args):
         if type(value) is FakeTensor and value.untyped_storage()._cdata == storage._cdata:
@@ -167,15 +167,15 @@ def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe
     nested = [value for each in (*args, *kwargs.values()) if isinstance(each, (tuple, list)) for value in each]
     taken = [value for value in (*nested, *kwargs.values()) if isinstance(value, Tensor)]
     if out.storage_offset() or any(value.untyped_storage()._cdata == storage._cdata for value in taken):
-        raise _Unknown
+        raise _Uncacheable
     plain = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta")
     if plain.untyped_storage().nbytes() != storage.nbytes():
-        raise _Unknown
+        raise _Uncacheable
     return _New(out.shape, out.stride(), out.dtype, state)
 
 
 def _as_fake(plain: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """A fake tensor around a tensor of the meta device, with the attributes of one that torch has made."""
+    """Wrap a meta tensor in a fake tensor with the attributes of one that torch created."""
     made: Tensor = Tensor._make_subclass(
         FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=state["_fake_device"]
     )

@@ -1,4 +1,4 @@
-"""Process groups of a rehearsed rank: torch's `fake` backend behind communicators that write a log."""
+"""Process groups of a rehearsed rank: communicators that log their calls, on torch's `fake` backend."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _GROUPS = "comm/groups.py"
 
 
 class LoggedGroupFactory:
-    """Implements `comm.group_factory.OpenGroups`: counts as NCCL's does, and makes the groups of this rank alone."""
+    """Group factory (`comm.group_factory`) that counts creations as NCCL's does and creates only this rank's groups."""
 
-    def __init__(self, rank: int, ledger: RankRecorder) -> None:
+    def __init__(self, rank: int, recorder: RankRecorder) -> None:
         self.creation_calls = 1
-        self._rank, self._ledger = rank, ledger
+        self._rank, self._recorder = rank, recorder
 
     def create_world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
@@ -33,64 +33,64 @@ class LoggedGroupFactory:
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
         """See `OpenGroups`."""
         self.creation_calls += 1
-        return LoggedCommunicator("control", ranks, _new_group(ranks), self._ledger, on_device=False)
+        return LoggedCommunicator("control", ranks, _new_group(ranks), self._recorder, on_device=False)
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `OpenGroups`."""
         self.creation_calls += 1
         own = next((ranks for ranks in parts if self._rank in ranks), None)
-        return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._ledger)
+        return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._recorder)
 
 
 class LoggedCommunicator:
-    """Logs each operation, looks at what it is given, and hands it to the communicator that GPUs use."""
+    """Communicator that checks and logs each operation, and passes it to the communicator of GPUs."""
 
     def __init__(
         self,
         name: str,
         ranks: tuple[int, ...],
         handle: dist.ProcessGroup,
-        ledger: RankRecorder,
+        recorder: RankRecorder,
         *,
         on_device: bool = True,
     ) -> None:
         self.process_group = handle
         self._group = name, ranks
-        self._real = NcclCollectives(handle)
-        self._ledger, self._on_device = ledger, on_device
+        self._communicator = NcclCollectives(handle)
+        self._recorder, self._on_device = recorder, on_device
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
-        what = self._look("all_reduce", tensor)
-        self._ledger.record_collective(self._group, "all_reduce", what, _described(tensor))
-        self._real.all_reduce(tensor, operation)
+        what = self._check_tensors("all_reduce", tensor)
+        self._recorder.record_collective(self._group, "all_reduce", what, _described(tensor))
+        self._communicator.all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
         """See `Collectives`."""
-        what = self._look("all_to_all", arrived, sent)
-        _insist(what, arrived.shape[1:] == sent.shape[1:], f"rows of {arrived.shape[1:]} and of {sent.shape[1:]}")
+        what = self._check_tensors("all_to_all", arrived, sent)
+        _require(what, arrived.shape[1:] == sent.shape[1:], f"rows of {arrived.shape[1:]} and of {sent.shape[1:]}")
         for rows_M, tensor in ((received_M, arrived), (sent_M, sent)):
-            _insist(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
-            _insist(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
+            _require(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
+            _require(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
         row = sent.shape[1:], _dtype(sent)
-        self._ledger.record_collective(self._group, "all_to_all", what, row, (sent_M, received_M))
-        self._real.all_to_all(arrived, sent, received_M, sent_M)
+        self._recorder.record_collective(self._group, "all_to_all", what, row, (sent_M, received_M))
+        self._communicator.all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`."""
-        what = self._shards("reduce_scatter", own_N, shards_GN)
-        self._ledger.record_collective(self._group, "reduce_scatter", what, _described(shards_GN))
-        self._real.reduce_scatter(own_N, shards_GN)
+        what = self._check_shards("reduce_scatter", own_N, shards_GN)
+        self._recorder.record_collective(self._group, "reduce_scatter", what, _described(shards_GN))
+        self._communicator.reduce_scatter(own_N, shards_GN)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`."""
-        what = self._shards("all_gather", own_N, shards_GN)
-        self._ledger.record_collective(self._group, "all_gather", what, _described(shards_GN))
-        self._real.all_gather(shards_GN, own_N)
+        what = self._check_shards("all_gather", own_N, shards_GN)
+        self._recorder.record_collective(self._group, "all_gather", what, _described(shards_GN))
+        self._communicator.all_gather(shards_GN, own_N)
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
-        what = self._look("send_and_receive", *(tensor for tensor, _ in (*sends, *receives)))
+        what = self._check_tensors("send_and_receive", *(tensor for tensor, _ in (*sends, *receives)))
         names = what.split("; ")
         if len(names) != len(sends) + len(receives):
             names = [what] * (len(sends) + len(receives))
@@ -99,28 +99,28 @@ class LoggedCommunicator:
             for name, (tensor, peer) in zip(names, (*sends, *receives), strict=True)
         ]
         for message in messages:
-            _insist(message.purpose, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
-        self._ledger.record_p2p_batch(self._group, messages[: len(sends)], messages[len(sends) :])
-        self._real.send_and_receive(sends, receives)
+            _require(message.purpose, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
+        self._recorder.record_p2p_batch(self._group, messages[: len(sends)], messages[len(sends) :])
+        self._communicator.send_and_receive(sends, receives)
 
-    def _shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
-        what = self._look(operation, own_N, shards_GN)
+    def _check_shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
+        what = self._check_tensors(operation, own_N, shards_GN)
         expected = len(self._group[1]) * own_N.numel()
-        _insist(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
+        _require(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
         return what
 
-    def _look(self, operation: str, *tensors: Tensor) -> str:
-        """Look at the tensors of an operation; return what it is for, in the words of its caller."""
-        what = _what(sys._getframe(2)) or self._ledger.spans.innermost_span_name
+    def _check_tensors(self, operation: str, *tensors: Tensor) -> str:
+        """Check the tensors of an operation; return the purpose that its caller gave."""
+        what = _purpose(sys._getframe(2)) or self._recorder.spans.innermost_span_name
         for tensor in tensors:
-            _insist(what, tensor.dtype == tensors[0].dtype, f"dtypes {tensors[0].dtype} and {tensor.dtype}")
-            _insist(what, tensor.is_contiguous(), f"a tensor that is not contiguous, strides {tensor.stride()}")
+            _require(what, tensor.dtype == tensors[0].dtype, f"dtypes {tensors[0].dtype} and {tensor.dtype}")
+            _require(what, tensor.is_contiguous(), f"a non-contiguous tensor, strides {tensor.stride()}")
             if is_fake_device_tensor(tensor) != self._on_device:
                 side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
                 text = (
-                    f"{operation} over {self._group[0]} ({what}) takes a tensor of the {side}, which {library} does not"
+                    f"{operation} over {self._group[0]} ({what}) takes a {side} tensor, which {library} does not accept"
                 )
-                self._ledger.record_finding("device", text)
+                self._recorder.record_finding("device", text)
         return what
 
 
@@ -130,8 +130,8 @@ def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     return handle
 
 
-def _what(frame: FrameType | None) -> str | None:
-    """What `Group` was asked to name the operation: the communicator below it is not told."""
+def _purpose(frame: FrameType | None) -> str | None:
+    """Return the `what` that `Group` was called with, which it does not pass to the communicator."""
     for _ in range(3):
         if frame is None:
             return None
@@ -141,7 +141,7 @@ def _what(frame: FrameType | None) -> str | None:
     return None
 
 
-def _insist(what: str, is_right: bool, wrong: str) -> None:
+def _require(what: str, is_right: bool, wrong: str) -> None:
     if not is_right:
         raise ValueError(f"{what}: {wrong}")
 

@@ -1,4 +1,4 @@
-"""What cannot run without a GPU or a second thread, replaced in the process of a rehearsed rank."""
+"""Replacements, in the process of a rehearsed rank, of functions that need a GPU or a second thread."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .fake_device import FakeDeviceMode
 
 @contextmanager
 def patch_triton_and_threads(device: FakeDeviceMode) -> Iterator[None]:
-    """Inside, Triton's kernels are counted instead of compiled, and what other threads would do is done at once."""
+    """Count Triton's kernels instead of compiling them, and run submitted functions in the calling thread."""
     with ExitStack() as stack:
         stack.enter_context(_counting_kernels(device))
-        stack.enter_context(patch.object(torch.cuda, "_lazy_init", _nothing))
-        stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _at_once))
+        stack.enter_context(patch.object(torch.cuda, "_lazy_init", _do_nothing))
+        stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _submit_inline))
         yield
 
 
@@ -40,12 +40,12 @@ def _counting_kernels(device: FakeDeviceMode) -> Iterator[None]:
         yield
 
 
-def _nothing() -> None:
-    """In the place of CUDA's initialization."""
+def _do_nothing() -> None:
+    """Replace CUDA's initialization."""
 
 
-def _at_once(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-    """In the place of `ThreadPoolExecutor.submit`: a thread of its own would not see the rehearsed device."""
+def _submit_inline(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """Replace `ThreadPoolExecutor.submit`, since a dispatch mode is active only in the calling thread."""
     future: Future[Any] = Future()
     try:
         future.set_result(function(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What a GPU would have told the host: sizes of balanced routing, and ones for all else."""
+"""Values that the host reads from the fake device: sizes of balanced routing, and ones for everything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .spans import RehearsalSpanRecorder
 
 
 class BalancedReadback:
-    """Answers for one rank, whose exchange it knows. See `device.Oracle`."""
+    """`DeviceReadback` of one rank, with the sizes of its token dispatcher."""
 
     def __init__(self, config: RunConfig, rank: int, spans: RehearsalSpanRecorder) -> None:
         routing, ep_rank = BalancedRouting.from_config(config), config.topology.ep_rank(rank)
@@ -24,12 +24,12 @@ class BalancedReadback:
         self._spans = spans
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Return sizes inside a dispatch, and ones elsewhere: every sum and norm is finite, and no step is skipped."""
+        """Return sizes inside a dispatch, and ones elsewhere: sums and norms are finite, so that no step is skipped."""
         if not self._spans.is_inside_dispatch:
             return torch.ones(tensor.shape, dtype=tensor.dtype)
         if tensor.shape != self._sizes.shape or tensor.dtype != torch.int64:
             found, known = f"{tensor.dtype} {list(tensor.shape)}", list(self._sizes.shape)
             raise NotImplementedError(
-                f"{self._spans.innermost_span_name} reads {found}; the rehearsal knows int64 {known}, the sizes"
+                f"{self._spans.innermost_span_name} reads {found}; the rehearsal only knows the sizes, int64 {known}"
             )
         return self._sizes.clone()

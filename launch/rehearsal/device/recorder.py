@@ -1,4 +1,4 @@
-"""What one rehearsed rank does, as it happens: launches, live memory, events and findings."""
+"""Recorder of one rehearsed rank: launches, live memory, events and findings."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from .code_locations import CodeLocations
 from .spans import RehearsalSpanRecorder
 
 COMPUTE_STREAM = "compute"
-"""The stream that a rank computes on."""
+"""Name of the stream on which a rank computes."""
 
 
-class _Alive(weakref.ref[UntypedStorage]):
-    """A storage that is alive, with what is known of it when it is not."""
+class _LiveStorage(weakref.ref[UntypedStorage]):
+    """Weak reference to a live storage, with the key and size that are needed when it is freed."""
 
     key: int
     size: int
 
 
 class LiveTensorMemory:
-    """Bytes of the device's tensors that are alive, by their storages."""
+    """Bytes of live device tensors, counted by storage."""
 
     def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self._spans = spans
-        self._alive: dict[int, _Alive] = {}
+        self._alive: dict[int, _LiveStorage] = {}
         self.live_bytes = 0
         self.peak_bytes, self.peak_phase = 0, ""
         self.peak_bytes_by_phase: dict[str, int] = {}
 
     def reset_peak(self) -> None:
-        """Look for peaks from here on."""
+        """Restart the search for peaks at the current level."""
         self.peak_bytes, self.peak_phase = self.live_bytes, self._spans.contexts[-1].phase
         self.peak_bytes_by_phase = {}
 
     def add_tensor(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor of the device, if it is a new one."""
+        """Count the storage of a device tensor, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return
-        alive = _Alive(storage, self._freed)
+        alive = _LiveStorage(storage, self._on_free)
         alive.key, alive.size = key, storage.nbytes()
         self._alive[key] = alive
         self.live_bytes += alive.size
@@ -64,42 +64,42 @@ class LiveTensorMemory:
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes, self.peak_phase = self.live_bytes, phase
 
-    def _freed(self, alive: weakref.ref[UntypedStorage]) -> None:
-        assert isinstance(alive, _Alive)
+    def _on_free(self, alive: weakref.ref[UntypedStorage]) -> None:
+        assert isinstance(alive, _LiveStorage)
         if self._alive.pop(alive.key, None) is not None:
             self.live_bytes -= alive.size
 
 
 class RankRecorder:
-    """Holds everything that ends in the rank's log."""
+    """Recorder of everything in the rank's log."""
 
     def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self.spans = spans
         self.code_locations = CodeLocations()
         self.memory = LiveTensorMemory(spans)
         self.stream = COMPUTE_STREAM
-        """The current one."""
+        """Name of the current stream."""
         self.is_warm_up = True
-        """Until the engine is open."""
+        """True until the engine is built."""
         self.operations = 0
         self.events: list[LogEvent] = []
         self._launches: dict[tuple[str, str, str, str, str], list[int]] = {}
         self._findings: dict[RankFinding, None] = {}
-        self._numbered = 0
+        self._event_count = 0
 
     @property
     def launches(self) -> tuple[KernelLaunches, ...]:
-        """Of the step, the most bytes first."""
+        """Launches of the step, the most bytes first."""
         rows = [KernelLaunches(*key, *counts) for key, counts in self._launches.items()]
         return tuple(sorted(rows, key=lambda row: -row.bytes))
 
     @property
     def findings(self) -> tuple[RankFinding, ...]:
-        """Each once, in the order in which they were found."""
+        """Findings without repetition, in the order in which they were found."""
         return tuple(self._findings)
 
     def begin_step(self) -> None:
-        """The engine is open: from here on launches, operations and peaks are those of the step."""
+        """Restart the counts of launches, operations and peaks, after the engine is built."""
         self.is_warm_up = False
         self.operations = 0
         self._launches.clear()
@@ -116,11 +116,11 @@ class RankRecorder:
         row[1] += size
 
     def record_finding(self, kind: str, text: str, place: str | None = None) -> None:
-        """Note a fault; by default where it is called from."""
+        """Record a finding, by default at the code location of the caller."""
         self._findings.setdefault(RankFinding(kind, text, place or self.current_location()))
 
     def current_location(self) -> str:
-        """Return the instruction, and the line of our code that calls this."""
+        """Return the current instruction and the code line of the caller."""
         return f"{self.spans.current_instruction}: {self.code_locations.line_location(sys._getframe())}"
 
     def record_collective(
@@ -131,7 +131,7 @@ class RankRecorder:
         tensor: tuple[Sequence[int], str],
         rows: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> None:
-        """Log a collective: of a group's name and ranks, on a shape and dtype, of rows sent and received by rank."""
+        """Log a collective: `group` is name and ranks, `tensor` shape and dtype, `rows` the sent and received rows."""
         self.events.append(
             CollectiveRecord(
                 group=group[0],
@@ -151,24 +151,24 @@ class RankRecorder:
     def record_p2p_batch(
         self, group: tuple[str, tuple[int, ...]], sends: Sequence[P2POpRecord], receives: Sequence[P2POpRecord]
     ) -> None:
-        """Log messages that are posted together."""
+        """Log a P2P batch."""
         place = self.current_location()
         self.events.append(
             P2PBatchRecord(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
         )
 
     def record_event(self, stream: str) -> int:
-        """Log an event of a stream; returns its number."""
-        self._numbered += 1
-        self.events.append(EventRecord(self._numbered, stream))
-        return self._numbered
+        """Log an event of a stream; return its number."""
+        self._event_count += 1
+        self.events.append(EventRecord(self._event_count, stream))
+        return self._event_count
 
     def record_stream_wait(self, event: int, stream: str) -> None:
-        """Log that a stream waits."""
+        """Log a wait of a stream for an event."""
         self.events.append(StreamWait(event, stream))
 
     def record_host_wait(self, event: int | None, stream: str, reason: str) -> None:
-        """Log that the host waits; inside an FB it may do so for the sizes of a dispatch, and for nothing else."""
+        """Log a wait of the host; inside an FB, any but that for the sizes of a dispatch is a finding."""
         spans, place = self.spans, self.current_location()
         self.events.append(HostWait(event, stream, reason, place, spans.is_inside_fb, self.is_warm_up))
         if spans.is_inside_fb and not spans.is_inside_dispatch:

@@ -1,7 +1,7 @@
-"""The numbers that a rehearsed dispatch is told: those of balanced routing, equal on both ends of every message.
+"""Sizes of a rehearsed dispatch with balanced routing, consistent on both ends of every message.
 
-Letters: P ranks of an expert-parallel group, N nodes of G ranks each, E experts in all, L experts of one rank, T tokens
-of one rank, K experts a token.
+Letters: P ranks of an expert-parallel group, N nodes of G ranks each, E experts in total, L experts per rank, T tokens
+per rank, K experts per token.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CountArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BalancedRouting:
-    """How many tokens each rank of a group sends where, when every expert is chosen equally often.
+    """Numbers of tokens that the ranks of a group send to each other if every expert is chosen equally often.
 
-    A token's experts are chosen as the model limits them to groups, so a token visits fewer ranks and nodes than it has
-    experts: `expected_destinations_per_token` of them on average. What is left of a division goes to another place for each rank, so
-    that what arrives is even, too.
+    The model limits a token's experts to groups, so a token is sent to fewer ranks and nodes than it has experts:
+    `expected_destinations_per_token` on average. The remainder of a division goes to different destinations for each
+    rank, so that the received numbers are even too.
     """
 
     ranks: int
@@ -33,12 +33,12 @@ class BalancedRouting:
     tokens: int
     top_k: int
     mean_ranks_per_token: float
-    """Ranks that hold an expert of a token, on average."""
+    """Mean number of ranks that hold an expert of a token."""
     mean_nodes_per_token: float
 
     @staticmethod
     def from_config(config: RunConfig) -> BalancedRouting:
-        """Return that of the micro-batches of a run."""
+        """Return the routing of a run's micro-batches."""
         topology, model = config.topology, config.model
         return BalancedRouting(
             ranks=topology.ep,
@@ -52,27 +52,30 @@ class BalancedRouting:
 
     @cached_property
     def rows_by_expert(self) -> CountArray:
-        """(token, expert) pairs of each rank, by expert."""
+        """(token, expert) pairs of each rank by expert, [P, E]."""
         return _spread(self.tokens * self.top_k, self.ranks, self.experts)
 
     @cached_property
     def tokens_by_rank(self) -> CountArray:
-        """Tokens of each rank that have at least one expert on each rank."""
+        """Tokens of each rank that have at least one expert on each rank, [P, P]."""
         copies_PPL = self.rows_by_expert.reshape(self.ranks, self.ranks, -1)
         even_PP = _spread(round(self.tokens * self.mean_ranks_per_token), self.ranks, self.ranks)
-        most_PP = np.minimum(self.tokens, copies_PPL.sum(axis=2))
-        return np.clip(even_PP, copies_PPL.max(axis=2), most_PP)
+        max_PP = np.minimum(self.tokens, copies_PPL.sum(axis=2))
+        return np.clip(even_PP, copies_PPL.max(axis=2), max_PP)
 
     @cached_property
     def tokens_by_node(self) -> CountArray:
-        """Tokens of each rank that have at least one expert in each node."""
+        """Tokens of each rank that have at least one expert on each node, [P, N]."""
         visits_PNG = self.tokens_by_rank.reshape(self.ranks, self.nodes, -1)
         even_PN = _spread(round(self.tokens * self.mean_nodes_per_token), self.ranks, self.nodes)
-        most_PN = np.minimum(self.tokens, visits_PNG.sum(axis=2))
-        return np.clip(even_PN, visits_PNG.max(axis=2), most_PN)
+        max_PN = np.minimum(self.tokens, visits_PNG.sum(axis=2))
+        return np.clip(even_PN, visits_PNG.max(axis=2), max_PN)
 
     def flat_exchange_sizes(self, rank: int) -> list[int]:
-        """Return what `FlatExchange` reads, [2P + L + 2]: sent, received, rows by expert, visits of ranks and nodes."""
+        """Return the sizes that `FlatExchange` reads, [2P + L + 2].
+
+        Rows sent to and received from each rank, rows by expert, token counts of ranks and of nodes.
+        """
         copies_PPL = self.rows_by_expert.reshape(self.ranks, self.ranks, -1)
         parts = (
             copies_PPL[rank].sum(axis=1),
@@ -84,10 +87,10 @@ class BalancedRouting:
         return _numbers(parts)
 
     def two_hop_exchange_sizes(self, rank: int) -> list[int]:
-        """Return what `TwoHopExchange` reads, [2N + 2G + L + 1].
+        """Return the sizes that `TwoHopExchange` reads, [2N + 2G + L + 1].
 
-        Tokens to and from each node on this rank's rail, rows that it forwards to each rank of its node and gets from
-        it, rows by expert, visits of ranks.
+        Tokens to and from each node on this rank's rail, rows forwarded to and received from each rank of its node,
+        rows by expert, token count of ranks.
         """
         size = self.ranks // self.nodes
         node, place = divmod(rank, size)
@@ -105,7 +108,7 @@ class BalancedRouting:
 
 
 def _spread(total: int, ranks: int, places: int) -> CountArray:
-    """[ranks, places]: `total` of each rank over places, one more from another place on for each rank."""
+    """Split `total` evenly over `places` for each rank, [ranks, places]; each rank's remainder starts elsewhere."""
     each, more = divmod(total, places)
     first_P1 = np.arange(ranks)[:, None] * more
     return each + ((np.arange(places)[None, :] - first_P1) % places < more).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The recorder of a rehearsed rank: what runs now, by instruction, phase and layer."""
+"""Span recorder of a rehearsed rank: the current instruction, phase and layer."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from types import TracebackType
 from ....comm.trace import EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, ExchangeLabel, TimelineTrack
 from ....parallelism.pipeline.program import Op
 
-_OF = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
+_PHASE_OF_LAYER = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
 _DISPATCH = re.compile(r"\bdispatch of \w+, micro-batch \d+")
-_NOTHING: AbstractContextManager[object] = nullcontext()
+_NO_SPAN: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True)
 class OperationContext:
-    """What an operation belongs to."""
+    """Phase and layer to which an operation belongs."""
 
     phase: str
     layer: str
 
 
 class RehearsalSpanRecorder:
-    """Implements `comm.trace.SpanRecorder`. Spans of all tracks are one stack: a rehearsal has one thread."""
+    """`comm.trace.SpanRecorder` of a rehearsal. Spans of all tracks form one stack, since there is one thread."""
 
     def __init__(self, phase: str) -> None:
-        """`phase` is where no span is open."""
+        """Start with `phase` as the phase outside of all spans."""
         self.contexts = [OperationContext(phase, "")]
         self.open_span_names: list[str] = []
-        """Open spans, the innermost last."""
+        """Names of the open spans, the innermost last."""
         self.instruction: object = None
         self.is_inside_fb = False
-        """Whether an FB runs."""
+        """True while an FB runs."""
 
     def set_base_phase(self, phase: str) -> None:
-        """Name what runs from here on where no span is open."""
+        """Set the phase outside of all spans."""
         self.contexts[0] = OperationContext(phase, "")
 
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
         if name in (EXPOSED_ALL_TO_ALL, PIPELINE_WAIT):
-            return _NOTHING
+            return _NO_SPAN
         return _Span(self, track, name, detail)
 
     def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
@@ -50,22 +50,22 @@ class RehearsalSpanRecorder:
 
     @property
     def current_instruction(self) -> str:
-        """The instruction that runs, in words; before and after all of them, the phase."""
+        """Text of the current instruction; outside of instructions, the phase."""
         return self.contexts[-1].phase if self.instruction is None else str(self.instruction)
 
     @property
     def innermost_span_name(self) -> str:
-        """The innermost span."""
+        """Name of the innermost span; outside of spans, the phase."""
         return self.open_span_names[-1] if self.open_span_names else self.contexts[-1].phase
 
     @property
     def is_inside_dispatch(self) -> bool:
-        """Whether the sizes of a dispatch may be read."""
+        """True inside a dispatch, where the host may read its sizes."""
         return any(_DISPATCH.search(name) for name in self.open_span_names)
 
 
 class _Span:
-    """One span: open from `__enter__` to `__exit__`."""
+    """Span that is open from `__enter__` to `__exit__`."""
 
     def __init__(self, spans: RehearsalSpanRecorder, track: TimelineTrack, name: str, detail: object) -> None:
         self._spans, self._track, self._name, self._detail = spans, track, name, detail
@@ -73,7 +73,7 @@ class _Span:
     def __enter__(self) -> None:
         spans = self._spans
         spans.open_span_names.append(str(self._name))
-        spans.contexts.append(_place(self._track, self._name, self._detail))
+        spans.contexts.append(_operation_context(self._track, self._name, self._detail))
         if self._track is TimelineTrack.INSTRUCTION and self._name in _INSTRUCTIONS:
             spans.instruction, spans.is_inside_fb = self._detail, self._name == Op.FB
 
@@ -90,12 +90,12 @@ class _Span:
 _INSTRUCTIONS = frozenset(Op)
 
 
-def _place(track: TimelineTrack, name: str, detail: object) -> OperationContext:
+def _operation_context(track: TimelineTrack, name: str, detail: object) -> OperationContext:
     if track in (TimelineTrack.P2P_NEXT, TimelineTrack.P2P_PREV):
         return OperationContext("messages", "")
     if track is TimelineTrack.REDUCE:
         return OperationContext(name.partition(",")[0], "")
-    found = _OF.match(name)
+    found = _PHASE_OF_LAYER.match(name)
     if found is not None:
         return OperationContext(found["phase"], found["layer"])
     return OperationContext(str(name), detail.layer if isinstance(detail, ExchangeLabel) else "")

@@ -1,4 +1,4 @@
-"""Streams and events of a rehearsed rank: names and numbers in its log."""
+"""Streams and events of a rehearsed rank, identified in its log by names and numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recorder import COMPUTE_STREAM, RankRecorder
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """A point in the work of a stream."""
+    """Event on a stream."""
 
     recorder: RankRecorder
     number: int
@@ -25,13 +25,13 @@ class LoggedEvent:
         self.recorder.record_host_wait(self.number, self.stream, "event")
 
     def query(self) -> bool:
-        """Return that it has happened: nothing is ever under way."""
+        """Return True: every operation completes when it is launched."""
         return True
 
 
 @dataclass(frozen=True)
 class LoggedStream:
-    """A queue of work, known by its name."""
+    """Stream, identified by its name."""
 
     recorder: RankRecorder
     name: str
@@ -50,18 +50,18 @@ class LoggedStream:
 
 
 class LoggedStreams:
-    """Implements `comm.streams.Streams`. Two streams that are made with one name are told apart by a number."""
+    """`comm.streams.Streams` of a rehearsal. A number distinguishes streams that are created with one name."""
 
-    def __init__(self, ledger: RankRecorder) -> None:
-        self._ledger = ledger
-        self._made = [COMPUTE_STREAM]
-        self._current = LoggedStream(ledger, COMPUTE_STREAM)
+    def __init__(self, recorder: RankRecorder) -> None:
+        self._recorder = recorder
+        self._names = [COMPUTE_STREAM]
+        self._current = LoggedStream(recorder, COMPUTE_STREAM)
 
     def create_stream(self, name: str) -> Stream:
         """See `Streams`."""
-        same = sum(made == name or made.startswith(f"{name} ") for made in self._made)
-        self._made.append(str(name) if not same else f"{name} {same + 1}")
-        return LoggedStream(self._ledger, self._made[-1])
+        same = sum(taken == name or taken.startswith(f"{name} ") for taken in self._names)
+        self._names.append(str(name) if not same else f"{name} {same + 1}")
+        return LoggedStream(self._recorder, self._names[-1])
 
     def current_stream(self) -> Stream:
         """See `Streams`."""
@@ -73,14 +73,14 @@ class LoggedStreams:
         return self._use(stream)
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Streams`. Memory is counted by what is alive."""
+        """See `Streams`; nothing to do, since memory is counted by live storages."""
 
     @contextmanager
     def _use(self, stream: LoggedStream) -> Iterator[None]:
         before, self._current = self._current, stream
-        self._ledger.stream = stream.name
+        self._recorder.stream = stream.name
         try:
             yield
         finally:
             self._current = before
-            self._ledger.stream = before.name
+            self._recorder.stream = before.name

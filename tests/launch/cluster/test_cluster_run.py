@@ -65,7 +65,7 @@ def test_what_is_refused() -> None:
     contrary = ["topology.ep=8", "topology.gpus_per_node=4", "training.device=auto", "telemetry.wandb.mode=online"]
     faults = [("--cut-link", "1"), ("--kill-node", "2@5"), ("--cut-link", "0@4"), ("--kill-node", "0@5")]
     found = refused(run_on_simulated_cluster, replace(TWO_NODES, overrides=contrary, uplink_rate="fast", faults=faults))
-    assert "2 x 2 = 4 ranks, and the topology asks for 8" in found["--gpus-per-node"]
+    assert "2 x 2 = 4 ranks, and the topology needs 8" in found["--gpus-per-node"]
     assert "--gpus-per-node says 2" in found["topology.gpus_per_node"]
     assert "write cpu" in found["training.device"]
     assert "no way out" in found["telemetry.wandb.mode"]

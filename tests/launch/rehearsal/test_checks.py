@@ -54,7 +54,7 @@ def test_the_peak_is_within_five_percent_of_the_prediction(peak: float) -> None:
     memory = replace(MEMORY, peak=int(peak * MEMORY.predicted), capacity=None)
     (fault,) = judged(replace(log(0), memory=memory)).findings
     assert fault.kind == "memory"
-    assert f"{peak - 1:+.1%}; 5% is allowed" in fault.text
+    assert f"{peak - 1:+.1%}, limit 5%" in fault.text
     assert not kinds(replace(log(0), memory=replace(memory, peak=int(1.04 * MEMORY.predicted))))
 
 

@@ -48,7 +48,7 @@ def test_two_collectives_in_each_others_place() -> None:
     assert "number 2 on `ep` of ranks 0, 1" in fault.text
     assert "rank 0 has all_to_all (dispatch of layer_01, micro-batch 0)" in fault.text
     assert "rank 1 has all_to_all (dispatch of layer_02, micro-batch 0)" in fault.text
-    assert "1 more differ behind it" in fault.text
+    assert "1 more after it" in fault.text
     assert fault.places == (DISPATCH[1].code_location, DISPATCH[2].code_location)
 
 
@@ -65,12 +65,12 @@ def test_operation_shape_and_dtype_count() -> None:
 def test_a_collective_that_one_rank_leaves_out() -> None:
     fault = only(log(0, *DISPATCH), without(log(1, *DISPATCH), 3))
     assert "number 4" in fault.text
-    assert "rank 1 has none, its last is number 3" in fault.text
+    assert "rank 1 has none (its last is number 3)" in fault.text
     assert fault.places == (DISPATCH[3].code_location,)
 
 
 def test_a_member_with_no_collective_at_all() -> None:
-    assert "rank 1 has none, its last is number 0" in only(log(0, *DISPATCH), log(1)).text
+    assert "rank 1 has none (its last is number 0)" in only(log(0, *DISPATCH), log(1)).text
 
 
 def test_the_odd_one_of_three_is_named_with_its_neighbors() -> None:
@@ -88,7 +88,8 @@ def test_rows_sent_are_rows_expected_for_every_pair() -> None:
     assert not list(compare_rank_logs(logs))
     fault = only(logs[0], logs[1], exchange((2, 6, 0), (5, 7, 0)))
     assert fault.ranks == (0, 2)
-    assert "rank 0 sends 5 rows to rank 2, which expects 5; rank 2 sends 2 back, and rank 0 expects 3" in fault.text
+    rows = "rank 0 sends 5 rows to rank 2, which expects 5; rank 2 sends 2 rows to rank 0, which expects 3"
+    assert rows in fault.text
 
 
 def test_a_shape_that_differs_between_neighbors() -> None:

@@ -17,7 +17,7 @@ def test_nothing_found() -> None:
     assert result.exit_code == 0
     assert rehearsal_summary_lines(result) == [
         "no findings: 2 of 4 ranks, 4 micro-batches",
-        "0 mismatches in 1 collectives and 2 messages that rehearsed ranks have in common",
+        "0 mismatches in 1 collectives and 2 messages between rehearsed ranks",
         "assumed: routing is balanced",
     ]
     assert tree(result)["findings"] == []
@@ -26,14 +26,14 @@ def test_nothing_found() -> None:
 
 def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> None:
     slow = RankFinding("deprecated", "torch.x is deprecated", "FB: comm/x.py:3 f")
-    broken = RankFinding("device", "add takes a tensor of the host", "F: trainer/y.py:4 g")
+    broken = RankFinding("device", "add takes a host tensor", "F: trainer/y.py:4 g")
     rows = [collective("x"), collective("y"), collective("x"), collective("y")]
     result = judged(log(0, *rows, findings=[slow, broken]), swapped(log(1, *rows, findings=[slow]), 2, 3))
     assert [fault.kind for fault in result.findings] == ["device", "collective", "deprecated"]
     assert result.exit_code == 1
     first, *others = printed(result).splitlines()
     assert first == "3 findings: 2 of 4 ranks, 4 micro-batches"
-    assert others[0].startswith("device, rank 0: add takes a tensor of the host [F: trainer/y.py:4 g]")
+    assert others[0].startswith("device, rank 0: add takes a host tensor [F: trainer/y.py:4 g]")
     assert [len(found["ranks"]) for found in tree(result)["findings"]] == [1, 2, 2]
     assert tree(result)["mismatches"] == result.mismatch_count == 1
 
@@ -42,5 +42,5 @@ def test_after_an_error_only_the_error_is_reported() -> None:
     cut = replace(log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
     result = judged(log(0, collective("x")), cut)
     assert [fault.kind for fault in result.findings] == ["error"]
-    assert "connection model: not run, for the step of rank 1 ends by its error" in rehearsal_summary_lines(result)
+    assert "connection model: not run, because the step of rank 1 failed" in rehearsal_summary_lines(result)
     assert tree(result)["connection_model"] == "not run"

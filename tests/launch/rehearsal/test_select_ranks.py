@@ -41,11 +41,11 @@ def test_listed_ranks() -> None:
 @pytest.mark.parametrize(
     ("listed", "said"),
     [
-        ("0,x", "'x': write numbers of ranks with commas between them, as in 0,7,901"),
+        ("0,x", "'x': write rank numbers separated by commas, as in 0,7,901"),
         ("0,2048", "2048: the run has 2048 ranks; write numbers from 0 to 2047"),
         ("-1", "-1: the run has 2048 ranks; write numbers from 0 to 2047"),
-        ("7,7", "7: stands there twice; write each rank once"),
-        ("", "'': write numbers of ranks"),
+        ("7,7", "7: is repeated; write each rank once"),
+        ("", "'': write rank numbers"),
     ],
 )
 def test_ranks_that_the_run_does_not_have(listed: str, said: str) -> None:

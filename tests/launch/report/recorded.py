@@ -66,7 +66,7 @@ def record_run(run_dir: Path) -> None:
     with clock.told():
         first = AllocationJournal(run_dir, ranks=2, attempt="first", budget=BUDGET, heartbeat_seconds=1000)
         record_attempt(run_dir, clock, "first", range(1, 7), resumed=None)
-        first.close("a rank died, torchrun exited with 1")
+        first.close("a rank died (torchrun exit code 1)")
         second = AllocationJournal(run_dir, ranks=2, attempt="second", budget=BUDGET, heartbeat_seconds=1000)
         record_attempt(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
         second.close(f"{STEPS} steps done")

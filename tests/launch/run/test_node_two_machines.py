@@ -137,14 +137,14 @@ def refused_alike(
 @pytest.mark.parametrize(
     ("own", "variables", "words"),
     [
-        pytest.param({1: ["training.seed=7"]}, {}, "training.seed = '0 on machine 0 (", id="seed"),
+        pytest.param({1: ["training.seed=7"]}, {}, "training.seed = '0 on node 0 (", id="seed"),
         pytest.param(
             {machine: ["training.sample_prompt=${oc.env:PROMPT}"] for machine in (0, 1)},
             {0: {"PROMPT": "mine"}, 1: {"PROMPT": "yours"}},
             "(variables of the environment differ)",
             id="environment",
         ),
-        pytest.param({1: ["model.expert_fnf=40"]}, {}, "was refused there: model.expert_fnf = 40", id="typo"),
+        pytest.param({1: ["model.expert_fnf=40"]}, {}, "reported an error: model.expert_fnf = 40", id="typo"),
         *(
             pytest.param({1: [key]}, {}, f"{key.partition('=')[0]} = '", id=key, marks=pytest.mark.slow)
             for key in (
@@ -174,11 +174,11 @@ def test_a_machine_that_never_comes_is_named_early_and_waited_for_up_to_a_limit(
         both.start(1, run, MASTER_ADDR="127.0.0.77")
         assert both.codes() == [1, 1], both.everything()
         first, last = both.said(0).splitlines()
-        assert "waiting for 1 of 2 machines at 127.0.0.1:" in first
-        assert "of 2 machines, 1 did not come to 127.0.0.1:" in last
+        assert "waiting for 1 of 2 nodes at 127.0.0.1:" in first
+        assert "1 of 2 nodes did not connect to 127.0.0.1:" in last
         first, last = both.said(1).splitlines()
-        assert "waiting for machine 0 at 127.0.0.77:" in first
-        assert "machine 0 was not at 127.0.0.77:" in last
+        assert "waiting for node 0 at 127.0.0.77:" in first
+        assert "node 0 did not listen at 127.0.0.77:" in last
     assert not summarize_ledger(tmp_path / "run").is_running
 
 
@@ -207,14 +207,14 @@ def test_a_directory_of_one_machine_is_refused_by_both(overrides: list[str], tmp
             (tmp_path / name).mkdir()
             both.start(machine, [*overrides, ONE_RANK_EACH, "training.run_dir=run"], tmp_path / name)
         assert both.codes() == [2, 2], both.everything()
-        assert all("training.run_dir = 'run': is not shared: machine 1" in both.said(machine) for machine in (0, 1))
+        assert all("training.run_dir = 'run': is not shared: node 1" in both.said(machine) for machine in (0, 1))
 
 
 def test_a_machine_that_waits_for_others_stops_immediately(overrides: list[str], tmp_path: Path) -> None:
     with launch(tmp_path / "launch") as both:
         both.start(0, [*overrides, ONE_RANK_EACH, f"training.run_dir={tmp_path / 'run'}"])
-        wait_until(lambda: "waiting for 1 of 2 machines at 127.0.0.1:" in both.said(0), 60)
+        wait_until(lambda: "waiting for 1 of 2 nodes at 127.0.0.1:" in both.said(0), 60)
         both.machines[0].terminate()
         assert both.codes(2) == [75]
-        assert "stopped by SIGTERM before the machines had met" in both.said(0)
+        assert "stopped by SIGTERM before all nodes had connected" in both.said(0)
     assert not summarize_ledger(tmp_path / "run").is_running

@@ -54,7 +54,7 @@ def test_a_port_that_is_taken(config: RunConfig) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="4 ranks need a GPU each and this machine has 0"):
+    with pytest.raises(ConfigError, match="4 ranks need one GPU each, this machine has 0"):
         run_preflight_checks(replace(config, training=replace(config.training, device="cuda")), 4, fresh=False)
 
 
@@ -79,7 +79,7 @@ def test_an_fp8_backend_that_is_not_installed(config: RunConfig) -> None:
 def test_an_attention_of_gpus_where_there_is_none(config: RunConfig) -> None:
     wanted = replace(config, training=replace(config.training, attention_backend="cudnn"))
     found = refused(partial(run_preflight_checks, fresh=False), wanted, 4)["training.attention_backend"]
-    assert found == "'cudnn': is for GPUs, and this machine has 0 for 4 ranks; write auto, or fewer ranks"
+    assert found == "'cudnn': is for GPUs, and this machine has 0 for 4 ranks; write auto, or use fewer ranks"
 
 
 def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +235,6 @@ def test_a_full_disk_leaves_no_directory_and_names_no_file_that_is_not_known(
 
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(run_directory, "replace_file_atomically", fill)
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); name another directory"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); use another directory"):
         create_run_dir(tmp_path / "there" / "new" / "run")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

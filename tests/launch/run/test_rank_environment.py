@@ -109,7 +109,7 @@ def test_a_rank_that_another_torchrun_started_makes_what_it_still_can() -> None:
     assert environment.pop("NCCL_DEBUG") == "INFO"
     assert environment.keys() == {setting.name for setting in ON_GPU} - {"NCCL_DEBUG", "PYTORCH_ALLOC_CONF"}
     assert words == [
-        "not set, and too late for this process: PYTORCH_ALLOC_CONF=expandable_segments:True; start the run with "
+        "not set, and too late to set in this process: PYTORCH_ALLOC_CONF=expandable_segments:True; start the run with "
         "`shoestring train` or launch/torchrun.sh, or set them before torchrun"
     ]
 

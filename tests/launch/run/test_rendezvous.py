@@ -60,7 +60,7 @@ def meet(run_dir: Path, own: list[Fingerprints]) -> list[Outcome]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(rendezvous, "_SECONDS_TO_SEE", 0.3)
 
 
@@ -75,7 +75,7 @@ def test_a_machine_that_differs_is_refused_on_all(tmp_path: Path) -> None:
     words = meet(tmp_path, [FACTS, FACTS, other])
     for each in words:
         assert str(each).startswith("ConfigError")
-        assert re.search(r"training\.seed = '0 on machine 0 \(.*\), 7 on machine 2 \(", str(each))
+        assert re.search(r"training\.seed = '0 on node 0 \(.*\), 7 on node 2 \(", str(each))
 
 
 def _blind(note: Path, attempt: str) -> bool:
@@ -83,41 +83,41 @@ def _blind(note: Path, attempt: str) -> bool:
 
 
 def test_a_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_sees", _blind)
+    monkeypatch.setattr(rendezvous, "_sees_file", _blind)
     for each in meet(tmp_path, [FACTS, FACTS]):
         assert "training.run_dir" in str(each)
-        assert "is not shared: machine 1" in str(each)
+        assert "is not shared: node 1" in str(each)
 
 
 def test_what_a_machine_sees(tmp_path: Path) -> None:
     note = tmp_path / "meeting"
-    assert not rendezvous._sees(note, "this")
+    assert not rendezvous._sees_file(note, "this")
     note.write_text("the one before")
-    assert not rendezvous._sees(note, "this")
+    assert not rendezvous._sees_file(note, "this")
     threading.Timer(0.1, note.write_text, ["this"]).start()  # a network file system shows it late
-    assert rendezvous._sees(note, "this")
-    assert not rendezvous._sees(tmp_path / "none" / "meeting", "this")
+    assert rendezvous._sees_file(note, "this")
+    assert not rendezvous._sees_file(tmp_path / "none" / "meeting", "this")
 
 
 def test_waiting_for_a_machine_that_never_comes_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     host, _, _ = endpoints(3, seconds=0.3)
     began = time.monotonic()
     with pytest.raises(
-        RendezvousError, match=f"of 3 machines, 1, 2 did not come to 127.0.0.1:{host.port} within 0.3 s"
+        RendezvousError, match=f"2 of 3 nodes did not connect to 127.0.0.1:{host.port} within 0.3 s .*1, 2"
     ):
         host_rendezvous(host, FACTS, tmp_path, "attempt")
     assert time.monotonic() - began < 5
-    assert f"waiting for 2 of 3 machines at 127.0.0.1:{host.port} (missing: 1, 2)" in capsys.readouterr().err
+    assert f"waiting for 2 of 3 nodes at 127.0.0.1:{host.port} (missing: 1, 2)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_machine_0_that_never_comes(capsys: pytest.CaptureFixture[str]) -> None:
     _, joining = endpoints(2, seconds=0.3)
     with pytest.raises(
-        RendezvousError, match=f"machine 0 was not at 127.0.0.1:{joining.port} within 0.3 s .*MASTER_ADDR"
+        RendezvousError, match=f"node 0 did not listen at 127.0.0.1:{joining.port} within 0.3 s .*MASTER_ADDR"
     ):
         join_rendezvous(joining, FACTS)
-    assert f"waiting for machine 0 at 127.0.0.1:{joining.port}" in capsys.readouterr().err
+    assert f"waiting for node 0 at 127.0.0.1:{joining.port}" in capsys.readouterr().err
 
 
 def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_machine_that_was_refused_ends_the_waiting_of_one_that_listens_later(t
         )
         words = outcome(lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         reporting.result(20)
-    assert "was refused there: model.hiden = 3: no such key" in str(words)
+    assert "reported an error: model.hiden = 3: no such key" in str(words)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> Non
 
 def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_SECONDS_TO_SPEAK", 0.1)
-    monkeypatch.setattr(rendezvous, "_MOST_NEWCOMERS", 1)
-    host, _ = endpoints(2, seconds=2)
+    monkeypatch.setattr(rendezvous, "_MAX_UNIDENTIFIED", 1)
+    host, _ = venues(2, seconds=2)
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as first, _reached(host) as second:
@@ -197,7 +197,8 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "meeting")
     seen: list[bool] = []
-    looking = threading.Thread(target=lambda: seen.append(rendezvous._sees(tmp_path / "meeting", "this")), daemon=True)
+    note = tmp_path / "meeting"
+    looking = threading.Thread(target=lambda: seen.append(rendezvous._sees_file(note, "this")), daemon=True)
     looking.start()
     looking.join(20)
     assert seen == [False]
@@ -225,7 +226,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
             line = rendezvous._Line(gone)
             line.send({"machine": 1, "host": "far", "facts": fingerprints_to_json(FACTS)})
             line.receive(10)
-        assert "machine 1 (far) has left" in str(hosting.result(30))
+        assert "node 1 (far) disconnected" in str(hosting.result(30))
 
 
 def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
@@ -233,15 +234,15 @@ def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
     joining = rendezvous._Line(here)
     joining.host = "far"
     there.close()
-    with pytest.raises(RendezvousError, match=r"machine 1 \(far\) has left"):
+    with pytest.raises(RendezvousError, match=r"node 1 \(far\) disconnected"):
         rendezvous._send(1, joining, {"go": True})
     joining.close()
 
 
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
-    host, _ = endpoints(2)
-    with pytest.raises(ConfigError, match=r"make room, or name another training\.run_dir"):
+    host, _ = venues(2)
+    with pytest.raises(ConfigError, match=r"free disk space, or use another training\.run_dir"):
         host_rendezvous(host, FACTS, tmp_path, "attempt")
 
 
@@ -281,10 +282,10 @@ def test_names_that_do_not_resolve() -> None:
         ("node0:29500", "write MASTER_ADDR=node0 and MASTER_PORT=29500"),
         ("[::1]", "write ::1, without spaces and brackets"),
         (" 127.0.0.1", "write 127.0.0.1, without spaces and brackets"),
-        ("  ", "name machine 0 by an address"),
-        ("tcp://127.0.0.1", "name machine 0 by an address"),
-        ("0.0.0.0", "is every address of a machine and names none"),
-        ("::", "is every address of a machine and names none"),
+        ("  ", "write an address of node 0"),
+        ("tcp://127.0.0.1", "write an address of node 0"),
+        ("0.0.0.0", "is the wildcard address"),
+        ("::", "is the wildcard address"),
     ],
 )
 def test_an_address_that_is_written_wrong_gets_a_hint(address: str, hint: str) -> None:
@@ -304,5 +305,5 @@ def test_hidden_values_that_differ_are_named() -> None:
 
 
 def test_an_address_of_another_machine_is_hinted_at() -> None:
-    assert rendezvous._foreign("127.0.0.1") == ""
-    assert "is no address of this machine" in rendezvous._foreign("192.0.2.1")  # reserved for documentation by RFC 5737
+    assert rendezvous._not_local_hint("127.0.0.1") == ""
+    assert "is not an address of this machine" in rendezvous._not_local_hint("192.0.2.1")  # RFC 5737

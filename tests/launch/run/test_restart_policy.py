@@ -23,7 +23,7 @@ def test_stops_without_a_step_are_counted_until_one_is_made(tmp_path: Path) -> N
         record_stop(tmp_path, made_step=False)
         assert (count_stops_without_step(tmp_path), restart_blocker(tmp_path)) == (count, None)
     record_stop(tmp_path, made_step=False)
-    assert "3 launches in a row were stopped before their first step" in str(restart_blocker(tmp_path))
+    assert "3 attempts in a row were stopped before their first step" in str(restart_blocker(tmp_path))
     record_stop(tmp_path, made_step=True)
     assert restart_blocker(tmp_path) is None
     for junk in ("", "x", "-1", "9" * 50, "\0"):

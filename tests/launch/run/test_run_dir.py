@@ -29,7 +29,7 @@ def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest
     wait_for_run_dir_lock(tmp_path / "none", 60)
     with lock_run_dir(tmp_path / "run", fresh=False):
         wait_for_run_dir_lock(tmp_path / "run", 0.1)
-    assert "waiting up to 0.1 s for the launch before this one" in capsys.readouterr().err
+    assert "waiting up to 0.1 s for the previous launch" in capsys.readouterr().err
     wait_for_run_dir_lock(tmp_path / "run", 60)
     assert capsys.readouterr().err == ""
 
@@ -124,7 +124,7 @@ def test_two_launchers_of_one_directory(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with lock_run_dir(run_dir, fresh=False):
         (run_dir / CONFIG_FILE).write_text("")
-        with pytest.raises(ConfigError, match="another run is going on"), lock_run_dir(run_dir, fresh=True):
+        with pytest.raises(ConfigError, match="another run is active"), lock_run_dir(run_dir, fresh=True):
             pass
         assert (run_dir / CONFIG_FILE).exists()
     with lock_run_dir(run_dir, fresh=True):

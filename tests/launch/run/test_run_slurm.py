@@ -192,9 +192,9 @@ def test_a_requeued_job_resumes_from_its_checkpoint(
         "Restarts": "1",
         "NumNodes": "2",
     }, text
-    assert f"Job {job}, life 1, on node[1-2]" in text
-    assert f"Job {job}, life 2, on node[1-2]" in text
-    assert "resume at step" in text  # the second attempt was not --fresh
+    assert f"Job {job}, start 1, on node[1-2]" in text
+    assert f"Job {job}, start 2, on node[1-2]" in text
+    assert "resume at step" in text  # the second life was not --fresh
     assert losses(run_dir) == undisturbed
     assert read_run_status(run_dir) == {"exit_code": 0, "reason": f"{STEPS} steps done"}
     summary = summarize_ledger(run_dir)
@@ -243,8 +243,8 @@ def test_a_job_whose_first_node_is_lost_is_requeued_and_waits_for_the_launcher_t
     slurm.nodes["node1"].wait()
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 120)
     assert slurm.job(job)["Restarts"] == "1", output.read_text()
-    wait_until(lambda: "waiting up to 120 s for the launch before this one" in output.read_text(), 120)
-    assert "life 2, on node[2-3]" in output.read_text()
+    wait_until(lambda: "waiting up to 120 s for the previous launch" in output.read_text(), 120)
+    assert "start 2, on node[2-3]" in output.read_text()
     os.kill(launcher, signal.SIGCONT)
     wait_until(lambda: slurm.has_ended(job), 180)
     assert slurm.job(job)["JobState"] == "COMPLETED", output.read_text()
@@ -279,7 +279,7 @@ def test_a_job_that_is_ended_says_so_in_a_few_lines_and_resumes_when_it_is_submi
     wait_until(lambda: slurm.has_ended(job) or slurm.job(job)["JobState"] == "PENDING", 90)
     wait_until(lambda: not processes_of(run_dir), 60)
     lines = [line for line in output.read_text().splitlines()[before:] if not line.startswith("step ")]
-    last = r"Job \d+ is [A-Z]+: Slurm itself ends it" if how == "scancel" else r"is started again|DUE TO JOB REQUEUE"
+    last = r"Job \d+ is [A-Z]+: Slurm ends or requeues it" if how == "scancel" else r"is requeued|DUE TO JOB REQUEUE"
     assert re.search(last, lines[-1]), "\n".join(lines)
     assert len(lines) <= 10, "\n".join(lines)
     assert any("which is in a checkpoint: a stop was requested" in line for line in lines), "\n".join(lines)
@@ -335,4 +335,4 @@ def test_a_job_that_never_makes_a_step_is_not_requeued_without_end(slurm: Slurm,
         wait_until(lambda: slurm.job(job)["JobState"] == "PENDING" or slurm.has_ended(job), 90)
     text = output.read_text()
     assert slurm.job(job)["ExitCode"] == "1:0", text
-    assert "3 launches in a row were stopped before their first step" in text
+    assert "3 attempts in a row were stopped before their first step" in text

@@ -93,7 +93,7 @@ def test_a_machine_without_a_network_or_without_localhost(has_loopback: bool, tm
         return
     assert time.monotonic() - began < 30
     refused, problem = done.stderr.splitlines()
-    assert (done.returncode, refused) == (2, "shoestring train: refused")
+    assert (done.returncode, refused) == (2, "shoestring train: error: invalid configuration (nothing was started)")
     assert problem.startswith("  localhost = '127.0.0.1': this machine cannot reach itself")
     assert not (tmp_path / "run").exists()
 

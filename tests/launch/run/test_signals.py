@@ -140,7 +140,7 @@ def test_a_run_that_does_not_come_to_the_end_of_a_step_is_ended(
     process.terminate()
     if seconds > 1:
         assert process.stderr is not None
-        assert "a second SIGTERM ends it at once" in process.stderr.readline()
+        assert "a second SIGTERM stops immediately" in process.stderr.readline()
 
     def has_been_ended() -> bool:
         if seconds > 1:
@@ -238,7 +238,7 @@ def test_a_rank_without_a_launcher_ends(seconds: float, again: signal.Signals | 
             if again is not None:
                 rank.send_signal(again)
             assert rank.wait(30) == 128 + (again or signal.SIGUSR1)
-            assert ("a second request" if again else "no end within 0.1 s") in rank.stderr.read()
+            assert ("second stop signal" if again else "still running 0.1 s") in rank.stderr.read()
         finally:
             rank.kill()
 
@@ -349,5 +349,5 @@ def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
     config = compose_run_config([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])
     codes = [launcher.launch_run(config, launcher.LocalRanks(2, ()), fresh=False) for _ in range(3)]
     assert codes == [75, 75, 1]
-    assert "3 launches in a row were stopped before their first step" in capsys.readouterr().err
+    assert "3 attempts in a row were stopped before their first step" in capsys.readouterr().err
     assert not summarize_ledger(tmp_path / "run").is_running

@@ -31,7 +31,7 @@ def test_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fault_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "raise SystemExit(7)")
-    with pytest.raises(RanksFailed, match="torchrun exited with 7"):
+    with pytest.raises(RanksFailed, match="torchrun exit code 7"):
         run_local_ranks([], 1, seconds=60)
 
 
@@ -46,4 +46,4 @@ def test_ranks_that_do_not_end_are_stopped_and_named(
     assert stop.value.code == 1
     assert time.monotonic() - began < 60
     said = capsys.readouterr().err
-    assert said.endswith("shoestring calibrate: the ranks have not ended within 0.2 s and were stopped\n")
+    assert said.endswith("shoestring calibrate: the ranks did not end within 0.2 s and were stopped\n")

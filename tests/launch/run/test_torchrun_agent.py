@@ -28,5 +28,5 @@ def test_failed_ranks_in_a_line() -> None:
         return made
 
     killed = ChildFailedError("rank", {0: failure(0, -9), 3: failure(3, 1)})
-    assert describe_rank_failure(killed) == "rank 0 was ended by SIGKILL, and after it 1 more of this machine"
+    assert describe_rank_failure(killed) == "rank 0 was killed by SIGKILL, then 1 more on this machine"
     assert describe_rank_failure(ChildFailedError("rank", {1: failure(1, 7)})) == "rank 1 exited with 7"

@@ -304,5 +304,5 @@ def test_the_wrong_number_of_processes_is_refused_inside_torchrun(overrides: lis
         timeout=60,
         check=False,
     )
-    assert "topology asks for 2 processes" in result.stderr
+    assert "topology needs 2 processes" in result.stderr
     assert not run_dir.exists()

@@ -26,11 +26,11 @@ def test_a_rank_without_the_launcher_exits_with_the_true_code_and_says_why(
     in_torchrun(monkeypatch, RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK=str(rank))
     run = ["topology=single", "schedule=1f1b", "training.device=cpu", f"training.run_dir={tmp_path / 'run'}"]
     assert train.train_command(run, None, fresh=False) == 2
-    assert "world size = 8: topology asks for 1 processes" in capsys.readouterr().err
+    assert "world size = 8: topology needs 1 processes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("world_size", "words"), [("1", "another run is going on"), ("8", "topology asks for 1 proc")])
+@pytest.mark.parametrize(("world_size", "words"), [("1", "another run is active"), ("8", "topology needs 1 proc")])
 def test_a_second_launch_without_the_launcher_leaves_a_live_run_alone(
     world_size: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +56,7 @@ def test_the_launcher_is_refused_while_a_run_without_it_is_up(monkeypatch: pytes
     config = compose_run_config(["topology=single", "schedule=1f1b", f"training.run_dir={tmp_path / 'run'}"])
     with (
         worker._owning(config),
-        pytest.raises(ConfigError, match="another run is going on"),
+        pytest.raises(ConfigError, match="another run is active"),
         lock_run_dir(tmp_path / "run", fresh=True),
     ):
         pass

@@ -143,7 +143,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "is not among the runs" in problems(run_dir.parent / "stranger", own)["training.run_dir"]
     assert "has no budget" in problems(later, own, "budget.phase=post_training")["budget.phase"]
     path.write_text("gpu_hours: {pre_train: 1.9}\nruns: [run, later]\n")
-    assert "nothing is left" in problems(later, own)["budget.project"]
+    assert "is used up" in problems(later, own)["budget.project"]
 
 
 def test_a_budget_that_lost_records_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

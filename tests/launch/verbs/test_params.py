@@ -120,5 +120,5 @@ def test_refused_input_exits_with_2_and_a_line_a_problem(capsys: pytest.CaptureF
     output = capsys.readouterr()
     assert output.out == ""
     first, *others = output.err.splitlines()
-    assert first == "shoestring params: refused"
+    assert first == "shoestring params: error"
     assert [line.split(" = ")[0].strip() for line in others] == ["model", "trainin"]

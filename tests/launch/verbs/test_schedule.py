@@ -49,7 +49,7 @@ def test_everything_wrong_is_refused_together(capsys: pytest.CaptureFixture[str]
     times = "F=0,Q=1,I"
     assert schedule("dualpipe", "--pp", "3", "--micro-batches", "5", "--chunks", "3", "--times", times) == 2
     first, *others = capsys.readouterr().err.splitlines()
-    assert first == "shoestring schedule: refused"
+    assert first == "shoestring schedule: error"
     assert [line.split(":")[0].strip() for line in others] == [
         "--pp = 3",
         "--chunks = 3",

@@ -1,5 +1,5 @@
-// A CUDA device guard for a torch that was built without CUDA: one device, streams that are numbers, events that have
-// always happened. Autograd asks it which device and stream a node ran on; nothing is ever queued.
+// A CUDA device guard for a torch that was built without CUDA: one device, streams that are numbers, events that are
+// always complete. Autograd asks it for the device and stream of a node; nothing is ever queued.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <atomic>
@@ -40,7 +40,7 @@ struct RehearsedDevice final : public c10::impl::DeviceGuardImplInterface {
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 
   void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
-    *event = &stream_of_thread;  // any address but null, which means that nothing was recorded
+    *event = &stream_of_thread;  // any non-null address: null means that nothing was recorded
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }

@@ -1,4 +1,4 @@
-// What torch asks before it believes that there is a GPU. "Pinned" memory is ordinary memory.
+// The hooks that torch calls to find out whether there is a GPU. "Pinned" memory is ordinary memory.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 

@@ -60,7 +60,8 @@ def test_a_reduce_scatter_before_the_own_sends_hangs() -> None:
     behind = program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=False)
     fault = only(*behind)
     assert set(fault.ranks) == {0, 1, 2, 3}
-    assert "rank 3, host connects `dense` of ranks 0, 3 for its first reduce_scatter: for rank 0, host" in fault.text
+    wait = "rank 3, host connects `dense` of ranks 0, 3 for its first reduce_scatter"
+    assert f"{wait}: blocked by rank 0, host" in fault.text
     assert not list(find_hangs(program_logs(program, warm=BOTH, listener=shared_embedding, sends_first=True)))
 
 

@@ -15,8 +15,9 @@ def test_a_cycle_over_two_communicators() -> None:
     warm = (first, second)
     fault = only(log(0, *warm, first, second), log(1, *warm, second, first))
     assert fault.kind == "hang"
-    assert "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x): for rank 1, stream exchange" in fault.text
-    assert "rank 1, stream exchange is in number 2 on `dense` of ranks 0, 1 (y): for rank 0" in fault.text
+    wait = "rank 0, stream exchange is in number 2 on `ep` of ranks 0, 1 (x)"
+    assert f"{wait}: blocked by rank 1, stream exchange" in fault.text
+    assert "rank 1, stream exchange is in number 2 on `dense` of ranks 0, 1 (y): blocked by rank 0" in fault.text
     apart = replace(second, stream="reduce")
     assert not list(find_hangs([log(0, *warm, first, apart), log(1, *warm, apart, first)]))
 
@@ -37,7 +38,7 @@ def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
 def test_a_call_that_a_rank_never_makes_is_the_root() -> None:
     first = collective("x")
     fault = only(log(0, first, first, HostWait(None, "exchange", "synchronize", "end")), log(1, first))
-    assert "rank 1, host has ended without it" in fault.text
+    assert "rank 1, host has ended without that call" in fault.text
     assert "rank 0: host waits (synchronize) for stream exchange at end; stream exchange is in number 2" in fault.text
 
 

@@ -40,7 +40,7 @@ def test_one_communicator_keeps_its_order_over_streams() -> None:
     first, second, other = collective("x"), collective("y", stream="other"), collective("z", group="dense")
     wait, late = HostWait(None, "other", "read", "h"), replace(other, stream="reduce")
     fault = only(log(0, first, other, other, first, second), log(1, first, late, first, second, wait, late))
-    assert "rank 1, stream other waits for an earlier operation on `ep` of ranks 0, 1: for rank 1" in fault.text
+    assert "rank 1, stream other waits for an earlier operation on `ep` of ranks 0, 1: blocked by rank 1" in fault.text
     apart = replace(second, group="another")
     assert not list(
         find_hangs([log(0, first, other, other, first, apart), log(1, first, late, first, apart, wait, late)])

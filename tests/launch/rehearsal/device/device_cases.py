@@ -138,7 +138,7 @@ def test_a_tensor_of_the_host_among_those_of_the_device(ledger: RankRecorder) ->
     assert not ledger.findings
     assert (x + torch.ones(N)).device.type == "cuda"
     assert [finding.kind for finding in ledger.findings] == ["device"]
-    assert ledger.findings[0].text == "add takes a float32 tensor [1000] of the host beside tensors of the device"
+    assert ledger.findings[0].text == "add takes a float32 host tensor [1000] together with device tensors"
 
 
 def test_shapes_that_do_not_fit_are_an_error(ledger: RankRecorder) -> None:
