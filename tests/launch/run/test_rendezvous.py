@@ -297,7 +297,7 @@ def test_values_that_are_hidden_and_differ_are_said_to() -> None:
     words = describe_mismatch(
         "prompt", ("here", {"prompt": Fingerprint("1", "${x}")}), ("there", {"prompt": Fingerprint("2", "${x}")})
     )
-    assert words == "${x} on here, ${x} on there (variables of the environment differ)"
+    assert words == "${x} on here, ${x} on there (environment variables differ)"
     assert (
         describe_mismatch("a", ("here", {"a": Fingerprint("1", "x")}), ("there", {})) == "x on here, nothing on there"
     )

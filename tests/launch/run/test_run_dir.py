@@ -90,7 +90,7 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     ):
         (run_dir / name).unlink(missing_ok=True)
         (run_dir / name).symlink_to(treasure)
-        with pytest.raises(Exception, match=r"a run writes through no link"):
+        with pytest.raises(Exception, match=r"not through links"):
             make()
     assert treasure.read_text() == "mine"
 

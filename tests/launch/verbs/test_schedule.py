@@ -42,7 +42,7 @@ def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("interleaved", "--pp", "2", "--micro-batches", "2", "--chunks", "3") == 0
-    assert "interleaved: 2 ranks, 3 chunks a rank, 2 micro-batches" in capsys.readouterr().out
+    assert "interleaved: 2 ranks, 3 chunks per rank, 2 micro-batches" in capsys.readouterr().out
 
 
 def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +51,7 @@ def test_everything_wrong_is_refused_at_once(capsys: pytest.CaptureFixture[str])
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "shoestring schedule: refused"
     assert [line.split(":")[0].strip() for line in others] == [
-        "--stages = 3",
+        "--pp = 3",
         "--chunks = 3",
         "--micro-batches = 5",
         "--times = 'F=0'",
