@@ -1,8 +1,4 @@
-"""Communication that advances without being waited on: a thread beside the computing one, or a stream of the GPU.
-
-`CollectiveOrderCheck` is a debugging aid: every rank of a group issues the same exchanges in the same order, or all of them say
-who does not. Without it, two ranks that disagree wait for each other until the limit.
-"""
+"""Asynchronous communication: on a worker thread for gloo, on a side stream for NCCL."""
 
 from __future__ import annotations
 
@@ -24,17 +20,19 @@ from .trace import NULL_RECORDER, SpanRecorder, TimelineTrack
 
 @dataclass
 class CollectiveOrderCheck:
-    """Compares exchanges over a group before they run; costs one small collective each."""
+    """Debugging aid: compare the next exchange over a group before it runs. Costs one small collective per exchange."""
 
     group: Group
     issued: list[str] = field(default_factory=list)
-    """What this rank has issued so far."""
+    """Names of the exchanges that this rank has issued so far."""
 
     def check(self, what: str) -> None:
         """Raise `CollectiveError` on every rank unless all are about to run `what`."""
         self.issued.append(what)
+        # The number is compared too: names repeat, so a rank that issued one exchange more could else go unnoticed.
         number = len(self.issued)
         calls = self.group.all_gather_objects((number, what), f"order check before {what}")
+        # Without this error two ranks that disagree wait for each other until the collective timeout.
         if len(set(calls)) > 1:
             each = "; ".join(
                 f"rank {rank} runs number {n}, {text}" for rank, (n, text) in zip(self.group.ranks, calls, strict=True)
@@ -47,44 +45,44 @@ Result = TypeVar("Result", covariant=True)
 
 
 class AsyncWork(Protocol[Result]):
-    """A communication under way."""
+    """A communication in flight."""
 
     def wait(self) -> Result:
-        """Return what arrived, when it has. Never starts anything. A failed communication is raised here.
+        """Wait for the communication, return its result, and raise its error here. Start nothing.
 
-        On a GPU it is the current stream that waits, not this thread.
+        On a GPU the current stream waits, not this thread.
         """
         ...
 
 
 class TwoPartWork(Generic[T]):
-    """A communication in two parts, the second of which needs numbers that the first one brings to the host.
+    """A communication in two parts: the second needs numbers that the first copies to the host.
 
-    Between them the caller queues other work, so that the device has some while the host waits for the numbers.
+    The caller queues other work in between, so that the device computes while the host waits for the numbers.
     """
 
-    def __init__(self, proceed: Callable[[], AsyncWork[T]]) -> None:
-        self._proceed: Callable[[], AsyncWork[T]] | None = proceed
+    def __init__(self, launch_second: Callable[[], AsyncWork[T]]) -> None:
+        self._launch_second: Callable[[], AsyncWork[T]] | None = launch_second
         self._pending: AsyncWork[T] | None = None
 
     def launch_second_part(self) -> None:
-        """Launch the second part, unless that is done. The host waits here for the numbers of the first."""
-        if self._proceed is not None:
-            proceed, self._proceed = self._proceed, None  # lets go of what the second part reads
-            self._pending = proceed()
+        """Launch the second part unless it is launched. The host waits here for the numbers of the first part."""
+        if self._launch_second is not None:
+            launch_second, self._launch_second = self._launch_second, None  # frees what the second part reads
+            self._pending = launch_second()
 
     def wait(self) -> T:
-        """Return what arrived, see `AsyncWork`; launches the second part where `proceed` has not."""
+        """Launch the second part if that has not happened, then wait like `AsyncWork.wait`."""
         self.launch_second_part()
         assert self._pending is not None
         return self._pending.wait()
 
 
 class AsyncCommunicator(Protocol):
-    """Runs whole exchanges in the order of submission, one after the other, without autograd."""
+    """Runs exchanges one after the other in the order of submission, without autograd."""
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
-        """Start `function`, which reads `inputs`; `what` names it where orders are compared."""
+        """Start `function`, which reads `inputs`. `what` names it in timelines, errors and the order check."""
         ...
 
     def submit_two_part(
@@ -92,17 +90,16 @@ class AsyncCommunicator(Protocol):
     ) -> TwoPartWork[T]:
         """Start `first`, which returns the second part; both read `inputs`.
 
-        Nothing may be submitted between the parts: then all kinds of workers, of which one runs both at once, issue
-        their collectives in the same order.
+        Raises `RuntimeError` for a submission between the two parts.
         """
         ...
 
     def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
-        """Start a copy of `x` to the host: by the first part, to be waited for by the second."""
+        """Start a copy of `x` to the host. The first part calls this and the second part waits for it."""
         ...
 
     def close(self) -> None:
-        """Let what was started finish; what has not started never will."""
+        """Finish what has started and drop what has not."""
         ...
 
 
@@ -114,9 +111,9 @@ def build_async_communicator(
     track: TimelineTrack = TimelineTrack.EXCHANGE,
     streams: DeviceStreams | None = None,
 ) -> AsyncCommunicator:
-    """The worker for communication over `group` by tensors on `device`; it shows on `track` of a timeline.
+    """Return the communicator for tensors on `device` over `group`; its spans go to `track`.
 
-    `streams` are those that it uses; by default those of `device`.
+    `streams` defaults to those of `device`.
     """
     streams = streams or get_device_streams(device)
     if group.size == 1:
@@ -127,7 +124,7 @@ def build_async_communicator(
 
 
 class CompletedWork(Generic[T]):
-    """A result that is already here."""
+    """A finished communication and its result."""
 
     def __init__(self, result: T) -> None:
         self._result = result
@@ -137,15 +134,18 @@ class CompletedWork(Generic[T]):
         return self._result
 
 
-class _Parts:
-    """Refuses a submission between the two parts of another one."""
+class _TwoPartGuard:
+    """Raises for a submission between the two parts of another one."""
 
     def __init__(self) -> None:
         self._begun: str | None = None
 
     def submit(self, what: str) -> None:
+        # A thread runs both parts in one go and a stream does not. Only if nothing comes in between do all ranks, and
+        # all kinds of communicators, issue their collectives in the same order.
         if self._begun is not None:
-            raise RuntimeError(f"{what} is submitted before the second part of {self._begun}: call `proceed` first")
+            hint = "call `launch_second_part` first"
+            raise RuntimeError(f"{what} is submitted before the second part of {self._begun}: {hint}")
 
     def begin(self, what: str) -> None:
         self.submit(what)
@@ -156,7 +156,7 @@ class _Parts:
 
 
 class InlineCommunicator:
-    """Runs everything at once, in the caller: for a group of one rank, where nothing moves."""
+    """Runs everything in the calling thread: for a group of one rank, where no bytes move."""
 
     def __init__(
         self,
@@ -165,11 +165,11 @@ class InlineCommunicator:
         streams: DeviceStreams | None = None,
     ) -> None:
         self._recorder, self._track = recorder, track
-        self._copies, self._parts = AsyncHostCopier(streams), _Parts()
+        self._copies, self._guard = AsyncHostCopier(streams), _TwoPartGuard()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`."""
-        self._parts.submit(what)
+        self._guard.submit(what)
         self._recorder.record_instant(TimelineTrack.LAUNCH, what)
         return CompletedWork(self._run(what, function))
 
@@ -177,15 +177,15 @@ class InlineCommunicator:
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
         """See `AsyncCommunicator`."""
-        self._parts.begin(what)
+        self._guard.begin(what)
         self._recorder.record_instant(TimelineTrack.LAUNCH, what)
         second = self._run(what, first)
 
-        def proceed() -> AsyncWork[T]:
-            self._parts.end()
+        def launch_second() -> AsyncWork[T]:
+            self._guard.end()
             return CompletedWork(self._run(what, second))
 
-        return TwoPartWork(proceed)
+        return TwoPartWork(launch_second)
 
     def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
@@ -196,15 +196,11 @@ class InlineCommunicator:
             return function()
 
     def close(self) -> None:
-        """Nothing is ever under way."""
+        """Do nothing: every call has finished when it returns."""
 
 
 class ThreadCommunicator:
-    """A thread of its own for gloo, which has no streams.
-
-    One thread, first in first out: all ranks of a group issue their collectives in one order, so none can wait for
-    another for ever. After a failure nothing more is tried: each further collective would only wait for its limit too.
-    """
+    """Runs exchanges on one worker thread: for gloo, which has no streams."""
 
     def __init__(
         self,
@@ -212,34 +208,34 @@ class ThreadCommunicator:
         recorder: SpanRecorder = NULL_RECORDER,
         track: TimelineTrack = TimelineTrack.EXCHANGE,
     ) -> None:
+        # One thread, first in first out: all ranks of a group then issue their collectives in one order, which is what
+        # keeps two ranks from waiting for each other.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=track)
         self._order = order
         self._recorder, self._track = recorder, track
         self._failure: BaseException | None = None
-        self._copies, self._parts = AsyncHostCopier(None), _Parts()
+        self._copies, self._guard = AsyncHostCopier(None), _TwoPartGuard()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`."""
-        self._parts.submit(what)
+        self._guard.submit(what)
         self._recorder.record_instant(TimelineTrack.LAUNCH, what)
-        return _InThread(self._executor.submit(self._run, what, function))
+        return _ThreadWork(self._executor.submit(self._run, what, function))
 
     def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
-        """See `AsyncCommunicator`. The thread starts the second part: it waits for numbers instead of the caller.
-
-        The order of collectives is that of a stream, because nothing comes between the parts.
-        """
-        self._parts.begin(what)
+        """See `AsyncCommunicator`."""
+        self._guard.begin(what)
         self._recorder.record_instant(TimelineTrack.LAUNCH, what)
-        running = _InThread(self._executor.submit(self._run, what, lambda: first()()))
+        # The worker thread runs both parts: it waits for the numbers, and the computing thread does not.
+        running = _ThreadWork(self._executor.submit(self._run, what, lambda: first()()))
 
-        def proceed() -> AsyncWork[T]:
-            self._parts.end()
+        def launch_second() -> AsyncWork[T]:
+            self._guard.end()
             return running
 
-        return TwoPartWork(proceed)
+        return TwoPartWork(launch_second)
 
     def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
@@ -250,6 +246,7 @@ class ThreadCommunicator:
         self._executor.shutdown(cancel_futures=True)
 
     def _run(self, what: str, function: Callable[[], T]) -> T:
+        # After a failure nothing is tried: each further collective would only wait for its timeout too.
         if self._failure is not None:
             raise self._failure
         try:
@@ -257,12 +254,12 @@ class ThreadCommunicator:
                 self._order.check(what)
             with torch.no_grad(), self._recorder.span(self._track, what):
                 return function()
-        except BaseException as failure:
+        except BaseException as failure:  # the future carries it to the computing thread, which raises it in `wait`
             self._failure = failure
             raise
 
 
-class _InThread(Generic[T]):
+class _ThreadWork(Generic[T]):
     def __init__(self, future: Future[T]) -> None:
         self._future = future
 
@@ -271,11 +268,7 @@ class _InThread(Generic[T]):
 
 
 class StreamCommunicator:
-    """A stream beside the computing one. Not yet run on hardware.
-
-    Each exchange gets an event of its own for what it needs and one for its end. The allocator is told of every tensor
-    that crosses between the streams, so that its memory is not handed out while the other stream still uses it.
-    """
+    """Runs exchanges on a side stream of the GPU. Not yet run on hardware."""
 
     def __init__(
         self,
@@ -288,34 +281,36 @@ class StreamCommunicator:
         self._stream = streams.create_stream(track)
         self._order = order
         self._recorder, self._track = recorder, track
-        self._copies, self._parts = AsyncHostCopier(streams), _Parts()
+        self._copies, self._guard = AsyncHostCopier(streams), _TwoPartGuard()
 
     def submit(self, what: str, function: Callable[[], T], inputs: Sequence[Tensor]) -> AsyncWork[T]:
         """See `AsyncCommunicator`. The host waits for nothing here."""
-        self._parts.submit(what)
+        self._guard.submit(what)
         self._announce(what)
+        # An event, not a synchronization: the side stream waits for what the exchange reads and the host goes on.
         computed = self._streams.current_stream().record_event()
-        with self._queueing(what, inputs):
+        with self._on_side_stream(what, inputs):
             self._stream.wait_event(computed)
-            return _OnStream(function(), self._stream.record_event(), self._streams)
+            return _StreamWork(function(), self._stream.record_event(), self._streams)
 
     def submit_two_part(
         self, what: str, first: Callable[[], Callable[[], T]], inputs: Sequence[Tensor]
     ) -> TwoPartWork[T]:
-        """See `AsyncCommunicator`. The second part waits for nothing that was computed since the first."""
-        self._parts.begin(what)
+        """See `AsyncCommunicator`."""
+        self._guard.begin(what)
         self._announce(what)
         computed = self._streams.current_stream().record_event()
-        with self._queueing(what, inputs):
+        with self._on_side_stream(what, inputs):
             self._stream.wait_event(computed)
             second = first()
 
-        def proceed() -> AsyncWork[T]:
-            self._parts.end()
-            with self._queueing(what, inputs):
-                return _OnStream(second(), self._stream.record_event(), self._streams)
+        def launch_second() -> AsyncWork[T]:
+            self._guard.end()
+            # No second event: the products queued since the first part are what this exchange overlaps with.
+            with self._on_side_stream(what, inputs):
+                return _StreamWork(second(), self._stream.record_event(), self._streams)
 
-        return TwoPartWork(proceed)
+        return TwoPartWork(launch_second)
 
     def copy_to_host_async(self, x: Tensor) -> AsyncHostCopy:
         """See `AsyncCommunicator`."""
@@ -331,15 +326,17 @@ class StreamCommunicator:
         self._recorder.record_instant(TimelineTrack.LAUNCH, what)
 
     @contextmanager
-    def _queueing(self, what: str, inputs: Sequence[Tensor]) -> Iterator[None]:
-        """Queue on the worker's stream what reads `inputs`."""
+    def _on_side_stream(self, what: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Queue the calls made inside, which read `inputs`, on the side stream."""
         with torch.no_grad(), self._streams.use_stream(self._stream), self._recorder.span(self._track, what):
             yield
+        # Memory belongs to the stream that allocated it: without this the allocator could give it to a new tensor of
+        # that stream while the side stream still reads it.
         for tensor in inputs:
             self._streams.record_stream(tensor, self._stream)
 
 
-class _OnStream(Generic[T]):
+class _StreamWork(Generic[T]):
     def __init__(self, result: T, arrived: StreamEvent, streams: DeviceStreams) -> None:
         self._result = result
         self._streams = streams
@@ -348,13 +345,14 @@ class _OnStream(Generic[T]):
     def wait(self) -> T:
         stream = self._streams.current_stream()
         stream.wait_event(self._arrived)
+        # The result was allocated on the side stream and is read on this one: the same hazard in the other direction.
         for tensor in iter_tensors(self._result):
             self._streams.record_stream(tensor, stream)
         return self._result
 
 
 def iter_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples and dataclasses."""
+    """Yield every tensor in nested tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):

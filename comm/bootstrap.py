@@ -1,4 +1,4 @@
-"""From torchrun's environment variables to a default process group that survives torchrun's restarts."""
+"""Start of a rank: torchrun's environment variables, the rendezvous store, the default process group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_RANKS = 10_000_000
 
 @dataclass(frozen=True)
 class TorchrunEnvironment:
-    """What torchrun tells each worker."""
+    """Ranks and world size from torchrun's environment variables."""
 
     rank: int
     local_rank: int
@@ -25,7 +25,7 @@ class TorchrunEnvironment:
 
     @staticmethod
     def read() -> TorchrunEnvironment | None:
-        """The variables of this process, or None outside torchrun. Raises `ConfigError` where some are missing."""
+        """Read this process's variables; None outside torchrun. Raises `ConfigError` where some are missing."""
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]
         if "RANK" in missing:
@@ -34,12 +34,12 @@ class TorchrunEnvironment:
             hint = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
             raise ConfigError([Problem("RANK", os.environ["RANK"], hint)])
         problems: list[Problem] = []
-        size = _whole("WORLD_SIZE", 1, _MOST_RANKS, problems)
-        rank = _whole("RANK", 0, _MOST_RANKS, problems)
-        local_rank = _whole("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
+        size = _read_integer("WORLD_SIZE", 1, _MOST_RANKS, problems)
+        rank = _read_integer("RANK", 0, _MOST_RANKS, problems)
+        local_rank = _read_integer("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
         if "LOCAL_WORLD_SIZE" in os.environ:
-            _whole("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
-        _whole("MASTER_PORT", 1, 65535, problems)
+            _read_integer("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
+        _read_integer("MASTER_PORT", 1, 65535, problems)
         if not os.environ["MASTER_ADDR"]:
             problems.append(Problem("MASTER_ADDR", "", "must name the machine of rank 0"))
         if not problems and rank >= size:
@@ -48,9 +48,10 @@ class TorchrunEnvironment:
         return TorchrunEnvironment(rank=rank, local_rank=local_rank, world_size=size)
 
 
-def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
-    """The number in a variable of the environment; `low`, and a problem more, where there is none."""
+def _read_integer(name: str, low: int, high: int, problems: list[Problem]) -> int:
+    """Return the integer in an environment variable, or add a problem and return `low`."""
     text = os.environ[name]
+    # `int` alone would take "+1", "1_0" and other digits than 0 to 9, and a text of millions of digits takes long.
     if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
         return int(text)
     hint = f"must be a whole number from {low} to {high}; start ranks with torchrun, or unset RANK"
@@ -59,25 +60,25 @@ def _whole(name: str, low: int, high: int, problems: list[Problem]) -> int:
 
 
 def connect_rendezvous_store(worker: TorchrunEnvironment, timeout: timedelta) -> dist.Store:
-    """Meet the other ranks at the store of the launch. Raises `dist.DistError` where they do not come in time.
-
-    torchrun keeps one store over its restarts, and gloo reads the addresses of dead workers from it.
-    A prefix for each attempt keeps the lives apart.
-    """
+    """Connect to the rendezvous store of the launch. Raises `dist.DistError` if the other ranks do not come in time."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun sets the variable where its agent serves the store already; a second server could not bind the port.
     is_master = worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # A TCPStore listens on all interfaces. If the address is a loopback one, other machines must not reach the store.
     address = resolve_to_loopback(host) if is_master else None
     descriptor = None if address is None else open_listening_socket(address, port).detach()
     store = dist.TCPStore(host, port, worker.world_size, is_master, timeout, master_listen_fd=descriptor)
+    # torchrun keeps one store over its restarts, where gloo would read the addresses of dead workers: one prefix for
+    # each restart keeps them apart.
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def init_default_process_group(
     worker: TorchrunEnvironment, device: torch.device, timeout: timedelta, store: dist.Store | None = None
 ) -> None:
-    """Open the default process group: NCCL where `device` is a GPU, gloo elsewhere.
+    """Initialize the default process group: NCCL where `device` is a GPU, gloo elsewhere.
 
-    Ranks meet at `store`, by default a new one (see `connect_rendezvous_store`).
+    `store` defaults to that of `connect_rendezvous_store`.
     """
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -85,5 +86,6 @@ def init_default_process_group(
         rank=worker.rank,
         world_size=worker.world_size,
         timeout=timeout,
+        # Binds the communicator to this GPU, without which `split_group` cannot split it.
         device_id=device if device.type == "cuda" else None,
     )

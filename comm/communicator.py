@@ -1,4 +1,4 @@
-"""The collectives of one communication library over one process group: what `Group` is built on.
+"""Collectives of NCCL and of gloo over one process group; `Group` adds errors and the watchdog.
 
 Letters: G ranks of the group, N elements of a shard, M members.
 """
@@ -14,17 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 PeerTensors = Sequence[tuple[Tensor, int]]
-"""Tensors, each with the global rank of the other end."""
+"""(tensor, global rank of the peer) pairs."""
 
-REDUCE_STAGING_ELEMENTS = 2**22  # elements that a reduction on gloo receives before it adds them
+# Elements that a reduction on gloo receives before it adds them: 16 MB in FP32. A bucket of a whole stage would else
+# need a second copy of itself.
+REDUCE_STAGING_ELEMENTS = 2**22
 
 
 class Collectives(Protocol):
-    """Collective operations of the ranks of one group, in place.
+    """Collective operations over one process group, in place.
 
-    On a GPU each of them returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
-    done. NCCL blocks the host in a first call until the other ranks make theirs: see `warm_up`. What fails is a
-    RuntimeError; `Group` makes a `CollectiveError` of it.
+    On a GPU an operation returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
+    done. NCCL blocks the host in a first call until the other ranks make theirs: see `warm_up`. Raises `RuntimeError`,
+    which `Group` turns into `CollectiveError`.
     """
 
     process_group: dist.ProcessGroup
@@ -34,19 +36,19 @@ class Collectives(Protocol):
         ...
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """Send `sent_M[i]` rows to rank i and fill `arrived` with the `received_M[i]` rows that each rank has here."""
+        """Send `sent_M[i]` rows to rank i and fill `arrived` with `received_M[i]` rows from each rank i."""
         ...
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """Replace `own_N`, this rank's row of `shards_GN`, by its sum over the group."""
+        """Replace `own_N`, the local row of `shards_GN`, by its sum over the group."""
         ...
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """Fill every row of `shards_GN` with the `own_N` of the rank that it belongs to."""
+        """Fill row i of `shards_GN` with the `own_N` of rank i."""
         ...
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
-        """Exchange messages as one batch, which ends when every message in it has been matched."""
+        """Exchange P2P messages as one batch, which ends when every message in it has been matched."""
         ...
 
 
@@ -79,19 +81,15 @@ class NcclCollectives:
             *(dist.P2POp(dist.irecv, tensor, peer, self.process_group) for tensor, peer in receives),
         ]
         for work in dist.batch_isend_irecv(operations):
-            work.wait()  # without a limit: with one, the host would wait for the neighbor
+            work.wait()  # no timeout: with one, the host itself would block until the neighbor has sent
 
 
 class GlooCollectives:
-    """gloo, for tensors on the host. The caller waits until an operation is done, at most `limit`.
-
-    gloo's own all-to-all often sends in one direction after the other (twice the time on a slow link) and its
-    reduce-scatter is an all-reduce (twice the bytes), so messages are sent one by one here.
-    """
+    """gloo, for tensors on the host. The caller waits until an operation is done, at most `timeout`."""
 
     def __init__(self, process_group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, timeout: timedelta) -> None:
         self.process_group = process_group
-        self._ranks, self._index, self._limit = ranks, ranks.index(rank), timeout
+        self._ranks, self._group_rank, self._timeout = ranks, ranks.index(rank), timeout
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
@@ -99,43 +97,47 @@ class GlooCollectives:
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
         """See `Collectives`."""
-        self._message_each(arrived.split(list(received_M)), sent.split(list(sent_M)))
+        # gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link.
+        self._exchange_messages(arrived.split(list(received_M)), sent.split(list(sent_M)))
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Collectives`. A row is summed where it is owned: its own part first, then the others' by rank."""
+        """See `Collectives`. Each rank sums its shard: first the local part, then the others' in rank order."""
+        # gloo's own reduce-scatter is an all-reduce, which sends twice the bytes.
         piece = max(1, REDUCE_STAGING_ELEMENTS // len(self._ranks))
         for begin in range(0, own_N.numel(), piece):
             part_GM = shards_GN[:, begin : begin + piece]
             arrived_GM = torch.empty_like(part_GM, memory_format=torch.contiguous_format)
-            self._message_each(arrived_GM.unbind(), part_GM.unbind())
+            self._exchange_messages(arrived_GM.unbind(), part_GM.unbind())
+            # A fixed order of summation makes the result equal to the last bit from run to run.
             for index, arrived_M in enumerate(arrived_GM):
-                if index != self._index:
+                if index != self._group_rank:
                     own_N[begin : begin + piece] += arrived_M
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`."""
-        self._message_each(shards_GN.unbind(), [own_N] * len(self._ranks))
+        self._exchange_messages(shards_GN.unbind(), [own_N] * len(self._ranks))
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
-        waiting = [dist.irecv(tensor, src=peer, group=self.process_group) for tensor, peer in receives]
-        waiting += [dist.isend(tensor, dst=peer, group=self.process_group) for tensor, peer in sends]
-        for work in waiting:
+        # Everything is posted before anything is waited for: two ranks that send first and wait would block each other.
+        works = [dist.irecv(tensor, src=peer, group=self.process_group) for tensor, peer in receives]
+        works += [dist.isend(tensor, dst=peer, group=self.process_group) for tensor, peer in sends]
+        for work in works:
             if work is not None:
-                work.wait(self._limit)
+                work.wait(self._timeout)
 
-    def _message_each(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Send each rank its part, and fill a buffer with what each has for this one. Every receive is posted first."""
+    def _exchange_messages(self, buffers: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Send `parts[i]` to rank i and fill `buffers[i]` from it. Empty parts send no message."""
         receives = [
             (buffer, peer)
             for index, (peer, buffer) in enumerate(zip(self._ranks, buffers, strict=True))
-            if index != self._index and buffer.numel()
+            if index != self._group_rank and buffer.numel()
         ]
         size = len(self._ranks)
-        # Each rank begins with its neighbor, so that not all send to the same one.
-        order = [(self._index + step) % size for step in range(1, size)]
+        # Each rank begins with its neighbor: if all began with rank 0, its link would be the bottleneck of the start.
+        order = [(self._group_rank + step) % size for step in range(1, size)]
         sends = [(parts[index], self._ranks[index]) for index in order if parts[index].numel()]
-        buffers[self._index].copy_(parts[self._index])
+        buffers[self._group_rank].copy_(parts[self._group_rank])
         self.send_and_receive(sends, receives)
 
 

@@ -1,7 +1,6 @@
-"""The two ways to fail with a clear message: bad input, and a collective that did not come to its end.
+"""Two errors with clear messages: `ConfigError` for bad input, `CollectiveError` for a failed collective.
 
-Bad input is reported with all problems at once, each with field, value and remedy. A failed collective names who
-waited, in what operation and for whom.
+`ConfigError` lists all problems, each with field, value and hint. `CollectiveError` names rank, operation and peers.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from datetime import timedelta
 
 
 def escape_unprintable(text: str, keep: str = "\n\t") -> str:
-    """`text` with every character that is not printable as its escape, but for those in `keep`.
-
-    Names of files, tensors and keys come from others: an ESC among them would command the terminal.
-    """
+    """Replace every character of `text` that is not printable, except those in `keep`, by its escape."""
+    # Names of files, tensors and keys come from outside: an ESC in one would control the terminal that shows it.
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
@@ -25,10 +22,10 @@ def escape_unprintable(text: str, keep: str = "\n\t") -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input.
+    """One invalid input.
 
-    `field` is the dotted configuration key, or the path of a file; `hint` says what is wrong and what to write
-    instead. `others` are the keys that the value was judged by, where it is not impossible on its own.
+    `field` is the dotted configuration key or the path of a file; `hint` says what is wrong and what to write instead.
+    `related_fields` are other keys that the value contradicts.
     """
 
     field: str
@@ -37,7 +34,7 @@ class Problem:
     related_fields: tuple[str, ...] = ()
 
     def with_prefix(self, prefix: str) -> Problem:
-        """The same problem seen from the configuration that holds this one under the key `prefix`."""
+        """Return a copy with `prefix.` in front of all keys, for the configuration that contains this one."""
         others = tuple(f"{prefix}.{other}" for other in self.related_fields)
         return replace(self, field=f"{prefix}.{self.field}", related_fields=others)
 
@@ -47,35 +44,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class UnreadableFields:
-    """Where a configuration holds defaults because what was written could not be read: they prove nothing.
+    """Configuration keys whose values could not be parsed and were replaced by defaults.
 
-    Judging by them would name problems that the writer does not have.
+    Checks skip them: a problem found in a default is not one of the user's.
     """
 
     fields: frozenset[str] = field(default_factory=frozenset)
-    """Dotted keys of values and of whole groups; the empty key is the whole configuration."""
+    """Dotted keys of unreadable values and groups; the empty key is the whole configuration."""
     readable_fields: frozenset[str] = field(default_factory=frozenset)
-    """Keys that were written readably. Inside a doubtful group these are as they were meant."""
+    """Keys inside an unreadable group whose values could be parsed."""
 
     def with_fields(self, fields: Iterable[str]) -> UnreadableFields:
-        """This doubt and that about `fields`."""
+        """Return a copy that also contains `fields`."""
         return replace(self, fields=self.fields | frozenset(fields))
 
     def covers(self, key: str) -> bool:
-        """Whether the value of `key`, or a part of it, is in doubt."""
-        return any(_inside(doubtful, key) or self._spreads(doubtful, key) for doubtful in self.fields)
+        """Return whether the value of `key`, or a part of it, could not be parsed."""
+        return any(_is_inside(unreadable, key) or self._hides(unreadable, key) for unreadable in self.fields)
 
-    def _spreads(self, doubtful: str, key: str) -> bool:
-        sure = (known for known in self.readable_fields if known != doubtful and _inside(known, doubtful))
-        return _inside(key, doubtful) and not any(_inside(key, known) for known in sure)
+    def _hides(self, unreadable: str, key: str) -> bool:
+        readable = (known for known in self.readable_fields if known != unreadable and _is_inside(known, unreadable))
+        return _is_inside(key, unreadable) and not any(_is_inside(key, known) for known in readable)
 
 
-def _inside(key: str, group: str) -> bool:
+def _is_inside(key: str, group: str) -> bool:
     return group in ("", key) or key.startswith((f"{group}.", f"{group}["))
 
 
 class ConfigError(Exception):
-    """Input that cannot be honored. Raised before any process group or file of a run exists."""
+    """Invalid input. Raised before any process group or file of a run exists."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -84,7 +81,7 @@ class ConfigError(Exception):
 
 @contextmanager
 def collect_problems(problems: list[Problem]) -> Iterator[None]:
-    """Add what is refused inside to `problems`, so that all that is wrong is told at once."""
+    """Add the problems of a `ConfigError` raised inside to `problems`, so that one message can list them all."""
     try:
         yield
     except ConfigError as refused:
@@ -92,25 +89,27 @@ def collect_problems(problems: list[Problem]) -> Iterator[None]:
 
 
 def raise_if_any(problems: Iterable[Problem]) -> None:
-    """Raise `ConfigError` with all of `problems`, or return when there are none."""
+    """Raise `ConfigError` with all of `problems` if there are any."""
     found = tuple(problems)
     if found:
         raise ConfigError(found)
 
 
 class CollectiveError(RuntimeError):
-    """A peer died, a link went silent for longer than the limit, or the ranks disagree on what they are doing."""
+    """A failed collective: a peer died, a link was silent beyond the timeout, or ranks called different operations."""
 
 
 @contextmanager
 def collective_error_context(rank: int, what: object, peers: Sequence[int], timeout: timedelta) -> Iterator[None]:
-    """Turn what the backend raises into `CollectiveError`, which names rank, operation, peers and limit."""
+    """Turn a `RuntimeError` of the backend into `CollectiveError`, which names rank, operation, peers and timeout."""
     began = time.monotonic()
     try:
         yield
     except CollectiveError:
         raise
     except RuntimeError as error:
+        # The time tells a dead peer (immediately) from a silent one (after the timeout). Only the first line is kept:
+        # a backend's message may continue with a C++ stack.
         seconds = time.monotonic() - began
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         others = ", ".join(str(peer) for peer in peers if peer != rank)

@@ -1,6 +1,6 @@
-"""The one quantizer: FP8 E4M3 with a power-of-two scale for each tile of a row (report §3.3, tiles of 1 × 128).
+"""FP8 quantizer: E4M3 values with a power-of-two scale per 1 x 128 tile of a row (report §3.3).
 
-Rows cross between ranks like this; `trainer/precision/tiles.trainer/precision/fp8_tensors.py` makes of the same parts what matrix products take.
+Tokens cross between ranks in this format; `trainer/precision/fp8_tensors.py` builds GEMM operands from the same parts.
 
 Letters: X rows, D width, Q tiles of a row.
 """
@@ -21,46 +21,52 @@ E4M3_MAX = 448.0
 """The largest E4M3 number."""
 
 _BIAS = 127
-_NOT_A_NUMBER = 255
-_LIFT = 120  # the bias of BF16's exponents less that of E4M3's
-_SIGN_AND_NUMBER = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has too
+_NAN_EXPONENT = 255
+_BIAS_DIFFERENCE = 120  # the bias of BF16's exponents less that of E4M3's
+_SIGN_AND_VALUE_BITS = 0x87F0 - 2**16  # as int16: the bits of BF16 that E4M3 has too
 
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows as `quantize` makes them, for whoever multiplies these very numbers."""
+    """Rows quantized by `quantize`, for GEMMs that take FP8 operands."""
 
     values_XD: Tensor
-    """float8_e4m3fn, row by row in memory."""
+    """float8_e4m3fn, row-major."""
     exponents_XQ: Tensor
-    """uint8, E8M0."""
+    """Exponents of the scales, uint8 in the E8M0 format."""
 
 
 def tiles_per_row(width: int) -> int:
-    """Q, scales of a row; the last tile may be narrower than the others."""
+    """Return Q, the number of scales of a row; the last tile may be narrower than the others."""
     return -(-width // TILE_WIDTH)
 
 
 def quantize(x_XD: Tensor) -> tuple[Tensor, Tensor]:
-    """Values, float8_e4m3fn [X, D], and the exponents of their scales, uint8 [X, Q] in the E8M0 format: 2^(e - 127).
+    """Return values, float8_e4m3fn [X, D], and scale exponents, uint8 [X, Q] in the E8M0 format: 2^(e - 127).
 
-    The scale is the smallest power of two that brings the tile's largest magnitude to 448 at most. So an element x of a
-    tile with largest magnitude a is off by at most max(|x| / 16, a / 2^17): half a unit of the last place, above and
-    below the smallest normal number. A tile that holds infinity or NaN comes back as NaN throughout: a fault must not
-    become a large number on its way.
+    The scale is the smallest power of two that brings the tile's largest magnitude a to 448 at most. The error of an
+    element x is at most max(|x| / 16, a / 2^17): half a unit in the last place, above and below the smallest normal
+    number. A tile that contains infinity or NaN becomes NaN.
     """
+    # Scales are powers of two, as in the report, so that multiplying by them is exact.
     x_XQI = split_into_tiles(x_XD)
     exponents_XQ = compute_scale_exponents(torch.maximum(x_XQI.amax(dim=-1), -x_XQI.amin(dim=-1)))
-    scaled_XQI = torch.div(x_XQI, scales_from_exponents(exponents_XQ, x_XQI.dtype)[..., None], out=_own(x_XQI, x_XD))
+    scaled_XQI = torch.div(
+        x_XQI, scales_from_exponents(exponents_XQ, x_XQI.dtype)[..., None], out=_reusable_buffer(x_XQI, x_XD)
+    )
+    # torch's cast saturates: infinity would become 448. The exponent of such a tile is NaN, so the fault survives.
     values_XD = scaled_XQI.flatten(1)[:, : x_XD.shape[1]].to(torch.float8_e4m3fn)
     return values_XD.contiguous(), exponents_XQ
 
 
 def dequantize(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize` made, as `dtype`, [X, D]. Exact in every dtype that has E4M3's three bits after the point."""
+    """Return the [X, D] values of `quantize` in `dtype`. Exact in every dtype with at least E4M3's 3 mantissa bits."""
     tiles = exponents_XQ.shape[1]
-    if values_XD.device.type == "cpu" and bool((exponents_XQ < _NOT_A_NUMBER - _LIFT).all()):
-        wide_XD, exponents_XQ = _moved(values_XD).to(dtype), exponents_XQ + _LIFT  # one pass for both factors
+    if values_XD.device.type == "cpu" and bool((exponents_XQ < _NAN_EXPONENT - _BIAS_DIFFERENCE).all()):
+        wide_XD, exponents_XQ = (
+            _shift_bits(values_XD).to(dtype),
+            exponents_XQ + _BIAS_DIFFERENCE,
+        )  # one pass for both
     else:
         wide_XD = upcast_e4m3(values_XD, dtype)
     missing = tiles * TILE_WIDTH - wide_XD.shape[1]
@@ -71,57 +77,53 @@ def dequantize(values_XD: Tensor, exponents_XQ: Tensor, dtype: torch.dtype) -> T
 
 
 def nan_placeholder(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaN throughout, [X, D] in `dtype`, in the memory of one number: in the place of rows that nobody reads.
-
-    Where tiles have the numbers, autograd still wants a tensor of the dtype that gradients are to have.
-    """
+    """Return [X, D] of NaN in `dtype` in the memory of one element: a placeholder for rows that only exist in FP8."""
+    # Autograd needs a tensor of the dtype that gradients have. NaN shows a product that reads it by mistake.
     return values_XD.new_full((1, 1), torch.nan, dtype=dtype).expand(values_XD.shape)
 
 
 def compute_scale_exponents(largest: Tensor, format_max: float = E4M3_MAX) -> Tensor:
-    """The smallest power of two that brings each of these magnitudes to `limit` at most, uint8 in the E8M0 format."""
+    """Return the smallest scale 2^(e - 127) that brings each magnitude to `format_max` at most: e, uint8 in E8M0."""
     limit_mantissa, limit_exponent = math.frexp(format_max)
     mantissa, exponent = torch.frexp(largest)
     scale = exponent - limit_exponent + (mantissa > limit_mantissa).to(exponent.dtype)
-    # Down to 2^-126, so that dividing by the scale cannot overflow.
+    # At least 2^-126: dividing by a smaller scale could overflow FP32.
     stored = (scale + _BIAS).clamp(min=1).masked_fill(largest == 0, 1)
-    broken = ~torch.isfinite(largest) | (stored >= _NOT_A_NUMBER)
-    return stored.masked_fill(broken, _NOT_A_NUMBER).to(torch.uint8)
+    broken = ~torch.isfinite(largest) | (stored >= _NAN_EXPONENT)
+    return stored.masked_fill(broken, _NAN_EXPONENT).to(torch.uint8)
 
 
 def scales_from_exponents(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """The powers of two that E8M0 numbers stand for, in `dtype`, FP32 at least."""
+    """Return the powers of two of E8M0 exponents in `dtype`, FP32 at least."""
     return exponents.view(torch.float8_e8m0fnu).to(torch.promote_types(dtype, torch.float32))
 
 
 def upcast_e4m3(values_XD: Tensor, dtype: torch.dtype) -> Tensor:
-    """E4M3 numbers in a wider dtype, in memory of their own.
+    """Return a copy of E4M3 values in a wider dtype.
 
-    NaN may become 480 on a CPU, but comes with a scale that is NaN.
+    On a CPU a NaN may become 480; its scale is NaN, so the product is.
     """
     if values_XD.device.type != "cpu":
         return values_XD.to(dtype)
-    return _moved(values_XD).mul_(2.0**_LIFT).to(dtype)
+    return _shift_bits(values_XD).mul_(2.0**_BIAS_DIFFERENCE).to(dtype)
 
 
-def _moved(values_XD: Tensor) -> Tensor:
-    """The numbers times 2^-120 in BF16: E4M3's bits, moved to where BF16 has its own, for the biases differ by that.
-
-    On a CPU torch's own conversion takes ten times as long.
-    """
+def _shift_bits(values_XD: Tensor) -> Tensor:
+    """Return the E4M3 values times 2^-120 in BF16: the bits of E4M3 at the positions of BF16's."""
+    # The exponent biases are 7 and 127, hence 2^-120. On a CPU torch's conversion takes ten times as long.
     bits_XD = values_XD.view(torch.int8).to(torch.int16)  # the sign in all upper bits
-    bits_XD.bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_NUMBER)
+    bits_XD.bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_VALUE_BITS)
     return bits_XD.view(torch.bfloat16)
 
 
-def _own(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
-    """Memory to write into: the tiles themselves, where they are a copy of `x_XD`."""
+def _reusable_buffer(x_XQI: Tensor, x_XD: Tensor) -> Tensor | None:
+    """Return memory to write the scaled tiles into: the tiles if they are a copy of `x_XD`, else None."""
     is_copy: bool = x_XQI.untyped_storage()._cdata != x_XD.untyped_storage()._cdata  # fake tensors have no addresses
     return x_XQI if is_copy else None
 
 
 def split_into_tiles(x_XD: Tensor) -> Tensor:
-    """[X, Q, 128], FP32 at least, zeros behind a last tile that is not whole."""
+    """Return [X, Q, 128] in FP32 at least, with zeros after a last tile that is not whole."""
     rows, width = x_XD.shape
     wide_XD = x_XD.to(torch.promote_types(x_XD.dtype, torch.float32))
     missing = tiles_per_row(width) * TILE_WIDTH - width

@@ -1,8 +1,4 @@
-"""Making process groups: over gloo one by one, over NCCL all groups of a kind by one split.
-
-At 2048 ranks the grid has 2,377 groups. `new_group` is a call for each of them, and over NCCL each call is collective
-over all ranks; `split_group` makes all disjoint groups of a kind at once, so that about 14 calls are enough.
-"""
+"""Creation of process groups: one by one over gloo, by splits of the default group over NCCL."""
 
 from __future__ import annotations
 
@@ -18,10 +14,10 @@ from .communicator import Collectives, GlooCollectives, NcclCollectives
 
 
 class GroupFactory(Protocol):
-    """Makes groups over the ranks of the default group. Every rank makes every group, in the same order."""
+    """Creates groups from the ranks of the default group. Every rank creates every group, in the same order."""
 
     creation_calls: int
-    """How many process groups have been created, the default one included; a split counts once."""
+    """Number of group creations so far, the default group included; a split counts once."""
 
     def create_world(self, ranks: tuple[int, ...]) -> Collectives:
         """Return the communicator of all ranks, for tensors on the device."""
@@ -32,51 +28,52 @@ class GroupFactory(Protocol):
         ...
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        """Make a group of each of the disjoint `parts`; return that of this rank, or None where it is in no part.
+        """Create a group for each of the disjoint `parts`; return that of this rank, or None if it is in no part.
 
-        `max_ctas` is the most thread blocks that one of its operations occupies on a GPU; None leaves it to NCCL.
+        `max_ctas` bounds the thread blocks of one operation on a GPU; None leaves the number to NCCL.
         """
         ...
 
 
 def build_group_factory(device: torch.device, rank: int, timeout: timedelta) -> GroupFactory:
-    """Return what makes the groups of a run that computes on `device`."""
+    """Return the group factory for a run on `device`."""
     return NcclGroupFactory(device, rank, timeout) if device.type == "cuda" else GlooGroupFactory(rank, timeout)
 
 
 class GlooGroupFactory:
-    """Over gloo, for runs on CPUs: gloo cannot split, so each part is a `new_group`."""
+    """Creates gloo groups, for runs on CPUs. gloo cannot split, so each part is one `new_group`."""
 
     def __init__(self, rank: int, timeout: timedelta) -> None:
-        """`limit` is how long an operation may take: a new group does not inherit the default group's."""
+        """Take the `timeout` of an operation: a new group does not inherit that of the default group."""
         self.creation_calls = 1
         self._rank, self._limit = rank, timeout
-        self._everyone: Collectives | None = None
+        self._world: Collectives | None = None
 
     def create_world(self, ranks: tuple[int, ...]) -> Collectives:
         """See `GroupFactory`."""
-        if self._everyone is None:
-            self._everyone = self.split_group("world", [ranks], None)
-        assert self._everyone is not None
-        return self._everyone
+        if self._world is None:
+            self._world = self.split_group("world", [ranks], None)
+        assert self._world is not None
+        return self._world
 
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`: the same, for tensors of a run on CPUs are on the host."""
+        """See `GroupFactory`. On CPUs this is the group of `create_world`."""
         return self.create_world(ranks)
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `GroupFactory`."""
-        own: Collectives | None = None
+        local_group: Collectives | None = None
+        # `new_group` is collective over the default group: every rank calls it for every part, also where it is none.
         for ranks in parts:
             self.creation_calls += 1
             handle = dist.new_group(list(ranks), timeout=self._limit)
             if self._rank in ranks:
-                own = GlooCollectives(handle, ranks, self._rank, self._limit)
-        return own
+                local_group = GlooCollectives(handle, ranks, self._rank, self._limit)
+        return local_group
 
 
 class NcclGroupFactory:
-    """Over NCCL, by splits of the default group, which `start_default_group` has bound to a GPU.
+    """Creates NCCL groups by splitting the default group, which `init_default_process_group` has bound to a GPU.
 
     Not yet run on hardware.
     """
@@ -86,21 +83,27 @@ class NcclGroupFactory:
         self._device, self._rank, self._limit = device, rank, timeout
 
     def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`: a split like the others, because the default group has the longer limit of a start."""
+        """See `GroupFactory`."""
+        # A split like the others, because the default group has the longer timeout of the start.
         communicator = self.split_group("world", [ranks], None)
         assert communicator is not None
         return communicator
 
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`: a gloo group. Its pairs connect when they are used first (`TORCH_GLOO_LAZY_INIT`)."""
+        """See `GroupFactory`. Return a gloo group."""
         self.creation_calls += 1
+        # `TORCH_GLOO_LAZY_INIT` connects pairs at their first use: a full mesh of 2,048 ranks has 2,047 sockets per
+        # rank.
         handle = dist.new_group(backend="gloo", timeout=self._limit)
         return GlooCollectives(handle, ranks, self._rank, self._limit)
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `GroupFactory`."""
+        # The grid of 2,048 ranks has 2,377 groups, and each `new_group` over NCCL is a split, collective over all.
+        # `split_group` creates all disjoint groups of one kind in one call: about 14 calls in place of 2,377.
         self.creation_calls += 1
         assert dist.group.WORLD is not None
+        # A copy: the options belong to the default group, whose CTAs must not change.
         options: Any = copy.deepcopy(dist.group.WORLD._get_backend(self._device).options)
         if max_ctas is not None:
             options.config.max_ctas = max_ctas

@@ -1,4 +1,4 @@
-"""This machine's own address, and a port on it that no other machine reaches."""
+"""Loopback addresses of this machine, and sockets that no other machine reaches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from .errors import ConfigError, Problem
 
 _ADDRESSES = ("127.0.0.1", "::1")
 _SECONDS = 5
-_WAITING = 2048
-"""Connections that may wait to be accepted: every rank of a machine comes at once."""
+_BACKLOG = 2048
+"""Connections that may wait to be accepted: all ranks of a machine connect at the same time."""
 
 
 def find_loopback_address() -> str:
-    """Return an address at which this machine reaches itself, by no name. Raises `ConfigError` without any."""
+    """Return a numeric address at which this machine reaches itself. Raises `ConfigError` if there is none."""
     reasons = []
+    # Tried by a real connection: in a network namespace the loopback interface may exist and be down.
     for address in _ADDRESSES:
         try:
             with (
@@ -33,13 +34,13 @@ def find_loopback_address() -> str:
 
 
 def open_listening_socket(address: str, port: int = 0) -> socket.socket:
-    """Return a socket that listens on `address` alone; port 0 takes a free one. Raises `OSError`."""
+    """Return a socket that listens only on `address`; port 0 takes a free one. Raises `OSError`."""
     family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
-        listener.listen(_WAITING)
+        listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -47,7 +48,7 @@ def open_listening_socket(address: str, port: int = 0) -> socket.socket:
 
 
 def resolve_to_loopback(host: str) -> str | None:
-    """Return the loopback address that `host` means; None where it means any other, or none."""
+    """Return the loopback address of `host`; None if it has any other address, or none."""
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:

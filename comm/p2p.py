@@ -1,4 +1,4 @@
-"""Messages between pipeline neighbors in one direction: nobody waits to post one."""
+"""P2P channels: asynchronous messages between pipeline neighbors, one channel per direction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trace import NULL_RECORDER, SpanRecorder, TimelineTrack
 
 @dataclass(frozen=True)
 class P2PSend:
-    """A message to send. `what` is turned into text only for the error of one that fails, and for a timeline."""
+    """A message to send. `description` becomes text only in an error or a timeline."""
 
     description: object
     tensor: Tensor
@@ -32,7 +32,7 @@ class P2PSend:
 
 @dataclass(frozen=True)
 class P2PReceive:
-    """A message to receive, into what `make` makes."""
+    """A message to receive into the tensor that `allocate` returns."""
 
     description: object
     allocate: Callable[[], Tensor]
@@ -40,25 +40,25 @@ class P2PReceive:
 
 
 class P2PChannel(Protocol):
-    """One direction, over a group of its own: neighbors send to each other at the same moment.
+    """Channel for one direction of the pipeline, over a separate group.
 
-    Between two ranks messages arrive in the order in which they are sent; both ends must post them in that order.
-    One that fails raises `CollectiveError`.
+    Messages between two ranks arrive in the order in which they are sent, and both ends must post them in that order.
+    A failed message raises `CollectiveError`.
     """
 
     def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
-        """Start all of these, and return those that are received.
+        """Start all `sends` and `receives` without waiting; return the handles of the receives.
 
-        What is sent is held until it has been sent, and no longer.
+        A tensor to send is kept until it has been sent.
         """
         ...
 
     def wait_for_sends(self) -> None:
-        """Wait until everything that was posted has been sent."""
+        """Wait until every posted send has finished."""
         ...
 
     def close(self) -> None:
-        """End what the lane runs on."""
+        """Stop the thread or stream of the channel."""
         ...
 
 
@@ -69,9 +69,9 @@ def build_p2p_channel(
     track: TimelineTrack,
     streams: DeviceStreams | None = None,
 ) -> P2PChannel:
-    """The lane for messages over `group` by tensors on `device`; it shows on `track` of a timeline.
+    """Return the channel for tensors on `device` over `group`; its spans go to `track`.
 
-    `streams` are those that it uses; by default those of `device`.
+    `streams` defaults to those of `device`.
     """
     streams = streams or get_device_streams(device)
     if streams is not None:
@@ -80,10 +80,7 @@ def build_p2p_channel(
 
 
 class GlooP2PChannel:
-    """Over gloo, which moves messages by itself: the computing thread posts them, and waits for those that it needs.
-
-    A thread beside it waits for what is being sent, one after the other, to let go of it.
-    """
+    """Channel over gloo, whose threads move the messages: the computing thread posts them and waits for receives."""
 
     def __init__(
         self, group: Group, recorder: SpanRecorder = NULL_RECORDER, track: TimelineTrack = TimelineTrack.P2P_NEXT
@@ -91,40 +88,44 @@ class GlooP2PChannel:
         self._group, self._handle = group, group.process_group
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
-        self._leaving = _Leaving(recorder, track)
+        # Sends are waited for on another thread: a tensor must be kept until it is sent, and the computing thread must
+        # not wait for a neighbor that is busy.
+        self._send_waiter = _SendWaiter(recorder, track)
 
     def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
-        """See `P2PChannel`. Each message has a tag of its own, by its number between the two ranks."""
+        """See `P2PChannel`."""
+        # gloo matches messages by tag. The tag is the number of the message between the two ranks, which is equal at
+        # both ends because both post in one order.
         arriving: list[AsyncWork[Tensor]] = []
         for incoming in receives:
             buffer, tag = incoming.allocate(), self._received[incoming.peer]
-            with self._failing_clearly(incoming):
+            with self._error_context(incoming):
                 work = dist.irecv(buffer, incoming.peer, self._handle, tag)
-            arriving.append(_Moving(work, buffer, incoming.description, incoming.peer, self._group))
+            arriving.append(_GlooMessage(work, buffer, incoming.description, incoming.peer, self._group))
             self._received[incoming.peer] += 1
         for outgoing in sends:
-            with self._failing_clearly(outgoing):
+            with self._error_context(outgoing):
                 work = dist.isend(outgoing.tensor, outgoing.peer, self._handle, self._sent[outgoing.peer])
-            self._leaving.put(_Moving(work, outgoing.tensor, outgoing.description, outgoing.peer, self._group))
+            self._send_waiter.put(_GlooMessage(work, outgoing.tensor, outgoing.description, outgoing.peer, self._group))
             self._sent[outgoing.peer] += 1
         return arriving
 
     def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
-        self._leaving.finish()
+        self._send_waiter.finish()
 
     def close(self) -> None:
         """See `P2PChannel`."""
-        self._leaving.close()
+        self._send_waiter.close()
 
-    def _failing_clearly(self, message: P2PSend | P2PReceive) -> AbstractContextManager[None]:
-        """gloo refuses to post to a neighbor that it knows is gone."""
+    def _error_context(self, message: P2PSend | P2PReceive) -> AbstractContextManager[None]:
+        """Turn errors of posting into `CollectiveError`: gloo raises for a peer whose connection is closed."""
         return collective_error_context(self._group.rank, message.description, [message.peer], self._group.timeout)
 
 
 @dataclass(frozen=True)
-class _Moving:
-    """A message of gloo under way."""
+class _GlooMessage:
+    """A gloo message in flight."""
 
     work: dist.Work | None
     tensor: Tensor
@@ -139,21 +140,25 @@ class _Moving:
         return self.tensor
 
 
-class _Leaving:
-    """Holds what is being sent, until it has been sent. After a failure it waits for nothing more."""
+class _SendWaiter:
+    """Keeps tensors until they are sent, on a thread that waits for one send after the other.
+
+    After a failure it waits for none.
+    """
 
     def __init__(self, recorder: SpanRecorder, track: TimelineTrack) -> None:
         self._recorder, self._track = recorder, track
-        self._messages: queue.SimpleQueue[_Moving | threading.Event | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[_GlooMessage | threading.Event | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=track, daemon=True)
         self._thread.start()
 
-    def put(self, message: _Moving) -> None:
+    def put(self, message: _GlooMessage) -> None:
         self._messages.put(message)
 
     def finish(self) -> None:
-        """Wait for all that was put."""
+        """Wait for every message that was put."""
+        # The queue is first in first out: when the thread reaches this event it has waited for all messages before it.
         reached = threading.Event()
         self._messages.put(reached)
         reached.wait()
@@ -170,9 +175,9 @@ class _Leaving:
                 message.set()
             elif self._failure is None:
                 self._wait(message)
-            del message  # `get` may take long
+            del message  # else the tensor stays allocated while `get` waits for the next message
 
-    def _wait(self, message: _Moving) -> None:
+    def _wait(self, message: _GlooMessage) -> None:
         try:
             with self._recorder.span(self._track, "send", message.what):
                 message.wait()
@@ -181,7 +186,7 @@ class _Leaving:
 
 
 class NcclP2PChannel:
-    """Over NCCL, batch after batch on a stream of its own. Not yet run on hardware."""
+    """Channel over NCCL: batches in order on a side stream. Not yet run on hardware."""
 
     def __init__(self, group: Group, async_communicator: StreamCommunicator) -> None:
         self._group, self._worker = group, async_communicator
@@ -194,7 +199,10 @@ class NcclP2PChannel:
         messages: list[P2PSend | P2PReceive] = [*sends, *receives]
         what = "; ".join(str(message.description) for message in messages)
 
+        # One batch per call: NCCL runs the messages of a group together, so that a send cannot block the receive that
+        # its peer waits for.
         def move() -> tuple[Tensor, ...]:
+            # Allocated on the side stream, where they are written first.
             buffers = tuple(message.allocate() for message in receives)
             outgoing = [(each.tensor, each.peer) for each in sends]
             incoming = [(buffer, each.peer) for buffer, each in zip(buffers, receives, strict=True)]
@@ -202,11 +210,11 @@ class NcclP2PChannel:
             return buffers
 
         self._last = batch = self._worker.submit(what, move, [message.tensor for message in sends])
-        return [_InBatch(batch, place) for place in range(len(receives))]
+        return [_BatchedMessage(batch, place) for place in range(len(receives))]
 
     def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
-        if self._last is not None:
+        if self._last is not None:  # batches of one stream end in order, so the last one stands for all
             self._last.wait()
 
     def close(self) -> None:
@@ -215,7 +223,7 @@ class NcclP2PChannel:
 
 
 @dataclass(frozen=True)
-class _InBatch:
+class _BatchedMessage:
     batch: AsyncWork[tuple[Tensor, ...]]
     place: int
 

@@ -1,4 +1,4 @@
-"""CUDA streams and events behind an interface, so that code for GPUs also runs where something stands in for them."""
+"""Interface of CUDA streams and events, which tests and `shoestring rehearse` implement without a GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Stream(Protocol):
     """A queue of work on a device, executed in order."""
 
     def record_event(self) -> Any:
-        """Return the event that everything queued so far completes."""
+        """Return an event after everything queued so far."""
         ...
 
     def wait_event(self, event: Any) -> None:
-        """Hold what is queued from here on until `event`. The host does not wait."""
+        """Make later work of this stream wait for `event`. The host does not wait."""
         ...
 
     def synchronize(self) -> None:
@@ -35,10 +35,10 @@ class Stream(Protocol):
 
 
 class DeviceStreams(Protocol):
-    """The streams of one device. `CudaStreams` is the real one; tests and `shoestring rehearse` have others."""
+    """Streams of one device. `CudaStreams` is the real implementation."""
 
     def create_stream(self, name: str) -> Stream:
-        """Return a new stream of high priority; `name` says what for."""
+        """Return a new high-priority stream called `name`."""
         ...
 
     def current_stream(self) -> Stream:
@@ -46,23 +46,24 @@ class DeviceStreams(Protocol):
         ...
 
     def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
-        """Queue this thread's work on `stream` inside the context."""
+        """Return a context in which this thread queues its work on `stream`."""
         ...
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """Keep the memory of `tensor` from being reused before what is queued on `stream` now has run."""
+        """Delay the reuse of the memory of `tensor` until the work now queued on `stream` has run."""
         ...
 
 
 @dataclass(frozen=True)
 class CudaStreams:
-    """Those of torch, for one GPU. Not yet run on hardware."""
+    """torch's streams of one GPU. Not yet run on hardware."""
 
     device: torch.device
 
     def create_stream(self, name: str) -> Stream:
         """See `DeviceStreams`."""
-        return torch.cuda.Stream(self.device, priority=-1)  # before the products that it feeds
+        # High priority: blocks of a communication kernel are scheduled before those of the products that wait for it.
+        return torch.cuda.Stream(self.device, priority=-1)
 
     def current_stream(self) -> Stream:
         """See `DeviceStreams`."""

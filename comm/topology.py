@@ -1,4 +1,4 @@
-"""Which rank does what: pure arithmetic on the grid pipeline × expert-data × expert, and the link between two ranks."""
+"""Topology: arithmetic on the rank grid pipeline x expert-data x expert, and the link between two ranks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import StrEnum
 
 from .errors import Problem
 
-_MOST_RANKS, _MOST_STAGES = 2**20, 1024
+_MAX_RANKS, _MAX_PP = 2**20, 1024
 
 
 class LinkType(StrEnum):
-    """The wire between two ranks. The names are an H800 node's, also where both ranks are processes on one CPU."""
+    """Link between two ranks, named as in an H800 cluster, also if both ranks are processes on one CPU."""
 
     LOOPBACK = "loopback"  # a rank to itself: a copy in its own memory
     NVLINK = "nvlink"  # two ranks of one node
@@ -21,103 +21,104 @@ class LinkType(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """The grid of ranks. `ep` is innermost, so an expert-parallel group sits on consecutive GPUs.
+    """The grid of ranks: rank = (pp_rank * edp + edp_rank) * ep + ep_rank."""
 
-    rank = (pp_rank * edp + edp_rank) * ep + ep_rank
-    """
+    # `ep` is innermost, so that an expert-parallel group is on consecutive GPUs and spans as few nodes as possible: its
+    # all-to-alls move the most bytes.
 
     pp: int = 1
     """Pipeline-parallel ranks."""
     edp: int = 1
-    """Expert-data-parallel ranks: how many replicas of each expert there are."""
+    """Expert-data-parallel ranks: replicas of each expert."""
     ep: int = 1
-    """Expert-parallel ranks: over how many ranks the experts of one replica are spread."""
+    """Expert-parallel ranks: the ranks that share one replica of the experts."""
     gpus_per_node: int = 8
     """GPUs that share NVLink."""
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.pp * self.edp * self.ep
 
     @property
     def dp(self) -> int:
-        """Data-parallel ranks as attention and the dense layers see them: each of them reads its own samples."""
+        """Data-parallel ranks of attention and dense layers; each reads different samples."""
         return self.edp * self.ep
 
     def ep_rank(self, rank: int) -> int:
-        """Position of `rank` in its expert-parallel group."""
+        """Return the position of `rank` in its expert-parallel group."""
         return rank % self.ep
 
     def edp_rank(self, rank: int) -> int:
-        """Position of `rank` among the replicas of its experts."""
+        """Return the position of `rank` among the replicas of its experts."""
         return rank // self.ep % self.edp
 
     def pp_rank(self, rank: int) -> int:
-        """Pipeline position of `rank`."""
+        """Return the pipeline rank of `rank`."""
         return rank // (self.ep * self.edp)
 
     def dp_rank(self, rank: int) -> int:
-        """Position of `rank` among those that hold the same dense parameters; it picks the samples the rank reads."""
+        """Return the position of `rank` among the replicas of its dense parameters, which selects its samples."""
         return rank % self.dp
 
     def ep_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks over which the experts that `rank` can reach are spread, in order of expert."""
+        """Return the ranks of the expert-parallel group of `rank`, in order of expert."""
         first = rank - self.ep_rank(rank)
         return tuple(range(first, first + self.ep))
 
     @property
     def ep_ranks_per_node(self) -> int:
-        """How many ranks of an expert-parallel group share a node."""
+        """Ranks of an expert-parallel group in one node."""
         return min(self.ep, self.gpus_per_node)
 
     @property
     def nodes_per_ep_group(self) -> int:
-        """Over how many nodes an expert-parallel group is spread."""
+        """Nodes of an expert-parallel group."""
         return self.ep // self.ep_ranks_per_node
 
     def ep_intra_node_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks of its expert-parallel group in the node of `rank`."""
+        """Return the ranks of the expert-parallel group in the node of `rank`."""
         first = rank - self.ep_rank(rank) % self.ep_ranks_per_node
         return tuple(range(first, first + self.ep_ranks_per_node))
 
     def ep_inter_node_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks of its expert-parallel group with the place of `rank` in their nodes (the same rail)."""
+        """Return the ranks of the expert-parallel group with the local rank of `rank` (the same rail), one per node."""
         return self.ep_ranks(rank)[self.ep_rank(rank) % self.ep_ranks_per_node :: self.ep_ranks_per_node]
 
     def pp_ranks(self, rank: int) -> tuple[int, ...]:
-        """The pipeline of `rank`: one rank a stage, in order, at the same place in their data-parallel groups."""
+        """Return the pipeline ranks of `rank` in order, all with the same data-parallel rank."""
         return tuple(range(self.dp_rank(rank), self.world_size, self.dp))
 
     def map_to_pp_ranks(self, ranks: Sequence[int], pp_ranks: Sequence[int]) -> tuple[int, ...]:
-        """`ranks`, all of one pipeline rank, moved to each of `pp_ranks`: those that hold the same parameters."""
+        """Return the ranks that correspond to `ranks`, all of one pipeline rank, on each of `pp_ranks`."""
         return tuple(pp_rank * self.dp + self.dp_rank(rank) for pp_rank in pp_ranks for rank in ranks)
 
     def expert_dp_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same experts as `rank`."""
+        """Return the ranks that hold the same experts as `rank`."""
         first = rank - self.dp_rank(rank) + self.ep_rank(rank)
         return tuple(first + replica * self.ep for replica in range(self.edp))
 
     def dense_dp_ranks(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same dense parameters as `rank`."""
+        """Return the ranks that hold the same dense parameters as `rank`."""
         first = rank - self.dp_rank(rank)
         return tuple(range(first, first + self.dp))
 
     def link_type(self, source: int, target: int) -> LinkType:
-        """The wire that a message from `source` to `target` crosses."""
+        """Return the link that a message from `source` to `target` crosses."""
         if source == target:
             return LinkType.LOOPBACK
         same_node = source // self.gpus_per_node == target // self.gpus_per_node
         return LinkType.NVLINK if same_node else LinkType.INFINIBAND
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about this grid on its own."""
+        """Yield a problem for each invalid value."""
         for name in ("pp", "edp", "ep", "gpus_per_node"):
             value: int = self.__dict__[name]
             if value < 1:
                 yield Problem(name, value, "must be at least 1")
-            elif value > (most := _MOST_STAGES if name == "pp" else _MOST_RANKS):
-                yield Problem(name, value, f"must be at most {most}: no cluster has more")
+            elif value > (most := _MAX_PP if name == "pp" else _MAX_RANKS):
+                yield Problem(name, value, f"must be at most {most}, more than any cluster has")
+        # Uneven nodes would need another local rank on each, and `two_hop` sends along rails of equal local ranks.
         if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_ranks_per_node:
-            hint = f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it: groups fill nodes evenly"
+            hint = f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it, to fill nodes evenly"
             yield Problem("ep", self.ep, hint, ("gpus_per_node",))

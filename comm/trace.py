@@ -1,7 +1,4 @@
-"""Names and spans of a timeline: what a communication belongs to, and what ran when.
-
-Nothing is kept unless a recorder is given.
-"""
+"""Timeline: tracks, span recorders, and labels of communications. The default recorder keeps nothing."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ from typing import Protocol
 
 
 class TimelineTrack(StrEnum):
-    """Rows of a timeline. Spans of one track may be nested, and do not overlap otherwise."""
+    """Rows of a timeline. Spans of one track may be nested, but do not overlap otherwise."""
 
-    INSTRUCTION = "instruction"  # of the pipeline program, the optimizer, and what these wait for
-    COMPUTE = "compute"  # phases of layers, and waiting for exchanges
-    EXCHANGE = "exchange"  # what the exchange's worker does
-    P2P_NEXT = "p2p next"  # messages towards the end of the pipeline
-    P2P_PREV = "p2p prev"  # messages towards its beginning
-    REDUCE = "reduce"  # sums of gradients, and weights handed out
-    LAUNCH = "launch"  # moments: the computing thread has started a communication
+    INSTRUCTION = "instruction"  # instructions of the pipeline program, the optimizer, and their waits
+    COMPUTE = "compute"  # phases of layers, and waits for exchanges
+    EXCHANGE = "exchange"  # operations of the token dispatcher
+    P2P_NEXT = "p2p next"  # messages to the next pipeline rank
+    P2P_PREV = "p2p prev"  # messages to the previous pipeline rank
+    REDUCE = "reduce"  # reduce-scatters of gradients, all-gathers of weights
+    LAUNCH = "launch"  # instants at which the computing thread starts a communication
 
 
 PIPELINE_WAIT = "pipeline_wait"
@@ -30,19 +27,19 @@ OPTIMIZER = "optimizer"
 
 
 class SpanRecorder(Protocol):
-    """Keeps spans and moments. `detail` is turned into text only if it is kept."""
+    """Records spans and instants. `detail` becomes text only if it is kept."""
 
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """What runs inside, from its beginning to its end."""
+        """Return a context whose begin and end are recorded as a span."""
         ...
 
     def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
-        """A moment."""
+        """Record an instant."""
         ...
 
 
 class NullRecorder:
-    """Keeps nothing."""
+    """Recorder that keeps nothing."""
 
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         """See `SpanRecorder`."""
@@ -52,18 +49,19 @@ class NullRecorder:
         """See `SpanRecorder`."""
 
 
+# One object for all spans: a step without a trace allocates nothing for them.
 _NOTHING: AbstractContextManager[object] = nullcontext()
 NULL_RECORDER = NullRecorder()
 
 
 @dataclass(frozen=True)
 class ExchangeLabel:
-    """The place in the model and in the batch that an exchange serves."""
+    """Layer and micro-batch of an exchange."""
 
     layer: str
-    """Such as `layer_03` or `mtp_01`."""
+    """Layer name, such as `layer_03` or `mtp_01`."""
     micro_batch: int
-    """Number within the step, on this rank."""
+    """Number of the micro-batch within the step, on this rank."""
 
     def __str__(self) -> str:
         return f"{self.layer}, micro-batch {self.micro_batch}"
@@ -71,7 +69,7 @@ class ExchangeLabel:
 
 @dataclass(frozen=True)
 class ExchangeCall:
-    """One operation of the token exchange, for one layer and micro-batch."""
+    """One operation of the token dispatcher for one layer and micro-batch."""
 
     operation: str
     label: ExchangeLabel

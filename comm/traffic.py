@@ -11,7 +11,7 @@ from .topology import LinkType, Topology
 
 
 class TrafficKind(StrEnum):
-    """What bytes are for."""
+    """Use of bytes on the wire."""
 
     PAYLOAD = "payload"  # rows and their scales
     METADATA = "metadata"  # expert numbers, gate weights, sizes
@@ -19,7 +19,7 @@ class TrafficKind(StrEnum):
 
 @dataclass
 class TrafficCounter:
-    """Bytes sent by one rank, by operation, kind and link."""
+    """Counter of the bytes that one rank sends, by operation, kind and link."""
 
     topology: Topology
     rank: int
@@ -30,7 +30,7 @@ class TrafficCounter:
         self._add(operation, TrafficKind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
 
     def count_metadata(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
-        """The same for what travels beside the payload."""
+        """Add the metadata that `operation` sends from this rank to each rank of `group`, in the group's order."""
         self._add(operation, TrafficKind.METADATA, zip(group.ranks, bytes_per_peer, strict=True))
 
     def reset(self) -> None:
@@ -38,7 +38,7 @@ class TrafficCounter:
         self.bytes_sent.clear()
 
     def bytes_by_link(self, kind: TrafficKind | None = None, operation: str | None = None) -> Mapping[LinkType, int]:
-        """Bytes sent over each kind of link: of one kind or both, of one operation or all."""
+        """Return the bytes sent over each type of link, of one kind or both, of one operation or all."""
         totals = dict.fromkeys(LinkType, 0)
         for (counted, of_kind, link), size in self.bytes_sent.items():
             if kind in (None, of_kind) and operation in (None, counted):

@@ -1,1 +1,1 @@
-"""How a training step is spread over ranks: pipeline programs, gradient reduction, ZeRO-1. Knows no model."""
+"""Pipeline programs, delayed weight gradients, gradient reduction and ZeRO-1. Independent of the model."""

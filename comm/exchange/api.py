@@ -1,6 +1,6 @@
-"""The token exchange: what every all-to-all between the routers and the experts has to offer.
+"""`TokenExchange`, the interface of every token dispatcher.
 
-Letters: T tokens of this rank, K experts a token, D hidden width, R rows received by this rank, L experts on this rank.
+Letters: T local tokens, K experts per token, D hidden size, R rows received by this rank, L experts on this rank.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Layout = TypeVar("Layout")
 
 @dataclass(frozen=True)
 class DispatchedTokens(Generic[Layout]):
-    """The rows for the experts of this rank, grouped by expert, and the way back."""
+    """Rows for the experts of this rank, grouped by expert, and the layout to send results back."""
 
     rows_RD: Tensor
     gate_weights_R: Tensor
-    """Gate weight of each row: it multiplies the row on the expert's side, so that combine is a plain sum."""
+    """Gate weight of each row."""
+    # The experts multiply by it before their down projection, so that combine is a plain sum, and so is its backward.
     rows_per_expert_L: tuple[int, ...]
     token_counts: TokenCounts
     label: ExchangeLabel
     layout: Layout
-    """What the exchange that made this needs to send results back. Nobody else looks inside."""
+    """Layout of the dispatch, which only the exchange that returned it reads."""
     quantized_rows: QuantizedRows | None = None
-    """The same rows as they crossed, where they were asked for like this; `rows_RD` is then a `stand_in`."""
+    """The rows in FP8 if `keep_quantized` was asked for; `rows_RD` is then a `nan_placeholder`."""
 
     def without_rows(self) -> DispatchedTokens[Layout]:
-        """The way back alone: enough for the three operations that follow, once the experts have the rows."""
+        """Return a copy without the rows: enough for the three operations that follow."""
+        # A forward keeps this until its backward; the rows would be the largest part of what it keeps.
         nothing = self.rows_RD.new_empty(0)
         return replace(self, rows_RD=nothing, gate_weights_R=nothing, quantized_rows=None)
 
 
 class TokenExchange(Protocol[Layout]):
-    """Four operations. Each returns at once; the communication advances while the caller computes.
-
-    A dispatch makes the host wait once, for the sizes of everything, and not before it proceeds; the other three never
-    do.
+    """Four asynchronous operations; the communication advances while the caller computes.
 
     dispatch_backward is a combine and combine_backward is a dispatch that reuses the layout: no sizes are exchanged
     again. Every rank of the expert-parallel group calls the same operations in the same order, also with zero tokens.
+    A dispatch makes the host wait once, for the sizes, when its second part is launched; the others never do.
     """
 
     def dispatch(
@@ -60,22 +60,21 @@ class TokenExchange(Protocol[Layout]):
     ) -> TwoPartWork[DispatchedTokens[Layout]]:
         """Send each token to the ranks of its K experts. `experts_TK` are int64 indices over all experts.
 
-        The first part exchanges sizes, the second sends the tokens.
-
-        `as_tiles`: rows that cross in FP8 shall stay in it, because nothing else is made of them.
+        The first part exchanges sizes, the second sends the tokens. `keep_quantized` returns rows that cross in FP8 as
+        `quantized_rows`, without dequantizing them.
         """
         ...
 
     def combine(self, rows_RD: Tensor, received: DispatchedTokens[Layout]) -> AsyncWork[Tensor]:
-        """Send the experts' results back and sum those of each token: tokens_TD."""
+        """Send the experts' outputs back and return their sum for each token, [T, D]."""
         ...
 
     def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[Layout]) -> AsyncWork[Tensor]:
-        """Gradient of combine: each row receives its token's gradient: grad_RD."""
+        """Return the gradient of combine, [R, D]: each row receives the gradient of its token."""
         ...
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[Layout]
     ) -> AsyncWork[tuple[Tensor, Tensor]]:
-        """Gradient of dispatch: (grad_TD, summed over each token's rows, and grad_weights_TK)."""
+        """Return the gradients of dispatch: grad_TD, summed over each token's rows, and grad_weights_TK."""
         ...

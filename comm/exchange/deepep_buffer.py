@@ -1,8 +1,8 @@
-"""The size of DeepEP's communication buffer, by the formula of its own source. Not yet run on hardware.
+"""Size of DeepEP's communication buffer, by the formula of its source. Not yet run on hardware.
 
 Source: DeepEP 2.1.0 at commit dd758ca, `ElasticBuffer::calculate_buffer_size` (csrc/elastic/buffer.hpp), `TokenLayout`
 and `WorkspaceLayout` (deep_ep/include/deep_ep/common/layout.cuh), for its defaults `allow_hybrid_mode=True` and
-`allow_multiple_reduction=True`. NCCL registers the buffer as a window, so no allocator of torch sees it.
+`allow_multiple_reduction=True`. NCCL registers the buffer as a window, so torch's allocator does not count it.
 """
 
 from __future__ import annotations
@@ -10,66 +10,68 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _ROW_STEP = 32
-"""Bytes to which each part of a row is rounded up, for TMA."""
+"""Alignment of each part of a row in bytes, for TMA."""
 _BUFFER_STEP = 2**21
-"""Bytes to which buffer and workspace are rounded up."""
+"""Alignment of buffer and workspace in bytes."""
 _CHANNELS = 8 * 160
-"""The most channels: 8 on each of 160 SMs. Rows on their way between nodes have a slot more for each."""
+"""Most channels: 8 on each of 160 SMs. The buffers between nodes have one more slot for each."""
 _RANKS, _EXPERTS, _SESSIONS = 1024, 2048, 33
-"""What the workspace has counters for, whatever is asked: ranks, experts, and gatherings under way with one more."""
+"""Fixed sizes of the workspace's counters: ranks, experts, concurrent all-gathers plus one."""
 
 
 @dataclass(frozen=True)
 class DeepEPBufferShape:
-    """What DeepEP's buffers are made for; every rank of a group has to say the same."""
+    """Sizes that DeepEP's buffers are allocated for; equal on every rank of a group."""
 
     max_tokens_per_rank: int
-    """The most that one rank dispatches at once."""
+    """Most tokens that one rank dispatches in one call."""
     hidden_size: int
     top_k: int
 
 
 def deepep_buffer_bytes(shape: DeepEPBufferShape, nodes: int, ranks_per_node: int, *, fp8_dispatch: bool) -> int:
-    """Return the bytes that one rank's buffer and workspace take of its GPU.
-
-    The buffer serves a dispatch or a combine, whichever needs more. For DeepSeek-V3 (4096 tokens of 7168, top-8, 8
-    nodes of 8) that is a combine: 3.77 GB in which the ranks of a node receive, 0.47 GB to receive from other nodes,
-    and 0.62 GB to send to them.
-    """
+    """Return the bytes of GPU memory of one rank's buffer and workspace."""
+    # Dispatch and combine share the buffer, so the larger one counts. For DeepSeek-V3 (4096 tokens of 7168, top-8,
+    # 8 nodes of 8) that is combine: 3.77 GB to receive inside the node, 0.47 GB to receive from other nodes and 0.62 GB
+    # to send to them.
     dispatched, combined = _dispatched_row(shape, fp8=fp8_dispatch), _combined_row(shape)
     if nodes == 1:
         dispatch = ranks_per_node * shape.max_tokens_per_rank * dispatched
         combine = min(ranks_per_node, shape.top_k) * shape.max_tokens_per_rank * combined
     else:
-        of_node = nodes * shape.max_tokens_per_rank
+        rail_tokens = nodes * shape.max_tokens_per_rank
         dispatch = (
-            ranks_per_node * of_node + shape.max_tokens_per_rank + nodes * (shape.max_tokens_per_rank + _CHANNELS)
+            ranks_per_node * rail_tokens + shape.max_tokens_per_rank + nodes * (shape.max_tokens_per_rank + _CHANNELS)
         ) * dispatched
-        inside, between = min(ranks_per_node, shape.top_k), min(nodes, shape.top_k)
+        # Combine sums on the way: a token's results arrive from at most K ranks of a node and from at most K nodes.
+        ranks_reduced, nodes_reduced = min(ranks_per_node, shape.top_k), min(nodes, shape.top_k)
         combine = (
-            inside * of_node + between * shape.max_tokens_per_rank + nodes * (shape.max_tokens_per_rank + _CHANNELS)
+            ranks_reduced * rail_tokens
+            + nodes_reduced * shape.max_tokens_per_rank
+            + nodes * (shape.max_tokens_per_rank + _CHANNELS)
         ) * combined
-    return _up(max(dispatch, combine), _BUFFER_STEP) + _up(_workspace(), _BUFFER_STEP)
+    return _round_up(max(dispatch, combine), _BUFFER_STEP) + _round_up(_workspace(), _BUFFER_STEP)
 
 
 def _dispatched_row(shape: DeepEPBufferShape, *, fp8: bool) -> int:
-    """Values; in FP8 an FP32 scale for each 32, more than are sent; of each expert index, gate and slot; the source."""
+    """Return the bytes of a dispatched row: values, scales, the index, gate and slot of each expert, the source."""
+    # DeepEP reserves an FP32 scale for each 32 values; ours are one byte for each 128.
     values = shape.hidden_size * (1 if fp8 else 2)
     scales = -(-shape.hidden_size // 32) * 4 if fp8 else 0
-    return _up(values, _ROW_STEP) + _up(scales, _ROW_STEP) + _up(shape.top_k * 12 + 4, _ROW_STEP)
+    return _round_up(values, _ROW_STEP) + _round_up(scales, _ROW_STEP) + _round_up(shape.top_k * 12 + 4, _ROW_STEP)
 
 
 def _combined_row(shape: DeepEPBufferShape) -> int:
-    """Values in BF16; of each expert index and gate."""
-    return _up(shape.hidden_size * 2, _ROW_STEP) + _up(shape.top_k * 8, _ROW_STEP)
+    """Return the bytes of a combined row: BF16 values, and index and gate of each expert."""
+    return _round_up(shape.hidden_size * 2, _ROW_STEP) + _round_up(shape.top_k * 8, _ROW_STEP)
 
 
 def _workspace() -> int:
-    """Counters and signals: within a node in 64 bits, between nodes in 32, and one of each a channel and rank."""
+    """Return the bytes of counters and signals: 64 bits inside a node, 32 between nodes, per channel and rank."""
     both = _RANKS + _EXPERTS
     counts = both * 8 + 2 * both * 8 + _RANKS * 4 + 2 * both * 4
     return 16 + counts + _RANKS * _CHANNELS * (8 + 4) + 32 + _SESSIONS * _RANKS * 4
 
 
-def _up(size: int, step: int) -> int:
+def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step

@@ -1,7 +1,7 @@
-"""Whether DeepEP imports here: tried in a child process, because its import loads libraries and may end the process.
+"""Probe of DeepEP's import in a child process, because the import loads libraries and may end the process.
 
-What it asserts (deep_ep/__init__.py of 2.1.0): one libnccl is mapped, and it is byte for byte the one that DeepEP was
-built with. It compiles kernels with nvcc when they are first used, so that has to be here too. Not yet run on hardware.
+The import asserts (deep_ep/__init__.py of 2.1.0) that exactly one libnccl is mapped, and that it is byte for byte the
+one that DeepEP was built with. Not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from collections.abc import Mapping
 from functools import cache
 
 IMPORT_TIMEOUT_SECONDS = 120.0
-"""Torch and DeepEP from a file system that a whole cluster reads at once."""
+"""Longest time of the import: torch and DeepEP from a file system that a whole cluster reads at the same time."""
 
-# torch first, as in a rank: its libnccl is then the one that is mapped.
+# torch first, as in a rank: its libnccl is then the one that is mapped. DeepEP compiles kernels at their first use, so
+# a missing nvcc would else stop the first step.
 _PROGRAM = """
 import os, torch, deep_ep
 deep_ep.ElasticBuffer
 nvcc = os.environ.get("EP_JIT_NVCC_COMPILER") or os.path.join(deep_ep.find_cuda_home(), "bin", "nvcc")
 if not os.path.exists(nvcc):
-    raise SystemExit(f"it compiles its kernels at run time, and {nvcc} is not there")
+    raise SystemExit(f"it compiles its kernels at run time, and {nvcc} does not exist")
 """
 
 
 def probe_deepep_import(
     environment: Mapping[str, str] | None = None, timeout_seconds: float = IMPORT_TIMEOUT_SECONDS
 ) -> str | None:
-    """Return the last line that importing DeepEP prints as it fails; None where it succeeds.
+    """Return the last line of error of a failed import of DeepEP; None if it succeeds.
 
-    `environment` is that of a rank; None: as this process. A child that takes longer than `seconds` is killed. The
-    answer is kept for the life of this process.
+    `environment` is that of a rank; None is that of this process. A child that takes longer than `timeout_seconds` is
+    killed. The answer is cached.
     """
     described = dict(os.environ if environment is None else environment)
     return _outcome(tuple(sorted(described.items())), timeout_seconds)
@@ -45,7 +46,7 @@ def _outcome(environment: tuple[tuple[str, str], ...], seconds: float) -> str | 
             command, env=dict(environment), capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"it has not ended after {seconds:g} s"
+        return f"it did not finish within {seconds:g} s"
     if child.returncode == 0:
         return None
     lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]

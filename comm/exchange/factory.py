@@ -1,4 +1,4 @@
-"""The exchange that a configuration names."""
+"""Construction of the token dispatcher that a configuration names."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def build_token_exchange(
     traffic: TrafficCounter,
     deepep_shape: DeepEPBufferShape | None = None,
 ) -> TokenExchange[Any]:
-    """The exchange between the `experts` of one layer over the expert-parallel group of this rank.
+    """Return the token dispatcher for layers of `num_experts` experts. Collective over the expert-parallel group.
 
-    Only `deepep` needs to know beforehand what it will carry, the `shape`. Opening it is collective.
+    Only `deepep` needs `deepep_shape`: it allocates its buffers here.
     """
     if config.name == "deepep":
         assert deepep_shape is not None

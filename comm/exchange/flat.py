@@ -1,8 +1,8 @@
-"""The baseline and the oracle: one all-to-all in which every (token, expert) copy crosses the wire.
+"""Reference token dispatcher: one all-to-all in which every (token, expert) copy crosses the wire.
 
-Letters: T tokens of this rank, K experts a token, D hidden width, E experts in all, L experts on this rank, P ranks of
-the group, N = T·K copies sent by this rank, R rows received by it, A rows in the order in which they arrive, W numbers
-beside a row.
+Letters: T local tokens, K experts per token, D hidden size, E experts in all, L experts on this rank, P ranks of the
+group, M nodes, N = T·K copies sent by this rank, R rows received by it, A rows in order of arrival, W numbers of
+metadata per row, B bytes of a message.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unp
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Where each copy went."""
+    """Layout of one dispatch: the rank, row and expert of each copy."""
 
     to_experts: Permutation
-    """Tokens to their copies, by expert, so by rank too."""
+    """Permutation of tokens to their copies, sorted by expert and therefore by rank."""
     all_to_all_stage: AllToAllStage
     choice_of_copy_N: Tensor
-    """Which of all T·K choices each copy is."""
+    """Index of each copy among all T·K choices."""
     sort_by_expert: Permutation
-    """Rows arrive by rank, then expert, and are kept by expert, then rank: each arrives once and is kept once."""
+    """Permutation of rows from order of arrival (by rank, then expert) to order by expert, then rank."""
     top_k: int
 
 
 class FlatExchange:
-    """`TokenExchange` over one expert-parallel group. Expert e lives on rank e // L of the group."""
+    """`TokenExchange` over one expert-parallel group. Expert e is on rank e // L of the group."""
 
     def __init__(
         self,
@@ -74,16 +74,18 @@ class FlatExchange:
             return lambda: second(received_PL, numbers.wait())
 
         def second(received_PL: Tensor, numbers: Tensor) -> DispatchedTokens[FlatLayout]:
-            layout, rows_per_expert_L, visits = self._plan(experts_TK, received_PL, numbers.tolist())
+            layout, rows_per_expert_L, token_counts = self._plan(experts_TK, received_PL, numbers.tolist())
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
             wire = RowCodec(WireFormat(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
             if keep_quantized and wire.format is WireFormat.FP8 and not layout.all_to_all_stage.is_local:
-                tiles, weights_R1 = self._tiles(call, wire, tokens_TD, layout, weights_N1)
-                rows_RD = nan_placeholder(tiles.values_XD, wire.dtype)
+                quantized, weights_R1 = self._dispatch_quantized(call, wire, tokens_TD, layout, weights_N1)
+                rows_RD = nan_placeholder(quantized.values_XD, wire.dtype)
             else:
-                tiles = None
-                rows_RD, weights_R1 = self._forth(call, wire, tokens_TD, layout, weights_N1)
-            return DispatchedTokens(rows_RD, weights_R1.flatten(), rows_per_expert_L, visits, label, layout, tiles)
+                quantized = None
+                rows_RD, weights_R1 = self._dispatch_rows(call, wire, tokens_TD, layout, weights_N1)
+            return DispatchedTokens(
+                rows_RD, weights_R1.flatten(), rows_per_expert_L, token_counts, label, layout, quantized
+            )
 
         return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
 
@@ -92,7 +94,7 @@ class FlatExchange:
         call = ExchangeCall("combine", received.label)
 
         def work() -> Tensor:
-            return self._back(call, self._config.combine, rows_RD, received.layout, empty_metadata(rows_RD))[0]
+            return self._combine_rows(call, self._config.combine, rows_RD, received.layout, empty_metadata(rows_RD))[0]
 
         return self._worker.submit(str(call), work, (rows_RD,))
 
@@ -102,7 +104,7 @@ class FlatExchange:
 
         def work() -> Tensor:
             wire = RowCodec(WireFormat(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
-            return self._forth(call, wire, grad_TD, layout, empty_metadata(layout.choice_of_copy_N))[0]
+            return self._dispatch_rows(call, wire, grad_TD, layout, empty_metadata(layout.choice_of_copy_N))[0]
 
         return self._worker.submit(str(call), work, (grad_TD,))
 
@@ -113,8 +115,8 @@ class FlatExchange:
         call, layout = ExchangeCall("dispatch_backward", received.label), received.layout
 
         def work() -> tuple[Tensor, Tensor]:
-            beside_R1 = grad_weights_R[:, None]
-            grad_TD, grad_N1 = self._back(call, self._config.dispatch_backward, grad_RD, layout, beside_R1)
+            metadata_R1 = grad_weights_R[:, None]
+            grad_TD, grad_N1 = self._combine_rows(call, self._config.dispatch_backward, grad_RD, layout, metadata_R1)
             grad_weights_TK = torch.empty_like(grad_N1)
             grad_weights_TK[layout.choice_of_copy_N] = grad_N1
             return grad_TD, grad_weights_TK.view(-1, layout.top_k)
@@ -122,7 +124,7 @@ class FlatExchange:
         return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
 
     def _exchange_sizes(self, call: ExchangeCall, experts_TK: Tensor) -> tuple[Tensor, AsyncHostCopy]:
-        """Rows that each rank sends to each expert here, and on their way to the host the sums that `_plan` needs."""
+        """Return the rows from each rank for each local expert, [P, L], and a host copy of the sums for `_plan`."""
         ranks = self._group.size
         sent_PL = bincount_on_device(experts_TK, self._experts).view(ranks, -1)
         received_PL = torch.empty_like(sent_PL)
@@ -130,19 +132,21 @@ class FlatExchange:
         self._traffic.count_metadata("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
         self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
 
-        visits_TP = build_destination_mask(experts_TK // sent_PL.shape[1], ranks)
-        visits_TM = visits_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
-        sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), visits_TP.sum(), visits_TM.sum())
+        mask_TP = build_destination_mask(experts_TK // sent_PL.shape[1], ranks)
+        mask_TM = mask_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
+        sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), mask_TP.sum(), mask_TM.sum())
+        # One copy of all sums: each read on the host makes it wait for the device, so a dispatch has one.
         return received_PL, self._worker.copy_to_host_async(torch.cat([x.reshape(-1) for x in sums]))
 
     def _plan(
         self, experts_TK: Tensor, received_PL: Tensor, numbers: list[int]
     ) -> tuple[FlatLayout, tuple[int, ...], TokenCounts]:
-        """From the sizes everything that the four operations need."""
+        """Return the layout, the rows per local expert and the token counts, from the exchanged sizes."""
         ranks, (tokens, top_k) = self._group.size, experts_TK.shape
         sent_P, received_P = numbers[:ranks], numbers[ranks : 2 * ranks]
-        rows_per_expert_L, (rank_visits, node_visits) = numbers[2 * ranks : -2], numbers[-2:]
+        rows_per_expert_L, (rank_pairs, node_pairs) = numbers[2 * ranks : -2], numbers[-2:]
 
+        # Stable: copies for one expert keep the order of tokens, so that sums have the same bits in every run.
         choice_of_copy_N = torch.argsort(experts_TK.reshape(-1), stable=True)
         wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
@@ -152,53 +156,57 @@ class FlatExchange:
             sort_by_expert=Permutation.from_row_indices(wire_of_row_R, torch.ones_like(wire_of_row_R)),
             top_k=top_k,
         )
-        return layout, tuple(rows_per_expert_L), TokenCounts(tokens, tokens * top_k, rank_visits, node_visits)
+        return layout, tuple(rows_per_expert_L), TokenCounts(tokens, tokens * top_k, rank_pairs, node_pairs)
 
-    def _forth(
-        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    def _dispatch_rows(
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, metadata_NW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens to rows by expert; what travels beside each copy to what came beside each row."""
+        """Send tokens to the experts; return rows and metadata sorted by expert."""
         if layout.all_to_all_stage.is_local:  # already by expert
-            return layout.to_experts.permute(tokens_TD), beside_NW
-        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
-        payload_RB, beside_RW = unpack_columns(
-            layout.sort_by_expert.permute(message_AB), wire.message_columns(beside_NW)
+            return layout.to_experts.permute(tokens_TD), metadata_NW
+        message_AB = self._send_tokens(call, wire, tokens_TD, layout, metadata_NW)
+        payload_RB, metadata_RW = unpack_columns(
+            layout.sort_by_expert.permute(message_AB), wire.message_columns(metadata_NW)
         )
-        return wire.decode(payload_RB), beside_RW
+        return wire.decode(payload_RB), metadata_RW
 
-    def _tiles(
-        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    def _dispatch_quantized(
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, metadata_NW: Tensor
     ) -> tuple[QuantizedRows, Tensor]:
-        """The same, the rows as they crossed."""
-        message_AB = self._send(call, wire, tokens_TD, layout, beside_NW)
-        beside_AW = unpack_column(message_AB, wire.message_columns(beside_NW), 1)
+        """Send tokens to the experts; return the rows in FP8, without dequantizing them, and the metadata."""
+        message_AB = self._send_tokens(call, wire, tokens_TD, layout, metadata_NW)
+        metadata_AW = unpack_column(message_AB, wire.message_columns(metadata_NW), 1)
         return wire.unpack_quantized(message_AB, layout.sort_by_expert.permute), layout.sort_by_expert.permute(
-            beside_AW
+            metadata_AW
         )
 
-    def _send(
-        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, beside_NW: Tensor
+    def _send_tokens(
+        self, call: ExchangeCall, wire: RowCodec, tokens_TD: Tensor, layout: FlatLayout, metadata_NW: Tensor
     ) -> Tensor:
-        """Messages in the order in which they arrive, [A, B]."""
-        message_NB = pack_columns(layout.to_experts.permute(wire.encode(tokens_TD)), beside_NW)
+        """Send tokens and metadata; return the messages in order of arrival, [A, B]."""
+        # Tokens are encoded before they are copied: quantizing T rows costs less than quantizing T·K.
+        message_NB = pack_columns(layout.to_experts.permute(wire.encode(tokens_TD)), metadata_NW)
         return layout.all_to_all_stage.dispatch(call, message_NB, wire.payload_bytes_per_row)
 
-    def _back(
-        self, call: ExchangeCall, form: str, rows_RD: Tensor, layout: FlatLayout, beside_RW: Tensor
+    def _combine_rows(
+        self, call: ExchangeCall, format_name: str, rows_RD: Tensor, layout: FlatLayout, metadata_RW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows by expert to the sum of each token's; what travels beside each row to what came beside each copy."""
+        """Send rows and metadata back; return the sum of each token's rows and the metadata of each copy."""
         if layout.all_to_all_stage.is_local:
-            return layout.to_experts.unpermute_and_sum(rows_RD).to(rows_RD.dtype), beside_RW
-        wire = RowCodec(WireFormat(form), rows_RD.shape[1], rows_RD.dtype)
-        message_AB = pack_columns(wire.encode(rows_RD), beside_RW).index_select(0, layout.sort_by_expert.copy_of_slot_C)
+            return layout.to_experts.unpermute_and_sum(rows_RD).to(rows_RD.dtype), metadata_RW
+        wire = RowCodec(WireFormat(format_name), rows_RD.shape[1], rows_RD.dtype)
+        message_AB = pack_columns(wire.encode(rows_RD), metadata_RW).index_select(
+            0, layout.sort_by_expert.copy_of_slot_C
+        )
         message_NB = layout.all_to_all_stage.combine(call, message_AB, wire.payload_bytes_per_row)
-        payload_NB, beside_NW = unpack_columns(message_NB, wire.message_columns(beside_RW))
-        return layout.to_experts.unpermute_and_sum(wire.decode(payload_NB)).to(rows_RD.dtype), beside_NW
+        payload_NB, metadata_NW = unpack_columns(message_NB, wire.message_columns(metadata_RW))
+        return layout.to_experts.unpermute_and_sum(wire.decode(payload_NB)).to(rows_RD.dtype), metadata_NW
 
 
 def _rows_by_expert(received_PL: Tensor, rows: int) -> Tensor:
-    """Wire positions (by rank, then expert) in the order by expert, then rank."""
+    """Return the positions of arrival (by rank, then expert), sorted by expert, then rank."""
     ranks, local_experts = received_PL.shape
     segments = torch.arange(ranks * local_experts, device=received_PL.device)
+    # `output_size` is known: without it the host would wait for the device to learn the length.
     segment_of_wire_A = segments.repeat_interleave(received_PL.reshape(-1), output_size=rows)
     return torch.argsort(segment_of_wire_A % local_experts, stable=True)

@@ -1,8 +1,8 @@
-"""Where rows go: which copies are made of each, how many to whom, and the way back. Integers only, no row is touched.
+"""Gather and scatter indices of a token dispatch, and the row counts of its all-to-alls.
 
-Everything is vectorized and exact (int64); a layout made for dispatch serves the three operations that follow.
+The permutations of a dispatch serve the three operations that follow it.
 
-Letters: T tokens, K experts a token, X rows, M members (nodes, or ranks), C copies.
+Letters: T tokens, K experts per token, X rows, M members (nodes, or ranks), C copies, B bytes of a message.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from ..traffic import TrafficCounter
 
 @dataclass(frozen=True)
 class Permutation:
-    """Some copies of each row, in the order in which they are sent, and their sums back in the order of the rows."""
+    """Gather indices of copies of rows in sending order, and the scatter indices that sum them back."""
 
     row_of_copy_C: Tensor
     copy_of_slot_C: Tensor
-    """The copies again, sorted by row: the copies of one row stand in neighboring slots."""
+    """Indices of the copies sorted by row: those of one row are in neighboring slots."""
     first_slot_X: Tensor
 
     @staticmethod
     def from_row_indices(row_of_copy_C: Tensor, copies_of_row_X: Tensor) -> Permutation:
-        """A fan of the copies in sending order; `copies_of_row_X` counts those of each row, 0 too."""
+        """Build from the row of each copy in sending order and the number of copies of each row, which may be 0."""
+        # Stable: the copies of a row keep their order, so that their sum has the same bits in every run.
         return Permutation(
             row_of_copy_C=row_of_copy_C,
             copy_of_slot_C=torch.argsort(row_of_copy_C, stable=True),
@@ -37,20 +38,20 @@ class Permutation:
         )
 
     @staticmethod
-    def from_destination_mask(visits_XM: Tensor, copies: int) -> Permutation:
-        """One copy for each member that a row visits (bool), by member, then row. `copies` is how many there are."""
-        row_of_copy_C = torch.nonzero_static(visits_XM.T, size=copies)[:, 1]
-        return Permutation.from_row_indices(row_of_copy_C, visits_XM.sum(dim=1))
+    def from_destination_mask(mask_XM: Tensor, copies: int) -> Permutation:
+        """Build one copy for each true entry of `mask_XM`, sorted by member, then row; `copies` is their number."""
+        # `nonzero_static` with a known size: plain `nonzero` makes the host wait for the device.
+        row_of_copy_C = torch.nonzero_static(mask_XM.T, size=copies)[:, 1]
+        return Permutation.from_row_indices(row_of_copy_C, mask_XM.sum(dim=1))
 
     def permute(self, rows: Tensor) -> Tensor:
-        """[X, any] to [C, any]."""
+        """Copy rows [X, any] to [C, any] in sending order."""
         return rows.index_select(0, self.row_of_copy_C)
 
     def unpermute_and_sum(self, copies: Tensor) -> Tensor:
-        """[C, any] to [X, any]: the sum of each row's copies, in one order always; FP32 at least, unlike what it sums.
-
-        A row without copies is zero.
-        """
+        """Sum the copies [C, any] of each row to [X, any] in FP32 at least; a row without copies is zero."""
+        # BF16 sums of up to 8 expert outputs would lose bits. `embedding_bag` sums in a fixed order; `index_add_` on a
+        # GPU uses atomics, whose order changes from run to run.
         wide = copies.to(torch.promote_types(copies.dtype, torch.float32))
         if not wide.numel():
             return wide.new_zeros((len(self.first_slot_X), *copies.shape[1:]))
@@ -59,7 +60,7 @@ class Permutation:
 
 @dataclass(frozen=True)
 class AllToAllStage:
-    """One all-to-all, forth and back: how many rows this rank sends to and receives from each rank of a group."""
+    """One all-to-all over a group: the rows that this rank sends to and receives from each rank in a dispatch."""
 
     group: Group
     traffic: TrafficCounter
@@ -68,15 +69,15 @@ class AllToAllStage:
 
     @property
     def is_local(self) -> bool:
-        """Whether the group is this rank alone, and nothing moves."""
+        """True if the group is this rank alone: no bytes move."""
         return self.group.size == 1
 
     def dispatch(self, call: ExchangeCall, messages_XB: Tensor, payload: int) -> Tensor:
-        """uint8 [rows sent, bytes] to [rows received, bytes]; the first `payload` bytes of each are its row."""
+        """Exchange messages, uint8 [rows sent, B] to [rows received, B]; the first `payload` bytes are the row."""
         return self._move(call, messages_XB, payload, self.send_counts_M, self.receive_counts_M)
 
     def combine(self, call: ExchangeCall, messages_XB: Tensor, payload: int) -> Tensor:
-        """The same in the opposite direction."""
+        """Exchange messages in the opposite direction of `dispatch`."""
         return self._move(call, messages_XB, payload, self.receive_counts_M, self.send_counts_M)
 
     def _move(
@@ -98,13 +99,13 @@ class AllToAllStage:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What the routing of one layer's tokens means for the wires, over the tokens of this rank, padding included."""
+    """Numbers of pairs that one layer's routing sends, over the tokens of this rank, padding included."""
 
     tokens: int
     token_expert_pairs: int
     """(token, expert) pairs."""
     token_rank_pairs: int
-    """(token, rank) pairs: at least one expert of the token lives there."""
+    """(token, rank) pairs: the rank holds at least one expert of the token."""
     token_node_pairs: int
     """(token, node) pairs."""
 
@@ -112,7 +113,7 @@ class TokenCounts:
         return TokenCounts(*(a + b for a, b in zip(self.as_tuple(), other.as_tuple(), strict=True)))
 
     def as_tuple(self) -> tuple[int, int, int, int]:
-        """As plain numbers, to be summed over ranks."""
+        """Return the counts as plain numbers, which are summed over ranks."""
         return self.tokens, self.token_expert_pairs, self.token_rank_pairs, self.token_node_pairs
 
 
@@ -120,13 +121,15 @@ ZERO_TOKEN_COUNTS = TokenCounts(0, 0, 0, 0)
 
 
 def build_destination_mask(member_of_choice_TK: Tensor, members: int) -> Tensor:
-    """bool [T, M]: which members hold one of the token's choices or more. A negative choice is at none of them."""
+    """Return bool [T, M]: true where a member holds one of the token's choices. Negative choices are ignored."""
+    # Negative choices go to an extra column, which is cut off: a boolean index would make the host wait for the device.
     extra = member_of_choice_TK.masked_fill(member_of_choice_TK < 0, members)
-    visits_TM = torch.zeros((len(extra), members + 1), dtype=torch.bool, device=extra.device)
-    return visits_TM.scatter_(1, extra, True)[:, :members]
+    mask_TM = torch.zeros((len(extra), members + 1), dtype=torch.bool, device=extra.device)
+    return mask_TM.scatter_(1, extra, True)[:, :members]
 
 
 def bincount_on_device(choices: Tensor, bins: int) -> Tensor:
-    """int64 [bins]: how often each number from 0 occurs. Unlike `torch.bincount` it never waits for a GPU."""
+    """Return int64 [bins]: how often each number from 0 occurs."""
+    # `torch.bincount` reads the largest number on the host, which waits for the device.
     flat = choices.flatten()
     return torch.zeros(bins, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))

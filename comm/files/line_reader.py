@@ -1,4 +1,4 @@
-"""Files of whole lines: a crash may leave half a line at the end, and it must neither be read nor be built upon."""
+"""Reading of line files: a crash may leave a partial last line, which is neither read nor appended to."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _CHUNK_BYTES = 64 * 1024
 
 
 def truncate_partial_line(path: Path) -> None:
-    """Cut what follows the last newline of the file at `path`, the remains of a write that a crash ended.
+    """Remove what follows the last newline of the file at `path`: a write that a crash interrupted.
 
-    A file without a newline becomes empty; a file that does not exist stays away. Raises `ConfigError` for more remains
-    than `MAX_LINE_BYTES`: no write was that long, so that something else has damaged the file.
+    A file without a newline becomes empty; a missing file is ignored. Raises `ConfigError` if more than
+    `MAX_LINE_BYTES` follow.
     """
     if not path.exists():
         return
     with path.open("rb+") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end > 0:
+            # No write is that long, so something else has damaged the file, and cutting it would lose data.
             if size - end > MAX_LINE_BYTES:
                 hint = f"ends in more than {MAX_LINE_BYTES} bytes without a newline; restore the file"
                 raise ConfigError([Problem(str(path), size, hint)])
@@ -37,7 +38,7 @@ def truncate_partial_line(path: Path) -> None:
 
 
 def count_lines(path: Path) -> int:
-    """Return how many whole lines the file at `path` has. Raises `ConfigError` where it cannot be read."""
+    """Return the number of whole lines of the file at `path`. Raises `ConfigError` if it cannot be read."""
     with config_error_context(path, "restore it"), open_regular_file(path) as file:
         return sum(chunk.count(b"\n") for chunk in read_line_blocks(file))
 
@@ -48,25 +49,23 @@ def read_complete_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class FileReplacedError(Exception):
-    """A file that only ever grows is another one now: its reader has to begin anew."""
+    """A growing file was truncated or replaced; its reader must start again."""
 
 
 class LineReader:
     """Reads the whole lines of a file while it grows."""
 
     def __init__(self, path: Path, position: int = 0) -> None:
-        """Begin at byte `position`, where a line begins, with the number 1."""
+        """Start at byte `position`, the begin of a line, which gets the number 1."""
         self._path = path
         self._position = position
         self._number = 0
         self._inode: int | None = None
 
     def read_new_lines(self) -> Iterator[tuple[int, str]]:
-        """Yield (line number from 1, line without its newline) of what has come since.
+        """Yield (line number from 1, line without its newline) of the lines appended since the last call.
 
-        Raises `FileReplacedError`, and `Malformed` and `OSError` for what is no file of lines.
-
-        A byte that is no UTF-8 stands as half of a surrogate pair, so that whoever reads the line can name it.
+        Raises `FileReplacedError`, `MalformedFileError` and `OSError`.
         """
         with open_regular_file(self._path) as file:
             status = os.fstat(file.fileno())
@@ -75,8 +74,9 @@ class LineReader:
             self._inode = status.st_ino
             file.seek(self._position)
             for line in read_bounded_lines(file):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):  # still being written: its rest comes with the next call
                     return
                 self._position += len(line)
                 self._number += 1
+                # Bytes that are not UTF-8 are kept as surrogates, so that the parser's error can show them.
                 yield self._number, line[:-1].decode(errors="surrogateescape")

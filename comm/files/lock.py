@@ -1,4 +1,4 @@
-"""One writer a file: a lock that the kernel lets go of when its holder ends, however it ends."""
+"""Exclusive file lock: one writer per file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from ..errors import ConfigError, Problem
 def acquire_exclusive_lock(descriptor: int, field: str, value: str | None, held_hint: str) -> None:
     """Lock an open file for this process until it is closed.
 
-    Raises `ConfigError` about `field` and its `value`, in the words `held` where another process has the lock, and if
-    the file system has no locks, so that nothing would keep two runs from writing the same files.
+    Raises `ConfigError` about `field` and `value`: with `held_hint` if another process has the lock, or if the file
+    system has no locks.
     """
+    # The kernel releases a flock when its holder ends, however it ends; a lock file would stay after a kill.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError([Problem(field, value, held_hint)]) from error
     except OSError as error:
         hint = (
-            f"cannot be locked ({error.strerror}), so two runs could write into it at once; use a file system with "
+            f"cannot be locked ({error.strerror}), so two runs could write into it; use a file system with "
             "flock (Lustre: mount it with -o flock), or name another training.run_dir"
         )
         raise ConfigError([Problem(field, value, hint)]) from error

@@ -1,7 +1,7 @@
-"""Strict readers of what others have written: JSON of bounded depth, values of one type and a known range.
+"""Strict JSON reader: bounded depth, values of one type and a known range.
 
-No fraction, boolean or quoted number is a whole number, no key stands twice, and a number is finite. Whatever does not
-fit is `MalformedFileError`, which says where in the file, what stands there, and what must.
+A fraction, boolean or quoted number is not an integer, no key occurs twice, and numbers are finite. Anything else
+raises `MalformedFileError` with the location, the value and what it must be.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ..errors import Problem, escape_unprintable
 T = TypeVar("T")
 
 MAX_INTEGER = 2**63 - 1
-"""Of a whole number: what every reader of JSON, numpy and torch hold without loss."""
+"""Largest integer: JSON readers, numpy and torch hold it without loss."""
 MAX_DEPTH = 64
-"""Of JSON, lists and mappings inside each other. Files of ours have up to 8; recursion in Python ends near 1,000."""
+"""Deepest nesting of lists and mappings. Files of this project have up to 8; Python's recursion ends near 1,000."""
 _HEX = frozenset("0123456789abcdef")
 _SHOWN = 100
-"""Characters of a value in a message."""
+"""Most characters of a value in a message."""
 
 
 class MalformedFileError(ValueError):
-    """A file that does not hold what it must. `where` is the place inside the file; empty for the file as a whole."""
+    """A file with invalid content. `location` is the place inside the file; empty for the file as a whole."""
 
     def __init__(self, location: str, value: object, hint: str) -> None:
         self.location, self.value, self.hint = location, shorten_for_message(value), hint
@@ -40,7 +40,7 @@ class MalformedFileError(ValueError):
         super().__init__(f"{place} = {self.value!r}: {words}" if place else f"{words} ({self.value!r})")
 
     def to_problem(self, file: Path | str, fix: str) -> Problem:
-        """The problem of `file`; `fix` says what to do about it."""
+        """Return the problem of `file`; `fix` says what to do about it."""
         field = f"{file}: {self.location}" if self.location else str(file)
         return Problem(field, self.value, f"{self.hint}; {fix}")
 
@@ -59,7 +59,7 @@ class UnsupportedFormatError(MalformedFileError):
 
 
 def shorten_for_message(value: object) -> object:
-    """`value`, or the beginning of its text where that is long."""
+    """Return `value`, or the beginning of its text if that is long."""
     if isinstance(value, str):
         return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
     text = repr(value)
@@ -67,7 +67,7 @@ def shorten_for_message(value: object) -> object:
 
 
 def parse_json(raw: bytes | str) -> JsonValue:
-    """The tree that `raw` holds. Raises `MalformedFileError` for anything but JSON in UTF-8 without NaN or a key twice."""
+    """Parse JSON. Raises `MalformedFileError` for anything but UTF-8 without NaN, infinity or a repeated key."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -83,6 +83,7 @@ def parse_json(raw: bytes | str) -> JsonValue:
         raise MalformedFileError("", text[:20], f"is nested more than {MAX_DEPTH} deep") from error
     except ValueError as error:
         raise MalformedFileError("", text[:_SHOWN], f"is not JSON: {error}") from error
+    # Cheap tests first: a text with at most 64 brackets cannot be too deep, as most records of a line file.
     if text.count("{") + text.count("[") > MAX_DEPTH:
         _refuse_depth(tree)
     if "\\ud" in text or "\\uD" in text:
@@ -96,13 +97,13 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, value in pairs:
             if key in seen:
-                raise MalformedFileError(key, value, "stands there twice")
+                raise MalformedFileError(key, value, "is a repeated key")
             seen.add(key)
     return tree
 
 
 def _no_number(name: str) -> float:
-    raise MalformedFileError("", name, "is not JSON: no number is NaN or infinite")
+    raise MalformedFileError("", name, "is not JSON: numbers must be finite")
 
 
 def _finite(digits: str) -> float:
@@ -116,7 +117,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number,
 
 
 def _refuse_depth(tree: object) -> None:
-    """A walk level by level: it needs no recursion itself."""
+    """Raise `MalformedFileError` for more than `MAX_DEPTH` levels, without recursion."""
     level = [tree]
     for _ in range(MAX_DEPTH):
         inner: list[object] = []
@@ -136,23 +137,24 @@ def _refuse_surrogates(tree: object) -> None:
         json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         value = error.object[max(0, error.start - 20) : error.end].encode(errors="backslashreplace").decode()
-        raise MalformedFileError("", value, "holds half of a surrogate pair, which is no character") from error
+        raise MalformedFileError("", value, "contains half of a surrogate pair, which is not a character") from error
 
 
 @dataclass(frozen=True, slots=True)
 class JsonValue:
-    """A value from a file and where it stands there; what it is asked for, it is, or it is `MalformedFileError`."""
+    """A value from a file with its location. Readers raise `MalformedFileError` for any other type or range."""
 
     value: Any
     location: str = ""
 
     def malformed_error(self, hint: str) -> MalformedFileError:
-        """An error about this value."""
+        """Return an error about this value."""
         return MalformedFileError(self.location, self.value, hint)
 
     def as_integer(self, minimum: int = 0, maximum: int = MAX_INTEGER) -> int:
-        """A whole number from `least` to `most`."""
+        """Return an integer from `minimum` to `maximum`."""
         value = self.value
+        # Not `isinstance`: in Python `True` is an integer too.
         if type(value) is not int:
             raise self.malformed_error("must be a whole number")
         if not minimum <= value <= maximum:
@@ -160,7 +162,7 @@ class JsonValue:
         return value
 
     def as_number(self, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-        """A finite number from `least` to `most`."""
+        """Return a finite number from `minimum` to `maximum`."""
         value = self.value
         if type(value) not in (int, float):
             raise self.malformed_error("must be a number")
@@ -175,31 +177,31 @@ class JsonValue:
         return found
 
     def as_string(self) -> str:
-        """Text."""
+        """Return a string."""
         if type(self.value) is not str:
             raise self.malformed_error("must be text")
         return self.value
 
     def as_boolean(self) -> bool:
-        """true or false."""
+        """Return a boolean."""
         if type(self.value) is not bool:
             raise self.malformed_error("must be true or false")
         return self.value
 
     def as_list(self) -> list[JsonValue]:
-        """The items of a list."""
+        """Return the items of a list."""
         if not isinstance(self.value, list):
             raise self.malformed_error("must be a list")
         return [JsonValue(value, f"{self.location}[{index}]") for index, value in enumerate(self.value)]
 
     def as_mapping(self) -> dict[str, Any]:
-        """The plain mapping."""
+        """Return the mapping as a plain dict."""
         if not isinstance(self.value, dict):
             raise self.malformed_error("must be a mapping of keys")
         return self.value
 
     def items(self) -> Iterable[tuple[str, JsonValue]]:
-        """Keys and values of a mapping."""
+        """Yield the keys and values of a mapping."""
         return ((key, JsonValue(value, self._under(key))) for key, value in self.as_mapping().items())
 
     def __contains__(self, key: str) -> bool:
@@ -212,43 +214,44 @@ class JsonValue:
         return JsonValue(tree[key], self._under(key))
 
     def get(self, key: str) -> JsonValue | None:
-        """The value of `key`; None where it is left out or null."""
+        """Return the value of `key`; None if it is missing or null."""
         value = self.as_mapping().get(key)
         return None if value is None else JsonValue(value, self._under(key))
 
     def reject_unknown_keys(self, keys: Iterable[str]) -> None:
-        """Refuse every key that is not among `keys`."""
+        """Raise `MalformedFileError` for a key that is not among `keys`."""
         known = frozenset(keys)
         for key, item in self.items():
             if key not in known:
-                raise item.malformed_error("is no key of this format")
+                raise item.malformed_error("is not a key of this format")
 
     def as_relative_path(self) -> str:
-        """The name of a file that lies in the folder of this one, or in a folder of that."""
+        """Return a path inside the folder of this file."""
         name = self.as_string()
+        # A file from outside must not make a reader open files elsewhere. Backslashes separate folders on Windows.
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
             raise self.malformed_error("must name a file inside the folder: relative, without ..")
         return name
 
     def as_file_name(self) -> str:
-        """The name of a file in the folder of this one."""
+        """Return the name of a file in the folder of this file."""
         name = self.as_relative_path()
         if "/" in name or len(name.encode()) > 255:
-            raise self.malformed_error("must be the name of a file in the folder, without a folder of its own")
+            raise self.malformed_error("must be the name of a file in the same folder, without a path")
         return name
 
     def as_sha256(self) -> str:
-        """A SHA-256 in hexadecimal digits."""
+        """Return a SHA-256 in hexadecimal digits."""
         found = self.as_string()
         if len(found) != 64 or not set(found) <= _HEX:
             raise self.malformed_error("must be a SHA-256: 64 hexadecimal digits")
         return found
 
     def as_dataclass(self, cls: type[T]) -> T:
-        """The dataclass `cls`, every field by its type; fields with a default may be left out, no other key may stand.
+        """Build the dataclass `cls`, reading every field by its type. Only fields with a default may be missing.
 
-        Whole numbers are at least 0.
+        Integers are at least 0. Raises `MalformedFileError`, also for a key that is not a field.
         """
         self.reject_unknown_keys(name for name, _, _ in _fields(cls))
         tree = self.as_mapping()
@@ -275,10 +278,11 @@ class JsonValue:
 
 
 def _fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Name, type and whether there is a default, of each field of a dataclass."""
+    """Return name, type and whether there is a default, for each field of a dataclass."""
     return _fields_of(cls)
 
 
+# Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
 @functools.cache
 def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
     hints = typing.get_type_hints(cls)
@@ -294,5 +298,5 @@ def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
 
 
 def wrap_mapping(tree: Mapping[str, Any], location: str = "") -> JsonValue:
-    """An item of a tree that is there already."""
+    """Wrap a mapping that is already parsed."""
     return JsonValue(dict(tree), location)

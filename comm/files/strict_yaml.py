@@ -1,4 +1,4 @@
-"""A strict reader of YAML from others: bounded in bytes, depth and what aliases unfold to."""
+"""Strict YAML reader: bounded bytes, depth and number of values after aliases are expanded."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .file_io import read_text
 from .strict_json import MAX_DEPTH, MalformedFileError
 
 MAX_YAML_BYTES = 2**18
-"""Of a file: a run's whole configuration has 5 kB, and PyYAML reads about 200 kB a second."""
+"""Largest file. A run's whole configuration has 5 kB, and PyYAML reads about 200 kB/s."""
 _MAX_NODES = 100_000
-"""With every alias written out."""
+"""Most values of a file with every alias expanded."""
 
 
 def read_yaml(path: Path, *, resolve: bool = True) -> object:
-    """The plain tree in a file, interpolations resolved or as they stand. Raises `MalformedFileError` and `OSError`."""
+    """Read a YAML file into plain values; `resolve` interpolations. Raises `MalformedFileError` and `OSError`."""
     text = read_checked_yaml_text(path)
     try:
         tree: object = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=resolve)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise MalformedFileError("", str(error), "is not YAML of a configuration") from error
+        raise MalformedFileError("", str(error), "is not a YAML configuration") from error
     except (ValueError, TypeError, OSError) as error:  # a date of no calendar, a document that is one number
-        raise MalformedFileError("", f"{type(error).__name__}: {error}", "is not YAML of a configuration") from error
+        raise MalformedFileError("", f"{type(error).__name__}: {error}", "is not a YAML configuration") from error
     except RecursionError as error:
         raise MalformedFileError("", str(path), "refers to itself") from error
     return tree
 
 
 def read_checked_yaml_text(path: Path) -> str:
-    """The text of a YAML file that can be loaded without end in sight. Raises `MalformedFileError` and `OSError`."""
+    """Return the text of a YAML file that is safe to load. Raises `MalformedFileError` and `OSError`."""
     text = read_text(path, MAX_YAML_BYTES)
     try:
         _refuse_depth(text)
@@ -49,12 +49,13 @@ def read_checked_yaml_text(path: Path) -> str:
     except ValueError as error:  # an escape of no character
         raise MalformedFileError("", str(error), "is not YAML") from error
     if root is not None:
-        _size(root, {}, ())
+        _count_nodes(root, {}, ())
     return text
 
 
 def _refuse_depth(text: str) -> None:
-    """Events come one by one, and the first that is too deep ends them; a tree would be made by recursion."""
+    """Raise `MalformedFileError` for more than `MAX_DEPTH` levels."""
+    # Events come one by one. `yaml.compose` recurses and would exceed Python's stack first.
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -68,14 +69,15 @@ def _refuse_repeats(node: yaml.MappingNode) -> None:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if key.value in keys:
-            raise MalformedFileError(f"line {key.start_mark.line + 1}", key.value, "is a key that stands there twice")
+            raise MalformedFileError(f"line {key.start_mark.line + 1}", key.value, "is a repeated key")
         keys.add(key.value)
 
 
-def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
-    """Nodes in and below `node`, one that an alias repeats counted each time."""
-    if id(node) in above:
-        raise MalformedFileError(f"line {node.start_mark.line + 1}", "*", "is an alias for what it stands in")
+def _count_nodes(node: yaml.Node, known: dict[int, int], ancestors: tuple[int, ...]) -> int:
+    """Return the number of nodes in and below `node`, counting a node again at each alias."""
+    # A few kB of nested aliases can expand to billions of values ("billion laughs").
+    if id(node) in ancestors:
+        raise MalformedFileError(f"line {node.start_mark.line + 1}", "*", "is an alias for a value that contains it")
     if id(node) not in known:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
@@ -83,8 +85,8 @@ def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int
         elif isinstance(node, yaml.MappingNode):
             _refuse_repeats(node)
             inner = [each for pair in node.value for each in pair]
-        known[id(node)] = 1 + sum(_size(each, known, (*above, id(node))) for each in inner)
+        known[id(node)] = 1 + sum(_count_nodes(each, known, (*ancestors, id(node))) for each in inner)
         if known[id(node)] > _MAX_NODES:
-            hint = f"holds more than {_MAX_NODES} values when every alias is written out"
+            hint = f"contains more than {_MAX_NODES} values when every alias is expanded"
             raise MalformedFileError(f"line {node.start_mark.line + 1}", known[id(node)], hint)
     return known[id(node)]

@@ -1,1 +1,1 @@
-"""Pipeline programs: which rank does what in which order, as data that is checked, drawn, simulated and executed."""
+"""Pipeline programs: a list of instructions per rank, which is checked, drawn, simulated and executed."""

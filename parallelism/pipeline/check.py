@@ -1,4 +1,4 @@
-"""Proves that a program computes a global batch and cannot deadlock."""
+"""Proof that a program computes a global batch and cannot deadlock."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .simulate import OpDurations, simulate_program
 
 
 def verify_program(program: PipelineProgram) -> tuple[int, ...]:
-    """Raise `InvalidProgramError` unless `program` is right; return the peak number of chunks in flight on each rank.
+    """Raise `InvalidProgramError` unless `program` is valid; return the peak number of chunks in flight on each rank.
 
     Proved: on every rank each micro-batch has one F and one B, or one I and one W, in each chunk, alone or as half of
-    an FB; every W comes after its I, in the order of the I's; what a rank hands to itself it makes before it needs it;
-    under the rendezvous model (see `edges`) every instruction gets to run. In flight is as `count_in_flight` counts it.
+    an FB; every W comes after its I, in the order of the I's; a rank produces what its other chunk needs before that;
+    under the rendezvous model (see `derive_p2p_batches`) every instruction runs. `count_in_flight` counts the chunks.
     """
     if len(program.instructions) != program.ranks:
         raise InvalidProgramError(f"{len(program.instructions)} lists of instructions for {program.ranks} ranks")
@@ -35,6 +35,8 @@ def verify_program(program: PipelineProgram) -> tuple[int, ...]:
         _check_counts(program, rank, instructions)
         _check_order(program, rank, instructions)
         _check_weight_gradients(rank, instructions)
+    # Last, because a simulation needs a complete program. It raises for a deadlock; any durations find one, since
+    # whether a batch of messages is ever matched depends on the order of instructions alone.
     simulate_program(program, OpDurations())
     return tuple(max(alive, default=0) for alive in count_in_flight(program))
 
@@ -51,6 +53,7 @@ def _check_counts(program: PipelineProgram, rank: int, instructions: tuple[Instr
         if instruction.forward is not None:
             forwards[instruction.forward] += 1
         if instruction.backward is not None:
+            # B and FB count as both: an I without its W, or the reverse, shows as a count of 0 or 2.
             if instruction.op is not Op.W:
                 backwards[instruction.backward] += 1
             if instruction.op is not Op.I:
@@ -67,7 +70,7 @@ def _check_counts(program: PipelineProgram, rank: int, instructions: tuple[Instr
 
 
 def _check_order(program: PipelineProgram, rank: int, instructions: tuple[Instruction, ...]) -> None:
-    """What is made and needed on one rank: a backward after its forward, both ends of a local hand-over in order."""
+    """Check the order on one rank: backwards after their forwards, chunks that pass tensors to each other in order."""
     placement = program.placement
     forwards = {entry.forward: index for index, entry in enumerate(instructions) if entry.forward is not None}
     backwards = {
@@ -105,6 +108,7 @@ def _check_weight_gradients(rank: int, instructions: tuple[Instruction, ...]) ->
         elif instruction.op is Op.W:
             if instruction.backward not in pending:
                 raise InvalidProgramError(f"{describe_instruction(rank, index, instruction)}: before its I")
+            # First in, first out, as in DeepSeek's WeightGradStore: the inputs that were kept longest are freed first.
             first = pending.popleft()
             if instruction.backward != first:
                 raise InvalidProgramError(

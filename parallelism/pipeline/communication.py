@@ -1,4 +1,4 @@
-"""What travels between ranks, derived from a program: the one source for check, simulation and execution."""
+"""P2P messages of a program, derived from it: the one source for check, simulation and execution."""
 
 from __future__ import annotations
 
@@ -14,83 +14,85 @@ from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram
 
 
 class P2PTensorKind(StrEnum):
-    """What a message holds."""
+    """Kind of tensor in a message."""
 
     ACTIVATION = "activation"  # the output of a forward, input of the next stage's
-    GRADIENT = "gradient"  # of a stage's input: the output gradient of the stage before it
+    GRADIENT = "gradient"  # gradient of a stage's input, which is the output gradient of the stage before it
 
 
 @dataclass(frozen=True, slots=True)
 class P2POp:
-    """One message between two ranks. What stays on a rank (the turn of a V, a pipeline of one rank) is no edge."""
+    """One message between two ranks. Tensors that stay on a rank (the turn of a V, one rank) are not messages."""
 
     tensor_kind: P2PTensorKind
     direction: Direction
-    """The process group it belongs to."""
+    """Direction of the message, which selects the process group."""
     source: StageLocation
     target: StageLocation
     micro_batch: int
 
     @property
     def producer(self) -> ChunkMicroBatch:
-        """The work whose result it carries, in the source's numbering of chunks."""
+        """Chunk and micro-batch on the source rank whose result the message carries."""
         return ChunkMicroBatch(self.source.chunk, self.micro_batch)
 
     @property
     def consumer(self) -> ChunkMicroBatch:
-        """The work that needs it, in the target's numbering of chunks."""
+        """Chunk and micro-batch on the target rank that needs the message."""
         return ChunkMicroBatch(self.target.chunk, self.micro_batch)
 
     def __str__(self) -> str:
         return (
-            f"{self.tensor_kind} of micro-batch {self.micro_batch} from rank {self.source.rank} chunk {self.source.chunk}"
-            f" to rank {self.target.rank} chunk {self.target.chunk}"
+            f"{self.tensor_kind} of micro-batch {self.micro_batch} from rank {self.source.rank} chunk "
+            f"{self.source.chunk} to rank {self.target.rank} chunk {self.target.chunk}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class P2PBatch:
-    """What a rank posts between two instructions, in this order; what goes in one direction is one batch."""
+    """Messages that a rank posts between two instructions, in this order; each direction is one batch."""
 
     sends: tuple[P2POp, ...]
     receives: tuple[P2POp, ...]
     required_receives: tuple[P2POp, ...]
-    """What the second of the two instructions waits for: received in this commit or an earlier one."""
+    """Messages that the second of the two instructions waits for, received in this batch or an earlier one."""
 
 
-_Posts = defaultdict[tuple[int, int], list[P2POp]]  # by rank and commit
+_OpsByBatch = defaultdict[tuple[int, int], list[P2POp]]  # by rank and batch number
 
 
 def derive_p2p_batches(program: PipelineProgram) -> tuple[tuple[P2PBatch, ...], ...]:
-    """Of each rank, its commits: number k lies before instruction k, the last one after the last instruction.
+    """Return the P2P batches of each rank: batch k is before instruction k, the last one after the last instruction.
 
-    The rendezvous model: commit k of a rank is posted when instruction k - 1 has ended. In each direction a rank's
-    commits are a queue of batches: a batch is complete when each of its messages is in an open batch at its other end
-    too, and only then does the next one open. Instruction k waits for the batches that bring what it needs, and for no
-    other.
+    The rendezvous model: a rank posts batch k when instruction k - 1 has ended. In each direction its batches form a
+    queue: a batch completes when each of its messages is in an open batch at its other end too, and only then the next
+    one opens. Instruction k waits for the batches that contain its inputs, and for no other.
 
-    What an instruction makes is sent in the commit after it. What an instruction needs is received ahead: in the commit
-    after the last one that sent, or needed, a message in the same direction. So results and the next inputs travel
-    together, and the inputs of one instruction a direction are received ahead. Messages that are made in another order
-    than the target needs them are received in the order they are made. Between two ranks and in one direction the order
-    is therefore the same at both ends: a message is known by its number.
+    The result of an instruction is sent in the batch after it. Its inputs are received ahead: in the batch after the
+    last one that sent, or needed, a message in the same direction. Between two ranks and in one direction, messages
+    have the same order at both ends.
 
-    The program must be complete, which `check` proves.
+    The program must be complete, which `verify_program` proves.
     """
-    makers = {edge: index for index, edge in _each(program, _outgoing)}
-    users = {edge: index for index, edge in _each(program, _incoming)}
-    sends, receives, needs = (_Posts(list) for _ in range(3))
-    lanes: defaultdict[tuple[int, Direction], list[P2POp]] = defaultdict(list)
-    leaving: defaultdict[tuple[int, Direction], list[int]] = defaultdict(list)
-    for edge in sorted(makers, key=lambda edge: (makers[edge], users[edge])):
-        sends[edge.source.rank, makers[edge] + 1].append(edge)
-        needs[edge.target.rank, users[edge]].append(edge)
-        leaving[edge.source.rank, edge.direction].append(makers[edge])
-        lanes[edge.target.rank, edge.direction].append(edge)
-    for (rank, direction), arriving in lanes.items():
-        commits = _ahead([users[edge] for edge in arriving], leaving[rank, direction])
-        for edge, commit in zip(arriving, commits, strict=True):
-            receives[rank, commit].append(edge)
+    # The model is NCCL's: a batch is one group of sends and receives on one stream, which ends when all have matched.
+    # Receiving ahead lets results and the next inputs travel together, and an instruction find its inputs ready.
+    # Further ahead gains nothing: the buffer would only wait, and on NCCL the receive would keep its SMs.
+    producers = {p2p_op: index for index, p2p_op in _iter_ops(program, _outgoing)}
+    consumers = {p2p_op: index for index, p2p_op in _iter_ops(program, _incoming)}
+    sends, receives, needs = (_OpsByBatch(list) for _ in range(3))
+    arriving_ops: defaultdict[tuple[int, Direction], list[P2POp]] = defaultdict(list)
+    send_indices: defaultdict[tuple[int, Direction], list[int]] = defaultdict(list)
+    # In the order of production: a message that is needed later may be produced earlier, and both ends must agree
+    # without tags.
+    for p2p_op in sorted(producers, key=lambda p2p_op: (producers[p2p_op], consumers[p2p_op])):
+        sends[p2p_op.source.rank, producers[p2p_op] + 1].append(p2p_op)
+        needs[p2p_op.target.rank, consumers[p2p_op]].append(p2p_op)
+        send_indices[p2p_op.source.rank, p2p_op.direction].append(producers[p2p_op])
+        arriving_ops[p2p_op.target.rank, p2p_op.direction].append(p2p_op)
+    for (rank, direction), arriving in arriving_ops.items():
+        indices = _receive_batch_indices([consumers[p2p_op] for p2p_op in arriving], send_indices[rank, direction])
+        for p2p_op, index in zip(arriving, indices, strict=True):
+            receives[rank, index].append(p2p_op)
     return tuple(
         tuple(
             P2PBatch(tuple(sends[rank, index]), tuple(receives[rank, index]), tuple(needs[rank, index]))
@@ -100,61 +102,63 @@ def derive_p2p_batches(program: PipelineProgram) -> tuple[tuple[P2PBatch, ...], 
     )
 
 
-def _ahead(needed: Sequence[int], sending: Sequence[int]) -> Iterator[int]:
-    """The commit in which each message of one direction is received.
+def _receive_batch_indices(needed: Sequence[int], sending: Sequence[int]) -> Iterator[int]:
+    """Yield the batch in which each message of one direction is received.
 
-    `needed`: the instruction that needs each message, in the order of arrival. `sending`: the instructions of this rank
-    that send in this direction, ascending.
+    `needed` is the instruction that needs each message, in the order of arrival; `sending` are the instructions of this
+    rank that send in this direction, ascending.
     """
-    # What arrives before a message that is needed earlier has to be received with it at the latest.
+    # A message that arrives before another that is needed earlier must be received with that one at the latest.
     due = list(accumulate(reversed(needed), min))[::-1]
-    commit, last_due = 0, -1
+    batch_index, last_due = 0, -1
     for index in due:
         if index != last_due:
             last_sent = sending[position - 1] if (position := bisect_left(sending, index)) else -1
-            commit, last_due = max(last_due, last_sent) + 1, index
-        yield commit
+            batch_index, last_due = max(last_due, last_sent) + 1, index
+        yield batch_index
 
 
-def _each(
+def _iter_ops(
     program: PipelineProgram, ends: Callable[[PipelineProgram, int, Instruction], Iterator[P2POp]]
 ) -> Iterator[tuple[int, P2POp]]:
-    """Every edge with the index of the instruction at one of its ends."""
+    """Yield every message with the index of the instruction at one of its ends."""
     for rank, instructions in enumerate(program.instructions):
         for index, instruction in enumerate(instructions):
-            for edge in ends(program, rank, instruction):
-                yield index, edge
+            for p2p_op in ends(program, rank, instruction):
+                yield index, p2p_op
 
 
 def _outgoing(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
-    """What `instruction` makes for another rank."""
+    """Yield the messages that `instruction` produces for another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
         source = StageLocation(rank, forward.chunk)
-        yield from _edge(
+        yield from _p2p_op(
             program, P2PTensorKind.ACTIVATION, source, placement.next_location(source), forward.micro_batch
         )
     if backward is not None and instruction.op is not Op.W:
         source = StageLocation(rank, backward.chunk)
-        yield from _edge(
+        yield from _p2p_op(
             program, P2PTensorKind.GRADIENT, source, placement.previous_location(source), backward.micro_batch
         )
 
 
 def _incoming(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
-    """What `instruction` needs from another rank."""
+    """Yield the messages that `instruction` needs from another rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     if forward is not None:
         target = StageLocation(rank, forward.chunk)
-        yield from _edge(
+        yield from _p2p_op(
             program, P2PTensorKind.ACTIVATION, placement.previous_location(target), target, forward.micro_batch
         )
     if backward is not None and instruction.op is not Op.W:
         target = StageLocation(rank, backward.chunk)
-        yield from _edge(program, P2PTensorKind.GRADIENT, placement.next_location(target), target, backward.micro_batch)
+        yield from _p2p_op(
+            program, P2PTensorKind.GRADIENT, placement.next_location(target), target, backward.micro_batch
+        )
 
 
-def _edge(
+def _p2p_op(
     program: PipelineProgram,
     payload: P2PTensorKind,
     source: StageLocation | None,

@@ -1,4 +1,4 @@
-"""Programs as text: JSON for scripts, and a timeline in plain characters."""
+"""Programs as text: JSON for scripts, and a timeline in ASCII."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .simulate import SimulatedTimes
 
 
 def program_to_json(program: PipelineProgram) -> dict[str, object]:
-    """The program as plain values. `pp` is the number of pipeline ranks."""
+    """Return the program as plain values. `pp` is the number of pipeline ranks."""
     return {
         "schedule": program.schedule,
         "pp": program.ranks,
@@ -30,19 +30,20 @@ def _work(work: ChunkMicroBatch) -> dict[str, object]:
 
 
 def draw_ascii_timeline(times: SimulatedTimes) -> str:
-    """One line a rank, to scale: `F3---` is an instruction, dots are bubble.
+    """Return one line per rank, to scale: `F3---` is an instruction, dots are bubble.
 
-    Small letters are chunk 1; with more than two chunks a rank, `F3a` is chunk 0, `F3b` chunk 1, and so on.
+    Lower-case letters are chunk 1; with more than two chunks per rank, `F3a` is chunk 0, `F3b` chunk 1, and so on.
     """
     program = times.program
     labels = [[_label(instruction, program.chunks_per_rank) for instruction in row] for row in program.instructions]
-    scale = _columns_a_unit(times, labels)
+    scale = _columns_per_time_unit(times, labels)
     peaks = [max(alive) for alive in count_in_flight(program)]
     margin = len(f"rank {program.ranks - 1}")
     lines = [program_title(program)]
     for rank, row in enumerate(labels):
         line = ""
         for label, start, end in zip(row, times.start_times[rank], times.end_times[rank], strict=True):
+            # Rounded from the start of the line each time: rounding every width would shift later instructions.
             line = line.ljust(round(start * scale), ".")
             width = round(end * scale) - len(line)
             line += (label.ljust(width - 1, "-") + " ")[:width]
@@ -55,14 +56,14 @@ def draw_ascii_timeline(times: SimulatedTimes) -> str:
 
 
 def program_title(program: PipelineProgram) -> str:
-    """The schedule and its size."""
+    """Return the schedule's name and size."""
     ranks = "1 rank" if program.ranks == 1 else f"{program.ranks} ranks"
-    chunks = f", {program.chunks_per_rank} chunks a rank" if program.chunks_per_rank > 1 else ""
+    chunks = f", {program.chunks_per_rank} chunks per rank" if program.chunks_per_rank > 1 else ""
     return f"{program.schedule}: {ranks}{chunks}, {program.num_micro_batches} micro-batches"
 
 
 def bubble_summary(times: SimulatedTimes) -> str:
-    """How long it takes and how much of that is bubble."""
+    """Return the makespan and the share of bubble."""
     return f"makespan {times.makespan:g}, bubble {100 * times.bubble_fraction:.1f} % of the ranks' time"
 
 
@@ -76,12 +77,12 @@ def _label(instruction: Instruction, chunks: int) -> str:
     return "".join(parts)
 
 
-def _columns_a_unit(replay: SimulatedTimes, labels: list[list[str]]) -> int:
-    """Wide enough for each label and a space behind it."""
+def _columns_per_time_unit(times: SimulatedTimes, labels: list[list[str]]) -> int:
+    """Return the smallest scale at which every instruction has room for its label and a space."""
     return math.ceil(
         max(
             (len(label) + 1) / (end - start)
-            for row, starts, ends in zip(labels, replay.start_times, replay.end_times, strict=True)
+            for row, starts, ends in zip(labels, times.start_times, times.end_times, strict=True)
             for label, start, end in zip(row, starts, ends, strict=True)
         )
     )

@@ -1,7 +1,7 @@
-"""Runs a program on one rank: exactly its instructions, in its order, whatever the schedule.
+"""Execution of a program on one rank: exactly its instructions, in order, for every schedule.
 
-Knows no model: a stage takes and gives tensors. A stage is a generator that yields where another one may go on: one is
-run to its end, or two take turns.
+Independent of the model: stages receive and return tensors. Their forward and backward are resumable computations,
+which run to completion alone or interleaved in pairs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram, describe
 Result = TypeVar("Result")
 Other = TypeVar("Other")
 Resumable = Generator[None, bool | None, Result]
-"""A yield returns whether another generator takes turns with this one: true while both have steps left."""
+"""Generator that yields after each launch of a communication. A yield returns True while another is interleaved."""
 
 
 def run_to_completion(computation: Resumable[Result]) -> Result:
-    """Run a generator to its end, waiting for each communication where it is needed."""
+    """Run a generator to its end; it waits for each communication where it needs the result."""
     while True:
         try:
             next(computation)
@@ -41,54 +41,52 @@ def run_to_completion(computation: Resumable[Result]) -> Result:
 
 
 def interleave(first: Resumable[Result], second: Resumable[Other]) -> tuple[Result, Other]:
-    """Run two generators to their ends, one step of each in turn: while one waits for its exchange the other computes.
-
-    With a backward first and a forward second this is the report's order (§3.2.1, figure 4), since each launches an
-    exchange at the end of its step and waits for it at the beginning of its next one. While both run each has three
-    steps a layer: between the backward's mlp(B) and its next exchange the forward launches the second part of its
-    dispatch, which mlp(B) hides. Behind that exchange, which waits for mlp(B), it would hide behind nothing.
-    """
+    """Run two generators alternately to their ends: one computes while the exchange of the other is in flight."""
+    # With the backward first this is the order of the report (§3.2.1, figure 4): each generator launches an exchange at
+    # the end of a step and waits for it at the beginning of its next one. While both run, each has three steps per
+    # layer: the forward launches the second part of its dispatch between the backward's mlp(B) and its next exchange,
+    # so that mlp(B) hides it. That exchange waits for mlp(B), and nothing would hide a dispatch queued behind it.
     results: list[Any] = [None, None]
     running = {0: first, 1: second}
-    begun = False  # a generator takes nothing before its first yield
+    started = False  # Python allows only None to be sent to a generator before its first yield
     while running:
-        for turn, steps in list(running.items()):
+        for number, computation in list(running.items()):
             try:
-                steps.send(len(running) == 2 if begun else None)
+                computation.send(len(running) == 2 if started else None)
             except StopIteration as stop:
-                results[turn] = stop.value
-                del running[turn]
-        begun = True
+                results[number] = stop.value
+                del running[number]
+        started = True
     return results[0], results[1]
 
 
 class PipelineStage(Protocol):
-    """One chunk of a rank. Micro-batches are numbered over the whole global batch (`PipelineProgram.global_micro_batch_index`)."""
+    """One chunk of a rank. Micro-batches have the numbers of `PipelineProgram.global_micro_batch_index`."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
-        """From what the stage before has sent (None in the first) to what the next one needs (None in the last)."""
+        """Compute the output for the next stage (last: None) from that of the previous one (first: None)."""
         ...
 
     def backward(
         self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
     ) -> Resumable[Tensor | None]:
-        """From the gradient of what was sent to that of what was received; weight gradients go to `weights`."""
+        """Compute the gradient of the input from that of the output; delayed weight gradients go to `weights`."""
         ...
 
     def empty_activation(self, micro_batch: int) -> Tensor:
-        """An empty tensor for what travels between stages, forth and back."""
+        """Return an empty tensor for an activation, or its gradient, between stages."""
         ...
 
 
 class InstructionListener(Protocol):
-    """Told of each instruction of this rank by its index."""
+    """Callbacks before and after each instruction of this rank, by its index."""
 
     def before_instruction(self, instruction: int) -> None:
-        """It is about to run."""
+        """Run before the instruction."""
         ...
 
     def after_instruction(self, instruction: int) -> None:
-        """It has run, and what it made for other ranks is posted."""
+        """Run after the instruction, when its messages are posted."""
         ...
 
 
@@ -98,33 +96,35 @@ def build_p2p_channels(
     recorder: SpanRecorder = NULL_RECORDER,
     streams: DeviceStreams | None = None,
 ) -> dict[Direction, P2PChannel]:
-    """A lane each way where the pipeline has neighbors; on `streams`, by default those of `device`."""
+    """Return a channel per direction; none for one pipeline rank. `streams` defaults to those of `device`."""
     if groups.topology.pp == 1:
         return {}
-    ways = (
+    directions = (
         (Direction.NEXT, groups.pp_next, TimelineTrack.P2P_NEXT),
         (Direction.PREV, groups.pp_prev, TimelineTrack.P2P_PREV),
     )
-    return {way: build_p2p_channel(group, device, recorder, track, streams) for way, group, track in ways}
+    return {
+        direction: build_p2p_channel(group, device, recorder, track, streams) for direction, group, track in directions
+    }
 
 
-_FIRST = "first message between neighbors"
+_WARM_UP_MESSAGE = "first message between neighbors"
 
 
 @dataclass(frozen=True)
 class PipelineExecutor:
-    """A program's share of one pipeline rank, with what it takes to run it."""
+    """Executor of one pipeline rank's part of a program."""
 
     program: PipelineProgram
     pp_rank: int
     """Pipeline rank."""
     channels: Mapping[Direction, P2PChannel]
-    """Empty for a pipeline of one rank."""
+    """Channels by direction; empty for one pipeline rank."""
     global_ranks: tuple[int, ...]
-    """Of the pipeline ranks, in order."""
+    """Global ranks of the pipeline ranks, in order."""
     p2p_batches: tuple[P2PBatch, ...]
     overlap: bool = True
-    """Whether the two halves of an FB take turns; else the forward runs first. The numbers are the same."""
+    """Interleave the two halves of an FB; if False, run the forward first. The results are equal."""
     recorder: SpanRecorder = NULL_RECORDER
 
     @staticmethod
@@ -137,7 +137,7 @@ class PipelineExecutor:
         overlap: bool = True,
         recorder: SpanRecorder = NULL_RECORDER,
     ) -> PipelineExecutor:
-        """Derives what travels from the program."""
+        """Create an executor, deriving the messages from the program."""
         return PipelineExecutor(
             program, pp_rank, channels, global_ranks, derive_p2p_batches(program)[pp_rank], overlap, recorder
         )
@@ -145,7 +145,7 @@ class PipelineExecutor:
     def run(self, stages: Sequence[PipelineStage], listener: InstructionListener | None = None) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
 
-        Raises `CollectiveError` for a message that does not come: it names instruction, message and peer.
+        Raises `CollectiveError` for a failed message; it names instruction, message and peer.
         """
         run = _Run(self, stages)
         run.post(self.p2p_batches[0])
@@ -153,38 +153,48 @@ class PipelineExecutor:
             if listener is not None:
                 listener.before_instruction(index)
             run.instruction(index, instruction)
-            # Before the listener: it may start a collective with ranks that need these messages to get there.
+            # Before the listener: it may start a reduce-scatter, whose first call on NCCL blocks the host until all
+            # members call it, and a member may need these messages to get there.
             run.post(self.p2p_batches[index + 1])
             if listener is not None:
                 listener.after_instruction(index)
         run.finish()
 
     def connect_neighbors(self, device: torch.device) -> None:
-        """Exchange a first message of one element on `device` with each neighbor; collective over the pipeline.
-
-        NCCL connects two ranks at their first message and blocks the host until both have posted it. A schedule posts
-        its receives ahead, so its first one would wait for a message that its sender posts much later, or never.
-        All pairs of a direction connect in one batch: two ranks that are both next and previous to each other (a loop
-        of two) exchange their connections in one message, whose length must be the same at both ends.
-        """
-        for direction, lane in self.channels.items():
-            sent = {edge.target for commit in self.p2p_batches for edge in commit.sends if edge.direction is direction}
-            awaited = {
-                edge.source for commit in self.p2p_batches for edge in commit.receives if edge.direction is direction
+        """Exchange a message of one element on `device` with each neighbor. Collective over the pipeline."""
+        # NCCL connects two ranks at their first message and blocks the host until both have posted it. A schedule posts
+        # receives ahead: rank 0's first one, of a gradient, would block it before the forward that this gradient needs.
+        # All pairs of a direction connect in one batch: two ranks that are both next and previous to each other (a loop
+        # of two) exchange their connections in one message, whose length must be equal at both ends.
+        for direction, channel in self.channels.items():
+            sent = {
+                p2p_op.target
+                for p2p_batch in self.p2p_batches
+                for p2p_op in p2p_batch.sends
+                if p2p_op.direction is direction
             }
-            lane.post(
-                [P2PSend(_FIRST, torch.zeros(1, device=device), peer) for peer in self._peers(sent)],
-                [P2PReceive(_FIRST, lambda: torch.zeros(1, device=device), peer) for peer in self._peers(awaited)],
+            awaited = {
+                p2p_op.source
+                for p2p_batch in self.p2p_batches
+                for p2p_op in p2p_batch.receives
+                if p2p_op.direction is direction
+            }
+            channel.post(
+                [P2PSend(_WARM_UP_MESSAGE, torch.zeros(1, device=device), peer) for peer in self._peers(sent)],
+                [
+                    P2PReceive(_WARM_UP_MESSAGE, lambda: torch.zeros(1, device=device), peer)
+                    for peer in self._peers(awaited)
+                ],
             )
-            lane.wait_for_sends()
+            channel.wait_for_sends()
 
     def _peers(self, places: Iterable[StageLocation]) -> list[int]:
-        """The global ranks of `places`, each once."""
+        """Return the global ranks of `places` in ascending order, without repetition."""
         return [self.global_ranks[rank] for rank in sorted({place.rank for place in places})]
 
 
 class _Run:
-    """The state of one run."""
+    """State of one run of a program."""
 
     def __init__(self, executor: PipelineExecutor, stages: Sequence[PipelineStage]) -> None:
         self._executor = executor
@@ -192,67 +202,70 @@ class _Run:
         self._stages = stages
         self._arriving: dict[tuple[P2PTensorKind, ChunkMicroBatch], tuple[P2POp, AsyncWork[Tensor]]] = {}
         self._ready: dict[tuple[P2PTensorKind, ChunkMicroBatch], Tensor] = {}
-        """What the work of a chunk here needs, by that work."""
+        """Inputs that have arrived, by the chunk and micro-batch that need them."""
         self._leaving: dict[tuple[P2PTensorKind, ChunkMicroBatch], Tensor] = {}
-        """What the work of a chunk here has made for another rank, until it is sent."""
+        """Results for other ranks that are not sent yet, by the chunk and micro-batch that produced them."""
         self._pending_weights: dict[ChunkMicroBatch, DelayedWeightGradients] = {}
 
-    def post(self, commit: P2PBatch) -> None:
-        """Send what the last instruction has made, and receive ahead."""
-        for direction, lane in self._executor.channels.items():
-            receives = [edge for edge in commit.receives if edge.direction is direction]
-            arriving = lane.post(
-                [self._outgoing(edge) for edge in commit.sends if edge.direction is direction],
-                [P2PReceive(edge, self._buffer(edge), self._global(edge.source)) for edge in receives],
+    def post(self, p2p_batch: P2PBatch) -> None:
+        """Post the sends and receives of a batch."""
+        for direction, channel in self._executor.channels.items():
+            receives = [p2p_op for p2p_op in p2p_batch.receives if p2p_op.direction is direction]
+            arriving = channel.post(
+                [self._outgoing(p2p_op) for p2p_op in p2p_batch.sends if p2p_op.direction is direction],
+                [P2PReceive(p2p_op, self._buffer(p2p_op), self._global(p2p_op.source)) for p2p_op in receives],
             )
-            for edge, message in zip(receives, arriving, strict=True):
-                self._arriving[edge.tensor_kind, edge.consumer] = (edge, message)
+            for p2p_op, message in zip(receives, arriving, strict=True):
+                self._arriving[p2p_op.tensor_kind, p2p_op.consumer] = (p2p_op, message)
 
     def instruction(self, index: int, instruction: Instruction) -> None:
-        """Compute; the two halves of an FB take turns."""
+        """Wait for the inputs of an instruction, then compute it."""
         forward, backward = instruction.forward, instruction.backward
         try:
-            self._await(instruction)
+            self._wait_for_inputs(instruction)
             with self._executor.recorder.span(TimelineTrack.INSTRUCTION, instruction.op, instruction):
                 self._compute(instruction.op, forward, backward)
         except CollectiveError as failure:
             raise CollectiveError(f"{describe_instruction(self._rank, index, instruction)}: {failure}") from failure
 
     def finish(self) -> None:
-        """Wait until everything has been sent."""
-        for lane in self._executor.channels.values():
-            lane.wait_for_sends()
+        """Wait until every send has finished."""
+        for channel in self._executor.channels.values():
+            channel.wait_for_sends()
 
     def _compute(self, op: Op, forward: ChunkMicroBatch | None, backward: ChunkMicroBatch | None) -> None:
         if forward is not None and backward is not None:
             self._pair(forward, backward)
         elif forward is not None:
-            self._sent(forward, run_to_completion(self._forward(forward)))
+            self._deliver_output(forward, run_to_completion(self._forward(forward)))
         elif backward is not None and op is Op.W:
             self._pending_weights.pop(backward).flush()
         elif backward is not None:
-            self._returned(backward, run_to_completion(self._backward(backward, deferred=op is Op.I)))
+            self._deliver_gradient(backward, run_to_completion(self._backward(backward, deferred=op is Op.I)))
 
-    def _await(self, instruction: Instruction) -> None:
-        """Wait for the messages that the instruction needs, so that it computes without a break."""
+    def _wait_for_inputs(self, instruction: Instruction) -> None:
+        """Wait for the messages that the instruction needs."""
+        # All of them before it starts: its span then holds no pipeline wait, which has a separate span.
         placement = self._program.placement
         if (work := instruction.forward) is not None:
-            self._arrive(
+            self._wait_for_message(
                 P2PTensorKind.ACTIVATION, work, placement.previous_location(StageLocation(self._rank, work.chunk))
             )
         if (work := instruction.backward) is not None and instruction.op is not Op.W:
-            self._arrive(P2PTensorKind.GRADIENT, work, placement.next_location(StageLocation(self._rank, work.chunk)))
+            self._wait_for_message(
+                P2PTensorKind.GRADIENT, work, placement.next_location(StageLocation(self._rank, work.chunk))
+            )
 
-    def _arrive(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> None:
-        """Make ready what another rank has sent for `work`."""
+    def _wait_for_message(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> None:
+        """Wait for the tensor that another rank sends for `work`."""
         if source is None or source.rank == self._rank:
             return
-        edge, message = self._arriving.pop((payload, work))
+        p2p_op, message = self._arriving.pop((payload, work))
         try:
-            with self._executor.recorder.span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, edge):
+            with self._executor.recorder.span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, p2p_op):
                 self._ready[payload, work] = message.wait()
         except CollectiveError as failure:
-            raise CollectiveError(f"waits for the {edge}: {failure}") from failure
+            raise CollectiveError(f"waiting for the {p2p_op}: {failure}") from failure
 
     def _pair(self, forward: ChunkMicroBatch, backward: ChunkMicroBatch) -> None:
         if self._executor.overlap:
@@ -260,38 +273,39 @@ class _Run:
         else:
             output = run_to_completion(self._forward(forward))
             grad = run_to_completion(self._backward(backward, deferred=False))
-        self._sent(forward, output)
-        self._returned(backward, grad)
+        # Both results are delivered after the pair, in one batch per direction.
+        self._deliver_output(forward, output)
+        self._deliver_gradient(backward, grad)
 
     def _forward(self, work: ChunkMicroBatch) -> Resumable[Tensor | None]:
         source = self._program.placement.previous_location(StageLocation(self._rank, work.chunk))
-        received = self._take(P2PTensorKind.ACTIVATION, work, source)
+        received = self._take_input(P2PTensorKind.ACTIVATION, work, source)
         return self._stages[work.chunk].forward(self._program.global_micro_batch_index(work), received)
 
     def _backward(self, work: ChunkMicroBatch, *, deferred: bool) -> Resumable[Tensor | None]:
         source = self._program.placement.next_location(StageLocation(self._rank, work.chunk))
-        received = self._take(P2PTensorKind.GRADIENT, work, source)
+        received = self._take_input(P2PTensorKind.GRADIENT, work, source)
         weights = DelayedWeightGradients(deferred=deferred)
         if deferred:
             self._pending_weights[work] = weights
         return self._stages[work.chunk].backward(self._program.global_micro_batch_index(work), received, weights)
 
-    def _sent(self, work: ChunkMicroBatch, output: Tensor | None) -> None:
+    def _deliver_output(self, work: ChunkMicroBatch, output: Tensor | None) -> None:
         target = self._program.placement.next_location(StageLocation(self._rank, work.chunk))
-        self._hand_on(P2PTensorKind.ACTIVATION, work, output, target)
+        self._deliver(P2PTensorKind.ACTIVATION, work, output, target)
 
-    def _returned(self, work: ChunkMicroBatch, grad: Tensor | None) -> None:
+    def _deliver_gradient(self, work: ChunkMicroBatch, grad: Tensor | None) -> None:
         target = self._program.placement.previous_location(StageLocation(self._rank, work.chunk))
-        self._hand_on(P2PTensorKind.GRADIENT, work, grad, target)
+        self._deliver(P2PTensorKind.GRADIENT, work, grad, target)
 
-    def _take(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> Tensor | None:
-        """What `work` needs, which is here; None where nothing comes before it."""
+    def _take_input(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> Tensor | None:
+        """Return the input of `work`, which has arrived; None in the first stage of its direction."""
         return None if source is None else self._ready.pop((payload, work))
 
-    def _hand_on(
+    def _deliver(
         self, payload: P2PTensorKind, work: ChunkMicroBatch, made: Tensor | None, target: StageLocation | None
     ) -> None:
-        """To another chunk of this rank, under its name there, or to be sent."""
+        """Pass a result to another chunk of this rank, or keep it to be sent."""
         if target is None:
             return
         assert made is not None
@@ -300,11 +314,11 @@ class _Run:
         else:
             self._leaving[payload, work] = made.contiguous()
 
-    def _outgoing(self, edge: P2POp) -> P2PSend:
-        return P2PSend(edge, self._leaving.pop((edge.tensor_kind, edge.producer)), self._global(edge.target))
+    def _outgoing(self, p2p_op: P2POp) -> P2PSend:
+        return P2PSend(p2p_op, self._leaving.pop((p2p_op.tensor_kind, p2p_op.producer)), self._global(p2p_op.target))
 
-    def _buffer(self, edge: P2POp) -> Callable[[], Tensor]:
-        stage, micro_batch = self._stages[edge.target.chunk], self._program.global_micro_batch_index(edge.consumer)
+    def _buffer(self, p2p_op: P2POp) -> Callable[[], Tensor]:
+        stage, micro_batch = self._stages[p2p_op.target.chunk], self._program.global_micro_batch_index(p2p_op.consumer)
         return lambda: stage.empty_activation(micro_batch)
 
     def _global(self, place: StageLocation) -> int:

@@ -1,7 +1,7 @@
-"""What a rank holds while it runs a program: micro-batches in flight, delayed weight gradients, messages, weights.
+"""Liveness on one rank of a program: micro-batches in flight, delayed weight gradients, messages, uses of weights.
 
-Counts alone: what they weigh is the caller's business. Before its first use a weight may still be on its way from the
-rank that has updated it; after its last one its gradient is final.
+Counts only; callers multiply by bytes. Before its first use a weight may still be in an all-gather; after its last use
+its gradient is final.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .program import Instruction, Op, PipelineProgram
 
 @dataclass(frozen=True, slots=True)
 class LiveCounts:
-    """Counts, by chunk where there is a tuple."""
+    """Numbers of live objects; tuples are by chunk."""
 
     awaiting_backward: tuple[int, ...]
-    """Micro-batches whose forward has run and whose backward, of inputs at least, has not begun."""
+    """Micro-batches whose forward has run and whose B, I or FB has not started."""
     awaiting_weight_grad: tuple[int, ...]
-    """Those between their I and their W."""
+    """Micro-batches between their I and their W."""
     p2p_messages: int
-    """Activations and gradients that are here before they are needed, or made here and on their way."""
+    """Activations and gradients received before they are needed, or produced and not sent yet."""
 
     def dominates(self, other: LiveCounts) -> bool:
-        """Whether this is as much as `other` of everything."""
+        """Return whether every count is at least that of `other`."""
         return (
             self.p2p_messages >= other.p2p_messages
             and all(map(int.__ge__, self.awaiting_backward, other.awaiting_backward))
@@ -36,27 +36,26 @@ class LiveCounts:
 
 @dataclass(frozen=True, slots=True)
 class LiveInstruction:
-    """One kind of instruction at work, beside what is held while it runs.
+    """One kind of instruction, and the live objects while it runs.
 
-    The micro-batch of its backward has left `alive` or `waiting`, that of its forward has not joined them: both are the
-    instruction's own.
+    The counts include neither the micro-batch of its forward nor that of its backward.
     """
 
     op: Op
     forward_chunk: int | None
-    """Chunk."""
+    """Chunk of the forward."""
     backward_chunk: int | None
-    """Chunk."""
+    """Chunk of the backward."""
     live_counts: LiveCounts
 
     @property
     def op_and_chunks(self) -> tuple[Op, int | None, int | None]:
-        """What the instruction does, whichever micro-batch it does it for."""
+        """Op and chunks, without the micro-batches."""
         return self.op, self.forward_chunk, self.backward_chunk
 
     @property
     def micro_batches_in_memory(self) -> tuple[int, ...]:
-        """Micro-batches of each chunk of which anything is here."""
+        """Micro-batches of each chunk that hold any memory."""
         counts = [
             sum(both)
             for both in zip(self.live_counts.awaiting_backward, self.live_counts.awaiting_weight_grad, strict=True)
@@ -70,33 +69,37 @@ class LiveInstruction:
 def peak_instructions(
     program: PipelineProgram, rank: int, p2p_batches: Sequence[P2PBatch]
 ) -> frozenset[LiveInstruction]:
-    """All instructions of `rank` that may be its worst moment; others hold less of everything while doing the same.
-
-    `commits` are those of the rank, from `edges`.
-    """
+    """Return the instructions of `rank` at which its memory may peak; `p2p_batches` are those of the rank."""
+    # Which one peaks depends on bytes, which are unknown here. An instruction of the same op and chunks with less of
+    # everything cannot.
     found: dict[tuple[Op, int | None, int | None], set[LiveCounts]] = {}
-    for instruction, held in zip(program.instructions[rank], _held(program, rank, p2p_batches), strict=True):
+    for instruction, held in zip(
+        program.instructions[rank], _counts_while_running(program, rank, p2p_batches), strict=True
+    ):
         forward, backward = instruction.forward, instruction.backward
         chunks = None if forward is None else forward.chunk, None if backward is None else backward.chunk
         found.setdefault((instruction.op, *chunks), set()).add(held)
-    return frozenset(LiveInstruction(*work, held) for work, all_held in found.items() for held in _largest(all_held))
+    return frozenset(
+        LiveInstruction(*work, held) for work, all_counts in found.items() for held in _undominated(all_counts)
+    )
 
 
 def peak_counts_between_instructions(
     program: PipelineProgram, rank: int, p2p_batches: Sequence[P2PBatch]
 ) -> frozenset[LiveCounts]:
-    """The largest of what `rank` holds when an instruction is about to begin, its messages included."""
-    before, messages = _before(program, rank), _messages(program, rank, p2p_batches)
+    """Return the undominated counts of `rank` just before its instructions, messages included."""
+    before, messages = _counts_before(program, rank), _messages(program, rank, p2p_batches)
     return frozenset(
-        _largest(LiveCounts(*counts, waiting) for counts, (waiting, _) in zip(before, messages, strict=True))
+        _undominated(LiveCounts(*counts, waiting) for counts, (waiting, _) in zip(before, messages, strict=True))
     )
 
 
-def _largest(all_held: Iterable[LiveCounts]) -> Iterator[LiveCounts]:
-    """Those that no other covers."""
+def _undominated(all_counts: Iterable[LiveCounts]) -> Iterator[LiveCounts]:
+    """Yield the counts that no other dominates."""
+    # In descending order: none is dominated by a later one, so each is compared with those already kept.
     largest: list[LiveCounts] = []
     for held in sorted(
-        set(all_held),
+        set(all_counts),
         key=lambda held: (*held.awaiting_backward, *held.awaiting_weight_grad, held.p2p_messages),
         reverse=True,
     ):
@@ -105,8 +108,10 @@ def _largest(all_held: Iterable[LiveCounts]) -> Iterator[LiveCounts]:
     yield from largest
 
 
-def _held(program: PipelineProgram, rank: int, commits: Sequence[P2PBatch]) -> Iterator[LiveCounts]:
-    counts = zip(program.instructions[rank], _before(program, rank), _messages(program, rank, commits), strict=True)
+def _counts_while_running(program: PipelineProgram, rank: int, p2p_batches: Sequence[P2PBatch]) -> Iterator[LiveCounts]:
+    counts = zip(
+        program.instructions[rank], _counts_before(program, rank), _messages(program, rank, p2p_batches), strict=True
+    )
     for instruction, before, (_, messages) in counts:
         alive, waiting = map(list, before)
         if instruction.backward is not None:
@@ -115,8 +120,8 @@ def _held(program: PipelineProgram, rank: int, commits: Sequence[P2PBatch]) -> I
         yield LiveCounts(tuple(alive), tuple(waiting), messages)
 
 
-def _before(program: PipelineProgram, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Alive and waiting before each instruction."""
+def _counts_before(program: PipelineProgram, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield the counts before each instruction: awaiting backward, awaiting weight gradients."""
     alive, waiting = [0] * program.chunks_per_rank, [0] * program.chunks_per_rank
     for instruction in program.instructions[rank]:
         yield tuple(alive), tuple(waiting)
@@ -128,19 +133,20 @@ def _before(program: PipelineProgram, rank: int) -> Iterator[tuple[tuple[int, ..
             waiting[chunk] += (instruction.op is Op.I) - (instruction.op is Op.W)
 
 
-def _messages(program: PipelineProgram, rank: int, commits: Sequence[P2PBatch]) -> Iterator[tuple[int, int]]:
-    """Before each instruction and while it runs: received ahead, just sent, or going to another chunk of this rank."""
+def _messages(program: PipelineProgram, rank: int, p2p_batches: Sequence[P2PBatch]) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of messages before each instruction and while it runs."""
+    # Three kinds: received ahead, just sent, and results for another chunk of this rank.
     here = 0
-    for commit, instruction in zip(commits, program.instructions[rank], strict=False):
-        here += len(commit.receives)
-        taken = len(commit.required_receives) + _between_chunks(program, rank, instruction, made=False)
-        sent = len(commit.sends)
+    for p2p_batch, instruction in zip(p2p_batches, program.instructions[rank], strict=False):
+        here += len(p2p_batch.receives)
+        taken = len(p2p_batch.required_receives) + _between_chunks(program, rank, instruction, made=False)
+        sent = len(p2p_batch.sends)
         yield here + sent, here + sent - taken
         here += _between_chunks(program, rank, instruction, made=True) - taken
 
 
 def _between_chunks(program: PipelineProgram, rank: int, instruction: Instruction, *, made: bool) -> int:
-    """Works of the instruction that take what another chunk of this rank has made, or that make such a thing."""
+    """Return how many inputs of the instruction (`made`: outputs) come from (go to) another chunk of this rank."""
     placement, forward, backward = program.placement, instruction.forward, instruction.backward
     earlier, later = (
         (placement.next_location, placement.previous_location)
@@ -158,30 +164,28 @@ def _is_on(rank: int, place: StageLocation | None) -> bool:
 
 
 def first_use(program: PipelineProgram, rank: int, stages: Iterable[int]) -> int:
-    """Index of the first instruction of `rank` that computes with weights of `stages`: a forward."""
+    """Return the index of the first instruction of `rank` that uses weights of `stages`: a forward."""
     return next(_uses(program, rank, stages))
 
 
 def last_use(program: PipelineProgram, rank: int, stages: Iterable[int]) -> int:
-    """Index of the last instruction of `rank` that adds to gradients of weights of `stages`.
-
-    Every backward of a chunk does: I for what autograd reaches at once (norms, routers), W for products put off.
-    """
+    """Return the index of the last instruction of `rank` that adds to gradients of weights of `stages`."""
+    # Every backward of a chunk adds: I adds what autograd computes directly (norms, routers), W the delayed products.
     *_, last = _uses(program, rank, stages)
     return last
 
 
 def first_use_on_any_rank(program: PipelineProgram, stages: Iterable[int]) -> int:
-    """The smallest `first_use` over the holders of `stages`: equal on all, so it can order what they do together."""
-    return min(first_use(program, rank, stages) for rank in _holders(program, stages))
+    """Return the smallest `first_use` over the ranks of `stages`: equal on all, so it can order their collectives."""
+    return min(first_use(program, rank, stages) for rank in _ranks_with(program, stages))
 
 
 def last_use_on_any_rank(program: PipelineProgram, stages: Iterable[int]) -> int:
-    """The largest `last_use` over the holders of `stages`."""
-    return max(last_use(program, rank, stages) for rank in _holders(program, stages))
+    """Return the largest `last_use` over the ranks of `stages`."""
+    return max(last_use(program, rank, stages) for rank in _ranks_with(program, stages))
 
 
-def _holders(program: PipelineProgram, stages: Iterable[int]) -> set[int]:
+def _ranks_with(program: PipelineProgram, stages: Iterable[int]) -> set[int]:
     return {place.rank for stage in stages for place in program.placement.locations_of_stage(stage)}
 
 

@@ -1,4 +1,4 @@
-"""Which layers each stage holds: the split with the smallest largest stage, or one that is given."""
+"""Partition of layers over stages: the one whose largest stage is smallest, or a given one."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class LayerPartition:
     """Consecutive layers of a model on consecutive stages."""
 
     layers_per_stage: tuple[int, ...]
-    """How many layers each stage holds."""
+    """Number of layers of each stage."""
     stage_costs: tuple[float, ...]
-    """What each stage costs, the extras of the first and the last included."""
+    """Cost of each stage, including the extras of the first and the last."""
 
     @property
     def layer_ranges(self) -> tuple[range, ...]:
-        """The indices of each stage's layers."""
+        """Indices of each stage's layers."""
         ends = tuple(accumulate(self.layers_per_stage))
         return tuple(range(end - count, end) for end, count in zip(ends, self.layers_per_stage, strict=True))
 
     @property
     def imbalance(self) -> float:
-        """By how much the largest stage is above the mean, as a fraction of the mean."""
+        """Largest stage over the mean, minus 1."""
         mean = sum(self.stage_costs) / len(self.stage_costs)
         return max(self.stage_costs) / mean - 1 if mean else 0.0
 
@@ -39,10 +39,10 @@ def partition_layers(
     last_stage_extra: float = 0.0,
     layers_per_stage: Sequence[int] | None = None,
 ) -> LayerPartition:
-    """Split layers that cost `costs` each over `stages`, every one with a layer at least.
+    """Partition layers of the given costs over `stages`, each with at least one layer.
 
-    `first` and `last` are what the first and the last stage cost on top of their layers. `layout`, the number of layers
-    of each stage, overrides the search. Raises `ConfigError` for what cannot be.
+    `first_stage_extra` and `last_stage_extra` are costs on top of the layers (embedding, head). `layers_per_stage`
+    overrides the search. Raises `ConfigError` if there is no such partition.
     """
     raise_if_any(partition_problems(len(layer_costs), stages, layers_per_stage))
     loads = _Loads(layer_costs, stages, first_stage_extra, last_stage_extra)
@@ -54,7 +54,7 @@ def partition_layers(
 
 
 def partition_problems(layers: int, stages: int, layers_per_stage: Sequence[int] | None = None) -> Iterator[Problem]:
-    """Why `layers` cannot be split over `stages`, or not as `layout` says."""
+    """Yield each reason why `layers` cannot be partitioned over `stages`, or not by `layers_per_stage`."""
     if not 1 <= stages <= layers:
         yield Problem(
             "stages", stages, f"must be from 1 to {layers}: every stage holds at least one of {layers} layers"
@@ -74,9 +74,10 @@ def partition_problems(layers: int, stages: int, layers_per_stage: Sequence[int]
 
 
 class _Loads:
-    """The cost of any run of layers on any stage, as whole numbers: sums of floats would decide ties by rounding."""
+    """Exact cost of any range of layers on any stage."""
 
     def __init__(self, costs: Sequence[float], stages: int, first: float, last: float) -> None:
+        # As integers over a common denominator: rounding in sums of floats would decide between equal partitions.
         ratios = [float(cost).as_integer_ratio() for cost in (first, last, *costs)]
         self.denominator = math.lcm(*(below for _, below in ratios))
         exact = [above * (self.denominator // below) for above, below in ratios]
@@ -87,15 +88,14 @@ class _Loads:
         self._before = (0, *accumulate(exact[2:]))
 
     def of(self, stage: int, begin: int, end: int) -> int:
-        """Layers `begin` to `end` - 1 on `stage`."""
+        """Return the cost of layers `begin` to `end` - 1 on `stage`."""
         return self._before[end] - self._before[begin] + self._extra[stage]
 
 
 def _balance(loads: _Loads) -> tuple[int, ...]:
-    """Layers of each stage: the smallest largest stage; of those splits the most even (least sum of squares).
-
-    Where several are left, early stages hold fewer layers: their activations live longest in 1F1B.
-    """
+    """Return the layers of each stage: of the partitions with the smallest largest stage, the most even one."""
+    # Even by the least sum of squares: dynamic programming from the last stage. The tuple after it decides between
+    # equal ones for fewer layers on early stages, which in 1F1B keep their activations longest.
     smallest = _smallest_largest(loads)
     # best[begin] = (sum of squares, layers of each stage) for the stages from `stage` on, which hold layers from begin.
     best: dict[int, tuple[int, tuple[int, ...]]] = {loads.layers: (0, ())}
@@ -113,7 +113,7 @@ def _balance(loads: _Loads) -> tuple[int, ...]:
 
 
 def _smallest_largest(loads: _Loads) -> int:
-    """The cost of the largest stage in the best split."""
+    """Return the cost of the largest stage in the best partition."""
     best = {loads.layers: 0}
     for stage in reversed(range(loads.stages)):
         following = best

@@ -1,4 +1,4 @@
-"""Where the stages of a model sit: pure arithmetic between (rank, chunk) and stage."""
+"""Placement of stages on ranks: arithmetic between (rank, chunk) and stage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from enum import StrEnum
 
 
 class Direction(StrEnum):
-    """A way along the ranks: up is towards the next higher one; in a loop also from the last to the first.
+    """Direction along the pipeline ranks: to the next rank, in a loop also from the last to the first, or the previous.
 
-    Neighbors send to each other at the same moment, so each direction has a process group of its own.
+    Each direction has a separate process group, because neighbors send to each other at the same moment.
     """
 
     NEXT = "next"
@@ -17,21 +17,21 @@ class Direction(StrEnum):
 
     @property
     def opposite(self) -> Direction:
-        """The other way: gradients travel opposite to the activations of their chunk."""
+        """The other direction, in which the gradients of a chunk travel."""
         return Direction.PREV if self is Direction.NEXT else Direction.NEXT
 
 
 class PlacementStyle(StrEnum):
-    """The way of a micro-batch through the ranks."""
+    """Path of a micro-batch through the ranks."""
 
-    LOOP = "loop"  # up through chunk 0 of every rank, from the last rank back to the first, up through chunk 1, …
-    V = "v"  # up through chunk 0 of every rank, then down through chunk 1; the turn is on the last rank
-    BIDIRECTIONAL = "bidirectional"  # two copies of the model: micro-batches of chunk 0 go up, those of chunk 1 down
+    LOOP = "loop"  # through chunk 0 of every rank, from the last rank to the first, through chunk 1, and so on
+    V = "v"  # through chunk 0 of every rank, then back through chunk 1; the turn is on the last rank
+    BIDIRECTIONAL = "bidirectional"  # two copies of the model: chunk 0 from the first rank on, chunk 1 from the last
 
 
 @dataclass(frozen=True, slots=True)
 class StageLocation:
-    """A stage of the model on one rank: `chunk` counts the stages that the rank holds."""
+    """Location of a stage: a rank and one of its chunks."""
 
     rank: int
     chunk: int
@@ -39,63 +39,64 @@ class StageLocation:
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """Which stage of the model each (rank, chunk) is: 0 has the embedding, `stages` - 1 the head and the loss.
+    """Mapping of (rank, chunk) to stage: stage 0 has the embedding, the last one the head and the loss.
 
         loop            stages = ranks · chunks     stage = chunk · ranks + rank
         v               stages = 2 · ranks          stage = rank in chunk 0, 2 · ranks - 1 - rank in chunk 1
         bidirectional   stages = ranks, each twice  stage = rank in chunk 0, ranks - 1 - rank in chunk 1
 
-    A micro-batch visits every stage once. Only under `bidirectional` do two places hold the same stage: they are
-    replicas, and a micro-batch goes through either the one or the other, by the direction it travels in.
+    A micro-batch visits every stage once. Only in `bidirectional` do two locations hold the same stage: they are
+    replicas, and the direction of a micro-batch selects one of them.
     """
 
     style: PlacementStyle
     ranks: int
     chunks_per_rank: int
-    """Stages a rank holds."""
+    """Stages per rank."""
 
     @property
     def num_stages(self) -> int:
-        """Stages that the model is cut into."""
+        """Number of stages of the model."""
         return self.ranks if self.style is PlacementStyle.BIDIRECTIONAL else self.ranks * self.chunks_per_rank
 
     def direction_of_chunk(self, chunk: int) -> Direction:
-        """The way that the activations of `chunk` travel. Its gradients go the opposite way."""
-        down = chunk == 1 and self.style is not PlacementStyle.LOOP
-        return Direction.PREV if down else Direction.NEXT
+        """Return the direction of the activations of `chunk`; its gradients take the opposite one."""
+        goes_back = chunk == 1 and self.style is not PlacementStyle.LOOP
+        return Direction.PREV if goes_back else Direction.NEXT
 
     def stage_at(self, place: StageLocation) -> int:
-        """The stage at `place`."""
+        """Return the stage at `place`."""
         if self.direction_of_chunk(place.chunk) is Direction.PREV:
             return self.num_stages - 1 - place.rank
         return place.chunk * self.ranks + place.rank if self.style is PlacementStyle.LOOP else place.rank
 
     def previous_location(self, place: StageLocation) -> StageLocation | None:
-        """Where a micro-batch that is at `place` has been before; None in the first stage. May be the same rank."""
+        """Return the location of the stage before that of `place`, maybe on the same rank; None for the first stage."""
         return self._step(place, -1)
 
     def next_location(self, place: StageLocation) -> StageLocation | None:
-        """Where a micro-batch that is at `place` goes next; None in the last stage. May be the same rank."""
+        """Return the location of the stage after that of `place`, maybe on the same rank; None for the last stage."""
         return self._step(place, +1)
 
     def is_first_stage(self, place: StageLocation) -> bool:
-        """Whether `place` holds the embedding and is given tokens."""
+        """Return whether `place` holds the embedding."""
         return self.stage_at(place) == 0
 
     def is_last_stage(self, place: StageLocation) -> bool:
-        """Whether `place` holds the head and computes the loss."""
+        """Return whether `place` holds the head and computes the loss."""
         return self.stage_at(place) == self.num_stages - 1
 
     def locations_of_stage(self, stage: int) -> tuple[StageLocation, ...]:
-        """Every place that holds `stage`, lowest rank first: one, or the two replicas of a bidirectional placement."""
+        """Return the locations of `stage`, lowest rank first: one, or two replicas in `bidirectional`."""
         return tuple(place for place in self.all_locations() if self.stage_at(place) == stage)
 
     def all_locations(self) -> tuple[StageLocation, ...]:
-        """Every (rank, chunk), rank by rank."""
+        """Return every (rank, chunk), rank by rank."""
         return tuple(StageLocation(rank, chunk) for rank in range(self.ranks) for chunk in range(self.chunks_per_rank))
 
     def first_and_last_stage_colocated(self) -> bool:
-        """Whether first and last stage are on one rank everywhere, so that they can share embedding and head."""
+        """Return whether the first and the last stage are on the same ranks."""
+        # If so, MTP can share embedding and head in place (report §3.2.3); else their gradients need a reduction.
         return {place.rank for place in self.locations_of_stage(0)} == {
             place.rank for place in self.locations_of_stage(self.num_stages - 1)
         }

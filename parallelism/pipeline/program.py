@@ -1,6 +1,6 @@
-"""A pipeline program: for each rank, the list of what it computes. Nothing else decides order at run time.
+"""Pipeline programs: one list of instructions per rank, which alone decides the order of execution.
 
-Schedules write programs with `RankProgramWriter`, which counts micro-batches, so that a schedule reads as a list of steps.
+Schedules write programs with `RankProgramWriter`, which counts micro-batches.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .placement import Direction, PlacementStyle, StagePlacement
 
 
 class InvalidProgramError(ValueError):
-    """A program that would compute the wrong thing, or never end: what is wrong, at which rank and instruction."""
+    """A program with a wrong result or a deadlock; the message names rank and instruction."""
 
 
 class Op(StrEnum):
-    """What an instruction computes."""
+    """Operation of an instruction."""
 
     F = "F"  # forward
     B = "B"  # backward: gradients of inputs and of weights
@@ -28,10 +28,10 @@ class Op(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ChunkMicroBatch:
-    """One micro-batch in one chunk of the rank that the work is listed for.
+    """One micro-batch in one chunk of a rank.
 
-    Micro-batches count from 0. Under a bidirectional placement each direction has its own count, so
-    micro-batch 3 of chunk 0 and micro-batch 3 of chunk 1 are different data; see `PipelineProgram.global_micro_batch_index`.
+    Micro-batches count from 0. A bidirectional placement counts each direction separately: micro-batch 3 of chunk 0 and
+    micro-batch 3 of chunk 1 are different data; see `PipelineProgram.global_micro_batch_index`.
     """
 
     chunk: int
@@ -40,9 +40,9 @@ class ChunkMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One step of a rank: `forward` for F and FB, `backward` for B, I, W and FB.
+    """One instruction of a rank: `forward` for F and FB, `backward` for B, I, W and FB.
 
-    The two works of an FB do not depend on each other: they may run in turns, or as F and then B.
+    The two halves of an FB do not depend on each other: they may run interleaved, or as F and then B.
     """
 
     op: Op
@@ -56,7 +56,7 @@ class Instruction:
 
     @property
     def chunk_micro_batches(self) -> tuple[ChunkMicroBatch, ...]:
-        """The one or two works, forward first."""
+        """The one or two (chunk, micro-batch) of the instruction, forward first."""
         return tuple(work for work in (self.forward, self.backward) if work is not None)
 
     def __str__(self) -> str:
@@ -66,49 +66,48 @@ class Instruction:
 
 
 def describe_instruction(rank: int, index: int, instruction: Instruction) -> str:
-    """An instruction as errors name it."""
+    """Return the description of an instruction for error messages."""
     return f"rank {rank}, instruction {index} ({instruction})"
 
 
 @dataclass(frozen=True)
 class PipelineProgram:
-    """What every rank computes for one global batch, in order."""
+    """Instructions of every rank for one global batch."""
 
     schedule: str
     placement: StagePlacement
     num_micro_batches: int
-    """N, those of a bidirectional program's two directions taken together."""
+    """N, the micro-batches of both directions together."""
     instructions: tuple[tuple[Instruction, ...], ...]
-    """Of each rank."""
+    """Instructions by rank."""
 
     @property
     def ranks(self) -> int:
-        """P."""
+        """P, the number of pipeline ranks."""
         return self.placement.ranks
 
     @property
     def chunks_per_rank(self) -> int:
-        """Stages a rank holds."""
+        """Stages per rank."""
         return self.placement.chunks_per_rank
 
     def micro_batches_in_chunk(self, chunk: int) -> int:
-        """How many micro-batches visit `chunk`: all, or in a bidirectional program the half of its direction."""
+        """Return the number of micro-batches that visit `chunk`: N, or N / 2 in a bidirectional program."""
         if self.placement.style is not PlacementStyle.BIDIRECTIONAL:
             return self.num_micro_batches
         return self.num_micro_batches // 2
 
     def global_micro_batch_index(self, work: ChunkMicroBatch) -> int:
-        """Which of the global batch's N micro-batches `work` is on: those that go up first, then those that go down."""
+        """Return the index of the micro-batch among all N: first those of chunk 0's direction, then the others."""
         bidirectional = self.placement.style is PlacementStyle.BIDIRECTIONAL
-        down = bidirectional and self.placement.direction_of_chunk(work.chunk) is Direction.PREV
-        return work.micro_batch + (self.micro_batches_in_chunk(0) if down else 0)
+        goes_back = bidirectional and self.placement.direction_of_chunk(work.chunk) is Direction.PREV
+        return work.micro_batch + (self.micro_batches_in_chunk(0) if goes_back else 0)
 
 
 def count_in_flight(program: PipelineProgram) -> tuple[tuple[int, ...], ...]:
-    """Of each rank, how many chunk activations are alive while each of its instructions runs.
+    """Return for each rank the number of live chunk activations during each of its instructions.
 
-    One (chunk, micro-batch) is alive from the start of its F or FB to the end of its B or FB; where the backward is
-    split to the end of its W, because weight gradients are made from the inputs that the forward kept.
+    One (chunk, micro-batch) is live from the start of its F or FB to the end of its B, FB or W.
     """
     return tuple(_alive(instructions) for instructions in program.instructions)
 
@@ -118,12 +117,13 @@ def _alive(instructions: tuple[Instruction, ...]) -> tuple[int, ...]:
     for instruction in instructions:
         alive += instruction.forward is not None
         counts.append(alive)
+        # Not at I: the weight gradients of W are computed from the inputs that the forward kept.
         alive -= instruction.op in (Op.B, Op.W, Op.FB)
     return tuple(counts)
 
 
 class RankProgramWriter:
-    """Appends instructions; each call takes the chunk's next micro-batch."""
+    """Writes the instructions of one rank; each call takes the chunk's next micro-batch."""
 
     def __init__(self, chunks: int) -> None:
         self._forwards = [0] * chunks
@@ -132,30 +132,30 @@ class RankProgramWriter:
         self._written: list[Instruction] = []
 
     def append_forward(self, chunk: int = 0) -> None:
-        """F."""
+        """Append F."""
         self._written.append(Instruction(Op.F, forward=_next(self._forwards, chunk)))
 
     def append_backward(self, chunk: int = 0) -> None:
-        """B."""
+        """Append B."""
         self._written.append(Instruction(Op.B, backward=_next(self._backwards, chunk)))
 
     def append_input_gradient(self, chunk: int = 0) -> None:
-        """I: the same micro-batch's weight gradients become pending."""
+        """Append I; the weight gradients of its micro-batch become pending."""
         work = _next(self._backwards, chunk)
         self._pending.append(work)
         self._written.append(Instruction(Op.I, backward=work))
 
     def append_weight_gradient(self) -> None:
-        """W of what has been pending longest."""
+        """Append W of the micro-batch that has been pending longest."""
         self._written.append(Instruction(Op.W, backward=self._pending.popleft()))
 
     def append_forward_backward(self, forward: int, backward: int) -> None:
-        """FB: the forward of chunk `forward` overlapped with the backward of chunk `backward`."""
-        works = _next(self._forwards, forward), _next(self._backwards, backward)
-        self._written.append(Instruction(Op.FB, *works))
+        """Append FB: the forward of chunk `forward` overlapped with the backward of chunk `backward`."""
+        pair = _next(self._forwards, forward), _next(self._backwards, backward)
+        self._written.append(Instruction(Op.FB, *pair))
 
     def instructions(self) -> tuple[Instruction, ...]:
-        """All that has been written."""
+        """Return the instructions written so far."""
         return tuple(self._written)
 
 

@@ -1,4 +1,4 @@
-"""Times of a program that is simulated again and again: what depends on what is worked out once."""
+"""Simulator for one program and many durations: the dependencies are sorted once."""
 
 from __future__ import annotations
 
@@ -14,55 +14,58 @@ from .simulate import InstructionDuration, SimulatedTimes
 
 
 class _Node(NamedTuple):
-    """An instruction, or a batch of messages: when it can begin, and what it is."""
+    """An instruction, or the opening or the completion of a batch of messages."""
 
     after: tuple[int, ...]
-    """Ends of other nodes that it waits for."""
+    """Nodes whose end it waits for."""
     rank: int = -1
     place: int = -1
-    """Of the instruction in its rank's list; both -1 for a batch."""
+    """Index of the instruction in its rank's list; `rank` and `place` are -1 for a batch."""
     travels: bool = False
-    """Whether a batch holds messages of which this is the end, and not only a moment at which it opens."""
+    """True for the completion of a batch, which takes the transfer time."""
 
 
 @dataclass(frozen=True)
 class ProgramSimulator:
-    """The events of one program in an order in which each comes after all that it waits for.
+    """Instructions and batches of one program in topological order.
 
-    A batch of messages opens when the batch before it in its lane is complete and the instruction before its commit has
-    ended; it is complete `transfer` after it and the batches at the other ends of its messages are open. So every time
-    is a maximum of earlier ones, and a program is timed in one pass.
+    A batch opens when the previous batch in its direction is complete and the instruction before it has ended. It
+    completes `transfer_time` after it and the batches at the other ends of its messages are open.
     """
+
+    # So every time is a maximum of earlier ones, and one pass over the nodes times a program. `simulate_program`
+    # derives the messages again in each call.
 
     program: PipelineProgram
     _nodes: tuple[_Node, ...]
 
     @staticmethod
     def from_program(program: PipelineProgram) -> ProgramSimulator:
-        """Raises `InvalidProgramError` when the program deadlocks; it must be complete, which `check` proves."""
-        return ProgramSimulator(program, tuple(_sorted(_Builder(program).nodes())))
+        """Sort a complete program (`verify_program`). Raises `InvalidProgramError` for a deadlock."""
+        return ProgramSimulator(program, tuple(_topologically_sorted(_Builder(program).nodes())))
 
     def simulate(self, duration: InstructionDuration, transfer_time: float = 0.0) -> SimulatedTimes:
-        """What `simulate_program` returns for the same arguments."""
+        """Return the times that `simulate_program` returns for the same arguments."""
         instructions = self.program.instructions
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
         ends: list[list[float]] = [[0.0] * len(row) for row in instructions]
         times: list[float] = []
-        end_of, note = times.__getitem__, times.append
+        # Bound methods: the loop below runs once per node and is what a simulation costs.
+        time_of, append_time = times.__getitem__, times.append
         for after, rank, index, travels in self._nodes:
-            time = max(map(end_of, after)) if after else 0.0
+            time = max(map(time_of, after)) if after else 0.0
             if rank >= 0:
                 starts[rank][index] = time
                 time += duration(rank, instructions[rank][index])
                 ends[rank][index] = time
             elif travels:
                 time += transfer_time
-            note(time)
+            append_time(time)
         return SimulatedTimes(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
 
 
 class _Builder:
-    """Numbers the events: of each rank its instructions, of each batch its opening and its completion."""
+    """Numbers the nodes: the instructions of all ranks, the openings of all batches, their completions."""
 
     def __init__(self, program: PipelineProgram) -> None:
         self._program = program
@@ -74,11 +77,11 @@ class _Builder:
         self._instructions = count
 
     def nodes(self) -> list[_Node]:
-        commits = derive_p2p_batches(self._program)
+        p2p_batches = derive_p2p_batches(self._program)
         opened: dict[P2POp, list[int]] = {}
         arrives: dict[P2POp, int] = {}
         batches: list[tuple[int | None, int | None, list[P2POp]]] = []
-        for rank, row in enumerate(commits):
+        for rank, row in enumerate(p2p_batches):
             for direction in Direction:
                 previous: int | None = None
                 for index, messages in _batches(row, direction):
@@ -86,39 +89,39 @@ class _Builder:
                     before = self._first[rank] + index - 1 if index else None
                     batches.append((before, previous, messages))
                     previous = number
-                    for edge in messages:
-                        opened.setdefault(edge, []).append(number)
-                    arrives.update((edge, number) for edge in row[index].receives if edge.direction is direction)
+                    for p2p_op in messages:
+                        opened.setdefault(p2p_op, []).append(number)
+                    arrives.update((p2p_op, number) for p2p_op in row[index].receives if p2p_op.direction is direction)
         opening = self._instructions
         complete = opening + len(batches)
-        nodes = list(self._of_instructions(commits, arrives, complete))
+        nodes = list(self._of_instructions(p2p_batches, arrives, complete))
         for instruction, previous, _ in batches:
             ends = [instruction] if instruction is not None else []
             nodes.append(_Node((*ends, *([complete + previous] if previous is not None else []))))
         for _, _, messages in batches:
-            nodes.append(_Node(tuple({opening + end for edge in messages for end in opened[edge]}), travels=True))
+            nodes.append(_Node(tuple({opening + end for p2p_op in messages for end in opened[p2p_op]}), travels=True))
         return nodes
 
     def _of_instructions(
-        self, commits: Sequence[Sequence[P2PBatch]], arrives: dict[P2POp, int], complete: int
+        self, p2p_batches: Sequence[Sequence[P2PBatch]], arrives: dict[P2POp, int], complete: int
     ) -> Iterator[_Node]:
         for rank, row in enumerate(self._program.instructions):
             for index in range(len(row)):
                 own = [self._first[rank] + index - 1] if index else []
-                needs = [complete + arrives[edge] for edge in commits[rank][index].required_receives]
+                needs = [complete + arrives[p2p_op] for p2p_op in p2p_batches[rank][index].required_receives]
                 yield _Node((*own, *needs), rank, index)
 
 
-def _batches(commits: Sequence[P2PBatch], direction: Direction) -> Iterator[tuple[int, list[P2POp]]]:
-    """One rank's batches in one direction; those without messages are left out."""
-    for index, commit in enumerate(commits):
-        messages = [edge for edge in (*commit.sends, *commit.receives) if edge.direction is direction]
+def _batches(p2p_batches: Sequence[P2PBatch], direction: Direction) -> Iterator[tuple[int, list[P2POp]]]:
+    """Yield one rank's batches in one direction that contain messages, with their numbers."""
+    for index, p2p_batch in enumerate(p2p_batches):
+        messages = [p2p_op for p2p_op in (*p2p_batch.sends, *p2p_batch.receives) if p2p_op.direction is direction]
         if messages:
             yield index, messages
 
 
-def _sorted(nodes: Sequence[_Node]) -> Iterator[_Node]:
-    """Each node after those that it waits for, which it names by their place in the new order."""
+def _topologically_sorted(nodes: Sequence[_Node]) -> Iterator[_Node]:
+    """Yield each node after those that it waits for, whose indices are replaced by those of the new order."""
     waiting = [len(node.after) for node in nodes]
     followers: list[list[int]] = [[] for _ in nodes]
     for number, node in enumerate(nodes):
@@ -136,4 +139,4 @@ def _sorted(nodes: Sequence[_Node]) -> Iterator[_Node]:
             if waiting[follower] == 0:
                 ready.append(follower)
     if len(place) < len(nodes):
-        raise InvalidProgramError("deadlock: some instructions wait for each other; `check` says which")
+        raise InvalidProgramError("deadlock: some instructions wait for each other; `verify_program` names them")

@@ -1,7 +1,4 @@
-"""ZeRO-1 (arXiv 1910.02054): each rank updates the shard that it owns, and the others get it from there.
-
-The rule of the update is the caller's; here is who updates what, and when.
-"""
+"""ZeRO-1 (arXiv 1910.02054): each rank updates its shard of every bucket, then all ranks all-gather the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from .reduce import ALL_GATHER, GradientReducer, count_shard_traffic
 
 
 class OptimizerUpdate(Protocol):
-    """One step of an optimizer on some elements, in place. Each element is updated on its own."""
+    """Element-wise update rule of an optimizer, in place."""
 
     def __call__(
         self,
@@ -31,16 +28,16 @@ class OptimizerUpdate(Protocol):
         step: int,
         decays: bool,
     ) -> None:
-        """`step` counts from 1; `decays`: whether weight decay is for these elements."""
+        """Update the elements; `step` counts from 1, `decays` says whether weight decay applies to them."""
         ...
 
 
 class ShardedOptimizer:
-    """Master weights and moments of one rank's shards.
+    """Optimizer over the master weights and moments of one rank's shards.
 
-    A step is `reducer.begin`, the backward with `after` behind each instruction, `reducer.finish` and `norm`, then
-    `step` here. The new weights arrive while others do what they do: the next program waits, by `before`, for those of
-    a bucket when it first computes with them. Whoever else reads weights calls `wait`.
+    A step is `reducer.begin_step`, a program with `before_instruction` and `after_instruction`,
+    `reducer.finish_reduction`, then `step`. The all-gathers of the new weights overlap with the next program, which
+    waits for a bucket at its first use. Other readers of weights call `wait_for_weights` first.
     """
 
     def __init__(
@@ -51,30 +48,30 @@ class ShardedOptimizer:
         bucket_order: Sequence[int],
         recorder: SpanRecorder,
     ) -> None:
-        """`needed_from`: of each bucket, this rank's first instruction that computes with it (`uses.first_use`).
+        """Take for each bucket this rank's first instruction that uses it (`liveness.first_use`).
 
-        `order`: the buckets' numbers as they are updated and handed out, equal on all ranks that share them.
+        `bucket_order` is the order in which buckets are updated and all-gathered; ranks that share buckets must agree.
         """
         self.reducer = reducer
         self.step_count = 0
-        """Taken so far. Whoever loads a state sets it."""
+        """Number of steps taken; loading a checkpoint sets it."""
         self._update = update
-        self._needed_from = tuple(first_use)
+        self._first_use = tuple(first_use)
         self._order = tuple(bucket_order)
-        self._arriving: dict[int, AsyncWork[None]] = {}
+        self._gathering: dict[int, AsyncWork[None]] = {}
         self._recorder = recorder
 
     def set_schedule(self, first_use: Sequence[int], last_use: Sequence[int]) -> None:
-        """Another program runs from the next step on; of each bucket, the instructions that matter there.
+        """Set the first and last use of each bucket in the program of the next step.
 
-        Weights that are on their way arrive as the new one needs them.
+        All-gathers in flight are waited for at the new first use.
         """
-        self._needed_from = tuple(first_use)
+        self._first_use = tuple(first_use)
         self.reducer.set_schedule(last_use)
 
     @torch.no_grad()
     def step(self, rate: float, grad_scale: float = 1.0) -> None:
-        """Update every owned shard by its gradients times `factor`, and start to hand the weights out."""
+        """Update every local shard by its gradients times `grad_scale`, and start the all-gathers of the weights."""
         self.step_count += 1
         if grad_scale != 1.0:
             self.reducer.scale_gradients(grad_scale)
@@ -83,49 +80,51 @@ class ShardedOptimizer:
             for part, decays in bucket.slices_by_weight_decay():
                 state = (bucket.master_n, bucket.grad_n, bucket.exp_avg_n, bucket.exp_avg_sq_n)
                 self._update(*(tensor[part] for tensor in state), rate=rate, step=self.step_count, decays=decays)
+            # Bucket by bucket: the first all-gathers overlap with the updates of later buckets.
             self._hand_out(number)
 
     def before_instruction(self, instruction: int) -> None:
-        """See `pipeline.executor.Listener`: wait for the weights that the instruction computes with."""
-        due = [number for number in self._arriving if self._needed_from[number] <= instruction]
+        """Wait for the weights that the instruction uses (`InstructionListener`)."""
+        due = [number for number in self._gathering if self._first_use[number] <= instruction]
         if due:
             with self._recorder.span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT):
                 for number in due:
-                    self._arriving.pop(number).wait()
+                    self._gathering.pop(number).wait()
 
     def after_instruction(self, instruction: int) -> None:
-        """See `pipeline.executor.Listener`: start to reduce what is final."""
+        """Start the reduction of buckets that are final (`InstructionListener`)."""
         self.reducer.after_instruction(instruction)
 
     def wait_for_weights(self) -> None:
-        """Until all weights are here. Raises `CollectiveError`."""
-        while self._arriving:
-            self._arriving.popitem()[1].wait()
+        """Wait for all weights. Raises `CollectiveError`."""
+        while self._gathering:
+            self._gathering.popitem()[1].wait()
 
     def local_shards(self) -> Iterator[ParameterShard]:
-        """The optimizer's state here, parameter by parameter, whatever the layout. Write, `publish`, then train on."""
+        """Yield the optimizer state of this rank by parameter. After writing into it, call `all_gather_weights`."""
         for bucket in self.reducer.buckets:
             yield from bucket.local_shards()
 
     def all_gather_weights(self) -> None:
-        """Collective: make the weights everywhere what the masters are."""
+        """Cast the masters to weights and all-gather them on all ranks. Collective."""
         for number in self._order:
             self._hand_out(number)
         self.wait_for_weights()
 
     def warm_up_collectives(self) -> None:
-        """Collective: reduce gradients of zero and gather the weights as they are, each bucket as in a step.
+        """Reduce zero gradients and all-gather the weights, each bucket as in a step. Collective.
 
-        A communicator of NCCL connects the ring, tree or switch of an algorithm when a collective first uses it, and
-        blocks the host until all its ranks do. The size of a collective decides its algorithm: so whole buckets.
-        Before the first step; gradients are zero afterwards.
+        Call before the first step; gradients are zero afterwards.
         """
+        # NCCL connects the ring, tree or switch of an algorithm when a collective first uses it, and blocks the host
+        # until all ranks of the communicator do. In a step, where some of them wait for messages of the blocked rank,
+        # that can deadlock. The size of a collective decides its algorithm, hence whole buckets.
         self.reducer.begin_step()
         self.reducer.finish_reduction()
         self.all_gather_weights()
 
     def close(self) -> None:
-        """End what runs the collectives."""
+        """Stop the thread or stream of the collectives."""
         self.reducer.async_communicator.close()
 
     def _hand_out(self, number: int) -> None:
@@ -136,4 +135,4 @@ class ShardedOptimizer:
         pending = self.reducer.async_communicator.submit(
             what, lambda: gather(bucket.weights_GN, what), (bucket.weights_N,)
         )
-        self._arriving[number] = pending
+        self._gathering[number] = pending

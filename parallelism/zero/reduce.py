@@ -1,7 +1,4 @@
-"""Gradients of the global batch: summed over a parameter's replicas, each shard where it is owned, as soon as final.
-
-The loss is already scaled by global counts, so reduction is a sum and never an average.
-"""
+"""Reduce-scatter of gradients, bucket by bucket, as soon as they are final."""
 
 from __future__ import annotations
 
@@ -16,17 +13,19 @@ from ...comm.host_transfer import to_host
 from ...comm.traffic import TrafficCounter
 from .bucket import Bucket
 
-SQUARE_SUM_ELEMENTS = 2**18  # elements: 2 MB in FP64
+# Elements of a piece in a sum of squares: 2 MB in FP64, which stays in a cache. An FP64 copy of whole gradients would
+# cost more time than the optimizer.
+SQUARE_SUM_ELEMENTS = 2**18
 
 REDUCE_SCATTER = "reduce_scatter"
 ALL_GATHER = "all_gather"
 
 
 class GradientReducer:
-    """Every bucket of one rank, in an order that all ranks agree on, and who is reduced after which instruction.
+    """Starts the reduction of each bucket of one rank after the last instruction that adds to it.
 
-    A bucket is reduced behind all those before it, also where it is final earlier: ranks that share buckets then
-    issue their collectives in one order, and none can wait for another for ever.
+    The order of the buckets must be the same on all ranks that share them. Gradients are summed, never averaged: the
+    loss is scaled by global counts.
     """
 
     def __init__(
@@ -36,52 +35,55 @@ class GradientReducer:
         async_communicator: AsyncCommunicator,
         traffic: TrafficCounter,
     ) -> None:
-        """`final_after`: of each bucket, this rank's last instruction that adds to it (`pipeline.uses.last_use`)."""
+        """Take for each bucket this rank's last instruction that adds to it (`liveness.last_use`)."""
         self.buckets = tuple(buckets)
         self.async_communicator, self.traffic = async_communicator, traffic
-        self._final_after = tuple(last_use)
+        self._last_use = tuple(last_use)
         self._reducing: list[AsyncWork[None]] = []
 
     def set_schedule(self, last_use: Sequence[int]) -> None:
-        """Another program runs from the next step on. The order of the buckets stays: any will do that all agree on."""
-        self._final_after = tuple(last_use)
+        """Set the last use of each bucket in the program of the next step; the order of the buckets stays."""
+        self._last_use = tuple(last_use)
 
     def begin_step(self) -> None:
-        """Gradients of a new step: zero, also where no token will reach. `traffic` counts a step's bytes from here."""
+        """Set the gradients and the traffic counter to zero."""
+        # All gradients: an expert without tokens in this step adds nothing, and its old gradient must not remain.
         self._reducing.clear()
         self.traffic.reset()
         for bucket in self.buckets:
             bucket.grads_N.zero_()
 
     def after_instruction(self, instruction: int) -> None:
-        """This rank has run the instruction of this index: start reducing what is final now."""
-        while self._next < len(self.buckets) and self._final_after[self._next] <= instruction:
+        """Start the reduction of buckets that are final after `instruction`."""
+        # In order: a bucket waits for those before it, also if it is final earlier. Ranks that share buckets then issue
+        # their collectives in one order, without which two ranks could wait for each other.
+        while self._next < len(self.buckets) and self._last_use[self._next] <= instruction:
             self._start(self.buckets[self._next])
 
     def finish_reduction(self) -> None:
-        """Reduce what has not been started, and wait for all of it. Raises `CollectiveError`."""
+        """Start the remaining reductions and wait for all. Raises `CollectiveError`."""
         while self._next < len(self.buckets):
             self._start(self.buckets[self._next])
         for pending in self._reducing:
             pending.wait()
 
     def sum_of_squares(self) -> Tensor:
-        """The squares of the gradients that this rank owns, summed, after `finish`: FP64, 0-dimensional.
+        """Return the sum of squares of the local gradient shards after `finish_reduction`: FP64, 0-dimensional.
 
-        Each element of the model is owned once, so the root of the sum over all ranks is the gradient's norm.
+        Each element of the model is in one shard, so the root of the sum over all ranks is the gradient norm.
         """
         return _sum_of_squares([bucket.grad_n for bucket in self.buckets])
 
     def gradient_norm(self, world: Group) -> float:
-        """Collective: the 2-norm over all parameters of the model, equal on all ranks; for callers that sum no more.
+        """Return the 2-norm of the gradients of all parameters of the model, equal on all ranks. Collective.
 
-        NaN or infinity anywhere makes it NaN or infinite everywhere: one verdict for all.
+        NaN or infinity on one rank makes it NaN or infinite on all, so that all decide alike.
         """
         total = to_host(world.all_reduce_sum(self.sum_of_squares(), "gradient norm"))
         return float(total.sqrt().item())
 
     def scale_gradients(self, grad_scale: float) -> None:
-        """Multiply the gradients that this rank owns."""
+        """Multiply the local gradient shards by `grad_scale`."""
         for bucket in self.buckets:
             bucket.grad_n.mul_(grad_scale)
 
@@ -99,17 +101,13 @@ class GradientReducer:
 
 
 def count_shard_traffic(traffic: TrafficCounter, operation: str, group: Group, shards_GN: Tensor) -> None:
-    """A rank sends every other rank one shard, in a reduce-scatter the peer's and in an all-gather its own."""
+    """Count one shard to every other rank: in a reduce-scatter the peer's shard, in an all-gather the local one."""
     size = shards_GN[0].nbytes
     traffic.count_payload(operation, group, [0 if peer == group.rank else size for peer in group.ranks])
 
 
 def _sum_of_squares(shards: Sequence[Tensor]) -> Tensor:
-    """FP64, 0-dimensional.
-
-    The FP64 copy is made a piece at a time, in a buffer that stays in a cache: of whole gradients it costs more than
-    the optimizer.
-    """
+    """Return the sum of squares in FP64, 0-dimensional."""
     return torch.stack([_squares_of(piece) for shard_n in shards for piece in shard_n.split(SQUARE_SUM_ELEMENTS)]).sum()
 
 

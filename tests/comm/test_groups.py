@@ -100,7 +100,7 @@ def test_a_group_that_is_not_made_in_time_is_named(tmp_path: Path) -> None:
     with told:
         ProcessGroups.create(Topology(ep=2), 0, LIMIT, (), Slow(0), watchdog)
     assert ends
-    assert "making the groups of ep with ranks 1 has not returned" in (tmp_path / "told").read_text()
+    assert "creating the process groups 'ep' with ranks 1 has not returned" in (tmp_path / "told").read_text()
 
 
 def test_messages_and_reductions_get_few_thread_blocks() -> None:

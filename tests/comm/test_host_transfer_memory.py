@@ -44,5 +44,5 @@ def test_without_a_gpu_nothing_is_pinned() -> None:
 
 
 def test_what_cuda_does_not_pin_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="cudaHostRegister failed with the CUDA error 2"):
+    with pytest.raises(RuntimeError, match="cudaHostRegister failed with CUDA error 2"):
         GrowableHostBuffer(StandInPages(error=2)).grow(1, pinned=True)

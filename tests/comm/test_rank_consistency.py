@@ -79,10 +79,10 @@ def test_equal_digests_are_equal_whatever_is_shown() -> None:
         ("", "Expecting value"),
         ("\0", "Expecting value"),
         ("[]", "must be a mapping of keys"),
-        ('{"a": "b"}', "a is not a fact"),
-        ('{"a": ["b"]}', "a is not a fact"),
-        ('{"a": [1, 2]}', "a is not a fact"),
-        ('{"a": ["b", null]}', "a is not a fact"),
+        ('{"a": "b"}', "a is not a fingerprint"),
+        ('{"a": ["b"]}', "a is not a fingerprint"),
+        ('{"a": [1, 2]}', "a is not a fingerprint"),
+        ('{"a": ["b", null]}', "a is not a fingerprint"),
     ],
 )
 def test_junk_is_no_facts(text: str, reason: str) -> None:

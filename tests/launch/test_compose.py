@@ -285,13 +285,13 @@ def test_a_users_file_that_could_never_be_chosen(tmp_path: Path) -> None:
         ("# @package _global_\ndefaults:\n  - override /model: huge\n", "command line", "Could not find 'model/huge'"),
         ("# @package _global_\ntraining:\n  tokns: 5\n", "training.tokns", "did you mean tokens?"),
         ("training:\n  tokens: 5\n", "experiment", "must be: # @package _global_"),
-        ("training:\n  seed: 5\n  seed: 6\n", "mine.yaml: line 3", "'seed': is a key that stands there twice"),
+        ("training:\n  seed: 5\n  seed: 6\n", "mine.yaml: line 3", "'seed': is a repeated key"),
         (
             '# @package _global_\ntraining:\n  run_dir: "a\\0b"\n',
             "training.run_dir",
             r"'a\\x00b': contains a NUL character",
         ),
-        (f"training:\n  tokens: 1{'0' * 5000}\n", "mine.yaml", "is not YAML of a configuration"),
+        (f"training:\n  tokens: 1{'0' * 5000}\n", "mine.yaml", "is not a YAML configuration"),
     ],
     ids=["not-yaml", "unknown-choice", "unknown-key", "no-package", "key-twice", "NUL", "digits"],
 )

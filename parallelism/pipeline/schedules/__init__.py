@@ -1,1 +1,1 @@
-"""Every pipeline schedule, and the registry that knows them by name."""
+"""Pipeline schedules and their registry."""

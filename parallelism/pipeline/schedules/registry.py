@@ -1,4 +1,4 @@
-"""Every schedule by name: what it demands of ranks and micro-batches, and the program it makes of them."""
+"""Registry of schedules: their requirements and their programs."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from .unidirectional import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
 
 @dataclass(frozen=True)
 class PipelineSchedule:
-    """A schedule, and the numbers of ranks and micro-batches it is defined for."""
+    """A schedule, and the numbers of ranks and micro-batches that it supports."""
 
     name: str
     help_text: str
     """One line for help texts."""
     write_rank_program: Callable[[RankProgramWriter, int, StagePlacement, int], None]
-    """Writes the instructions of one rank: given the rank, the placement and the number of micro-batches."""
+    """Function that writes the instructions of a rank, given the placement and the number of micro-batches."""
     placement_style: PlacementStyle = PlacementStyle.LOOP
     chunks_per_rank: int = 1
-    """Stages a rank holds; where `free_chunks`, unless told otherwise."""
+    """Stages per rank; the default if `allows_any_chunk_count`."""
     allows_any_chunk_count: bool = False
-    """Whether a rank may hold any number of stages from two on."""
+    """True if a rank may hold any number of stages from two on."""
     requires_even_counts: bool = False
-    """Whether ranks mirror each other: both numbers must be even."""
+    """True if ranks and micro-batches must be even, because ranks mirror each other."""
     requires_two_micro_batches_per_rank: bool = False
-    """Whether micro-batches must be twice the ranks at least, so that the pipeline fills from both ends."""
+    """True if N must be at least 2 P, because the pipeline fills from both ends."""
     requires_multiple_of_ranks: bool = False
-    """Whether micro-batches go round in groups, one for each rank."""
+    """True if N must be a multiple of P, because micro-batches pass a chunk in groups of P."""
 
     def problems(self, ranks: int, micro_batches: int, chunks: int | None) -> Iterator[Problem]:
-        """What this schedule cannot do, each with the nearest numbers that it can."""
+        """Yield a problem for each number that this schedule does not support, with the nearest ones that it does."""
         if self.requires_even_counts and ranks % 2 and ranks > 0:
             nearest = _nearest(ranks, least=2, step=2)
             yield Problem("ranks", ranks, f"{self.name} mirrors ranks and needs an even number of them: {nearest}")
         if chunks is not None and self.allows_any_chunk_count and chunks < 2:
-            yield Problem("chunks", chunks, f"{self.name} needs at least 2 chunks a rank; 1f1b has 1")
+            yield Problem("chunks", chunks, f"{self.name} needs at least 2 chunks per rank; 1f1b has 1")
         if chunks is not None and not self.allows_any_chunk_count and chunks != self.chunks_per_rank:
             fixed = "1 chunk" if self.chunks_per_rank == 1 else f"{self.chunks_per_rank} chunks"
-            yield Problem("chunks", chunks, f"{self.name} always has {fixed} a rank; leave it out")
+            yield Problem("chunks", chunks, f"{self.name} always has {fixed} per rank; remove this setting")
         if ranks < 1:
             yield Problem("ranks", ranks, f"must be at least {2 if self.requires_even_counts else 1}")
             return
@@ -55,13 +55,14 @@ class PipelineSchedule:
     def _micro_batch_remedy(self, micro_batches: int, ranks: int, least: int, step: int) -> str:
         demands = []
         if self.requires_even_counts:
-            demands.append("an even number (one half for each direction)")
+            demands.append("an even number")
         if self.requires_multiple_of_ranks:
-            demands.append(f"a multiple of the {ranks} ranks (they go round in groups of {ranks})")
+            demands.append(f"a multiple of {ranks}")
         if self.requires_two_micro_batches_per_rank:
-            demands.append(f"at least {least} (twice the ranks, which fill from both ends)")
-        demand = " and ".join(demands) or "at least 1"
-        return f"{self.name} needs {demand}: {_nearest(micro_batches, max(least, step), step)}"
+            demands.append(f"≥ {least}" if demands else f"a number ≥ {least}")
+        demand = " ".join(demands) or "at least 1"
+        where = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        return f"{self.name} on {where} needs {demand}: {_nearest(micro_batches, max(least, step), step)}"
 
 
 SCHEDULES = (
@@ -69,13 +70,13 @@ SCHEDULES = (
     PipelineSchedule("1f1b", "one forward, one backward (1F1B)", one_f_one_b),
     PipelineSchedule(
         "interleaved",
-        "1F1B with several stages a rank, in a loop",
+        "1F1B with several stages per rank",
         interleaved_1f1b,
         chunks_per_rank=2,
         allows_any_chunk_count=True,
         requires_multiple_of_ranks=True,
     ),
-    PipelineSchedule("zb_h1", "1F1B with weight gradients put off into the bubble (ZB-H1)", zb_h1),
+    PipelineSchedule("zb_h1", "1F1B with delayed weight gradients in the bubble (ZB-H1)", zb_h1),
     PipelineSchedule(
         "dualpipe",
         "micro-batches from both ends, forward and backward overlapped; two copies of the model",
@@ -87,7 +88,7 @@ SCHEDULES = (
     ),
     PipelineSchedule(
         "dualpipev",
-        "one half of DualPipe, folded: up through the ranks and down again, one copy of the model",
+        "one half of DualPipe, folded: through the ranks and back; one copy of the model",
         dualpipev,
         PlacementStyle.V,
         chunks_per_rank=2,
@@ -97,16 +98,16 @@ SCHEDULES = (
 
 
 def schedule_problems(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Iterator[Problem]:
-    """Why there is no such program: in `schedule`, `ranks`, `micro_batches` or `chunks`."""
+    """Yield each reason why there is no such program, in `schedule`, `ranks`, `micro_batches` or `chunks`."""
     if (found := _find(schedule)) is None:
         names = ", ".join(each.name for each in SCHEDULES)
-        yield Problem("schedule", schedule, f"no such schedule; there are {names}")
+        yield Problem("schedule", schedule, f"no such schedule; there are: {names}")
     else:
         yield from found.problems(ranks, micro_batches, chunks)
 
 
 def nearest_valid_micro_batches(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> int:
-    """The number of micro-batches nearest to this one that `schedule` takes."""
+    """Return the supported number of micro-batches nearest to `micro_batches`."""
 
     def is_legal(number: int) -> bool:
         problems = schedule_problems(schedule, ranks, number, chunks)
@@ -117,16 +118,16 @@ def nearest_valid_micro_batches(schedule: str, ranks: int, micro_batches: int, c
 
 
 def build_placement(schedule: str, ranks: int, chunks: int | None = None) -> StagePlacement:
-    """Where `schedule` puts the stages of the model; the numbers must be legal."""
+    """Return the stage placement of `schedule`; the numbers must be supported."""
     found = _find(schedule)
     assert found is not None, schedule
     return StagePlacement(found.placement_style, ranks, found.chunks_per_rank if chunks is None else chunks)
 
 
 def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | None = None) -> PipelineProgram:
-    """The program of `schedule`: N = `micro_batches` on P = `ranks`. Raises `ConfigError` where there is none.
+    """Return the program of `schedule` for N = `micro_batches` on P = `ranks`. Raises `ConfigError` if there is none.
 
-    `chunks` is the number of stages a rank, for `interleaved_1f1b`; the others have their own.
+    `chunks` is the number of stages per rank, for `interleaved`; it is fixed for the others.
     """
     raise_if_any(schedule_problems(schedule, ranks, micro_batches, chunks))
     found = _find(schedule)
@@ -141,11 +142,11 @@ def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | N
 
 
 def build_forward_program(placement: StagePlacement, micro_batches: int) -> PipelineProgram:
-    """Forwards alone, of so many micro-batches, through the stages of `placement`: for evaluation and generation.
+    """Return a program of forwards alone through the stages of `placement`, for evaluation and generation.
 
-    They go round in groups of as many as there are ranks, chunk by chunk, so that none waits long for its next stage.
-    Of the two copies of a bidirectional placement, the one that goes up runs.
+    In a bidirectional placement only the copy of chunk 0 runs.
     """
+    # Micro-batches pass a chunk in groups of P, so that each reaches its next stage when that rank is free.
     if placement.style is PlacementStyle.BIDIRECTIONAL:
         placement = StagePlacement(PlacementStyle.LOOP, placement.ranks, chunks_per_rank=1)
     writer = RankProgramWriter(placement.chunks_per_rank)

@@ -1,7 +1,4 @@
-"""Schedules whose micro-batches enter at rank 0 and leave at the last: GPipe, 1F1B, interleaved 1F1B and ZB1P.
-
-Interleaved 1F1B has several stages a rank in a loop, for a bubble that is smaller by their number.
-"""
+"""Schedules whose micro-batches enter at rank 0 and leave at the last: GPipe, 1F1B, interleaved 1F1B and ZB-H1."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from ..program import RankProgramWriter
 
 
 def gpipe(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
-    """All forwards, then all backwards: the simplest, and the one that keeps every activation (Huang et al. 2019)."""
+    """Write GPipe: all forwards, then all backwards; keeps the activations of all micro-batches (Huang et al. 2019)."""
     for _ in range(micro_batches):
         writer.append_forward()
     for _ in range(micro_batches):
@@ -18,7 +15,8 @@ def gpipe(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro
 
 
 def one_f_one_b(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
-    """One forward, one backward, after as many forwards as there are ranks to come (PipeDream-Flush, 2021)."""
+    """Write 1F1B: one forward, one backward, after a warm-up of P - 1 - r forwards (PipeDream-Flush, 2021)."""
+    # The gradient of the first micro-batch needs P - 1 - r ranks there and back; more forwards would only hold memory.
     warm_up = min(placement.ranks - 1 - rank, micro_batches)
     for _ in range(warm_up):
         writer.append_forward()
@@ -30,12 +28,12 @@ def one_f_one_b(writer: RankProgramWriter, rank: int, placement: StagePlacement,
 
 
 def zb_h1(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
-    """1F1B whose backward sends the input gradient on before it computes weight gradients (ZB-H1, Qi et al. 2023).
+    """Write ZB-H1: 1F1B that sends input gradients before it computes weight gradients (Qi et al. 2023).
 
-    Rank r runs its weight gradients r micro-batches late: the last rank, whose gradient all others wait for, catches up
-    with the warm-up of the first. Rank r then has ranks - r forwards and r weight gradients open: the memory of 1F1B's
-    first rank on every rank.
+    Every rank needs the memory of 1F1B's first rank: P - r forwards and r weight gradients are pending on rank r.
     """
+    # Rank r runs its weight gradients r micro-batches late. All ranks wait for the gradients of the last one, which is
+    # therefore the one that delays most.
     warm_up = min(placement.ranks - 1 - rank, micro_batches)
     for _ in range(warm_up):
         writer.append_forward()
@@ -50,10 +48,11 @@ def zb_h1(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro
 
 
 def interleaved_1f1b(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
-    """Micro-batches go round in groups of `ranks`: a group passes chunk 0, then chunk 1, … (Narayanan et al. 2021)."""
+    """Write interleaved 1F1B: groups of P micro-batches pass chunk 0, then chunk 1, … (Narayanan et al. 2021)."""
+    # The bubble is that of 1F1B divided by the number of chunks, for as many times the P2P messages.
     ranks, chunks = placement.ranks, placement.chunks_per_rank
     total = micro_batches * chunks
-    # Two forwards for each rank to come: a micro-batch's way to the end and its gradient's way back take that long.
+    # Two forwards for each later rank: the micro-batch's path to the end and its gradient's path back take that long.
     warm_up = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, total)
 
     def chunk(turn: int) -> int:

@@ -217,7 +217,7 @@ def test_what_fits_is_not_refused(hopper: Path) -> None:
 
 def test_what_is_impossible_everywhere(hopper: Path) -> None:
     assert "nothing to exchange; write exchange=flat" in hints(ranks=1)
-    assert "whole 256 elements and these have 160" in hints(shape=DeepEPBufferShape(4096, 160, 8))
+    assert "a multiple of 256, not 160" in hints(shape=DeepEPBufferShape(4096, 160, 8))
     assert "at most 32 experts and these go to 33" in hints(shape=DeepEPBufferShape(4096, 7168, 33))
     assert "gates in FP32" in hints(dtype=torch.float64)
 

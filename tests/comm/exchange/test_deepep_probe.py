@@ -32,7 +32,7 @@ def test_one_that_takes_the_process_along(tmp_path: Path) -> None:
 
 def test_one_that_hangs(tmp_path: Path) -> None:
     write_deep_ep(tmp_path, "import threading\nthreading.Event().wait()\n")
-    assert failure(tmp_path, seconds=0.5) == "it has not ended after 0.5 s"
+    assert failure(tmp_path, seconds=0.5) == "it did not finish within 0.5 s"
 
 
 def test_an_older_one_and_one_without_a_compiler(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_an_older_one_and_one_without_a_compiler(tmp_path: Path) -> None:
     write_deep_ep(tmp_path, GOOD)
     nvcc = str(tmp_path / "nvcc")
     assert failure(tmp_path, EP_JIT_NVCC_COMPILER=nvcc) == (
-        f"it compiles its kernels at run time, and {nvcc} is not there"
+        f"it compiles its kernels at run time, and {nvcc} does not exist"
     )
 
 

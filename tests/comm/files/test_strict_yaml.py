@@ -14,18 +14,18 @@ from shoestring.comm.files.strict_yaml import read_yaml
     ("text", "gist"),
     [
         ("a: [1", "is not YAML"),
-        ("a: &a [*a]", "alias for what it stands in"),
-        ("a: &a {b: *a}", "alias for what it stands in"),
+        ("a: &a [*a]", "is an alias for a value that contains it"),
+        ("a: &a {b: *a}", "is an alias for a value that contains it"),
         ("\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
                    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]), "every alias"),
         ("[" * 5000, "nested more than 64 deep"),
         ("a: " + "[" * 80 + "]" * 80, "nested more than 64 deep"),
         ("a: \x00", "is not YAML"),
-        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4 = 'c': is a key that stands there twice"),
-        ("a: ${b}\nb: ${a}", "is not YAML of a configuration|refers to itself"),
-        ("a: ${nowhere}", "is not YAML of a configuration"),
-        ("a: !!python/object:os.system {}", "is not YAML"),
-        ("5", "is not YAML of a configuration"),
+        ("a: 1\nb:\n  c: 1\n  c: 2", "line 4 = 'c': is a repeated key"),
+        ("a: ${b}\nb: ${a}", "is not a YAML configuration|refers to itself"),
+        ("a: ${nowhere}", "is not a YAML configuration"),
+        ("a: !!python/object:os.system {}", "is not a YAML configuration"),
+        ("5", "is not a YAML configuration"),
     ],
 )  # fmt: skip
 def test_yaml_that_explodes_or_is_none_is_named(text: str, gist: str, tmp_path: Path) -> None:

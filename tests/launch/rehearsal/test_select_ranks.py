@@ -58,4 +58,4 @@ def test_micro_batches_that_the_schedule_does_not_take() -> None:
     assert not list(micro_batch_problems(config, 32))
     for number in (30, 33, 0):
         said = refused(lambda n=number: raise_if_any(micro_batch_problems(config, n)))["--micro-batches"]
-        assert said.startswith(f"{number}: dualpipe needs an even number")
+        assert said.startswith(f"{number}: dualpipe on 16 ranks needs an even number")

@@ -141,7 +141,7 @@ def refused_alike(
         pytest.param(
             {machine: ["training.sample_prompt=${oc.env:PROMPT}"] for machine in (0, 1)},
             {0: {"PROMPT": "mine"}, 1: {"PROMPT": "yours"}},
-            "(variables of the environment differ)",
+            "(environment variables differ)",
             id="environment",
         ),
         pytest.param({1: ["model.expert_fnf=40"]}, {}, "reported an error: model.expert_fnf = 40", id="typo"),

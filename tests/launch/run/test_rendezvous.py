@@ -185,7 +185,7 @@ def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> Non
 def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_SECONDS_TO_SPEAK", 0.1)
     monkeypatch.setattr(rendezvous, "_MAX_UNIDENTIFIED", 1)
-    host, _ = venues(2, seconds=2)
+    host, _ = endpoints(2, seconds=2)
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as first, _reached(host) as second:
@@ -241,7 +241,7 @@ def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
 
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
-    host, _ = venues(2)
+    host, _ = endpoints(2)
     with pytest.raises(ConfigError, match=r"free disk space, or use another training\.run_dir"):
         host_rendezvous(host, FACTS, tmp_path, "attempt")
 
@@ -298,7 +298,7 @@ def test_hidden_values_that_differ_are_named() -> None:
     words = describe_mismatch(
         "prompt", ("here", {"prompt": Fingerprint("1", "${x}")}), ("there", {"prompt": Fingerprint("2", "${x}")})
     )
-    assert words == "${x} on here, ${x} on there (variables of the environment differ)"
+    assert words == "${x} on here, ${x} on there (environment variables differ)"
     assert (
         describe_mismatch("a", ("here", {"a": Fingerprint("1", "x")}), ("there", {})) == "x on here, nothing on there"
     )

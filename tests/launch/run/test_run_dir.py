@@ -91,7 +91,7 @@ def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     ):
         (run_dir / name).unlink(missing_ok=True)
         (run_dir / name).symlink_to(precious)
-        with pytest.raises(Exception, match=r"a run writes through no link"):
+        with pytest.raises(Exception, match=r"not through links"):
             make()
     assert precious.read_text() == "mine"
 

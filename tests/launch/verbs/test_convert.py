@@ -106,7 +106,7 @@ def overlap(header: dict[str, Any]) -> None:
         (edit_entry(data_offsets=[64, 0]), "where dtype F32 and shape [16] ask for 64"),
         (edit_entry(data_offsets=["0", 64]), "must be a whole number"),
         (edit_entry(data_offsets=[10**12, 10**12 + 64]), "must begin at byte"),
-        (edit_entry(other=1), "is no key of this format"),
+        (edit_entry(other=1), "is not a key of this format"),
         (overlap, "must begin at byte"),
         (lambda header: header.update(extra=5), "must be a mapping"),
         (lambda header: header.update(__metadata__={"a": 1}), "must be text"),

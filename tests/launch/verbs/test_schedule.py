@@ -42,7 +42,7 @@ def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("interleaved", "--pp", "2", "--micro-batches", "2", "--chunks", "3") == 0
-    assert "interleaved: 2 ranks, 3 chunks a rank, 2 micro-batches" in capsys.readouterr().out
+    assert "interleaved: 2 ranks, 3 chunks per rank, 2 micro-batches" in capsys.readouterr().out
 
 
 def test_everything_wrong_is_refused_together(capsys: pytest.CaptureFixture[str]) -> None:

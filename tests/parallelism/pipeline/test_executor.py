@@ -282,5 +282,5 @@ def test_a_neighbor_that_is_gone_is_named_by_the_rank_that_posts_to_it() -> None
 def test_a_message_that_does_not_come_is_named() -> None:
     _, message = run_processes(2, silent_neighbor)
     edge = r"activation of micro-batch 0 from rank 0 chunk 0 to rank 1 chunk 0"
-    wanted = rf"rank 1, instruction 0 \(F chunk 0 micro-batch 0\): waits for the {edge}: rank 1: {edge} with ranks 0 "
+    wanted = rf"rank 1, instruction 0 \(F chunk 0 micro-batch 0\): waiting for the {edge}: rank 1: {edge} with ranks 0 "
     assert re.match(wanted + r"failed after 1\.\d s \(limit 1 s\): ", message), message

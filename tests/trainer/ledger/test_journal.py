@@ -193,7 +193,7 @@ def test_a_journal_of_holes_is_refused_in_no_time(end: bytes, tmp_path: Path) ->
     path = hole(tmp_path / "work.jsonl", end=end)
     with pytest.raises(ConfigError, match=r"work.jsonl.*begins a line of more than 1048576 bytes"):
         read_journal(path)
-    with pytest.raises(ConfigError, match=r"work.jsonl.*stands in a line of more than 8388608 bytes"):
+    with pytest.raises(ConfigError, match=r"work.jsonl.*is part of a line of more than 8388608 bytes"):
         contains_any(path, b"nowhere")
     assert contains_any(path, b'"number":1')
     with pytest.raises(ConfigError, match=r"ends in more than 8388608 bytes|begins a line of more"):

@@ -40,7 +40,7 @@ def test_interleaved_with_any_number_of_chunks() -> None:
         (("dualpipe", 8, 21), {"micro_batches": "nearest 20 or 22"}),
         (
             ("dualpipe", 8, 10),
-            {"micro_batches": "(twice the ranks, which fill from both ends): nearest 16"},
+            {"micro_batches": "dualpipe on 8 ranks needs an even number ≥ 16: nearest 16"},
         ),
         (("dualpipe", 5, 7), {"ranks": "nearest 4 or 6", "micro_batches": "nearest 10"}),
         (("dualpipev", 4, 7), {"micro_batches": "nearest 8"}),
@@ -52,7 +52,7 @@ def test_interleaved_with_any_number_of_chunks() -> None:
         (("dualpipe", 2, 4, 3), {"chunks": "always has 2 chunks"}),
         (("gpipe", 0, 0), {"ranks": "at least 1"}),
         (("gpipe", 2, 0), {"micro_batches": "at least 1: nearest 1"}),
-        (("dualpip", 2, 4), {"schedule": "there are gpipe, 1f1b, interleaved, zb_h1, dualpipe, dualpipev"}),
+        (("dualpip", 2, 4), {"schedule": "there are: gpipe, 1f1b, interleaved, zb_h1, dualpipe, dualpipev"}),
     ],
 )
 def test_illegal_sizes_are_refused_with_the_nearest_legal_ones(
