@@ -209,7 +209,7 @@ def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            rendezvous._Line(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
+            rendezvous._Connection(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
             gone.shutdown(socket.SHUT_WR)
             others = [machines.submit(outcome, partial(join_rendezvous, first, FACTS))]
             gone.settimeout(30)
@@ -223,7 +223,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            line = rendezvous._Line(gone)
+            line = rendezvous._Connection(gone)
             line.send({"machine": 1, "host": "far", "facts": fingerprints_to_json(FACTS)})
             line.receive(10)
         assert "node 1 (far) disconnected" in str(hosting.result(30))
@@ -231,7 +231,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
 
 def test_a_machine_that_leaves_before_it_is_answered_is_named() -> None:
     here, there = socket.socketpair()
-    joining = rendezvous._Line(here)
+    joining = rendezvous._Connection(here)
     joining.host = "far"
     there.close()
     with pytest.raises(RendezvousError, match=r"node 1 \(far\) disconnected"):

@@ -141,10 +141,10 @@ def test_a_process_of_wandb_that_ends_while_it_starts_is_started_again(
 
 def test_a_second_attempt_has_the_same_id_and_continues_counting(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for first in (1, 3):
+    for start in (1, 3):
         stream = EventStream(run_dir, [])
-        sink = WandbSink(WandbConfig(), run_dir, 0 if first == 1 else 3)
-        for event in (step(first), step(first + 1), step(first + 2)):
+        sink = WandbSink(WandbConfig(), run_dir, 0 if start == 1 else 3)
+        for event in (step(start), step(start + 1), step(start + 2)):
             stream.emit(event)
             sink.emit(event)
         sink.close()
