@@ -95,7 +95,7 @@ def overlap(header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "gist"),
     [
-        (edit_entry(dtype="F8_E5M2"), "is a dtype that is not read"),
+        (edit_entry(dtype="F8_E5M2"), "is an unsupported dtype"),
         (edit_entry(dtype=5), "must be text"),
         (edit_entry(shape=[16.0]), "must be a whole number"),
         (edit_entry(shape=[-16]), "must be from 0"),
