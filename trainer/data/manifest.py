@@ -53,7 +53,7 @@ class SplitEntry:
     bytes: int
     """UTF-8 bytes of the documents' text."""
     shards: tuple[FileEntry, ...]
-    """In order; each but the last holds `DataManifest.shard_tokens` tokens."""
+    """Shards in order; each but the last holds `DataManifest.shard_tokens` tokens."""
     starts: FileEntry
     """File of document starts in tokens: int64 [M], `.npy`."""
 
