@@ -43,6 +43,12 @@ PAPER_TERM_MEANINGS = {
     "opt": "optimizer",
 }
 
+_RATE_LABELS = {
+    "its last steps, their median": "the last steps (median)",
+    "everything it was charged": "the whole run",
+}
+"""Labels of the keys of `what_if_gpu_hours`."""
+
 
 def render_ledger(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
     """Return tables of `summary`: time by bucket, productive time by term, and the comparison with the budgets."""
@@ -167,7 +173,7 @@ def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu
         table.add_column(name, justify="right")
     for name, needed in what_if_gpu_hours(summary, tokens).items():
         table.add_row(
-            name,
+            _RATE_LABELS[name],
             format_gpu_hours(needed),
             f"{needed / gpus / 24:,.1f}",
             format_usd(needed, usd_per_gpu_hour),
@@ -188,9 +194,9 @@ def what_if_gpu_hours(summary: LedgerSummary, tokens: float) -> dict[str, float]
     """Return the GPU-hours of `tokens` at each rate; empty before the first step."""
     found = {}
     if summary.step_ms_per_token is not None:
-        found["the last steps (median)"] = summary.step_ms_per_token * tokens / 3.6e6
+        found["its last steps, their median"] = summary.step_ms_per_token * tokens / 3.6e6
     if summary.gpu_hours_per_trillion_tokens is not None:
-        found["the whole run"] = summary.gpu_hours_per_trillion_tokens * tokens / 1e12
+        found["everything it was charged"] = summary.gpu_hours_per_trillion_tokens * tokens / 1e12
     return found
 
 

@@ -95,7 +95,7 @@ def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch
 
 
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run `shoestring data prepare` first"):
+    with pytest.raises(ConfigError, match="Run: shoestring data prepare"):
         run_preflight_checks(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
 
 
