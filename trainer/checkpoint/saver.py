@@ -182,7 +182,7 @@ class CheckpointSaver:
             return SaveResult(save.step, path, None, save.note)
         commit: Future[object] | None = None
         if self._world.is_first_rank:
-            commit = self._thread.submit(self._store.commit_save, save.step, save.cover)
+            commit = self._thread.submit(self._store.commit_save, save.step, save.extras)
         self._save = replace(save, work=commit, is_written=True)
         return None
 
