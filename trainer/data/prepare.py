@@ -160,6 +160,9 @@ def _publish(temporary: Path, final: Path) -> bool:
 
 
 def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> DataManifest:
+    if not (final / MANIFEST_FILE).exists():
+        hint = f"is not empty and has no {MANIFEST_FILE}; name another directory, or remove it"
+        raise ConfigError([Problem("data.prepared", str(final), hint)])
     manifest = open_prepared_directory(final).manifest
     if manifest.fingerprint != wanted:
         hint = (

@@ -1,4 +1,4 @@
-"""Adapters from a model chunk to the `Stage` protocol of the pipeline executor."""
+"""Adapters from a model chunk to the `PipelineStage` protocol of the pipeline executor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StageRunner:
     """Backwards that have not begun, by micro-batch."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
-        """See `parallelism.pipeline.executor.Stage`."""
+        """See `parallelism.pipeline.executor.PipelineStage`."""
         batch = self.micro_batches[micro_batch]
         forward = yield from self.chunk.forward(
             batch.tokens_BW, batch.valid_BW, self.loss_normalizers, micro_batch, received
@@ -43,12 +43,12 @@ class StageRunner:
     def backward(
         self, micro_batch: int, received: Tensor | None, weights: DelayedWeightGradients
     ) -> Resumable[Tensor | None]:
-        """See `parallelism.pipeline.executor.Stage`."""
+        """See `parallelism.pipeline.executor.PipelineStage`."""
         # pop: the closure owns the saved activations, which are free once the backward has run.
         return (yield from self._backwards.pop(micro_batch)(received, weights))
 
     def empty_activation(self, micro_batch: int) -> Tensor:
-        """See `parallelism.pipeline.executor.Stage`."""
+        """See `parallelism.pipeline.executor.PipelineStage`."""
         batch = self.micro_batches[micro_batch]
         sequences, window = batch.tokens_BW.shape
         # A window holds S inputs, the target of the last one, and one more token per MTP depth.
@@ -66,7 +66,7 @@ class LogitsStage:
     """Logits [B, S, V], one entry after the last stage has run."""
 
     def forward(self, micro_batch: int, received: Tensor | None) -> Resumable[Tensor | None]:
-        """See `parallelism.pipeline.executor.Stage`."""
+        """See `parallelism.pipeline.executor.PipelineStage`."""
         output = yield from self.chunk.compute_logits(self.tokens_BS, received)
         if not self.chunk.stage.is_last:
             return output
@@ -80,6 +80,6 @@ class LogitsStage:
         raise NotImplementedError
 
     def empty_activation(self, micro_batch: int) -> Tensor:
-        """See `parallelism.pipeline.executor.Stage`."""
+        """See `parallelism.pipeline.executor.PipelineStage`."""
         sequences, length = self.tokens_BS.shape
         return self.chunk.empty_activation(sequences, length, self.tokens_BS.device)

@@ -128,7 +128,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_at_once(
     wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
     look = partial(run_preflight_checks, fresh=False)
     assert refused(look, wrong, 4).keys() == {
-        str(tmp_path / "nowhere" / "manifest.json"),
+        "data.prepared",
         "training.device",
         "model.num_attention_heads",
     }
