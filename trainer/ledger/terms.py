@@ -77,8 +77,8 @@ def to_paper_terms(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[s
     """Rename `terms` to those of the Insights paper (arXiv 2505.09343, table 4), for plans, ledgers and timelines.
 
     Instructions exclude the all-to-alls that they wait for. `bubble` is the pipeline wait of the ideal program
-    (`ideal_bubble_time`) and imbalance the rest of pipeline_wait; opt is the update alone. Terms without a row in that table
-    keep their names, as does pipeline_wait if `bubble` is None. The sum of the values does not change.
+    (`ideal_bubble_time`), imbalance the rest of pipeline_wait; opt is the update alone. Terms without a row in that
+    table keep their names, as does pipeline_wait if `bubble` is None. The sum of the values does not change.
     """
     renamed, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
     if bubble is not None:
