@@ -133,7 +133,7 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"data.prepared": "/"}, "data.prepared", "must name a directory"),
         ({"data.vocab_size": 257}, "data.vocab_size", "must be at least 258: 256 bytes and two special tokens"),
         ({"data.vocab_size": 2**32 + 1}, "data.vocab_size", "32 bits"),
-        ({"data.validation": []}, "data.validation", "at least one work"),
+        ({"data.validation": []}, "data.validation", "at least one file"),
         ({"data.validation": ["hamlet", "hamlet"]}, "data.validation", "twice"),
         ({"budget.phase": "later"}, "budget.phase", "pre_train, context_extension, post_training"),
         ({"training.device": "tpu"}, "training.device", "must be auto, cpu or cuda"),

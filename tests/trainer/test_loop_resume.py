@@ -124,9 +124,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, t
     run(root, tmp_path / "run", "ep2", 5, checkpoint_every=2, seed=0)
     events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (warning,) = (str(event.values["message"]) for event in events if event.values.get("about") == "checkpoint")
-    assert "the checkpoint of step 4 is damaged and now called step_00000004.damaged" in warning
+    assert "the checkpoint of step 4 is damaged and was renamed to step_00000004.damaged" in warning
     assert "SHA-256" in warning
-    assert warning.endswith("the run goes on from step 2")
+    assert warning.endswith("the run resumes from step 2")
     assert losses(tmp_path / "run")[:4] == pytest.approx(expected, rel=1e-8)
     assert store.steps() == [4, 5]
 

@@ -1,1 +1,1 @@
-"""Checkpoints that travel: independent of layout, verified, written beside the training."""
+"""Checkpoints: independent of the parallel layout, verified by SHA-256, written in the background of training."""

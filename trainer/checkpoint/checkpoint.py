@@ -1,7 +1,7 @@
-"""A complete checkpoint, opened for reading. Nothing that is read from it is used before its SHA-256 was checked.
+"""A complete checkpoint, opened for reading. Every tensor and file is checked against its SHA-256 before use.
 
-What is wrong with it for good is `CheckpointDamaged`: a missing file, another size, another hash. A file that cannot be read now,
-for want of rights or of a disk, raises `OSError`: it may be whole.
+A missing file, a wrong size or a wrong hash raises `CheckpointDamaged`. A file that cannot be read now (permissions,
+a missing disk) raises `OSError`: it may be intact.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from .manifest import (
 from .pieces import EMA_STATE, MODEL_STATE, TensorPiece
 from .tensor_file import TensorFile, TensorSpec, read_tensor_at, tensor_as_bytes
 
-_FIX = "take another checkpoint, or go on with the version of Shoestring that wrote it"
+_FIX = "use another checkpoint, or the version of Shoestring that wrote this one"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One directory that `save` has finished."""
+    """Directory of a save that has completed."""
 
     path: Path
     manifest: CheckpointManifest
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
-        """Check what is cheap to check: marker, manifest, and the sizes of all files. Raises `CheckpointDamaged`."""
+        """Open a checkpoint after checking its marker, manifest and file sizes. Raises `CheckpointDamaged`."""
         return Checkpoint(path, read_manifest(path))
 
     def read_tensor(self, name: str) -> Tensor:
-        """A whole tensor, in memory of its own. Raises `CheckpointDamaged`."""
+        """Return a copy of a whole tensor. Raises `CheckpointDamaged`."""
         stored = self.manifest.tensors[name]
         if len(stored.pieces) == 1:
             return self._piece(name, stored.pieces[0]).view(stored.shape)
@@ -56,7 +56,7 @@ class Checkpoint:
         return whole.view(stored.shape)
 
     def fill_piece(self, piece: TensorPiece) -> None:
-        """Copy the piece's elements into it. Raises `CheckpointDamaged`, also where there is no such tensor of this shape."""
+        """Copy stored elements into `piece.flat`. Raises `CheckpointDamaged`, also for another name, shape or dtype."""
         stored = self.manifest.tensors.get(piece.name)
         if stored is None:
             raise CheckpointDamaged(f"{self.path}: holds no tensor {piece.name}")
@@ -77,8 +77,8 @@ class Checkpoint:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The shape of the model whose weights these are. Raises `ConfigError` for facts that describe none."""
-        with self._refusing():
+        """Configuration of the model. Raises `ConfigError` if the metadata has no valid one."""
+        with self._metadata_errors():
             model = self.metadata["config"]["model"].as_dataclass(ModelConfig)
         raise_if_any(
             replace(problem, field=f"{self.path / MANIFEST_FILE}: {problem.field}") for problem in model.problems()
@@ -87,45 +87,45 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the weights have seen. Raises `ConfigError` for facts that do not say."""
-        with self._refusing():
+        """Optimizer steps done. Raises `ConfigError` if the metadata has none."""
+        with self._metadata_errors():
             return self.metadata["step"].as_integer()
 
     @property
     def run_config(self) -> Mapping[str, Any]:
-        """The configuration of the run that has saved it, as plain values. Raises `ConfigError` where there is none."""
-        with self._refusing():
+        """Configuration of the run that saved it, as plain values. Raises `ConfigError` if the metadata has none."""
+        with self._metadata_errors():
             return self.metadata["config"].as_mapping()
 
     @property
     def metadata(self) -> JsonValue:
-        """What the manifest says beside tensors; who asks for what is not there gets `MalformedFileError`."""
+        """Metadata of the manifest; reading a missing key raises `MalformedFileError`."""
         return JsonValue(self.manifest.metadata, "metadata")
 
     @property
     def imported_config(self) -> Mapping[str, Any] | None:
-        """The `config.json` that the weights were imported with; None for those of a run."""
-        with self._refusing():
+        """The Hugging Face `config.json` of imported weights; None for those of a run."""
+        with self._metadata_errors():
             found = self.metadata.get("source")
             return None if found is None else found.as_mapping()
 
     def config_value(self, *keys: str, default: int) -> int:
-        """A whole number of at least 1 in the configuration; `default` where it was not configured."""
-        with self._refusing():
+        """Return a whole number of at least 1 from the configuration; `default` if it was not configured."""
+        with self._metadata_errors():
             found: JsonValue | None = self.metadata["config"]
             for key in keys:
                 found = None if found is None else found.get(key)
             return default if found is None else found.as_integer(1)
 
-    def _refusing(self) -> AbstractContextManager[None]:
+    def _metadata_errors(self) -> AbstractContextManager[None]:
         return config_error_context(self.path / MANIFEST_FILE, _FIX)
 
     def read_attachments(self) -> dict[str, bytes]:
-        """All other files by name. Raises `CheckpointDamaged`."""
+        """Return the contents of all attachments by file name. Raises `CheckpointDamaged`."""
         return {entry.file: self.read_attachment(entry.file) for entry in self.manifest.attachments}
 
     def read_attachment(self, file: str) -> bytes:
-        """The bytes of another file. Raises `CheckpointDamaged`, also where there is none of this name."""
+        """Return the bytes of an attachment. Raises `CheckpointDamaged`, also if there is none of this name."""
         for entry in self.manifest.attachments:
             if entry.file == file:
                 raw = self._attached(file)
@@ -141,7 +141,7 @@ class Checkpoint:
             raise CheckpointDamaged(f"{self.path / file}: {error}") from error
 
     def find_damage(self) -> Iterator[str]:
-        """Read every byte; what is wrong, a line for each header, piece or file. Raises `OSError`."""
+        """Read every byte and yield one line per damaged header, piece or file. Raises `OSError`."""
         wrong = dict(find_wrong_file_sizes(self.path, self.manifest.file_sizes))
         yield from wrong.values()
         yield from self._damaged_headers(wrong)
@@ -157,8 +157,9 @@ class Checkpoint:
             except (CheckpointDamaged, OSError) as found:
                 yield str(found)
 
-    def _damaged_headers(self, left_out: Container[str]) -> Iterator[str]:
-        """Nothing of ours reads them, other libraries do: each must say exactly what the manifest says."""
+    def _damaged_headers(self, skipped: Container[str]) -> Iterator[str]:
+        """Yield each tensor file whose header differs from the manifest."""
+        # Shoestring reads by the manifest alone; other libraries read the safetensors headers.
         expected: dict[str, dict[str, tuple[TensorSpec, int]]] = {file: {} for file in self.manifest.tensor_files}
         for name, tensor in self.manifest.tensors.items():
             for piece in tensor.pieces:
@@ -170,7 +171,7 @@ class Checkpoint:
                     )
                 expected[piece.file][key] = TensorSpec(key, tensor.dtype, shape), piece.byte_offset
         for name, wanted in expected.items():
-            if name in left_out:
+            if name in skipped:
                 continue
             path = self.path / name
             try:
@@ -181,12 +182,12 @@ class Checkpoint:
             found = {key: (declared, file.byte_offsets[key]) for key, declared in file.tensor_specs.items()}
             if found != wanted:
                 wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-                yield f"{path}: its header is damaged: it says something else of {wrong[0]} than the manifest"
+                yield f"{path}: its header is damaged: it differs from the manifest in {wrong[0]}"
 
     def with_ema_weights(self) -> Checkpoint:
-        """The same with the moving average for weights (report §3.2.3). Routing biases have none and stay.
+        """Return this checkpoint with the moving average (report §3.2.3) as weights; routing biases have no average.
 
-        Raises `ConfigError` where the run has not kept one.
+        Raises `ConfigError` if the run has no average.
         """
         tensors = dict(self.manifest.tensors)
         averages = {name: stored for name, stored in tensors.items() if name.startswith(f"{EMA_STATE}/")}
@@ -197,7 +198,7 @@ class Checkpoint:
         return replace(self, manifest=replace(self.manifest, tensors=tensors))
 
     def missing_tensors(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that are no tensors here."""
+        """Return those of `names` that the checkpoint does not hold."""
         return [name for name in names if name not in self.manifest.tensors]
 
     def _piece(self, name: str, piece: StoredPiece) -> Tensor:

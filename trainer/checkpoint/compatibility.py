@@ -1,4 +1,4 @@
-"""Which configuration a checkpoint can be gone on from: any layout, but the same model, numbers and data."""
+"""Rules for resuming from a checkpoint: any parallel layout, but the same model, numerics and data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FIXED = (
     *("training.seed", "training.sequence_length", "training.global_batch_size"),
     *("training.rampup_start_batch_size", "training.rampup_batch_size_increment", "training.rampup_tokens"),
 )
-"""What shapes, dtypes or positions in the data depend on. The rest may change when a run goes on: the grid of ranks,
-the schedule, rates and weights of the loss, the size of micro-batches, how often to look, how far to go."""
+"""Keys that shapes, dtypes or data positions depend on. All others may change at a resume: rank grid, schedule,
+learning rate, loss weights, micro-batch size, intervals, number of tokens."""
 
 
 def resume_problems(
     metadata: Mapping[str, Any], config: RunConfig, data: DataManifest | None = None
 ) -> Iterator[Problem]:
-    """What keeps `config`, on this `data`, from going on from the checkpoint with this `metadata`."""
+    """Yield each reason why `config` on `data` cannot resume from a checkpoint with this `metadata`."""
     try:
         _check_metadata(JsonValue(dict(metadata), "metadata"))
     except MalformedFileError as error:
@@ -37,7 +37,7 @@ def resume_problems(
     for path in _FIXED:
         saved, wanted = metadata["config"], now
         for key in path.split("."):
-            saved, wanted = saved.get(key), wanted[key]  # not there: it was saved before this key was made
+            saved, wanted = saved.get(key), wanted[key]  # a missing key: the checkpoint is older than the key
         yield from _differences(path, saved, wanted, metadata["step"])
     if data is not None and metadata.get("tokenizer") != data.tokenizer.sha256:
         hint = f"has another tokenizer than the checkpoint of step {metadata['step']} was trained with; restore it"
@@ -48,7 +48,7 @@ def resume_problems(
 
 
 def _check_metadata(metadata: JsonValue) -> None:
-    """What a run reads of the metadata has the type that a run has written. Raises `MalformedFileError`."""
+    """Check the types of the metadata that a run reads. Raises `MalformedFileError`."""
     metadata["step"].as_integer()
     for path in _FIXED:
         group, _, key = path.partition(".")
@@ -67,7 +67,7 @@ def _check_metadata(metadata: JsonValue) -> None:
 
 
 def compute_dtype_problems(metadata: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Problem]:
-    """`precision.compute=auto` means another dtype on another device: then the numbers would be others."""
+    """Yield a problem if `precision.compute=auto` means another dtype on this device than in the checkpoint."""
     saved = metadata.get("compute", str(dtype))
     if saved != str(dtype):
         before, now = saved.removeprefix("torch."), str(dtype).removeprefix("torch.")
@@ -76,13 +76,13 @@ def compute_dtype_problems(metadata: Mapping[str, Any], dtype: torch.dtype) -> I
 
 
 _FREE_MODEL = ("name", "rope_scaling", "initializer_range")
-"""What weights may be given anew: a context extension changes nothing but the rotation."""
+"""Model keys that may change when a run starts from other weights: a context extension changes only RoPE."""
 
 
 def start_from_problems(
     checkpoint: Checkpoint, config: RunConfig, data: DataManifest | None = None
 ) -> Iterator[Problem]:
-    """What keeps `config`, on this `data`, from beginning with the weights of `checkpoint`."""
+    """Yield each reason why `config` on `data` cannot start with the weights of `checkpoint`."""
     saved, wanted = asdict(checkpoint.model_config), asdict(config.model)
     for key in wanted:
         if key not in _FREE_MODEL and saved[key] != wanted[key]:
@@ -107,5 +107,5 @@ def _differences(path: str, saved: Any, wanted: Any, step: int) -> Iterator[Prob
         for key in wanted:
             yield from _differences(f"{path}.{key}", saved.get(key), wanted[key], step)
     elif saved != wanted:
-        hint = f"the checkpoint of step {step} has {saved!r}; go on with that, or use another training.run_dir"
+        hint = f"the checkpoint of step {step} has {saved!r}; use that, or another training.run_dir"
         yield Problem(path, wanted, hint)

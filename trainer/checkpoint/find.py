@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: itself, or the newest in a run's directory."""
+"""Resolution of a path to a checkpoint: the path itself, or the newest one of a run directory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged
 from .store import CheckpointStore, parse_checkpoint_step
 
 CHECKPOINTS_FOLDER = "checkpoints"
-"""Of a run directory."""
+"""Folder of the checkpoints in a run directory."""
 
 
 def open_checkpoint_store(path: Path) -> CheckpointStore:
-    """The checkpoints of the run in `path`, or in `path` itself. For reading: nothing is ever let go."""
+    """Return the checkpoints of the run in `path`, or those in `path` itself, for reading only."""
     return CheckpointStore(path / CHECKPOINTS_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path, keep_last=1)
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint at `path`, or that of `step`, or the newest of the run there. Raises `ConfigError`."""
+    """Open the checkpoint at `path`, or of the run there the one of `step` or the newest. Raises `ConfigError`."""
     try:
         return Checkpoint.open(find_checkpoint_directory(path, step))
     except CheckpointDamaged as damaged:
-        hint = "is damaged; `shoestring checkpoint verify` says more, --step takes another"
+        hint = "is damaged; `shoestring checkpoint verify` lists the damage, --step selects another checkpoint"
         raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
     except OSError as error:
         raise unreadable_checkpoint_error(error) from error
 
 
 def find_checkpoint_directory(path: Path, step: int | None = None) -> Path:
-    """The directory of that checkpoint, whole or damaged. Raises `ConfigError` where there is none, and `OSError`."""
+    """Return the checkpoint's directory, intact or damaged. Raises `OSError`, and `ConfigError` if there is none."""
     is_one = any(os.path.lexists(path / name) for name in (MANIFEST_FILE, COMPLETE_MARKER_FILE))
     if is_one or (parse_checkpoint_step(path) is not None and path.is_dir()):
         return path
@@ -47,5 +47,5 @@ def find_checkpoint_directory(path: Path, step: int | None = None) -> Path:
 
 
 def unreadable_checkpoint_error(error: OSError) -> ConfigError:
-    """A checkpoint that may be whole."""
+    """Return the error for a checkpoint that cannot be read but may be intact."""
     return ConfigError([Problem("checkpoint", str(error), "cannot be read now; nothing was changed")])

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint holds, where, and the SHA-256 of every piece. JSON: reading it runs no code."""
+"""`manifest.json`: the tensors of a checkpoint, their ranges_by_file in files, and the SHA-256 of every piece."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..data.manifest import FileEntry
 from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype
 
 FORMAT_VERSION = 4
-"""1 was torch DCP's, whose metadata is a pickle. Up to 3, `metadata` was called `facts`."""
+# JSON, unlike the pickle of torch DCP (format 1): reading it runs no code. Up to format 3, `metadata` was `facts`.
 MANIFEST_FILE = "manifest.json"
 COMPLETE_MARKER_FILE = "complete"
-"""Holds the SHA-256 of the manifest, and is written last."""
+"""File with the SHA-256 of the manifest; written last."""
 _MARKER_BYTES = 1000
 
 T = TypeVar("T")
 
 
 class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
-    """A checkpoint that does not hold what was saved; the message names the file and what is wrong with it."""
+    """Error for a checkpoint that does not hold what was saved; the message names the file and the damage."""
 
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A run of the flattened elements of a tensor, and where its bytes are."""
+    """Contiguous range of a tensor's flattened elements, and the place of its bytes."""
 
     file: str
     byte_offset: int
@@ -50,32 +50,32 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and the pieces that it is made of, in their order."""
+    """Tensor and its pieces in order."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
 
     def tensor_spec(self, name: str) -> TensorSpec:
-        """As a file would hold it."""
+        """Return name, dtype and shape of the whole tensor."""
         return TensorSpec(name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Everything about a checkpoint but the tensors' bytes."""
+    """Everything about a checkpoint except the tensors' bytes."""
 
     metadata: Mapping[str, Any]
     """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""
     tensors: Mapping[str, StoredTensor]
     tensor_files: Mapping[str, int]
-    """Files of tensors, and their sizes in bytes."""
+    """Sizes of the tensor files in bytes, by name."""
     attachments: tuple[FileEntry, ...]
     """Other files, such as `tokenizer.json`."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(self.file_sizes.values())
 
     @property
@@ -84,7 +84,7 @@ class CheckpointManifest:
         return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
 
     def to_json(self) -> str:
-        """The text of the file. Raises `ValueError` for a number in `metadata` that is not finite: JSON has none."""
+        """Return the text of the file. Raises `ValueError` for NaN or Inf in the metadata."""
         tree = {
             "format": FORMAT_VERSION,
             "metadata": self.metadata,
@@ -96,7 +96,7 @@ class CheckpointManifest:
 
 
 def parse_manifest(raw: bytes) -> CheckpointManifest:
-    """The inverse of `to_json`. Raises `MalformedFileError` for anything else."""
+    """Parse the text that `to_json` writes. Raises `MalformedFileError` for anything else."""
     tree = parse_json(raw)
     _check_format(tree)
     tree.reject_unknown_keys(("format", "metadata", "files", "attachments", "tensors"))
@@ -126,7 +126,7 @@ def merge_rank_records(
     metadata: Mapping[str, Any],
     attachments: Iterable[FileEntry],
 ) -> CheckpointManifest:
-    """One manifest of what every rank has written, see `make_rank_record`. Raises `ValueError` unless each tensor is whole."""
+    """Merge the records of all ranks into one manifest. Raises `ValueError` if an element is missing or doubled."""
     dtypes: dict[str, tuple[str, tuple[int, ...]]] = {}
     pieces: dict[str, list[StoredPiece]] = {}
     files: dict[str, int] = {}
@@ -146,7 +146,7 @@ def merge_rank_records(
 
 
 def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
-    """What one rank says of its file, as plain values for `merge_rank_records`."""
+    """Return one rank's description of its file, as plain values for `merge_rank_records`."""
     described = [
         (
             whole.name,
@@ -165,9 +165,9 @@ def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, St
 
 
 def read_manifest(directory: Path) -> CheckpointManifest:
-    """The manifest of a complete checkpoint, and that its files have their sizes.
+    """Read the manifest of a complete checkpoint and check the sizes of its files.
 
-    Raises `CheckpointDamaged`, `ConfigError` for another format, and `OSError` where files are there and cannot be read.
+    Raises `CheckpointDamaged`, `ConfigError` for another format version, and `OSError` for an unreadable file.
     """
     manifest = read_manifest_only(directory)
     _check_sizes(directory, manifest.file_sizes)
@@ -175,12 +175,12 @@ def read_manifest(directory: Path) -> CheckpointManifest:
 
 
 def read_manifest_only(directory: Path) -> CheckpointManifest:
-    """The same manifest, whatever became of the files that it lists. Raises like `read_manifest`."""
+    """Read the manifest without checking the files that it lists. Raises like `read_manifest`."""
     return _read(directory, parse_manifest)
 
 
-def _read(directory: Path, take: Callable[[bytes], T]) -> T:
-    """What `take` makes of the manifest's text, which has the hash that is in the marker."""
+def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
+    """Return `parse` of the manifest's text after checking its hash against the marker."""
     file = directory / COMPLETE_MARKER_FILE
     try:
         marker = read_text(file, _MARKER_BYTES).strip()
@@ -188,7 +188,7 @@ def _read(directory: Path, take: Callable[[bytes], T]) -> T:
         raw = read_regular_file(file)
         if hashlib.sha256(raw).hexdigest() != marker:
             raise CheckpointDamaged(f"{file}: its SHA-256 is not that in {COMPLETE_MARKER_FILE}")
-        return take(raw)
+        return parse(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointDamaged(f"{error.filename}: is missing") from error
     except UnsupportedFormatError as error:
@@ -196,7 +196,7 @@ def _read(directory: Path, take: Callable[[bytes], T]) -> T:
     except MalformedFileError as error:
         raise CheckpointDamaged(f"{file}: {error}") from error
     except OSError as error:
-        if error.errno != errno.ELOOP:  # no time mends a link that leads to itself
+        if error.errno != errno.ELOOP:  # a symbolic link to itself: permanent, unlike other read errors
             raise
         raise CheckpointDamaged(f"{file}: {error.strerror}") from error
     except ConfigError as refused:
@@ -209,7 +209,7 @@ def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
 
 
 def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield each of the files that is missing or has another size than in `sizes`, and words about it."""
+    """Yield (name, description) of each file that is missing or has another size than in `sizes`."""
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
@@ -220,29 +220,28 @@ def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator
 
 @dataclass(frozen=True)
 class ManifestSummary:
-    """What a list of checkpoints says of one: its manifest, without its tensors."""
+    """Manifest without the list of tensors, for listings of checkpoints."""
 
     metadata: Mapping[str, Any]
     total_bytes: int
-    """Of all files."""
+    """Bytes of all files."""
     num_tensor_files: int
-    """Of tensors."""
     num_tensors: int
 
 
 def read_manifest_summary(directory: Path) -> ManifestSummary:
-    """The outline of a complete checkpoint; the same checks as `read_manifest` makes, without parsing the tensors.
+    """Read the summary of a complete checkpoint with the checks of `read_manifest`, without parsing the tensors.
 
-    The hash in the marker says that the manifest is as it was written, and it is written with the tensors last.
-    Raises `CheckpointDamaged`, `ConfigError` and `OSError` like it.
+    Raises `CheckpointDamaged`, `ConfigError` and `OSError` like `read_manifest`.
     """
-    outline, sizes = _read(directory, _outlined)
+    # The hash in the marker proves that the manifest is as written, and `to_json` writes the tensors last.
+    summary, sizes = _read(directory, _parse_summary)
     _check_sizes(directory, sizes)
-    return outline
+    return summary
 
 
-def _outlined(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
-    """The outline of a manifest's text, and the sizes of its files."""
+def _parse_summary(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
+    """Return the summary of a manifest's text, and the sizes of its files."""
     begin = raw.find(_TENSORS)
     metadata: Mapping[str, Any]
     try:
@@ -302,7 +301,8 @@ def _plain_list(item: JsonValue) -> list[Any]:
 
 
 def _piece(tree: object, where: str) -> StoredPiece:
-    """Of a large run there are hundreds of thousands: what is right is read without more."""
+    """Parse one piece. Raises `MalformedFileError`."""
+    # A large run has hundreds of thousands of pieces: a valid one takes the short path.
     match tree:
         case [str(file), int(begin), int(first), int(elements), str(sha256)] if (
             type(begin) is type(first) is type(elements) is int and min(begin, first, elements) >= 0
@@ -321,13 +321,13 @@ def _attachment(item: JsonValue, files: Mapping[str, int]) -> FileEntry:
     item["file"].as_file_name()
     item["sha256"].as_sha256()
     if entry.file in (*files, MANIFEST_FILE, COMPLETE_MARKER_FILE):
-        raise item["file"].malformed_error("is a file of tensors, or the manifest, too")
+        raise item["file"].malformed_error("is also a tensor file or the manifest")
     return entry
 
 
 def _check_places(item: JsonValue, tensors: Mapping[str, StoredTensor], files: Mapping[str, int]) -> None:
-    """Every piece lies in a file of the manifest, before its end, and on no byte of another."""
-    places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    """Check that every piece is inside a file of the manifest and overlaps no other. Raises `MalformedFileError`."""
+    ranges_by_file: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
         for piece in tensor.pieces:
             end = piece.byte_offset + piece.num_elements * tensor.dtype.itemsize
@@ -335,9 +335,9 @@ def _check_places(item: JsonValue, tensors: Mapping[str, StoredTensor], files: M
                 raise item[name].malformed_error(f"a piece lies in {piece.file!r}, which the manifest does not list")
             if end > files[piece.file]:
                 raise item[name].malformed_error(f"a piece passes the end of {piece.file}: {files[piece.file]} bytes")
-            places[piece.file].append((piece.byte_offset, end, name))
-    for own in places.values():
-        own.sort()
-        for (_, end, _), (begin, _, name) in itertools.pairwise(own):
+            ranges_by_file[piece.file].append((piece.byte_offset, end, name))
+    for ranges in ranges_by_file.values():
+        ranges.sort()
+        for (_, end, _), (begin, _, name) in itertools.pairwise(ranges):
             if begin < end:
                 raise item[name].malformed_error("a piece lies on bytes of another tensor")

@@ -1,7 +1,7 @@
-"""What a checkpoint is made of: pieces of tensors whose names and shapes depend on no layout.
+"""Pieces of a checkpoint's tensors, whose names and shapes do not depend on the parallel layout.
 
-An expert is a tensor of its own, by its number in the whole layer. A piece is a tensor, or a run of its flattened
-elements, as an optimizer that is sharded holds them. Where several ranks hold the same piece, one of them writes it.
+Each expert is a separate tensor, named by its number in the whole layer. A piece is a tensor or a contiguous range of
+its flattened elements, as a sharded optimizer holds it. If several ranks hold the same piece, one of them writes it.
 """
 
 from __future__ import annotations
@@ -13,74 +13,74 @@ from dataclasses import dataclass
 from torch import Tensor
 
 MODEL_STATE = "model"
-"""Parameters, in the precision that the optimizer updates, and routing biases."""
+"""Master parameters and routing biases."""
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 EMA_STATE = "average"
-"""The moving average of the parameters, where there is one."""
+"""Moving average of the parameters, if the run keeps one."""
 RNG_STATE = "rng"
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """State that belongs to one parameter, as an optimizer hands it over: a run of the flattened parameter."""
+    """Contiguous range of one parameter's flattened state, as the optimizer holds it."""
 
     kind: str
-    """A name such as `model` or `exp_avg`."""
+    """Kind of state: `model`, `exp_avg`, `exp_avg_sq` or `average`."""
     parameter: str
     element_offset: int
-    """Its first element in the parameter as this rank holds it, a stack of experts or whole."""
+    """First element in the parameter as this rank holds it, which may be a stack of experts."""
     flat: Tensor
-    """No other rank holds it."""
+    """Elements [n]; held by no other rank."""
 
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A run of the flattened elements of the tensor `name`."""
+    """Contiguous range of the flattened elements of tensor `name`."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     element_offset: int
-    """Its first element."""
+    """First element in the flattened tensor."""
     flat: Tensor
-    """One-dimensional; a view of the live state, so that filling it changes the model."""
+    """Elements [n], a view of the live state: filling it changes the model."""
     replica_ranks: tuple[int, ...]
-    """All that hold the same, ascending."""
+    """Ranks that hold the same piece, ascending."""
 
     @property
     def nbytes(self) -> int:
-        """Of its elements."""
+        """Bytes of the piece."""
         return self.flat.numel() * self.flat.element_size()
 
     @property
     def file_key(self) -> str:
-        """Its name in a file."""
+        """Name in a tensor file."""
         end = self.element_offset + self.flat.numel()
         return self.name if self.is_whole_tensor else f"{self.name}[{self.element_offset}:{end}]"
 
     @property
     def is_whole_tensor(self) -> bool:
-        """Whether it is the tensor."""
+        """True if the piece is the whole tensor."""
         return self.flat.numel() == math.prod(self.shape)
 
 
 def expert_tensor_name(parameter: str, expert: int) -> str:
-    """What one expert's share of a stacked parameter is called; `expert` is its number in the whole layer."""
+    """Return the name of one expert's tensor; `expert` is its number in the whole layer."""
     return f"{parameter}/expert_{expert:04d}"
 
 
 def whole_tensor_pieces(name: str, tensor: Tensor, ranks: tuple[int, ...]) -> Iterator[TensorPiece]:
-    """A tensor of which no part has a name of its own."""
+    """Yield the one piece of a tensor that is not split."""
     yield TensorPiece(name, tuple(tensor.shape), 0, tensor.detach().view(-1), ranks)
 
 
 def pieces_of_slice(
     part: StateSlice, shape: tuple[int, ...], first_expert: int | None, rank: int
 ) -> Iterator[TensorPiece]:
-    """`part`, which `rank` holds, under its canonical names.
+    """Yield the pieces of `part`, held by `rank`, under their canonical names.
 
-    `shape` is the parameter's on this rank. Its first dimension counts experts from `first_expert` on, unless that is
-    None: then the run is cut where an expert ends.
+    `shape` is the parameter's shape on this rank. If `first_expert` is not None, its first dimension counts experts
+    from that number on, and the range is split where an expert ends.
     """
     flat, name = part.flat, f"{part.kind}/{part.parameter}"
     if first_expert is None:
@@ -96,16 +96,14 @@ def pieces_of_slice(
 
 
 def pieces_to_write(rank: int, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
-    """Those of `pieces`, all that `rank` holds, that it writes: ranks with the same pieces share them by bytes.
-
-    They agree without a word: each of them sees the same pieces in the same order.
-    """
+    """Return those of `pieces` (all that `rank` holds) that `rank` writes: replicas divide their bytes evenly."""
+    # No communication: all replicas see the same pieces in the same order and make the same choice.
     loads: dict[tuple[int, ...], list[int]] = {}
-    own = []
+    written = []
     for piece in sorted(pieces, key=lambda piece: (piece.name, piece.element_offset)):
         load = loads.setdefault(piece.replica_ranks, [0] * len(piece.replica_ranks))
         lightest = load.index(min(load))
         load[lightest] += piece.nbytes
         if piece.replica_ranks[lightest] == rank:
-            own.append(piece)
-    return own
+            written.append(piece)
+    return written

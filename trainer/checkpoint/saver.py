@@ -1,7 +1,7 @@
-"""Saving beside the training: a step waits for the copy of the state, a thread brings the copy to the disk.
+"""Asynchronous saving: a step waits until the state is copied, and a thread writes the copy to disk.
 
-No thread communicates. Once a step the ranks say, with everything else that they sum, whether they have written; when
-all of them have, the first one makes it a checkpoint. A disk that is full ends the save, not the run.
+No thread communicates. Once per step the step reduction counts the ranks that have written; when all have, rank 0
+commits the checkpoint. A full disk ends the save, not the run.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from .store import CheckpointExtras, CheckpointStore
 from .tensor_file import TensorFileWriter, TensorSpec, tensor_as_bytes
 
 FULL_DISK_GRACE_SECONDS = 10.0
-"""For so long no number of failed saves ends a run whose disk is full: others may make room."""
+"""Time during which saves that fail on a full disk do not end the run, however many there are."""
 _ALIGNMENT = 16
-"""Bytes; of every piece in the copy, so that it can be seen as any dtype."""
+"""Bytes to which each piece in the copy is aligned, so that it can be viewed as any dtype."""
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended."""
+    """Result of a save."""
 
     step: int
     path: Path
     failure: str | None
-    """Why there is no such checkpoint; None where there is."""
+    """Reason why there is no checkpoint; None if there is one."""
     warning: str | None = None
-    """What else a person should know of the save; on the first rank alone."""
+    """Warning about the save; on rank 0 only."""
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One that is under way, in one of two phases: all ranks write, then the first one commits."""
+    """Save in flight, in one of two phases: all ranks write, then rank 0 commits."""
 
     step: int
-    cover: CheckpointExtras
+    extras: CheckpointExtras
     work: Future[object] | None
-    """What this rank does in this phase."""
+    """This rank's work in the current phase."""
     is_written: bool = False
     note: str | None = None
     """See `SaveResult`."""
@@ -60,7 +60,7 @@ class _Save:
         return self.work is None or self.work.done()
 
     def failure(self) -> str | None:
-        """Of what is done here: the disk is full or gone, or the state is not whole."""
+        """Return this rank's failure (disk full or gone, state incomplete), or None."""
         error = None if self.work is None or not self.work.done() else self.work.exception()
         if error is None or isinstance(error, OSError | ValueError):
             return None if error is None else str(error)
@@ -68,62 +68,62 @@ class _Save:
 
     @property
     def found_no_room(self) -> bool:
-        """Whether what is done here has failed for want of room, which may come back."""
+        """True if this rank has failed for lack of disk space."""
         error = None if self.work is None or not self.work.done() else self.work.exception()
         return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a run, one at a time. Every method but `reserve` and `close` is collective."""
+    """Saver of a run's checkpoints, one at a time. All methods are collective except `reserve_memory` and `close`."""
 
     def __init__(self, store: CheckpointStore, world: Group, memory: GrowableHostBuffer | None = None) -> None:
-        """`memory` is for the copies of this rank."""
+        """Save into `store`; `memory` holds the copies of this rank."""
         self._store = store
         self._world = world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._memory = GrowableHostBuffer() if memory is None else memory
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
-        self._letting_go: Future[None] | None = None
+        self._removing_oldest: Future[None] | None = None
         self._failed_in_a_row = 0
         self._failing_since = 0.0
-        self._is_patient = False
+        self._awaits_disk_space = False
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
+        """True while a save is in flight; equal on all ranks."""
         return self._save is not None
 
     def has_failed_repeatedly(self, most: int) -> bool:
-        """Whether `most` saves in a row have failed; the same on all ranks.
+        """Return whether `most` saves in a row have failed; equal on all ranks.
 
-        A disk that is full may have room again soon: then the first of them is `FULL_DISK_GRACE_SECONDS` ago, too.
+        On a full disk, the first of them must also be `FULL_DISK_GRACE_SECONDS` ago: space may be freed.
         """
-        return self._failed_in_a_row >= most and not self._is_patient
+        return self._failed_in_a_row >= most and not self._awaits_disk_space
 
     def reserve_memory(self, pieces: Iterable[TensorPiece]) -> None:
-        """Find memory for the copy before the first save, which would wait until the kernel has filled its pages.
+        """Allocate the memory of the copy before the first save, which would wait for the kernel to fill its pages.
 
-        `pieces` are those that `begin` will get. A thread does it; pinned memory, which stops a GPU for a moment, is
-        had before this returns. Not collective.
+        `pieces` are those that `begin_save` will get. A thread allocates it; pinned memory, whose allocation stops the
+        GPU for a moment, is allocated before this returns. Not collective.
         """
-        own = pieces_to_write(self._world.rank, pieces)
-        _, size = _places(own)
-        if _any_on_gpu(own):
+        rank_pieces = pieces_to_write(self._world.rank, pieces)
+        _, size = _byte_offsets(rank_pieces)
+        if _any_on_gpu(rank_pieces):
             self._memory.grow(size, pinned=True)
         else:
             self._reserved = self._thread.submit(self._memory.grow, size, pinned=False)
 
-    def begin_save(self, step: int, pieces: Iterable[TensorPiece], cover: CheckpointExtras) -> None:
-        """Start a save; return when this rank's share of the state is copied. No other may be under way.
+    def begin_save(self, step: int, pieces: Iterable[TensorPiece], extras: CheckpointExtras) -> None:
+        """Start a save; return when this rank's share of the state is copied. No other save may be in flight.
 
-        `pieces` are all that this rank holds; only the first rank's `cover` is looked at.
+        `pieces` are all that this rank holds; only rank 0's `extras` are used.
         """
         assert self._save is None
-        if self._letting_go is not None:  # it removes what `prepare` looks through
-            wait([self._letting_go])
-        own = pieces_to_write(self._world.rank, pieces)
-        (size,) = self._sum(sum(piece.nbytes for piece in own))
+        if self._removing_oldest is not None:  # it removes directories that `prepare_save` lists
+            wait([self._removing_oldest])
+        rank_pieces = pieces_to_write(self._world.rank, pieces)
+        (size,) = self._sum(sum(piece.nbytes for piece in rank_pieces))
         prepared: Future[object] = Future()
         note = None
         if self._world.is_first_rank:
@@ -131,29 +131,29 @@ class CheckpointSaver:
                 note = self._store.prepare_save(step, size)
             except OSError as error:
                 prepared.set_exception(error)
-        self._save = _Save(step, cover, prepared if prepared.done() else None, note=note)
-        (failed,) = self._sum(prepared.done())  # also: nobody writes before there is a directory
+        self._save = _Save(step, extras, prepared if prepared.done() else None, note=note)
+        (failed,) = self._sum(prepared.done())  # also a barrier: no rank writes before the directory exists
         if not failed:
-            copied = self._copied(own)
+            copied = self._copy_to_host(rank_pieces)
             file = f"part_{self._world.rank:05d}"
             writing: Future[object] = self._thread.submit(write_rank_file, self._store.partial_path(step), file, copied)
             self._save = replace(self._save, work=writing)
 
     def save_votes(self) -> tuple[bool, bool]:
-        """Whether this rank is through with a phase of the save under way, and whether it failed; for `poll`."""
+        """Return whether this rank has finished the phase of the save in flight, and whether it failed."""
         save = self._save
         return (False, False) if save is None else (save.is_done, save.failure() is not None)
 
     def poll_save(self, done: int, failed: int) -> SaveResult | None:
-        """Once a step: how the save under way ended, if it has ended since.
+        """Return the result of the save in flight if it has ended; called once per step.
 
-        `done` and `failed` say on how many ranks the `votes` of this step were true.
+        `done` and `failed` are the numbers of ranks on which the `save_votes` of this step were true.
         """
         save = self._save
         return self._advance(save, failed) if save is not None and done == self._world.size else None
 
     def finish_save(self) -> SaveResult | None:
-        """Wait for the save under way, if there is one, and say how it ended."""
+        """Wait for the save in flight, if there is one, and return its result."""
         saved = None
         while (save := self._save) is not None:
             if save.work is not None:
@@ -162,12 +162,12 @@ class CheckpointSaver:
         return saved
 
     def close(self) -> None:
-        """End the thread, when the oldest checkpoints are gone; no save may be under way."""
+        """Stop the thread after it has removed the oldest checkpoints; no save may be in flight."""
         self._thread.shutdown()
         self._memory.unpin()
 
     def _advance(self, save: _Save, failed: int) -> SaveResult | None:
-        """All ranks are through with a phase."""
+        """Advance to the next phase once all ranks have finished this one; return the result after the last phase."""
         path = self._store.checkpoint_path(save.step)
         if failure := self._failure_of_any(save, failed):
             if self._world.is_first_rank:
@@ -178,38 +178,38 @@ class CheckpointSaver:
             self._save = None
             self._failed_in_a_row = 0
             if self._world.is_first_rank:
-                self._letting_go = self._thread.submit(self._store.remove_oldest)
+                self._removing_oldest = self._thread.submit(self._store.remove_oldest)
             return SaveResult(save.step, path, None, save.note)
         commit: Future[object] | None = None
         if self._world.is_first_rank:
-            commit = self._thread.submit(self._store.commit_save, save.step, save.cover)
+            commit = self._thread.submit(self._store.commit_save, save.step, save.extras)
         self._save = replace(save, work=commit, is_written=True)
         return None
 
     def _sum(self, *numbers: int) -> list[int]:
         """Return the sum of each number over the ranks; of a flag, on how many ranks it is true."""
-        own = torch.tensor(numbers, dtype=torch.int64)
-        found: list[int] = self._world.all_reduce_sum(own, "state of a checkpoint").tolist()
-        return found
+        local = torch.tensor(numbers, dtype=torch.int64)
+        totals: list[int] = self._world.all_reduce_sum(local, "state of a checkpoint").tolist()
+        return totals
 
     def _failure_of_any(self, save: _Save, failed: int) -> str | None:
-        """In words, with the rank."""
+        """Return the failures of all ranks as text, or None. Collective if `failed` is not 0."""
         if not failed:
             return None
         if not self._failed_in_a_row:
             self._failing_since = time.monotonic()
         self._failed_in_a_row += 1
-        own = save.failure(), save.found_no_room, time.monotonic() - self._failing_since
-        gathered = self._world.all_gather_objects(own, "why a checkpoint failed")
-        seconds = gathered[0][2]  # by one clock, so that all ranks come to the same end
+        local = save.failure(), save.found_no_room, time.monotonic() - self._failing_since
+        gathered = self._world.all_gather_objects(local, "why a checkpoint failed")
+        seconds = gathered[0][2]  # rank 0's clock, so that all ranks decide alike
         is_full = all(no_room for failure, no_room, _ in gathered if failure)
-        self._is_patient = is_full and seconds < FULL_DISK_GRACE_SECONDS
+        self._awaits_disk_space = is_full and seconds < FULL_DISK_GRACE_SECONDS
         words = ((rank, failure) for rank, (failure, *_) in zip(self._world.ranks, gathered, strict=True) if failure)
         return "; ".join(f"rank {rank}: {failure}" for rank, failure in words)
 
-    def _copied(self, pieces: Sequence[TensorPiece]) -> list[TensorPiece]:
-        """The pieces with their elements copied. The memory is kept for the next save."""
-        begins, size = _places(pieces)
+    def _copy_to_host(self, pieces: Sequence[TensorPiece]) -> list[TensorPiece]:
+        """Return `pieces` with their elements copied to host memory, which is kept for the next save."""
+        begins, size = _byte_offsets(pieces)
         on_gpu = _any_on_gpu(pieces)
         if self._reserved is not None:
             wait([self._reserved])
@@ -224,8 +224,8 @@ class CheckpointSaver:
         return copied
 
 
-def _places(pieces: Sequence[TensorPiece]) -> tuple[list[int], int]:
-    """Where each piece begins in the copy, and where it ends."""
+def _byte_offsets(pieces: Sequence[TensorPiece]) -> tuple[list[int], int]:
+    """Return the byte offset of each piece in the copy, and the size of the copy."""
     begins, size = [], 0
     for piece in pieces:
         begins.append(size)
@@ -238,10 +238,8 @@ def _any_on_gpu(pieces: Sequence[TensorPiece]) -> bool:
 
 
 def write_rank_file(directory: Path, name: str, pieces: Sequence[TensorPiece]) -> None:
-    """Write one rank's file of tensors and, beside it, its record of them; on disk when it returns.
-
-    One thread writes and waits for the disk while two others hash, which takes as long as writing.
-    """
+    """Write one rank's tensor file and its JSON record; both are on disk when this returns."""
+    # Hashing takes as long as writing: two threads hash while this one writes and waits for the disk.
     declared = [
         TensorSpec(p.file_key, p.flat.dtype, p.shape if p.is_whole_tensor else tuple(p.flat.shape)) for p in pieces
     ]

@@ -1,7 +1,7 @@
 """Files of named tensors in the safetensors format, written and read one tensor at a time.
 
-The format is eight bytes of length, a JSON header and the tensors' bytes. The library of that name writes a file from
-tensors that are all in memory and maps a file as a whole; here neither ever holds more than one tensor.
+The format is eight bytes of length, a JSON header and the tensors' bytes. The safetensors library needs all tensors in
+memory to write a file and maps a whole file to read it; here reader and writer hold one tensor at most.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ DTYPE_BY_NAME = {
 NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 _LARGEST_HEADER = 10**9
 _METADATA = "__metadata__"
-_OURS = {"dtype", "shape", "data_offsets"}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a file will hold, or holds."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -51,12 +51,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFileWriter:
-    """A new file that holds the declared tensors; use it as a context. On disk when the context ends without error."""
+    """Writer of a new file with the declared tensors, as a context manager; on disk when the context ends."""
 
     def __init__(self, path: Path, declared: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self._declared = list(declared)
@@ -65,7 +65,7 @@ class TensorFileWriter:
         self._path = path
 
     def write_tensor(self, tensor: Tensor) -> None:
-        """The next of the declared tensors."""
+        """Write the next of the declared tensors."""
         expected = self._declared[self._next]
         assert (tensor.dtype, tuple(tensor.shape)) == (expected.dtype, expected.shape), expected.name
         self._file.write(tensor_as_bytes(tensor))
@@ -74,7 +74,7 @@ class TensorFileWriter:
     def __enter__(self) -> TensorFileWriter:
         with ExitStack() as opening:
             self._file = opening.enter_context(DirectIOFile(self._path))
-            self._file.write(self._header)  # of many tensors it is large, and the disk may be full
+            self._file.write(self._header)  # inside `opening`: the disk may be full
             self._open = opening.pop_all()
         return self
 
@@ -86,10 +86,10 @@ class TensorFileWriter:
 
 
 class TensorFile:
-    """A file to read from: its header is checked as a whole, its data when a tensor is read.
+    """Reader of a file, whose header is checked as a whole when it is opened.
 
-    Raises `MalformedFileError`, a `ValueError`, for a file that is no whole safetensors file: a header that is not strict JSON,
-    a dtype that no tensor of ours has, offsets that overlap, leave a hole or pass the end. Raises `OSError` for none.
+    Raises `OSError`, and `MalformedFileError` (a `ValueError`) for a header that is not strict JSON, an unsupported
+    dtype, or offsets that overlap, leave a gap or pass the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,23 +117,23 @@ class TensorFile:
             raise MalformedFileError("", size, f"has {size} bytes where its header describes {data + end}")
 
     def read_tensor(self, name: str) -> Tensor:
-        """A tensor, in memory of its own."""
+        """Return a copy of a tensor."""
         declared = self.tensor_specs[name]
         return read_tensor_at(self.path, self.byte_offsets[name], declared.dtype, declared.shape)
 
 
 def _placed(header: JsonValue) -> Iterator[tuple[TensorSpec, int, int]]:
-    """Each tensor, its first byte in the data and the one behind its last."""
+    """Yield each tensor with its first byte in the data and the byte after its last."""
     for name, entry in header.items():
         if name == _METADATA:
             continue
-        entry.reject_unknown_keys(_OURS)
+        entry.reject_unknown_keys(_ENTRY_KEYS)
         dtype = parse_dtype(entry["dtype"])
         declared = TensorSpec(name, dtype, tuple(size.as_integer() for size in entry["shape"].as_list()))
         offsets = entry["data_offsets"].as_list()
         if len(offsets) != 2:
             raise entry["data_offsets"].malformed_error(
-                "must be two numbers: the first byte and the one behind the last"
+                "must be two numbers: the first byte and the one after the last"
             )
         begin, end = (offset.as_integer() for offset in offsets)
         if end - begin != declared.nbytes:
@@ -144,45 +144,45 @@ def _placed(header: JsonValue) -> Iterator[tuple[TensorSpec, int, int]]:
 
 
 def _metadata(header: JsonValue) -> dict[str, str]:
-    """The words about the file; of no meaning here, and text to text by the format."""
+    """Return the file's metadata, which the format restricts to strings."""
     found = header.get(_METADATA)
     return {} if found is None else {key: item.as_string() for key, item in found.items()}
 
 
 def parse_dtype(item: JsonValue) -> torch.dtype:
-    """A dtype by its name in the format. Raises `MalformedFileError` for one that no tensor of ours has."""
+    """Return a dtype by its name in the format. Raises `MalformedFileError` for an unsupported one."""
     name = item.as_string()
     if name not in DTYPE_BY_NAME:
-        raise item.malformed_error(f"is a dtype that is not read; there are {', '.join(DTYPE_BY_NAME)}")
+        raise item.malformed_error(f"is an unsupported dtype; supported: {', '.join(DTYPE_BY_NAME)}")
     return DTYPE_BY_NAME[name]
 
 
 def read_tensor_at(path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor whose bytes begin there. Raises `ValueError` where the file ends too early."""
+    """Return the tensor whose bytes start at `begin`. Raises `ValueError` if the file ends too early."""
     size = math.prod(shape) * dtype.itemsize
     with open_regular_file(path) as file:
-        # Before memory is taken: a number that was damaged may ask for more than any machine has.
-        if begin + size > (there := os.fstat(file.fileno()).st_size):
-            raise MalformedFileError("", there, f"ends {begin + size - there} bytes too early")
+        # Checked before allocating: a damaged size may ask for more memory than any machine has.
+        if begin + size > (file_size := os.fstat(file.fileno()).st_size):
+            raise MalformedFileError("", file_size, f"ends {begin + size - file_size} bytes too early")
         raw = torch.empty(size, dtype=torch.uint8)
         file.seek(begin)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
         while view:
             count = file.readinto(view)
             if not count:
-                raise MalformedFileError("", there, f"ends {len(view)} bytes too early")
+                raise MalformedFileError("", file_size, f"ends {len(view)} bytes too early")
             view = view[count:]
     return raw.view(dtype).view(shape)
 
 
 def tensor_as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU; without a copy where it is contiguous."""
+    """Return the bytes of a CPU tensor, without a copy if it is contiguous."""
     raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(raw)  # type: ignore[arg-type]  # numpy's stubs hide the buffer
 
 
 def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file up to its first tensor, and where the bytes of each begin."""
+    """Return the bytes before the first tensor, and the byte offset of each tensor."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0

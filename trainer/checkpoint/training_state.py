@@ -1,4 +1,4 @@
-"""The training state of one rank as pieces under canonical names."""
+"""Training state of one rank as pieces under canonical names."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .pieces import (
 ROUTER_BIAS_SUFFIX = ".router.bias_E"
 
 HolderRanks = Callable[[str], tuple[int, ...]]
-"""Name of a buffer to the ranks that hold it, ascending."""
+"""Function from the name of a buffer to the ranks that hold it, ascending."""
 
 
 def training_state_pieces(
     model: Model, optimizer: ShardedOptimizer, average: WeightEMA | None, holders: HolderRanks, rank: int
 ) -> Iterator[TensorPiece]:
-    """Masters, moments and average that `rank` owns, and what no optimizer knows of: the routing biases.
+    """Yield the master weights, moments and average that `rank` owns, and the routing biases.
 
-    The weights are not in it: `optimizer.publish` makes them from the masters.
+    Compute weights are not saved: `optimizer.all_gather_weights` casts them from the masters.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     experts = model.expert_parameter_names()
@@ -46,7 +46,7 @@ def training_state_pieces(
 
 
 def model_pieces(model: Model) -> Iterator[TensorPiece]:
-    """The weights and routing biases alone, of a whole model on one process."""
+    """Yield the weights and routing biases of a whole model in one process."""
     experts = model.expert_parameter_names()
     for name, parameter in model.named_parameters():
         first_expert = model.first_local_expert if name in experts else None
@@ -56,17 +56,17 @@ def model_pieces(model: Model) -> Iterator[TensorPiece]:
 
 
 def make_holder_ranks(stages: StageLayout, groups: ProcessGroups) -> HolderRanks:
-    """Which ranks hold what a rank of `groups` holds."""
+    """Return a function that gives the ranks of `groups` that hold a tensor."""
     return lambda name: tuple(sorted(groups.dense_dp[stages.pp_ranks_holding(name)].ranks))
 
 
 def rng_state_name(rank: int) -> str:
-    """What the state of a rank's random generator is called."""
+    """Return the tensor name of a rank's random generator state."""
     return f"{RNG_STATE}/rank_{rank:05d}"
 
 
 def training_state_names(config: ModelConfig, *, with_ema: bool) -> frozenset[str]:
-    """Canonical names of all that a checkpoint of a whole run has, but for random generators."""
+    """Return the canonical names of all tensors of a run's checkpoint, except random generator states."""
     names = model_tensor_shapes(config)
     parameters = [name.removeprefix(MODEL_STATE) for name in names if not name.endswith(ROUTER_BIAS_SUFFIX)]
     kinds = [EXP_AVG, EXP_AVG_SQ, *([EMA_STATE] if with_ema else [])]
@@ -74,7 +74,7 @@ def training_state_names(config: ModelConfig, *, with_ema: bool) -> frozenset[st
 
 
 def model_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names of the weights and biases of a whole model, in its own order, and their shapes."""
+    """Return the shapes of a whole model's weights and routing biases by canonical name, in model order."""
     with torch.device("meta"):
         model = Model(config)
     return {piece.name: piece.shape for piece in model_pieces(model)}

@@ -1,1 +1,1 @@
-"""Text to token shards to samples in a fixed order."""
+"""Data pipeline: text to token shards to samples in a fixed order."""

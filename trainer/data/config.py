@@ -1,4 +1,4 @@
-"""Which text a run trains on, and where its tokens are kept."""
+"""Configuration of the training text and of the directory of its tokens."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ MAX_VOCAB_SIZE = 2**32  # what a uint32 shard can name
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A corpus is a directory of works: `NAME.txt` is one document, `NAME.jsonl` one a line under the key `text`."""
+    """Data of a run. A corpus directory holds `NAME.txt`, one document, and `NAME.jsonl`, one per line (key `text`)."""
 
     corpus: str
-    """Directory of the works; the word `shakespeare` means the seven plays that come with the package."""
+    """Directory of the corpus files; `shakespeare` means the seven plays that come with the package."""
     prepared: str
     """Directory for the tokenizer and the token shards made from the corpus."""
     vocab_size: int
-    """Entries of the byte-level BPE, its two special tokens included."""
+    """Entries of the byte-level BPE, including two special tokens."""
     validation: tuple[str, ...]
-    """Names of the works held out; the rest is trained on."""
+    """Names of the files held out for validation; the other files are trained on."""
 
     @property
     def corpus_directory(self) -> Path:
-        """Where the works are."""
+        """Directory of the corpus files."""
         if self.corpus == PACKAGED_CORPUS:
             return Path(__file__).parent / "corpus" / PACKAGED_CORPUS
         return Path(self.corpus)
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if not self.corpus:
             yield Problem("corpus", self.corpus, f"must name a directory, or be {PACKAGED_CORPUS}")
         if not Path(os.path.realpath(self.prepared)).name or not self.prepared:
@@ -46,7 +46,7 @@ class DataConfig:
         if self.vocab_size > MAX_VOCAB_SIZE:
             yield Problem("vocab_size", self.vocab_size, f"must be at most {MAX_VOCAB_SIZE}, to fit 32 bits")
         if not self.validation:
-            hint = "must name at least one work: a loss on text that was trained on says little"
+            hint = "must name at least one file: the loss on training text says little"
             yield Problem("validation", self.validation, hint)
         if len(set(self.validation)) < len(self.validation):
-            yield Problem("validation", self.validation, "names a work twice")
+            yield Problem("validation", self.validation, "names a file twice")

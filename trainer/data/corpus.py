@@ -1,4 +1,4 @@
-"""The works of a corpus on disk: found, checked, read."""
+"""Files of a corpus: listed, checked and read."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .manifest import CorpusFile
 from .tokenizer import pretokenize
 
 _FORMS = (".txt", ".jsonl")
-_LISTED = 8
-"""Names in a line about what was not read."""
+_MAX_NAMES_LISTED = 8
+"""Most names in the line about files that were not read."""
 _DOCUMENT_BYTES, _LINE_BYTES = 2**31, 2**27
-"""Of one document: it is in memory as a whole, many times when it is encoded."""
-_WORD = 2**16
-"""Characters of a word, at most. Learning merges from 200,000 takes 14 s, and from twice as many a minute."""
-_FIX = "let it be read, or take it out of the corpus"
+"""Largest document and line: a document is in memory as a whole, several times while it is encoded."""
+_MAX_WORD = 2**16
+"""Most characters of a word. Learning merges from a word of 200,000 takes 14 s, of twice as many a minute."""
+_FIX = "make it readable, or remove it from the corpus"
 
 
 def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
-    """Read the whole corpus once and return its works, sorted by name.
+    """Read the whole corpus once and return its files, sorted by name.
 
-    Raises `ConfigError` with all that is wrong: a missing or empty directory, links that lead nowhere, works without
-    text or not in UTF-8, held-out works that do not exist, nothing left to train on.
+    Raises `ConfigError` with all problems: a missing or empty directory, broken links, files without text or not in
+    UTF-8, validation files that do not exist, no file left to train on.
     """
     directory = config.corpus_directory
     if not directory.is_dir():
@@ -38,7 +38,7 @@ def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
     paths = sorted(path for path in directory.iterdir() if path.suffix in _FORMS and path.is_file())
     raise_if_any(_broken_entries(directory))
     if not paths:
-        hint = "holds no text: put *.txt (one document a file) or *.jsonl (one a line, key `text`) there"
+        hint = "holds no text: put *.txt (one document per file) or *.jsonl (one per line, key `text`) there"
         raise ConfigError([Problem("data.corpus", config.corpus, hint)])
     problems = list(_name_problems(config, [path.stem for path in paths]))
     sources = []
@@ -49,30 +49,31 @@ def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
             problems.extend(refusal.problems)
     raise_if_any(problems)
     most = MIN_VOCAB_SIZE + sum(source.bytes for source in sources if source.split == "train")
-    if config.vocab_size > most:  # before the trainer of the tokenizer reserves memory for all entries
+    if config.vocab_size > most:  # checked before the tokenizer's trainer allocates memory for all entries
         hint = f"cannot be reached: the training text gives {most} entries at most; add text or ask for less"
         raise ConfigError([Problem("data.vocab_size", config.vocab_size, hint)])
     return tuple(sources)
 
 
 def describe_ignored_files(directory: Path) -> str | None:
-    """A line about the entries of a corpus that are no works; None where every entry is one."""
+    """Return a line about directory entries that are no corpus files; None if there are none."""
     names = sorted(path.name for path in directory.iterdir() if not (path.suffix in _FORMS and path.is_file()))
     if not names:
         return None
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    shown = ", ".join(ascii(name)[1:-1] for name in names[:_LISTED])
+    more = f", and {len(names) - _MAX_NAMES_LISTED} more" if len(names) > _MAX_NAMES_LISTED else ""
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:_MAX_NAMES_LISTED])
     count = "1 entry was" if len(names) == 1 else f"{len(names)} entries were"
-    return f"{count} not read: {shown}{more}. A work is a file *.txt or *.jsonl in {directory} itself."
+    return f"{count} not read: {shown}{more}. Only *.txt and *.jsonl files directly in {directory} are read."
 
 
 def _broken_entries(directory: Path) -> Iterator[Problem]:
-    """A link without an end may be a disk that is not mounted; a name that is no text cannot be kept."""
+    """Yield a problem for each broken link and each file name that is not UTF-8."""
+    # A broken link may be a disk that is not mounted; skipping it would train on other data.
     for path in sorted(directory.iterdir()):
         if path.suffix not in _FORMS:
             continue
         if path.is_symlink() and not path.exists():
-            yield Problem(str(path), str(path.readlink()), "is a link that leads nowhere; mount its disk, or remove it")
+            yield Problem(str(path), str(path.readlink()), "is a broken link; mount its disk, or remove it")
         try:
             path.name.encode()
         except UnicodeEncodeError:
@@ -80,7 +81,7 @@ def _broken_entries(directory: Path) -> Iterator[Problem]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one work, exactly as written. Raises `ConfigError` at the first that cannot be used."""
+    """Yield the documents of one file, exactly as written. Raises `ConfigError` at the first invalid one."""
     if path.suffix == ".txt":
         with config_error_context(path, _FIX):
             raw = read_regular_file(path, _DOCUMENT_BYTES)
@@ -99,23 +100,27 @@ def read_documents(path: Path) -> Iterator[str]:
         raise ConfigError([Problem(str(path), "", "holds no text; fill or remove the file")])
 
 
-def _name_problems(config: DataConfig, works: Sequence[str]) -> Iterator[Problem]:
-    for work, count in Counter(works).items():
+def _name_problems(config: DataConfig, names: Sequence[str]) -> Iterator[Problem]:
+    for name, count in Counter(names).items():
         if count > 1:
-            hint = f"is the name of both {work}.txt and {work}.jsonl in {config.corpus_directory}; rename one"
-            yield Problem("data.corpus", work, hint)
-    missing = sorted(set(config.validation) - set(works))
-    for work in missing:
-        yield Problem("data.validation", work, f"is no work of this corpus, which has {', '.join(works)}")
-    if not missing and set(works) <= set(config.validation):
-        yield Problem("data.validation", config.validation, "holds out every work; leave some to train on")
+            hint = f"is the name of both {name}.txt and {name}.jsonl in {config.corpus_directory}; rename one"
+            yield Problem("data.corpus", name, hint)
+    missing = sorted(set(config.validation) - set(names))
+    for name in missing:
+        yield Problem("data.validation", name, f"not a file of this corpus, which has {', '.join(names)}")
+    if not missing and set(names) <= set(config.validation):
+        yield Problem(
+            "data.validation",
+            config.validation,
+            "every file is held out for validation; leave at least one to train on",
+        )
 
 
 def _source(path: Path, split: str) -> CorpusFile:
     documents = 0
     for documents, document in enumerate(read_documents(path), start=1):
-        if _has_endless_word(document):
-            hint = f"holds a word of more than {_WORD // 2} letters, digits, signs or blanks in a row; break it up"
+        if _has_very_long_word(document):
+            hint = f"holds a word of more than {_MAX_WORD // 2} letters, digits, signs or blanks in a row; break it up"
             raise ConfigError([Problem(str(path), f"document {documents}", hint)])
     with config_error_context(path, _FIX), open_regular_file(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,12 +129,13 @@ def _source(path: Path, split: str) -> CorpusFile:
     )
 
 
-def _has_endless_word(document: str) -> bool:
-    """Whether it has a word of more than `_WORD` characters; perhaps also for one of half of that.
-
-    A word twice as long holds an aligned block of them. Almost every block ends at its first blank here.
-    """
-    blocks = (document[place : place + _WORD // 2] for place in range(0, len(document) - _WORD // 2 + 1, _WORD // 2))
+def _has_very_long_word(document: str) -> bool:
+    """Return True for a word of more than `_MAX_WORD` characters, maybe also for one of half that length."""
+    # A word of that length contains an aligned block of half of it; almost every block is ruled out by its first blank.
+    blocks = (
+        document[place : place + _MAX_WORD // 2]
+        for place in range(0, len(document) - _MAX_WORD // 2 + 1, _MAX_WORD // 2)
+    )
     return any(len(pretokenize(block)) == 1 for block in blocks if block.isspace() or len(block.split(None, 1)) == 1)
 
 
@@ -157,7 +163,7 @@ def _document(path: Path, number: int, line: bytes) -> str:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return tree
 
 

@@ -1,4 +1,4 @@
-"""Files that survive a crash: hashed as they are written, on disk before anyone relies on them."""
+"""Crash-safe files: hashed as they are written, and synced to disk before they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .manifest import FileEntry
 
 
 class HashedFileWriter:
-    """A new file that is written once, front to back. Use it as a context; `entry` is known after it."""
+    """Writer of a new file, front to back, as a context manager; `entry` is final after the context."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -34,7 +34,7 @@ class HashedFileWriter:
         self.close()
 
     def close(self) -> None:
-        """Bring everything to the disk; a second call does nothing."""
+        """Sync the file to disk and close it; a second call does nothing."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -42,19 +42,20 @@ class HashedFileWriter:
 
     @property
     def entry(self) -> FileEntry:
-        """Name, size and hash of what was written so far."""
+        """Name, size and hash of the bytes written so far."""
         return FileEntry(self._path.name, self._bytes, self._hash.hexdigest())
 
 
 def write_file_durably(path: Path, raw: bytes) -> FileEntry:
-    """Write a whole file durably."""
+    """Write a whole file and sync it to disk."""
     with HashedFileWriter(path) as file:
         file.write(raw)
     return file.entry
 
 
 def fsync_directory(path: Path) -> None:
-    """Bring a directory's entries to the disk: without it a crash may forget a file that was itself synced."""
+    """Sync a directory's entries to disk."""
+    # Without it a crash may lose the name of a file whose bytes were synced.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

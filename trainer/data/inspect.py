@@ -1,4 +1,4 @@
-"""A prepared directory in numbers and in a few lines of its text."""
+"""Description of a prepared directory: sizes, hashes, and an excerpt of its text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PIECE = 2**24  # tokens counted at once: 128 MiB
 
 
 def unigram_entropy(split: TokenSplit, vocabulary: int) -> float:
-    """Entropy in nats a token of the token frequencies of a split's targets: all its tokens but the first.
+    """Return the entropy in nats per token of the token frequencies of a split's targets: all tokens but the first.
 
-    Those are the tokens that a validation loss is the mean over, and the frequencies are their own, so no model
-    without context can reach a lower loss on them. Raises `ConfigError` for a token beyond the vocabulary.
+    A validation loss is the mean over the same tokens, so no model without context can reach a lower loss. Raises
+    `ConfigError` for a token beyond the vocabulary.
     """
     counts_V = np.zeros(vocabulary, dtype=np.int64)
     for start in range(1, split.num_tokens, _PIECE):
@@ -35,7 +35,7 @@ def unigram_entropy(split: TokenSplit, vocabulary: int) -> float:
 
 @dataclass(frozen=True)
 class SplitDescription:
-    """One split."""
+    """Sizes of one split."""
 
     name: str
     works: tuple[str, ...]
@@ -46,12 +46,12 @@ class SplitDescription:
     bytes_per_token: float
     shards: int
     unigram_entropy: float
-    """Nats a token; the loss without any context."""
+    """Loss of the best model without context, in nats per token."""
 
 
 @dataclass(frozen=True)
 class PreparedDataDescription:
-    """A prepared directory. Plain values, so `dataclasses.asdict` makes it JSON."""
+    """Description of a prepared directory in plain values, so that `dataclasses.asdict` gives JSON."""
 
     directory: str
     fingerprint: str
@@ -64,7 +64,7 @@ class PreparedDataDescription:
 
 
 def describe_prepared_data(directory: Path, excerpt_tokens: int = 128) -> PreparedDataDescription:
-    """Read all of `directory` and describe it. Raises `ConfigError` when a byte of it is not what was written."""
+    """Read and verify all of `directory` and describe it. Raises `ConfigError` for damaged files."""
     prepared = verify_prepared_data(directory)
     manifest, train = prepared.manifest, prepared.train
     tokens_T = train.read_tokens(0, min(excerpt_tokens, train.num_tokens))
@@ -80,11 +80,11 @@ def describe_prepared_data(directory: Path, excerpt_tokens: int = 128) -> Prepar
 
 
 def render_description(description: PreparedDataDescription) -> str:
-    """Lines for a terminal."""
+    """Return the description as lines for a terminal."""
     lines = [
         f"{description.directory}: byte-level BPE of {description.vocabulary} entries, {description.dtype} shards",
-        f"made from  {description.fingerprint}",
-        f"contents   {description.digest}",
+        f"source fingerprint  {description.fingerprint}",
+        f"content hash        {description.digest}",
         "",
         f"{'split':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"
         f"{'bytes/token':>13}{'shards':>8}{'unigram nats':>14}",
@@ -95,7 +95,7 @@ def render_description(description: PreparedDataDescription) -> str:
         for split in description.splits
     ]
     lines += [f"{split.name}: {', '.join(split.works)}" for split in description.splits]
-    return "\n".join([*lines, "", "The training text begins:", description.excerpt])
+    return "\n".join([*lines, "", "Start of the training text:", description.excerpt])
 
 
 def _describe_split(manifest: DataManifest, split: TokenSplit) -> SplitDescription:

@@ -1,4 +1,4 @@
-"""What a prepared directory holds: `manifest.json`, written last and read first."""
+"""`manifest.json` of a prepared directory: its files, sizes and hashes. Written last, read first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One work of the corpus, as it was when it was read."""
+    """One file of the corpus as it was read."""
 
     work: str
     file: str
@@ -29,9 +29,9 @@ class CorpusFile:
     """`train` or `validation`."""
     documents: int
     bytes: int
-    """Size of the file."""
+    """File size."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,29 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """The tokens of one split, and the files they are in."""
+    """Token count and files of one split."""
 
     tokens: int
-    """Of all documents, each with its end token."""
+    """Tokens of all documents, including an end token for each."""
     documents: int
     bytes: int
     """UTF-8 bytes of the documents' text."""
     shards: tuple[FileEntry, ...]
-    """In order; each but the last holds `DataManifest.shard_tokens` tokens."""
+    """Shards in order; each but the last holds `DataManifest.shard_tokens` tokens."""
     starts: FileEntry
-    """int64 `.npy`: where each document starts, in tokens."""
+    """File of document starts in tokens: int64 [M], `.npy`."""
 
 
 @dataclass(frozen=True)
 class DataManifest:
-    """Everything about a prepared directory but the tokens themselves. Holds neither times nor absolute paths."""
+    """Everything about a prepared directory except the tokens; no times and no absolute paths."""
 
     format: int
     fingerprint: str
-    """SHA-256 of what went in: the works and the settings. Equal fingerprints need no second preparation."""
+    """SHA-256 of the inputs: corpus files and settings. Equal fingerprints need no second preparation."""
     vocabulary: int
     dtype: str
-    """Of a shard: `uint16` or `uint32`, little-endian."""
+    """Dtype of the shards: `uint16` or `uint32`, little-endian."""
     shard_tokens: int
     sources: tuple[CorpusFile, ...]
     tokenizer: FileEntry
@@ -76,38 +76,38 @@ class DataManifest:
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """Every file but the manifest."""
+        """All files except the manifest."""
         splits = (self.train, self.validation)
         return (self.tokenizer, *(file for split in splits for file in (*split.shards, split.starts)))
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of what came out: equal digests mean equal tokens in an equal order."""
+        """SHA-256 of the result: equal hashes mean equal tokens in equal order."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Little-endian on any machine."""
+        """NumPy dtype of the shards, little-endian on every machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def source_fingerprint(sources: Sequence[CorpusFile], vocabulary: int, shard_tokens: int) -> str:
-    """SHA-256 of what a preparation depends on."""
-    facts = {
+    """Return the SHA-256 of everything that a preparation depends on."""
+    inputs = {
         "format": FORMAT_VERSION,
         "vocabulary": vocabulary,
         "shard_tokens": shard_tokens,
         "sources": [asdict(source) for source in sources],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def token_dtype(vocabulary: int) -> str:
-    """The narrowest type of a shard that can name every token."""
+    """Return the narrowest shard dtype that can hold every token."""
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
@@ -115,7 +115,10 @@ def read_manifest(directory: Path) -> DataManifest:
     """Read and check `manifest.json`. Raises `ConfigError` when it is missing, damaged, or of another format."""
     path = directory / MANIFEST_FILE
     if not path.exists():
-        raise ConfigError([Problem(str(path), None, "is missing: run `shoestring data prepare` first")])
+        hint = (
+            f"no prepared data in {directory}. Run: shoestring data prepare experiment=quickstart (or your experiment)"
+        )
+        raise ConfigError([Problem("data.prepared", str(directory), hint)])
     try:
         tree = read_json(path)
         found = tree["format"].value
@@ -127,11 +130,11 @@ def read_manifest(directory: Path) -> DataManifest:
         hint = f"is damaged; remove {directory} and prepare again"
         raise ConfigError([Problem(str(path), str(error), hint)]) from error
     except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "make it readable")]) from error
 
 
 def _parse(tree: JsonValue) -> DataManifest:
-    """Raises `MalformedFileError` for a wrong key, type or range, and where two facts do not fit each other."""
+    """Parse the manifest. Raises `MalformedFileError` for a wrong key, type or range, and for inconsistent values."""
     manifest = tree.as_dataclass(DataManifest)
     files = [tree["tokenizer"]]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
@@ -146,7 +149,7 @@ def _parse(tree: JsonValue) -> DataManifest:
             raise source["split"].malformed_error("must be train or validation")
     names = [entry.file for entry in manifest.files]
     if len(set(names)) < len(names) or MANIFEST_FILE in names:
-        raise MalformedFileError("files", sorted(names), "must have a name each")
+        raise MalformedFileError("files", sorted(names), "must have different names")
     tree["vocabulary"].as_integer(1, 2**32)
     tree["shard_tokens"].as_integer(1)
     if manifest.fingerprint != source_fingerprint(manifest.sources, manifest.vocabulary, manifest.shard_tokens):

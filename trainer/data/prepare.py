@@ -1,4 +1,4 @@
-"""From a corpus to a prepared directory: whole or not at all."""
+"""Preparation of a corpus: tokenizer and token shards in a directory that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .tokenizer import Tokenizer, train_tokenizer
 from .unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 
 _UNFINISHED = "preparing"
-_BATCH_CHARACTERS = 2**22  # enough documents for all cores to encode, few enough for memory
+_BATCH_CHARACTERS = 2**22  # enough text for all cores to encode, little enough for memory
 
 
 def prepare_corpus(
     config: DataConfig, report: Callable[[str], None], *, shard_tokens: int = TOKENS_PER_SHARD
 ) -> DataManifest:
-    """Make `config.prepared` from the corpus, or find it made already, and tell `report` in sentences.
+    """Create `config.prepared` from the corpus unless it is already prepared; pass progress lines to `report`.
 
-    The files are written to a sibling directory that is renamed when it is complete, so a killed preparation leaves
-    nothing that could be taken for data, and of two at once one wins and the other takes its result.
-    Raises `ConfigError` for a bad configuration or corpus, and for a directory that holds anything else.
+    Raises `ConfigError` for an invalid configuration or corpus, and for a directory that holds anything else.
     """
+    # Written to a sibling directory that is renamed when it is complete: a killed preparation leaves nothing that looks
+    # like data, and of two concurrent ones the first wins and the other takes its result.
     _check(config, shard_tokens)
     sources = scan_corpus(config)
     wanted = source_fingerprint(sources, config.vocab_size, shard_tokens)
@@ -50,11 +50,13 @@ def prepare_corpus(
     total = sum(source.bytes for source in sources)
     if (line := describe_ignored_files(config.corpus_directory)) is not None:
         report(line)
-    report(f"{len(sources)} works, {total / 1e6:.2f} MB of text; held out: {', '.join(config.validation)}.")
+    report(
+        f"{len(sources)} files, {total / 1e6:.2f} MB of text; held out for validation: {', '.join(config.validation)}."
+    )
     remove_unfinished_directories(final, _UNFINISHED, report)
     with unfinished_directory(final, _UNFINISHED, "data.prepared") as temporary:
         manifest = _write(config, sources, shard_tokens, temporary, report)
-        report(f"Everything is written; {final} comes into being.")
+        report(f"Wrote {final}")
         if not _publish(temporary, final):
             return _reuse(final, wanted, report)
     return manifest
@@ -78,15 +80,15 @@ def _write(
     start = time.perf_counter()
     texts = (text for source in sources if source.split == "train" for text in _documents(config, source))
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    report(f"Tokenizer of {tokenizer.vocab_size} entries learned in {time.perf_counter() - start:.1f} s.")
+    report(f"Tokenizer of {tokenizer.vocab_size} entries trained in {time.perf_counter() - start:.1f} s.")
     splits = {}
     for name in ("train", "validation"):
         start = time.perf_counter()
-        held = [source for source in sources if source.split == name]
-        split = _write_split(config, held, tokenizer, directory, name, shard_tokens)
+        split_sources = [source for source in sources if source.split == name]
+        split = _write_split(config, split_sources, tokenizer, directory, name, shard_tokens)
         splits[name] = split
         report(
-            f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes a token; documents: "
+            f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes per token; documents: "
             f"{split.documents}; shards: {len(split.shards)}; {time.perf_counter() - start:.1f} s."
         )
     manifest = DataManifest(
@@ -139,12 +141,12 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _is_occupied(path: Path) -> bool:
-    """Whether something is there that a rename would not replace; an empty directory is not."""
+    """Return True if `path` exists and is no empty directory: a rename would not replace it."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _publish(temporary: Path, final: Path) -> bool:
-    """Give the directory its name in one step; False when another preparation was faster."""
+    """Rename the directory to `final`; return False if another preparation was faster."""
     remove_lock(temporary)
     fsync_directory(temporary)
     try:
@@ -158,11 +160,14 @@ def _publish(temporary: Path, final: Path) -> bool:
 
 
 def _reuse(final: Path, wanted: str, report: Callable[[str], None]) -> DataManifest:
+    if not (final / MANIFEST_FILE).exists():
+        hint = f"is not empty and has no {MANIFEST_FILE}; name another directory, or remove it"
+        raise ConfigError([Problem("data.prepared", str(final), hint)])
     manifest = open_prepared_directory(final).manifest
     if manifest.fingerprint != wanted:
         hint = (
             "holds data made from other text or settings "
-            f"({len(manifest.sources)} works, vocabulary {manifest.vocabulary}); name another directory, or remove it"
+            f"({len(manifest.sources)} files, vocabulary {manifest.vocabulary}); name another directory, or remove it"
         )
         raise ConfigError([Problem("data.prepared", str(final), hint)])
     report(f"{final} is already prepared from this text with these settings.")

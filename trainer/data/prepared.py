@@ -1,13 +1,13 @@
-"""A prepared directory, opened: what training, evaluation and inspection read.
+"""A prepared directory, opened for training, evaluation and inspection.
 
-Before a run it is found out, at a bounded price, whether its bytes are those that were written:
+Its files are checked against their hashes at a bounded cost:
 
-* Up to 256 MiB every byte is read before every launch.
-* A larger file is read once, and again when its size or its time of change is another. A stamp beside the data says
-  which files were found whole; it holds their digests, so it is worth nothing to other data. Machines that share the
-  directory leave this to the first one. A disk that changes a byte without touching the time of change is not caught.
-* While a run goes on, each process looks at a shard again when it reads it first and after any change of its marks
-  (see `shard_files.py`).
+* Up to 256 MiB in total, every byte is read before every launch.
+* Larger data is read once, and a file again when its size or modification time has changed. `.verified.json` in the
+  directory lists the verified files with their hashes. Machines that share the directory leave this to the first one.
+  A disk that changes a byte without touching the modification time is not caught.
+* During a run each process checks a shard when it first reads it and after any change of its size or times (see
+  `shard_files.py`).
 * `shoestring data inspect` always reads everything.
 """
 
@@ -26,7 +26,7 @@ from .verified_files import read_file_signature, read_verified_files, write_veri
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenizer and splits, which belong together."""
+    """Manifest, tokenizer and splits of one prepared directory."""
 
     manifest: DataManifest
     tokenizer: Tokenizer
@@ -35,7 +35,7 @@ class PreparedData:
 
 
 def open_prepared_directory(directory: Path) -> PreparedData:
-    """Open what is there, and check what is cheap to check: format, sizes, tokenizer.
+    """Open a prepared directory after checking format version, file sizes and tokenizer.
 
     Raises `ConfigError` with all problems of the files; `verify_prepared_data` reads every byte.
     """
@@ -57,9 +57,9 @@ def open_prepared_directory(directory: Path) -> PreparedData:
 
 
 def open_prepared_data(config: DataConfig) -> PreparedData:
-    """Open `config.prepared` for a run. The corpus itself need not be there.
+    """Open `config.prepared` for a run; the corpus need not exist.
 
-    Raises `ConfigError` when the directory is damaged, or was prepared with another vocabulary or other works held out.
+    Raises `ConfigError` if the directory is damaged, or was prepared with another vocabulary or other validation files.
     """
     directory = Path(config.prepared)
     manifest = read_manifest(directory)
@@ -80,7 +80,7 @@ def open_prepared_data(config: DataConfig) -> PreparedData:
 
 
 def verify_prepared_data(directory: Path) -> PreparedData:
-    """Open a prepared directory and check its every byte. Raises `ConfigError` with each damaged file."""
+    """Open a prepared directory after reading every byte. Raises `ConfigError` with each damaged file."""
     verify_file_hashes(directory, read_manifest(directory).files)
     return open_prepared_directory(directory)
 
@@ -89,15 +89,14 @@ ALWAYS_VERIFY_BYTES = 2**28
 
 
 def verify_before_run(directory: Path, manifest: DataManifest, *, first_machine: bool) -> None:
-    """Raise `ConfigError` with each file of `directory` that is found to be other than what was written."""
+    """Raise `ConfigError` with each file of `directory` that differs from the manifest."""
     if sum(entry.bytes for entry in manifest.files) <= ALWAYS_VERIFY_BYTES:
         verify_file_hashes(directory, manifest.files)
     elif first_machine:
-        stamped = read_verified_files(directory)
-        marks = {
-            entry.file: read_file_signature(directory, entry) for entry in manifest.files
-        }  # before the files are read
-        unknown = [entry for entry in manifest.files if stamped.get(entry.file) != marks[entry.file]]
+        verified = read_verified_files(directory)
+        # Taken before the files are read: a change during the read then shows at the next launch.
+        signatures = {entry.file: read_file_signature(directory, entry) for entry in manifest.files}
+        unknown = [entry for entry in manifest.files if verified.get(entry.file) != signatures[entry.file]]
         verify_file_hashes(directory, unknown)
         if unknown:
-            write_verified_files(directory, marks)
+            write_verified_files(directory, signatures)

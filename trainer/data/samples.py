@@ -1,10 +1,10 @@
-"""Samples of fixed length cut from a split, the order in which training takes them, and batches of them.
+"""Samples of fixed length from a split, their shuffled order, and batches of them.
 
-The order is a shuffle without a table: each position of a permuted row is computed when it is asked for. A run of
-trillions of tokens has billions of samples, whose permutation would fill gigabytes on every rank. A Feistel network is
-a bijection of 2^(2h) numbers for any round function; numbers outside the wanted size are sent through again until they
-fall inside ("cycle walking", Black and Rogaway 2002), at most four times on average. Only integer arithmetic is used,
-so the order is the same on every machine and with every version of any library.
+The shuffle needs no table: each position of the permutation is computed on request. A run of trillions of tokens has
+billions of samples, whose permutation would fill gigabytes on every rank. A Feistel network is a bijection of 2^(2h)
+numbers for any round function; results beyond the wanted size are permuted again until they are inside it ("cycle
+walking", Black and Rogaway 2002), at most four times on average. Only integer arithmetic is used, so the order is the
+same on every machine and with every library version.
 
 Shapes: B batch, S sequence, D multi-token-prediction depth, W window of tokens = S + 1 + D.
 """
@@ -31,7 +31,7 @@ _WORD = 2**64 - 1
 
 
 def permute_indices(positions: UInt64Array, size: int, keys: UInt64Array) -> UInt64Array:
-    """Where each of `positions` (less than `size`) goes in the permutation of `size` numbers that its key selects."""
+    """Return the image of each of `positions` (less than `size`) under the permutation of `size` numbers of its key."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     result = _feistel(positions, half, keys)
     while (outside := result >= size).any():
@@ -40,14 +40,14 @@ def permute_indices(positions: UInt64Array, size: int, keys: UInt64Array) -> UIn
 
 
 def splitmix64(values: UInt64Array) -> UInt64Array:
-    """Scatter the bits of each value: the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
+    """Mix the bits of each value by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _feistel(values: UInt64Array, half: int, keys: UInt64Array) -> UInt64Array:
-    """A keyed bijection of the numbers of 2 * `half` bits."""
+    """Apply a keyed bijection of the numbers of 2 * `half` bits."""
     mask = np.uint64(2**half - 1)
     left, right = values >> np.uint64(half), values & mask
     for number in range(1, _ROUNDS + 1):
@@ -58,24 +58,24 @@ def _feistel(values: UInt64Array, half: int, keys: UInt64Array) -> UInt64Array:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Windows of tokens, and which of them are real."""
+    """Windows of tokens with a mask of valid ones."""
 
     tokens_BW: Tensor
-    """int64; `<|pad|>` where nothing is left."""
+    """int64 [B, W]; `<|pad|>` past the end of the split."""
     valid_BW: Tensor
-    """bool; False on padding, which is neither input nor target of any loss."""
+    """bool [B, W]; False on padding, which is neither input nor target of any loss."""
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         return TokenBatch(to_device(self.tokens_BW, device), to_device(self.valid_BW, device))
 
 
 @dataclass(frozen=True)
 class SampleDataset:
-    """Windows that start every S tokens of a split and run over document ends: S inputs, the token after, D more.
+    """Windows that start every S tokens of a split and cross document ends: S inputs, the next token, D more.
 
-    Token 0 is an input only; every other token that a window covers in places 1 to S is a target once. With `pad`,
-    the last windows are filled up with it, so that no token is left out; without, only whole windows count.
+    Token 0 is only an input; every other token at positions 1 to S of a window is a target once. With `pad_token_id`
+    the last windows are padded, so that every token is used; without it only whole windows count.
     """
 
     split: TokenSplit
@@ -85,12 +85,12 @@ class SampleDataset:
 
     @classmethod
     def for_training(cls, split: TokenSplit, sequence_length: int, mtp_depth: int) -> SampleDataset:
-        """Whole windows only. Raises `ConfigError` for a split shorter than one."""
+        """Return whole windows only. Raises `ConfigError` for a split shorter than one."""
         return cls(split, sequence_length, mtp_depth, None)
 
     @classmethod
     def for_validation(cls, split: TokenSplit, sequence_length: int, mtp_depth: int, pad: int) -> SampleDataset:
-        """Every token but the first is a target once. Raises `ConfigError` for a split without a target."""
+        """Return windows in which every token but the first is a target once. Raises `ConfigError` for no target."""
         return cls(split, sequence_length, mtp_depth, pad)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class SampleDataset:
 
     @property
     def tokens_per_sample(self) -> int:
-        """W."""
+        """Window length W."""
         return self.sequence_length + 1 + self.mtp_depth
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class SampleDataset:
         return max(0, -((1 - tokens) // self.sequence_length))
 
     def read_batch(self, indices: Sequence[int]) -> TokenBatch:
-        """Samples by number, [B, W]. Raises `IndexError` outside 0 .. len - 1."""
+        """Return the samples with these indices. Raises `IndexError` outside 0 .. len - 1."""
         tokens_BW = np.full(
             (len(indices), self.tokens_per_sample),
             0 if self.pad_token_id is None else self.pad_token_id,
@@ -132,16 +132,16 @@ class SampleDataset:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which sample is the g-th of a run: each epoch takes all of them in a shuffled order of its own.
+    """Order of a run's samples: each epoch takes all of them in another shuffled order.
 
-    A pure function of seed and g, so neither the number of processes nor a restart changes it.
+    The g-th sample is a pure function of seed and g, so neither the number of processes nor a restart changes it.
     """
 
     seed: int
     num_samples: int
 
     def sample_indices(self, consumed: int, count: int) -> Int64Array:
-        """Numbers of the samples `consumed` .. `consumed + count - 1` of the run, int64 [count]."""
+        """Return the indices of samples number `consumed` .. `consumed + count - 1` of the run: int64 [count]."""
         run = np.arange(consumed, consumed + count, dtype=np.uint64)
         epochs, positions = np.divmod(run, np.uint64(self.num_samples))
         seed = splitmix64(np.array([self.seed % 2**64], dtype=np.uint64))

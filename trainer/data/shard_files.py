@@ -1,7 +1,7 @@
-"""Shards read as they are needed: a few are open at a time, and none is believed before its hash was checked.
+"""Reader of shard files: few are open at a time, and each is checked against its hash before use.
 
-A corpus of 280 GB has 1,049 shards, and a process may open 1,024 files. A memory map would hold its file open, and
-would end the process by a signal where the file is cut short; so ranges are read, ten microseconds slower.
+A corpus of 280 GB has 1,049 shards, and a process may open 1,024 files. A memory map would keep its file open, and a
+truncated file would kill the process by a signal; so ranges are read, which is ten microseconds slower.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .manifest import FileEntry
 from .verified_files import file_signature
 
 MAX_OPEN_FILES = 64
-"""Files of one split that are open at a time."""
+"""Most files of one split that are open at a time."""
 _CHUNK_BYTES = 2**22
 
 
 class DataChanged(Exception):  # noqa: N818 -- says what happened
-    """A shard is not what was written: it was damaged or replaced while a run was reading it."""
+    """Error for a shard that was damaged or replaced while a run was reading it."""
 
 
 @dataclass(frozen=True)
-class _Marks:
-    """What any write to a file changes. The time of change can be set back by a person, that of the inode cannot."""
+class _FileTimes:
+    """File size and times, which any write changes. A user can set back mtime, but not ctime."""
 
     size: int
     mtime_ns: int
     ctime_ns: int
 
     @staticmethod
-    def of(status: os.stat_result) -> _Marks:
-        return _Marks(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    def of(status: os.stat_result) -> _FileTimes:
+        return _FileTimes(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class ShardFileReader:
-    """The shards of one split in `directory`. For one thread.
+    """Reader of the shards of one split in `directory`; not thread-safe.
 
-    The SHA-256 of a shard is checked when it is read first, unless `stamp` says that it was checked as it is now, and
-    again whenever its marks are others than then: a read that returns has read what was written.
+    The SHA-256 of a shard is checked at its first read, unless `verified` lists its current signature, and again
+    whenever its size or times change: a read that returns has read the prepared tokens.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class ShardFileReader:
         directory: Path,
         entries: Sequence[FileEntry],
         dtype: np.dtype[Any],
-        stamp: Mapping[str, object],
+        verified: Mapping[str, object],
         most_open: int = MAX_OPEN_FILES,
     ) -> None:
         self._directory = directory
         self._entries = entries
         self._dtype = dtype
-        self._stamp = stamp
+        self._verified = verified
         self._most_open = most_open
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._checked: dict[int, _Marks] = {}
+        self._checked: dict[int, _FileTimes] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -73,18 +73,18 @@ class ShardFileReader:
             os.close(self._open.popitem()[1])
 
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
-        """Tokens `first` to `first + count` (excluded) of shard `number`. Raises `DataChanged`."""
+        """Return tokens `first` to `first + count` (excluded) of shard `number`. Raises `DataChanged`."""
         path, size = self._path(number), self._dtype.itemsize
         try:
             descriptor = self._descriptor(number)
             self._check(number, descriptor)
             raw = os.pread(descriptor, count * size, first * size)
-            while self._checked[number] != _Marks.of(os.fstat(descriptor)):  # a write has come between
+            while self._checked[number] != _FileTimes.of(os.fstat(descriptor)):  # written to during the read
                 self._check(number, descriptor)
                 raw = os.pread(descriptor, count * size, first * size)
         except OSError as error:
             raise DataChanged(
-                f"{path} cannot be read: {error.strerror}; when it can, the same command goes on"
+                f"{path} cannot be read: {error.strerror}; when it can be read again, the same command resumes"
             ) from error
         return np.frombuffer(raw, self._dtype)
 
@@ -92,7 +92,7 @@ class ShardFileReader:
         return self._directory / self._entries[number].file
 
     def _descriptor(self, number: int) -> int:
-        """Of the open file; those that were not read for longest are closed."""
+        """Return the shard's file descriptor; close the least recently used files beyond the limit."""
         if number not in self._open:
             while len(self._open) >= self._most_open:
                 os.close(self._open.popitem(last=False)[1])
@@ -101,16 +101,16 @@ class ShardFileReader:
         return self._open[number]
 
     def _check(self, number: int, descriptor: int) -> None:
-        """Make sure that the file holds what was written, by its marks or by its hash."""
+        """Raise `DataChanged` unless the file is unchanged by its size and times, or by its hash."""
         status, entry = os.fstat(descriptor), self._entries[number]
-        marks = _Marks.of(status)
-        if self._checked.get(number) == marks:
+        times = _FileTimes.of(status)
+        if self._checked.get(number) == times:
             return
-        is_stamped = number not in self._checked and self._stamp.get(entry.file) == file_signature(entry, status)
-        if not is_stamped and (marks.size != entry.bytes or _sha256(descriptor) != entry.sha256):
-            hint = "restore the file, and the same command goes on from the last checkpoint"
-            raise DataChanged(f"{self._path(number)} is not what was prepared: its SHA-256 is another one; {hint}")
-        self._checked[number] = marks
+        is_verified = number not in self._checked and self._verified.get(entry.file) == file_signature(entry, status)
+        if not is_verified and (times.size != entry.bytes or _sha256(descriptor) != entry.sha256):
+            hint = "restore the file, and the same command resumes from the last checkpoint"
+            raise DataChanged(f"{self._path(number)} has changed since it was prepared: its SHA-256 differs; {hint}")
+        self._checked[number] = times
 
 
 def _sha256(descriptor: int) -> str:

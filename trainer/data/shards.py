@@ -1,4 +1,4 @@
-"""The tokens of a split in files of limited size, written once.
+"""Shards: the tokens of a split in files of limited size, written once.
 
 Shapes: T tokens of a range, M documents.
 """
@@ -26,11 +26,11 @@ from .verified_files import read_verified_files
 Int64Array = npt.NDArray[np.int64]
 
 TOKENS_PER_SHARD = 2**27
-"""Default limit of a shard: 256 MiB of uint16."""
+"""Default size of a shard: 256 MiB of uint16."""
 
 
 class SplitWriter:
-    """Writes one split, document by document, into a new directory's files. Use it as a context."""
+    """Writer of one split, document by document, into shards in a new directory, as a context manager."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._directory = directory
@@ -52,7 +52,7 @@ class SplitWriter:
             shard.close()
 
     def add_document(self, tokens: Sequence[int], text_bytes: int) -> None:
-        """Append a document's tokens, the end token among them, that stand for `text_bytes` bytes of text."""
+        """Append a document's tokens, including its end token; `text_bytes` is the size of its text."""
         self._starts.append(self._tokens)
         self._text_bytes += text_bytes
         tokens_T = np.asarray(tokens, dtype=self._dtype)
@@ -66,7 +66,7 @@ class SplitWriter:
             tokens_T = tokens_T[room:]
 
     def finish_split(self) -> SplitEntry:
-        """Bring the split to the disk and say what it is."""
+        """Sync the split to disk and return its manifest entry."""
         for shard in self._shards:
             shard.close()
         buffer = io.BytesIO()
@@ -86,34 +86,31 @@ class SplitWriter:
 
 
 class ShardReader(Protocol):
-    """The shards of one split, by number."""
+    """Reader of the shards of one split by number."""
 
     def __len__(self) -> int: ...
 
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
-        """Tokens `first` to `first + count` (excluded) of a shard."""
+        """Return tokens `first` to `first + count` (excluded) of shard `number`."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The tokens of one split as one long row, whatever files they are in."""
+    """Tokens of one split as one sequence across its shards."""
 
     name: str
     """`train` or `validation`."""
     num_tokens: int
-    """Length of the row."""
+    """Length of the sequence."""
     document_starts_M: Int64Array
-    """Where each document starts."""
+    """Start of each document in tokens: int64 [M]."""
     shard_reader: ShardReader
-    """Each but the last holds `shard_tokens` tokens."""
+    """Reader of the shards; each but the last holds `shard_tokens` tokens."""
     shard_tokens: int
 
     def read_tokens(self, start: int, stop: int) -> Int64Array:
-        """Tokens `start` to `stop` (excluded) as int64 [T], across shards where need be.
-
-        Raises `DataChanged` for a shard that is not what was written.
-        """
+        """Return tokens `start` to `stop` (excluded) as int64 [T]. Raises `DataChanged` for a changed shard."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.num_tokens}")
         tokens_T = np.empty(stop - start, dtype=np.int64)
@@ -127,15 +124,12 @@ class TokenSplit:
 
 
 def open_split(directory: Path, manifest: DataManifest, name: str) -> TokenSplit:
-    """Open a split, whose shards are opened when they are read.
-
-    Raises `ConfigError` for missing or truncated files, but reads no token.
-    """
+    """Open a split without reading a token. Raises `ConfigError` for missing or truncated files."""
     entry = {"train": manifest.train, "validation": manifest.validation}[name]
     dtype = manifest.numpy_dtype
     problems = list(_size_problems(directory, (*entry.shards, entry.starts)))
     limit = manifest.shard_tokens
-    count = -(-entry.tokens // limit)  # counted before they are listed: a damaged number may ask for any number
+    count = -(-entry.tokens // limit)  # counted before a list is made: a damaged manifest may ask for any number
     last = entry.tokens - (count - 1) * limit
     expected = [limit * dtype.itemsize] * (min(count, len(entry.shards) + 1) - 1) + [last * dtype.itemsize]
     if count != len(entry.shards) or [shard.bytes for shard in entry.shards] != expected:
@@ -159,14 +153,14 @@ def verify_file_hashes(directory: Path, files: Sequence[FileEntry]) -> None:
             with open_regular_file(path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            problems.append(os_error_to_problem(error, path, "let it be read"))
+            problems.append(os_error_to_problem(error, path, "make it readable"))
             continue
         if found != entry.sha256:
-            problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_AGAIN}"))
+            problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_PREPARE_AGAIN}"))
     raise_if_any(problems)
 
 
-_AGAIN = "the file is damaged; remove the directory and prepare again"
+_PREPARE_AGAIN = "the file is damaged; remove the directory and prepare again"
 
 
 def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Problem]:
@@ -176,22 +170,22 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
             what = "is no regular file" if path.exists() else "is missing"
             yield Problem(str(path), None, f"{what}; remove the directory and prepare again")
         elif path.stat().st_size != entry.bytes:
-            yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_AGAIN}")
+            yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_PREPARE_AGAIN}")
 
 
 def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
     try:
-        # From memory: a header may ask for any size, and a buffer has only what the file has.
+        # Parsed from memory: a damaged header may ask for any size, but the buffer has only the file's bytes.
         starts_M: Int64Array = np.load(io.BytesIO(read_regular_file(path, entry.starts.bytes)), allow_pickle=False)
     except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
-    except Exception as error:  # numpy reads a header as Python: a damaged one ends in any error of its parsers
-        raise ConfigError([Problem(str(path), str(error), f"is not an .npy file: {_AGAIN}")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "make it readable")]) from error
+    except Exception as error:  # NumPy parses a header as Python: a damaged one may raise any error
+        raise ConfigError([Problem(str(path), str(error), f"is not an .npy file: {_PREPARE_AGAIN}")]) from error
     if not isinstance(starts_M, np.ndarray):  # a zip file of several
-        raise ConfigError([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_AGAIN}")])
+        raise ConfigError([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_PREPARE_AGAIN}")])
     ends_M = np.append(starts_M[1:], entry.tokens) if starts_M.ndim == 1 else starts_M
     is_whole = starts_M.dtype == np.int64 and starts_M.shape == (entry.documents,) and starts_M[:1].tolist() == [0]
     if not (is_whole and (starts_M < ends_M).all()):
-        hint = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_AGAIN}"
+        hint = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_PREPARE_AGAIN}"
         raise ConfigError([Problem(str(path), starts_M.shape, hint)])
     return starts_M

@@ -18,18 +18,18 @@ from ...comm.files.strict_json import MalformedFileError, parse_json
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
 MAX_TOKENIZER_BYTES = 2**28
-"""Most that is read of a `tokenizer.json`; DeepSeek-V3's has 8 MB."""
+"""Largest `tokenizer.json` that is read; DeepSeek-V3's has 8 MB."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token numbers and back. Text that spells a special token stays text: it is never read as one."""
+    """Byte-level BPE. Text that spells a special token is encoded as text, never as that token."""
 
     bpe: tokenizers.Tokenizer
     end_token_id: int
-    """Follows each document."""
+    """Token after each document."""
     pad_token_id: int
-    """Fills a window behind the last token."""
+    """Token that fills a window after the last token of a split."""
 
     @classmethod
     def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
@@ -42,30 +42,30 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Entries, the special tokens included."""
+        """Number of entries, including the special tokens."""
         return self.bpe.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, without an end token."""
+        """Return the tokens of `text`, without an end token."""
         return self.bpe.encode(text).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
+        """Return the tokens of each text, computed on all cores."""
         return [encoding.ids for encoding in self.bpe.encode_batch(list(texts))]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens`; special tokens by name, a cut-off character as U+FFFD."""
+        """Return the text of `tokens`, with special tokens by name and an incomplete character as U+FFFD."""
         return self.bpe.decode(list(tokens), skip_special_tokens=False)
 
     def to_json(self) -> str:
-        """The text of `tokenizer.json`."""
+        """Return the text of `tokenizer.json`."""
         return self.bpe.to_str(pretty=True)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Learn merges from `texts`; the same texts give the same tokenizer.
+    """Train a tokenizer on `texts`; equal texts give equal tokenizers.
 
-    Raises `ConfigError` when the texts have too few different words for `vocabulary` entries.
+    Raises `ConfigError` if the texts have too few different words for `vocabulary` entries.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _word_splitter()
@@ -89,45 +89,45 @@ def _word_splitter() -> pre_tokenizers.ByteLevel:
 
 
 def pretokenize(text: str) -> list[str]:
-    """The words within which merges are learned, in the alphabet of bytes."""
+    """Return the words within which merges are learned, in the byte alphabet."""
     return [word for word, _ in _word_splitter().pre_tokenize_str(text)]
 
 
 def parse_tokenizer_json(raw: bytes) -> tokenizers.Tokenizer:
-    """What `tokenizer.json` describes. Raises `MalformedFileError` for anything else."""
+    """Parse `tokenizer.json`. Raises `MalformedFileError`."""
     parse_json(raw)["model"].as_mapping()
-    with _naming_panics("is not a tokenizer that the tokenizers library reads"):
+    with _malformed_on_any_error("is not a tokenizer that the tokenizers library reads"):
         return tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
 
 
 def encode_with_bpe(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Tokens of `text` by a tokenizer of others, without special tokens. Raises `MalformedFileError` where it cannot.
+    """Return the tokens of `text` by an imported tokenizer, without special tokens. Raises `MalformedFileError`.
 
-    A file may be read and yet describe what has no answer: an expression that backtracks without end, or a model
-    without a token for what it does not know.
+    A valid file may still fail on a text: an expression that backtracks without end, or a model without an unknown
+    token.
     """
-    with _naming_panics("is a tokenizer that cannot encode this text"):
+    with _malformed_on_any_error("is a tokenizer that cannot encode this text"):
         return bpe.encode(text, add_special_tokens=False).ids
 
 
 def decode_with_bpe(bpe: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
-    """Text of `tokens` by a tokenizer of others, special tokens by name. Raises `MalformedFileError` where it cannot."""
-    with _naming_panics("is a tokenizer that cannot decode these tokens"):
+    """Return the text of `tokens` by an imported tokenizer, special tokens by name. Raises `MalformedFileError`."""
+    with _malformed_on_any_error("is a tokenizer that cannot decode these tokens"):
         return bpe.decode(list(tokens), skip_special_tokens=False)
 
 
 @contextmanager
-def _naming_panics(hint: str) -> Iterator[None]:
+def _malformed_on_any_error(hint: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # plain Exception for most that it cannot do; a panic of Rust is no Exception
+    except BaseException as error:  # most failures are plain Exceptions; a Rust panic derives from BaseException
         raise MalformedFileError("", str(error), hint) from error
 
 
 def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
-    """Read `tokenizer.json`. Raises `ConfigError` unless it is the very file that the shards were made with."""
+    """Read `tokenizer.json`. Raises `ConfigError` unless it is the file that the shards were made with."""
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "is missing; remove the directory and prepare again")])
     try:
@@ -135,7 +135,7 @@ def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
     except MalformedFileError as error:
         raise ConfigError([error.to_problem(path, "prepare again")]) from error
     except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, "let it be read")]) from error
+        raise ConfigError([os_error_to_problem(error, path, "make it readable")]) from error
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         hint = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
@@ -143,7 +143,7 @@ def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_bpe(parse_tokenizer_json(raw))
     except ValueError as error:
-        raise ConfigError([Problem(str(path), str(error), "is not a tokenizer of ours; prepare again")]) from error
+        raise ConfigError([Problem(str(path), str(error), "is not a Shoestring tokenizer; prepare again")]) from error
     if tokenizer.vocab_size != vocabulary:
         hint = f"its number of entries must be the manifest's {vocabulary}; prepare again"
         raise ConfigError([Problem(str(path), tokenizer.vocab_size, hint)])

@@ -1,4 +1,4 @@
-"""Directories that are being written: locked while their writer lives, and removed by a later one when it has died."""
+"""Directories that are being written: locked while their writer runs; those of dead writers are removed later."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _LOCK = ".lock"
 
 
 class WriterState(Enum):
-    """Whether the process that writes a directory lives."""
+    """State of the process that writes a directory."""
 
     ALIVE = "alive"
     DEAD = "dead"
     UNKNOWN = "unknown"
-    """There is no lock: the file system has none, or the writer was killed just before or after it held one."""
+    """No lock: the file system has no locks, or the writer was killed just before or after it held one."""
 
 
 @contextmanager
 def unfinished_directory(final: Path, what: str, field: str) -> Iterator[Path]:
-    """Make a directory beside `final` to write into, so that a rename moves no bytes; `what` stands in its name.
+    """Create a directory next to `final` for writing, with `what` in its name.
 
-    Call `remove_lock` before the rename. A directory that still has its own name at the end of the block is removed. Raises
-    `ConfigError` about `field` where none can be made.
+    Call `remove_lock`, then rename it. A directory that was not renamed by the end of the block is removed. Raises
+    `ConfigError` about `field` if it cannot be created.
     """
+    # A sibling is on the same file system, so the rename moves no bytes.
     directory = final.with_name(f".{final.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         try:
@@ -48,13 +49,13 @@ def unfinished_directory(final: Path, what: str, field: str) -> Iterator[Path]:
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory that was just made, where the file system has locks."""
+    """Hold the lock of a new directory, if the file system has locks."""
     new = directory / f"{_LOCK}.new"
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            new.rename(directory / _LOCK)  # under its name it is locked from the first moment on
+            new.rename(directory / _LOCK)  # renamed after locking: under its final name it is never unlocked
         except OSError:
             new.unlink()
         yield
@@ -68,7 +69,7 @@ def remove_lock(directory: Path) -> None:
 
 
 def find_writer_state(directory: Path) -> WriterState:
-    """Return whether the process that writes `directory` lives."""
+    """Return whether the process that writes `directory` is alive."""
     try:
         descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -85,7 +86,7 @@ def find_writer_state(directory: Path) -> WriterState:
 
 
 def remove_unfinished_directories(final: Path, what: str, report: Callable[[str], None]) -> None:
-    """Remove what writers of `final` that were killed have left, and tell `report` about each."""
+    """Remove the directories of killed writers of `final`; report each leftover to `report`."""
     for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.{what}-*")):
         found = find_writer_state(leftover)
         if found is WriterState.DEAD:
@@ -94,6 +95,6 @@ def remove_unfinished_directories(final: Path, what: str, report: Callable[[str]
         if not leftover.exists():
             report(f"{leftover} was left by a process that was killed; it is removed.")
         elif found is WriterState.ALIVE:
-            report(f"{leftover} belongs to another process, which is writing it.")
+            report(f"{leftover} is being written by another process.")
         else:
-            report(f"{leftover} belongs to another process, or was left by one that was killed; then remove it.")
+            report(f"{leftover} was left by another process. If none is running, delete it.")

@@ -1,4 +1,4 @@
-"""A note beside the data of which files were found whole, and what they looked like from outside then."""
+"""`.verified.json` next to the data: files that were verified, with their size and modification time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ VERIFIED_FILE = ".verified.json"
 
 
 def file_signature(entry: FileEntry, status: os.stat_result | None) -> list[object]:
-    """Return what a file must still be for its stamp to hold: its digest, its size and its time of change."""
+    """Return the hash, size and modification time that a verified file must still have."""
     return [entry.sha256, status and status.st_size, status and status.st_mtime_ns]
 
 
 def read_file_signature(directory: Path, entry: FileEntry) -> list[object]:
-    """Return the mark of a file of `directory`, as it is now."""
+    """Return the current signature of a file of `directory`."""
     path = directory / entry.file
     return file_signature(entry, path.stat() if path.is_file() else None)
 
 
 def read_verified_files(directory: Path) -> Mapping[str, object]:
-    """Return the mark of each file that was found whole, by name; none where there is no stamp to be read."""
+    """Return the signatures of verified files by name; empty if `.verified.json` cannot be read."""
     try:
         return read_json(directory / VERIFIED_FILE).as_mapping()
     except (OSError, MalformedFileError):
@@ -35,6 +35,6 @@ def read_verified_files(directory: Path) -> Mapping[str, object]:
 
 
 def write_verified_files(directory: Path, stamp: Mapping[str, object]) -> None:
-    """Write the stamp where the directory may be written; elsewhere every launch reads again."""
+    """Write `.verified.json`; in a read-only directory nothing is written, and every launch reads the data again."""
     with contextlib.suppress(OSError):
         replace_file_atomically(directory / VERIFIED_FILE, (json.dumps(stamp, indent=1) + "\n").encode())

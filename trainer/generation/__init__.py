@@ -1,1 +1,1 @@
-"""Text from a trained model on one process."""
+"""Text generation with a trained model."""

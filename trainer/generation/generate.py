@@ -1,4 +1,4 @@
-"""Text from a trained model, one token at a time. Without a cache of keys and values: for short samples."""
+"""Text generation during training, one token at a time, without a KV cache: for short samples."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def generate(
     stop_token_id: int | None = None,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> list[int] | None:
-    """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
+    """Continue `prompt` by up to `count` tokens or until `stop_token_id`; the model sees the last `context` tokens.
 
-    `executor` runs one forward. All ranks read the same text, since layers and experts are spread over them; one that
-    has the logits draws. All ranks leave, and return None, after a token in which `stop_asked` was true on any of them.
-    Raises `RunFailed` on all of them where the logits are not finite.
+    `executor` runs one forward. All ranks read the same text, since layers and experts are distributed over them; one
+    rank that has the logits draws. All ranks stop and return None after a token at which `stop_requested` was true on
+    any of them. Raises `RunFailed` on all ranks for logits that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
@@ -46,14 +46,14 @@ def generate(
         for logits_BSV in (logits for stage in stages for logits in stage.logits):
             logits_V = logits_BSV[0, -1].double().cpu()
             drawn = _draw(logits_V / temperature, generator)
-        if groups.topology.dp_rank(groups.rank) != 0:  # its like in other stages adds nothing either
+        if groups.topology.dp_rank(groups.rank) != 0:  # of all ranks, one with the logits adds its token to the sum
             drawn.zero_()
-        own = torch.cat((drawn, torch.tensor([stop_requested()], dtype=torch.int64)))
-        token, asked = map(int, to_host(groups.world.all_reduce_sum(to_device(own, device), "drawn token")).tolist())
+        local = torch.cat((drawn, torch.tensor([stop_requested()], dtype=torch.int64)))
+        token, asked = map(int, to_host(groups.world.all_reduce_sum(to_device(local, device), "drawn token")).tolist())
         if asked:
             return None
         if token < 0:
-            hint = "check the model's values, such as model.routed_scaling and model.rope_scaling.mscale"
+            hint = "check the model's values, such as model.routed_scaling_factor and model.rope_scaling.mscale"
             raise RunFailed(f"the logits of the sample's token {len(tokens) - len(prompt)} are not finite; {hint}")
         if token == stop_token_id:
             break
@@ -62,7 +62,8 @@ def generate(
 
 
 def _draw(logits_V: Tensor, generator: torch.Generator) -> Tensor:
-    """A token, [1]; -1 where no distribution follows from the logits: the other ranks wait for a number."""
+    """Return a token, int64 [1]; -1 if the logits are not finite."""
+    # No exception here: the other ranks wait for a number in the all-reduce.
     if not torch.isfinite(logits_V).all():
         return torch.tensor([-1])
     return torch.multinomial(logits_V.softmax(dim=0), 1, generator=generator)

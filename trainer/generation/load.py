@@ -1,4 +1,4 @@
-"""A whole model on one process, from a checkpoint of any layout."""
+"""Loading of a whole model in one process from a checkpoint of any layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from ..model.model import Model
 def load_chunk_for_inference(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: SelectedAttention = CPU_ATTENTION
 ) -> Chunk:
-    """All layers in one chunk that computes in `dtype`; parameters keep the checkpoint's. Raises `Damaged`."""
+    """Return all layers in one chunk that computes in `dtype`; parameters keep the checkpoint's dtype.
+
+    Raises `CheckpointDamaged`.
+    """
     config, topology = checkpoint.model_config, Topology()
     with torch.device(device):
         model = Model(config)

@@ -1,9 +1,9 @@
-"""Text from a model on one process, with its MTP module as a draft: it guesses the token after the next, then checks.
+"""Speculative decoding on one process: the MTP module drafts the token after the next, and the main model checks it.
 
-A forward of the main model over the text and one guess behind it gives the distribution of the guessed token and of the
-one after. The guess is taken with probability min(1, p / q) and otherwise replaced by a draw from max(0, p - q), so the
-text is distributed as without drafts (Leviathan et al. 2023, algorithm 1). The report measures 85-90 % taken (§5.4.3).
-Without a cache of keys and values: for short samples.
+A forward of the main model over the text and one draft token gives the distributions of the draft token and of the one
+after it. The draft is accepted with probability min(1, p / q) and otherwise replaced by a draw from max(0, p - q), so
+the text is distributed as without drafts (Leviathan et al. 2023, algorithm 1). The report measures an acceptance rate
+of 85-90 % (§5.4.3). There is no KV cache: for short samples.
 
 Letters: V vocabulary.
 """
@@ -21,32 +21,32 @@ from ..model.chunk import Chunk
 
 
 class NonFiniteLogits(ArithmeticError):  # noqa: N818 -- says what the logits are
-    """Logits from which no token can be drawn."""
+    """Error for logits that are not finite."""
 
 
 @dataclass
 class Continuation:
-    """What followed a prompt."""
+    """Generated tokens and draft statistics."""
 
     tokens: list[int]
     num_forwards: int = 0
-    """Of the main model."""
+    """Forwards of the main model."""
     num_drafted: int = 0
-    """Guesses that were checked."""
+    """Draft tokens that were checked."""
     num_accepted: int = 0
-    """Those that were taken."""
+    """Draft tokens that were accepted."""
 
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Draws tokens from logits."""
+    """Sampler of tokens from logits."""
 
     generator: torch.Generator
     temperature: float
-    """0 takes the likeliest."""
+    """Softmax temperature; 0 takes the most likely token."""
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """FP64 [V]. Raises `NonFiniteLogits`."""
+        """Return the token probabilities, FP64 [V]. Raises `NonFiniteLogits`."""
         bad = int((~torch.isfinite(logits_V)).sum())
         if bad:
             raise NonFiniteLogits(f"{bad:,} of {logits_V.numel():,} logits are not finite")
@@ -56,17 +56,17 @@ class TokenSampler:
         return ((logits_V - logits_V.max()) / self.temperature).softmax(dim=0)  # at most 0: no temperature overflows
 
     def sample_token(self, probabilities_V: Tensor) -> int:
-        """One token."""
+        """Draw one token."""
         return int(torch.multinomial(probabilities_V, 1, generator=self.generator).item())
 
     def accepts_draft(self, token: int, p_V: Tensor, q_V: Tensor) -> bool:
-        """Whether a token drawn from q may stand for one drawn from p."""
+        """Return whether a draft `token` drawn from q is accepted for p: with probability min(1, p / q)."""
         chance = float(torch.rand((), dtype=torch.float64, generator=self.generator))
         return chance * float(q_V[token]) < float(p_V[token])
 
 
 def residual_distribution(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """What a token is drawn from when a draw from q was not taken for one from p."""
+    """Return the distribution max(0, p - q), normalized, that replaces a rejected draft."""
     rest_V = (p_V - q_V).clamp(min=0)
     return rest_V / rest_V.sum()
 
@@ -82,9 +82,9 @@ def generate_speculatively(
     stop_token_id: int | None = None,
     use_drafts: bool = True,
 ) -> Continuation:
-    """Continue `prompt` by up to `count` tokens, given the last `context` of them, up to the token `stop`.
+    """Continue `prompt` by up to `count` tokens or until `stop_token_id`; the model sees the last `context` tokens.
 
-    Text that fills the context goes on without drafts, and so does a model without MTP. Raises `NonFiniteLogits`.
+    Text that fills the context is continued without drafts, as is a model without MTP. Raises `NonFiniteLogits`.
     """
     text, result = list(prompt), Continuation([])
     guess: tuple[int, Tensor] | None = None

@@ -1,1 +1,1 @@
-"""To and from Hugging Face: DeepSeek-V3 as transformers and the released weights write it."""
+"""Import and export of Hugging Face checkpoints of DeepSeek-V3."""

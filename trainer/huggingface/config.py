@@ -1,4 +1,4 @@
-"""`config.json` of a `DeepseekV3ForCausalLM`, in the words of the released one, to and from our `ModelConfig`."""
+"""Conversion between `config.json` of `DeepseekV3ForCausalLM` and `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _ONE_WAY: Mapping[str, tuple[object, ...]] = {
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
 }
-"""What our model does in one way only; keys that are not there have the first value."""
+"""Keys for which the model supports one value; a missing key has the first value."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CARRIED = (*_TOKENS, "max_position_embeddings")
-"""Nothing of ours is computed from them; an import keeps them, and an export gives them back."""
+"""Keys that change no computation here; an import keeps them, and an export writes them back."""
 _READ = frozenset(
     {
         *("architectures", "num_key_value_heads", "num_nextn_predict_layers", "num_mtp_layers", "rope_theta"),
@@ -41,9 +41,9 @@ _READ = frozenset(
         *("attention_factor", "truncate"),
     }
 )
-"""Further keys that an import has read, or that follow from the weights and from how an export is asked for."""
+"""Further keys that an import reads, or that follow from the weights and the export options."""
 _LONGEST = 2**31
-"""Positions; more than any context, and fit for every reader's integers."""
+"""Most positions: more than any context, and within every reader's integers."""
 _LARGEST: Mapping[str, float] = {
     "rms_norm_eps": 1e3,
     "initializer_range": 1e3,
@@ -56,10 +56,10 @@ _LARGEST: Mapping[str, float] = {
     "mscale_all_dim": 1e3,
     "attention_factor": 1e3,
 }
-"""Numbers of a released file, none below 0: far more than any model has, and far less than makes FP32 overflow."""
+"""Largest value of each number: far more than any model has, and far less than would overflow FP32."""
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
 _STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
-"""Dtypes that `torch_dtype` or `dtype` may name; the files say themselves what they hold."""
+"""Dtypes that `torch_dtype` or `dtype` may name; the tensor files determine the actual dtype."""
 _FILE = "config.json"
 
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -74,11 +74,11 @@ def to_config_json(
     max_position_embeddings: int,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The tree of `config.json`. Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not.
+    """Return the contents of `config.json`. Raises `ConfigError` for a model that it cannot express.
 
-    `context` is the sequence length that the model was trained with. Rotary settings are in the released file's form,
-    which vLLM and SGLang read, too. `source` is the `config.json` that the weights were imported with: what it says of
-    special tokens and of the context comes back.
+    `max_position_embeddings` is the sequence length of training. RoPE settings have the released file's form, which
+    vLLM and SGLang also read. `source` is the `config.json` of imported weights: its special tokens and context length
+    are written back.
     """
     raise_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": [_ARCHITECTURE]}
@@ -115,15 +115,15 @@ def to_config_json(
 
 
 def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
-    """The shape that a `config.json` describes. Raises `ConfigError` with everything in it that our model is not."""
+    """Return the model of a `config.json`. Raises `ConfigError` with everything that the model does not support."""
     problems: list[Problem] = []
     read = _Reader(JsonValue(dict(tree)), problems)
     rope = read.rope()
-    values = read.same()
+    values = read.shared_fields()
     mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
     theta = read.number("rope_theta", 10000.0, rope)
     read.flag("rope_interleave")
-    read.named()
+    read.check_names()
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
     raise_if_any(problems)
     yarn = _yarn(rope) if read_rope_type(rope) == "yarn" else None
@@ -135,33 +135,33 @@ def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
 
 
 def ignored_config_keys(tree: Mapping[str, Any]) -> list[str]:
-    """Keys of a `config.json` that neither change what an import gives nor come back from an export."""
+    """Return the keys of a `config.json` that an import ignores and an export does not write back."""
     known = {*_SHARED, *_ONE_WAY, *_CARRIED, *_READ}
     return sorted(key for key in tree if key not in known)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a `config.json` to its end: what does not fit is noted, and stands as a value that nothing looks at."""
+    """Reader of `config.json` that collects all problems; an invalid value is read as an unused placeholder."""
 
     tree: JsonValue
     problems: list[Problem]
 
-    def same(self) -> dict[str, Any]:
-        """The fields of `_SHARED` that are there, of our types."""
+    def shared_fields(self) -> dict[str, Any]:
+        """Return the fields of `_SHARED` that are present, with the types of `ModelConfig`."""
         kinds = get_type_hints(ModelConfig)
         found = {}
         for key in _SHARED:
-            if key in self.tree:  # else it is named as missing
+            if key in self.tree:  # a missing key is reported by `_unknown_here`
                 found[key] = self._try(self.tree[key], kinds[key])
         return found
 
     def rope(self) -> Mapping[str, Any]:
-        """The rotary settings: `rope_scaling` before transformers 5, `rope_parameters` since. None are an empty one."""
+        """Return the RoPE settings: `rope_scaling` before transformers 5, `rope_parameters` since; empty if absent."""
         for key in ("rope_parameters", "rope_scaling"):
             item = self.tree.get(key)
             if item is not None:
-                with self._noting(item):
+                with self._collecting_problem(item):
                     settings = item.as_mapping()
                     for name in ("rope_type", "type"):
                         if name in settings:
@@ -178,40 +178,40 @@ class _Reader:
         return {}
 
     def whole_or_zero(self, *keys: str) -> int:
-        """The first of `keys` that is there; 0 where none is, or where it is null."""
+        """Return the first of `keys` that is present; 0 if none is, or if it is null."""
         key = next((key for key in keys if key in self.tree), None)
         item = None if key is None else self.tree.get(key)
         found: int = 0 if item is None else self._try(item, int)
         return found
 
     def number(self, key: str, default: float, first: Mapping[str, Any]) -> float:
-        """A number of `first`, or else of the file, or else `default`."""
+        """Return a number from `first`, else from the file, else `default`."""
         item = JsonValue(dict(first)).get(key) or self.tree.get(key)
         found: float = default if item is None else self._try(item, float)
         return found
 
     def flag(self, key: str) -> None:
-        """Note a value that is neither left out nor true or false."""
+        """Add a problem for a value that is present but no boolean."""
         if key in self.tree:
             self._try(self.tree[key], bool)
 
-    def named(self) -> None:
-        """Note an architecture that is not ours, and a dtype that weights do not have."""
+    def check_names(self) -> None:
+        """Add a problem for an unsupported architecture or dtype."""
         architectures = self.tree.get("architectures")
         if architectures is not None:
-            with self._noting(architectures):
+            with self._collecting_problem(architectures):
                 if [each.as_string() for each in architectures.as_list()] != [_ARCHITECTURE]:
-                    raise architectures.malformed_error(f"cannot be imported: our model is {_ARCHITECTURE} alone")
+                    raise architectures.malformed_error(f"cannot be imported: only {_ARCHITECTURE} is supported")
         for key in ("torch_dtype", "dtype"):
             item = self.tree.get(key)
             if item is not None:
-                with self._noting(item):
+                with self._collecting_problem(item):
                     if item.as_string().removeprefix("torch.") not in _STORED:
                         raise item.malformed_error(f"must be one of {', '.join(_STORED)}")
 
     def _try(self, item: JsonValue, kind: Any) -> Any:
-        found: Any = 0  # where a problem is noted: nothing is made of it
-        with self._noting(item):
+        found: Any = 0  # placeholder after a problem; never used
+        with self._collecting_problem(item):
             if kind is float:
                 found = item.as_number(0, _LARGEST[item.location])
             elif kind is bool:
@@ -221,7 +221,7 @@ class _Reader:
         return found
 
     @contextmanager
-    def _noting(self, item: JsonValue) -> Iterator[None]:
+    def _collecting_problem(self, item: JsonValue) -> Iterator[None]:
         try:
             yield
         except MalformedFileError as error:
@@ -229,7 +229,7 @@ class _Reader:
 
 
 def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
-    """Special tokens are numbers of the vocabulary's tokens, one or several; a context has an end."""
+    """Yield a problem for each special token outside the vocabulary and for an invalid context length."""
     item = JsonValue(dict(tree))
     vocabulary = tree.get("vocab_size")
     last = vocabulary - 1 if type(vocabulary) is int and vocabulary > 0 else _LONGEST
@@ -250,13 +250,13 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def read_rope_type(rope: Mapping[str, Any]) -> str:
-    """`default`, `yarn`, or another that we do not have."""
+    """Return `default`, `yarn`, or an unsupported type."""
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
     numbers = {key: float(rope[key]) for key in _YARN if rope.get(key) is not None}
-    if not (numbers.get("mscale") and numbers.get("mscale_all_dim")):  # then rotated vectors alone are scaled
+    if not (numbers.get("mscale") and numbers.get("mscale_all_dim")):  # then only rotated vectors are scaled
         numbers |= {"mscale": 1.0, "mscale_all_dim": 0.0}
     return YarnConfig(original_max_position_embeddings=int(numbers.pop("original_max_position_embeddings")), **numbers)
 
@@ -264,7 +264,7 @@ def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
 def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
     if model.scoring_func != "sigmoid":
         yield Problem(
-            "model.scoring_func", model.scoring_func, "cannot be exported: DeepseekV3ForCausalLM has sigmoid alone"
+            "model.scoring_func", model.scoring_func, "cannot be exported: DeepseekV3ForCausalLM supports only sigmoid"
         )
     if model.n_shared_experts == 0:
         yield Problem(
@@ -277,7 +277,7 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
         yield Problem("model.n_group", model.n_group, hint)
     yarn = model.rope_scaling
     if yarn is not None and yarn.factor * yarn.original_max_position_embeddings > _LONGEST:
-        hint = f"cannot be exported: with original_length it makes a context of more than {_LONGEST} positions"
+        hint = f"cannot be exported: times original_max_position_embeddings it exceeds {_LONGEST} positions"
         yield Problem("model.rope_scaling.factor", yarn.factor, hint)
     if (
         yarn is not None
@@ -292,9 +292,9 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
     for key, allowed in _ONE_WAY.items():
         found = tree.get(key, allowed[0])
         if not any(found == each and type(found) is type(each) for each in allowed):  # 0 is not false
-            yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: our model has {allowed[0]!r} alone")
+            yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: only {allowed[0]!r} is supported")
     for key in _SHARED:
-        if key not in tree:  # whoever wrote it relied on defaults, which differ between libraries
+        if key not in tree:  # its writer relied on defaults, which differ between libraries
             yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
     heads = tree.get("num_attention_heads")
     groups = tree.get("num_key_value_heads", heads)
@@ -311,7 +311,7 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
 
 
 def _number_of(rope: Mapping[str, Any], key: str) -> float:
-    """A number that is fit for its place; 0 for any other value, which is a problem of its own."""
+    """Return a valid number; 0 for any other value, which is reported elsewhere."""
     found: object = rope.get(key)
     return float(found) if isinstance(found, int | float) and 0 <= found <= _LONGEST else 0.0
 
@@ -319,7 +319,7 @@ def _number_of(rope: Mapping[str, Any], key: str) -> float:
 def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
     kind = read_rope_type(rope)
     if kind not in ("default", "yarn"):
-        yield Problem("config.json: rope type", kind, "cannot be imported: our model has default and yarn")
+        yield Problem("config.json: rope type", kind, "cannot be imported: only default and yarn are supported")
     if kind != "yarn":
         return
     for key in ("original_max_position_embeddings", "factor"):
@@ -327,11 +327,11 @@ def _unknown_rotation(rope: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"config.json: {key}", None, "is missing from the rotary settings")
     length, factor = (_number_of(rope, key) for key in ("original_max_position_embeddings", "factor"))
     if length * factor > _LONGEST:
-        hint = f"with original_max_position_embeddings it makes a context of more than {_LONGEST} positions"
+        hint = f"times original_max_position_embeddings it exceeds {_LONGEST} positions"
         yield Problem("config.json: factor", rope["factor"], hint)
     for key, standard in (("attention_factor", None), ("truncate", True)):
         if rope.get(key, standard) != standard:
-            yield Problem(f"config.json: {key}", rope[key], f"cannot be imported: our model has {standard} alone")
+            yield Problem(f"config.json: {key}", rope[key], f"cannot be imported: only {standard} is supported")
     if rope.get("mscale_all_dim") and not rope.get("mscale"):
-        hint = "cannot be imported without mscale: our model has both or neither"
+        hint = "cannot be imported without mscale: both or neither must be set"
         yield Problem("config.json: mscale_all_dim", rope["mscale_all_dim"], hint)

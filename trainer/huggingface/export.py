@@ -1,4 +1,4 @@
-"""From a checkpoint to a directory that `transformers` loads, one tensor in memory at a time."""
+"""Export of a checkpoint to a directory that `transformers` loads, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How the weights are written."""
+    """Format of the exported weights."""
 
     dtype: str = "bf16"
-    """`bf16`, `fp32`, or `fp8`: projections of layers with a scale for each block of 128 × 128, the rest BF16."""
+    """`bf16`, `fp32`, or `fp8`: projections in FP8 with a scale per block of 128 × 128, the rest in BF16."""
     rope_interleave: bool = True
-    """Whether rotated rows stand in neighboring pairs, as in the released weights, or in two halves."""
+    """True: rotated rows are in adjacent pairs, as in the released weights; False: in two halves."""
     shard_bytes: int = 5 * 10**9
-    """Largest file; a tensor that is larger has one of its own."""
+    """Largest file; a larger tensor gets a separate file."""
 
 
 def export_checkpoint(
     checkpoint: Checkpoint, directory: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> None:
-    """Write `directory`, which must not exist or be empty. It appears under its name when it is complete.
+    """Write `directory`, which must not exist or be empty; it gets its name when it is complete.
 
-    Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` is not, and for a checkpoint that is damaged.
+    Raises `ConfigError` for a model that `DeepseekV3ForCausalLM` cannot express, and for a damaged checkpoint.
     """
     if "\0" in str(directory):
         raise ConfigError([Problem("directory", str(directory), "holds a NUL character, which no name of a file has")])
     if directory.name in ("", ".."):
-        raise ConfigError([Problem("directory", str(directory), "has no name of its own; name a new directory")])
+        raise ConfigError([Problem("directory", str(directory), "does not name a directory; name a new one")])
     if os.path.lexists(directory) and not directory.is_dir():
         raise ConfigError([Problem("directory", str(directory), "is no directory; name another")])
     if directory.exists() and any(directory.iterdir()):
@@ -72,23 +72,23 @@ def export_checkpoint(
         config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, max_position_embeddings=context, source=source
     )
     if source is not None and (left := ignored_config_keys(source)):
-        say(f"left out, keys that the imported config.json had and that mean nothing here: {', '.join(left)}")
-    with _appearing_whole(directory, say) as partial:
+        say(f"left out, unsupported keys of the imported config.json: {', '.join(left)}")
+    with _renamed_when_complete(directory, say) as partial:
         try:
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.read_attachments()
         except CheckpointDamaged as damaged:
             raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
         with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
-            own = special_token_ids(attachments)
-        tree |= {key: value for key, value in own.items() if tree[key] is None}
+            token_ids = special_token_ids(attachments)
+        tree |= {key: value for key, value in token_ids.items() if tree[key] is None}
         write_file_durably(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
         for name, raw in make_tokenizer_files(attachments, tree["max_position_embeddings"]).items():
             write_file_durably(partial / name, raw)
 
 
 def _misfits(checkpoint: Checkpoint, planned: Sequence[TensorMapping]) -> Iterator[Problem]:
-    """Tensors that are not those of the model that the checkpoint's configuration describes."""
+    """Yield a problem for each tensor that does not fit the checkpoint's configuration."""
     for entry in planned:
         stored = checkpoint.manifest.tensors[entry.name]
         if stored.shape != entry.shape or not stored.dtype.is_floating_point:
@@ -98,8 +98,8 @@ def _misfits(checkpoint: Checkpoint, planned: Sequence[TensorMapping]) -> Iterat
 
 
 @contextmanager
-def _appearing_whole(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """A directory to write into, which gets the name of `directory` at the end, or is gone after an error."""
+def _renamed_when_complete(directory: Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """Yield a temporary directory, which is renamed to `directory` at the end, or removed after an error."""
     remove_unfinished_directories(directory, _UNFINISHED, say)
     try:
         with unfinished_directory(directory, _UNFINISHED, "directory") as partial:
@@ -140,21 +140,21 @@ def _write_weights(
 
 
 def _shards(planned: Sequence[TensorMapping], options: ExportOptions) -> Iterator[list[TensorMapping]]:
-    """Neighbors together, as many as fit into a file; what is cut from one tensor stays in one file."""
+    """Split the tensors into files, in order; the parts of one tensor stay in one file."""
     shard: list[TensorMapping] = []
     size = 0
     for entry in planned:
-        more = sum(each.nbytes for each in _declared(entry, options))
-        if shard and size + more > options.shard_bytes:
+        nbytes = sum(each.nbytes for each in _declared(entry, options))
+        if shard and size + nbytes > options.shard_bytes:
             yield shard
             shard, size = [], 0
         shard.append(entry)
-        size += more
+        size += nbytes
     yield shard
 
 
 def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSpec]:
-    """What `_tensors` gives, in its order."""
+    """Yield the specs of the tensors that `_tensors` yields, in the same order."""
     for name in entry.hf_names:
         if options.dtype == "fp8" and is_fp8_weight(name):
             yield TensorSpec(name, torch.float8_e4m3fn, entry.hf_shape)
@@ -181,5 +181,5 @@ def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> It
 
 
 def _dtype(name: str, options: ExportOptions) -> torch.dtype:
-    """Routing biases stay FP32, as in the released weights."""
+    """Return the exported dtype; routing biases stay FP32, as in the released weights."""
     return torch.float32 if name.endswith("e_score_correction_bias") else _DTYPES[options.dtype]

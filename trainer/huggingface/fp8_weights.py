@@ -1,6 +1,6 @@
-"""FP8 weights with a scale for each block of 128 × 128, as the released checkpoint stores them (report §3.3.2).
+"""FP8 weights with a scale per block of 128 × 128, as the released checkpoint stores them (report §3.3.2).
 
-Letters: N rows, K columns, I and J their blocks, 128 each but for the last.
+Letters: N rows, K columns, I and J their blocks of 128, the last of which may be smaller.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ BLOCK_SIZE = TILE_WIDTH
 
 
 def quantize_fp8_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [N, K], and `weight_scale_inv`, FP32 [I, J]: weight = values · scale of their block.
+    """Return float8_e4m3fn [N, K] and `weight_scale_inv`, FP32 [I, J]: weight = values · scale of the block.
 
-    An element x of a block with largest magnitude a comes back within max(|x| / 16, a / 448 / 1024): half a unit of the
-    last place, above and below the smallest normal number. Raises `ValueError` for weights that are not finite.
+    An element x of a block with largest magnitude a has an error of at most max(|x| / 16, a / 448 / 1024): half a unit
+    in the last place, above and below the smallest normal number. Raises `ValueError` for weights that are not finite.
     """
     if not torch.isfinite(weight_NK).all():
         raise ValueError("holds infinity or NaN, which FP8 cannot keep apart from a large number")
@@ -29,7 +29,7 @@ def quantize_fp8_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_fp8_weight(values_NK: Tensor, scale_IJ: Tensor) -> Tensor:
-    """FP32 [N, K]. Raises `ValueError` where there is not one scale for each block."""
+    """Return FP32 [N, K]. Raises `ValueError` unless there is one scale per block."""
     rows, columns = values_NK.shape
     if scale_IJ.shape != scale_shape((rows, columns)):
         raise ValueError(f"{list(values_NK.shape)} values have {list(scale_IJ.shape)} scales")
@@ -37,6 +37,6 @@ def dequantize_fp8_weight(values_NK: Tensor, scale_IJ: Tensor) -> Tensor:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """I and J of a matrix of this shape."""
+    """Return [I, J] of a matrix of this shape."""
     rows, columns = shape
     return tiles_per_row(rows), tiles_per_row(columns)

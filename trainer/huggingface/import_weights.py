@@ -1,4 +1,4 @@
-"""From a directory of released weights to a checkpoint of weights and routing biases, some tensors at a time."""
+"""Import of released weights into a checkpoint of weights and routing biases, some tensors at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...comm.files.file_io import (
     unwritable_directory_hint,
 )
 from ...comm.files.strict_json import MalformedFileError, parse_json, shorten_for_message
-from ..checkpoint.pieces import TensorPiece
+from ..checkpoint.pieces import MODEL_STATE, TensorPiece
 from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile
@@ -36,9 +36,9 @@ from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, rop
 from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20
-"""Of FP32 weights that are collected for one file of the checkpoint."""
+"""Bytes of FP32 weights per file of the checkpoint."""
 _MOST_PROBLEMS = 8
-_APART = "config.json and files do not belong together"
+_MISMATCH = "config.json and files do not belong together"
 _SIZES = frozenset(
     {
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank"),
@@ -46,31 +46,31 @@ _SIZES = frozenset(
         *("n_shared_experts", "num_nextn_predict_layers"),
     }
 )
-"""Fields of a model that are the side of some tensor, or never more than the longest one."""
+"""Model fields that are a dimension of some tensor, or never exceed the largest one."""
 _IGNORED = ("rotary_emb.inv_freq",)
-"""Ends of names that old files hold and that follow from the configuration."""
-_FETCH = "fetch it again"
+"""Name endings of tensors in old files that follow from the configuration."""
+_FETCH = "download it again"
 _WEIGHTS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn})
-"""Dtypes that a weight may have; whole numbers are none."""
+"""Dtypes that a weight may have."""
 _ATTACHMENT_BYTES = 2**28
 _SCALES = _WEIGHTS | {torch.float8_e8m0fnu}
 _CONFIG_BYTES, _INDEX_BYTES = 2**24, 2**28
-"""Most that is read; those of DeepSeek-V3 have 2 kB and 9 MB."""
+"""Largest files that are read; DeepSeek-V3's have 2 kB and 9 MB."""
 _LISTED = 12
-"""Names in a line about what is left out."""
+"""Most names in a line about ignored items."""
 
 
 @dataclass(frozen=True)
 class HuggingFaceWeights:
-    """The tensors of a directory, by name, in whichever files they are."""
+    """Tensors of a directory by name, across its files."""
 
     directory: Path
     files: Mapping[str, TensorFile]
-    """By the name of a tensor."""
+    """File of each tensor, by the tensor's name."""
 
     @staticmethod
     def open(directory: Path) -> HuggingFaceWeights:
-        """Read the headers. Raises `ConfigError` for files that are missing or no safetensors."""
+        """Read the headers. Raises `ConfigError` for files that are missing or no safetensors files."""
         index = _weight_map(directory)
         names = ["model.safetensors"] if index is None else sorted(set(index.values()))
         problems: list[Problem] = []
@@ -86,26 +86,26 @@ class HuggingFaceWeights:
                 continue
             for name in file.tensor_specs:
                 if name in files:
-                    hint = f"is in {files[name].path.name}, too; remove one of the files"
+                    hint = f"is also in {files[name].path.name}; remove one of the files"
                     problems.append(Problem(name, path.name, hint))
                 files[name] = file
         for name, where in (index or {}).items():
             if not problems and (name not in files or files[name].path != directory / where):
                 hint = f"does not hold {name}, which {WEIGHT_INDEX_FILE} says; {_FETCH}"
                 problems.append(Problem(str(directory / where), None, hint))
-        _refuse_briefly(problems, directory)
+        _raise_first_problems(problems, directory)
         return HuggingFaceWeights(directory, files)
 
     def tensor_shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor, or None where there is none."""
+        """Return the shape of a tensor, or None if it does not exist."""
         return self.files[name].tensor_specs[name].shape if name in self.files else None
 
     def tensor_dtype(self, name: str) -> torch.dtype | None:
-        """Of a tensor, or None where there is none."""
+        """Return the dtype of a tensor, or None if it does not exist."""
         return self.files[name].tensor_specs[name].dtype if name in self.files else None
 
     def read_weight(self, name: str) -> Tensor:
-        """A weight in FP32, whatever it is stored in. Raises `ConfigError` where an element is not finite."""
+        """Return a weight in FP32, dequantized if it is stored in FP8. Raises `ConfigError` for NaN or Inf."""
         tensor = self._raw(name)
         if name + SCALE_SUFFIX in self.files:
             weight = dequantize_fp8_weight(tensor, self._raw(name + SCALE_SUFFIX))
@@ -115,7 +115,7 @@ class HuggingFaceWeights:
             count = int((~torch.isfinite(weight)).sum())
             where = f"{self.files[name].path}: {name}"
             what = f"{count:,} of {weight.numel():,} elements not finite"
-            raise ConfigError([Problem(where, what, "no weight and no bias is NaN or infinite; fetch it again")])
+            raise ConfigError([Problem(where, what, "weights and biases must be finite; download it again")])
         return weight
 
     def _raw(self, name: str) -> Tensor:
@@ -125,39 +125,40 @@ class HuggingFaceWeights:
 
 
 def import_huggingface_weights(source: Path, target: Path, say: Callable[[str], None]) -> Path:
-    """Make `target` hold the weights of `source` as the checkpoint of step 0; return its path.
+    """Write the weights of `source` to `target` as the checkpoint of step 0; return its path.
 
-    Raises `ConfigError`, before anything is written, with all that is missing, has another shape, or is not known.
+    Raises `ConfigError`, before anything is written, with all tensors that are missing, unknown or of another shape.
     """
-    _refuse_places(source, target)
+    _check_paths(source, target)
     store = CheckpointStore(target, keep_last=1)
     if store.steps():
         raise ConfigError([Problem("target", str(target), "holds checkpoints already; name another directory")])
     tree = _config_json(source)
     released = HuggingFaceWeights.open(source)
-    config = _with_the_mtp_that_is_there(parse_config_json(tree, Path(os.path.realpath(source)).name), released, say)
-    _refuse_other_sizes(config, released)
+    config = _without_missing_mtp(parse_config_json(tree, Path(os.path.realpath(source)).name), released, say)
+    _check_sizes(config, released)
     planned = make_tensor_mappings(config)
-    _refuse_briefly(list(_misfits(planned, released)), source)
+    _raise_first_problems(list(_misfits(planned, released)), source)
     attachments = _attachments(source)
-    _say_what_is_left_out(source, tree, planned, released, say)
+    _report_ignored(source, tree, planned, released, say)
     rope_interleave = tree.get("rope_interleave", True) is not False
     _clear_partial(store.partial_path(0), say)
-    with _nothing_left(store):
+    with _cleanup_on_error(store):
         target.mkdir(parents=True, exist_ok=True)
         store.prepare_save(0)
         with lock_directory(store.partial_path(0)):
             for number, batch in enumerate(_batches(planned)):
                 pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
                 write_rank_file(store.partial_path(0), f"part_{number:05d}", pieces)
-                say(f"{sum(piece.nbytes for piece in pieces):,} bytes, up to {batch[-1].name}")
+                size = sum(piece.nbytes for piece in pieces)
+                say(f"read {size / 1e6:,.1f} MB (last tensor: {batch[-1].name.removeprefix(f'{MODEL_STATE}/')})")
             remove_lock(store.partial_path(0))
         metadata = {"version": __version__, "step": 0, "config": {"model": asdict(config)}, "source": tree}
         return store.commit_save(0, CheckpointExtras(metadata, attachments, frozenset(entry.name for entry in planned)))
 
 
 def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:
-    """Remove what an import that was killed has left. Raises `ConfigError` where another one is under way."""
+    """Remove the leftovers of a killed import. Raises `ConfigError` if another one is running."""
     if find_writer_state(partial) is WriterState.ALIVE:
         hint = "another import is writing it; wait for its end, or name another directory"
         raise ConfigError([Problem("target", str(partial), hint)])
@@ -167,15 +168,15 @@ def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _nothing_left(store: CheckpointStore) -> Iterator[None]:
-    """Remove what has been made of the target, and of the folders above it, when the import fails."""
+def _cleanup_on_error(store: CheckpointStore) -> Iterator[None]:
+    """Remove the target and the folders created above it if the import fails."""
     target = store.directory
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         yield
     except BaseException as error:
         store.discard_partial_save(0)
-        for folder in made:  # from the inside out; one that holds anything else stays
+        for folder in made:  # innermost first; a folder that holds anything else stays
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
@@ -183,8 +184,8 @@ def _nothing_left(store: CheckpointStore) -> Iterator[None]:
         raise
 
 
-def _refuse_places(source: Path, target: Path) -> None:
-    """Before anything is read: a target that cannot be written, or in which a checkpoint would damage the source."""
+def _check_paths(source: Path, target: Path) -> None:
+    """Raise `ConfigError` for a target that cannot be written, or that lies inside the source."""
     places = {"source": str(source), "target": str(target)}
     nul = "holds a NUL character, which no name of a file has"
     raise_if_any(Problem(key, name, nul) for key, name in places.items() if "\0" in name)
@@ -195,7 +196,7 @@ def _refuse_places(source: Path, target: Path) -> None:
 
 
 def _config_json(source: Path) -> dict[str, Any]:
-    """The tree of the file. Raises `ConfigError`."""
+    """Return the contents of `config.json`. Raises `ConfigError`."""
     path = source / "config.json"
     if not os.path.lexists(path):
         raise ConfigError(
@@ -208,7 +209,7 @@ def _config_json(source: Path) -> dict[str, Any]:
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
-    """In which file the index says each tensor is; None where there is no index. Raises `ConfigError`."""
+    """Return the file of each tensor by the index, or None without an index. Raises `ConfigError`."""
     path = directory / WEIGHT_INDEX_FILE
     if not path.exists():
         return None
@@ -221,12 +222,12 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _attachments(source: Path) -> dict[str, bytes]:
-    """The files that are carried beside the weights. Raises `ConfigError` for one that cannot be what its name says."""
+    """Return the files that are copied with the weights. Raises `ConfigError` for a malformed one."""
     found = {}
     for name in COPIED_FILES:
         path = source / name
         if path.exists() or path.is_symlink():
-            with config_error_context(path, "fetch it again, or remove it"):
+            with config_error_context(path, "download it again, or remove it"):
                 found[name] = read_regular_file(path, _ATTACHMENT_BYTES)
                 if name == TOKENIZER_FILE:
                     special_token_ids({name: found[name]})
@@ -235,21 +236,21 @@ def _attachments(source: Path) -> dict[str, bytes]:
     return found
 
 
-def _say_what_is_left_out(
+def _report_ignored(
     source: Path,
     tree: Mapping[str, Any],
     planned: Sequence[TensorMapping],
     released: HuggingFaceWeights,
     say: Callable[[str], None],
 ) -> None:
-    """Files, keys and tensors of the source that the checkpoint does not have, a line each."""
+    """Report the files, keys and tensors of the source that are not imported, one line each."""
     weights = {file.path.relative_to(source).parts[0] for file in released.files.values()}
     read = {"config.json", WEIGHT_INDEX_FILE, *COPIED_FILES, *weights}
     shared = {name for entry in planned for name in entry.hf_duplicates if name in released.files}
     ignored = [name for name in released.files if name.endswith(_IGNORED)]
     for what, names in (
         ("files not read", sorted(path.name for path in source.iterdir() if path.name not in read)),
-        ("keys of config.json without a meaning here", ignored_config_keys(tree)),
+        ("unsupported keys of config.json", ignored_config_keys(tree)),
         ("tensors that follow from config.json", sorted(ignored)),
         ("tensors that repeat the main model's", sorted(shared)),
     ):
@@ -259,41 +260,41 @@ def _say_what_is_left_out(
             say(f"left out, {len(names)} {what}: {shown}{more}")
 
 
-def _refuse_other_sizes(config: ModelConfig, released: HuggingFaceWeights) -> None:
-    """Before the model is laid out: a wrong number may ask for more tensors, or larger ones, than fit anywhere."""
+def _check_sizes(config: ModelConfig, released: HuggingFaceWeights) -> None:
+    """Raise `ConfigError` if `config` has more or larger tensors than the files."""
+    # Checked before the model is built: a wrong number may ask for more than any memory holds.
     tensors = len(released.files)
     least = config.num_hidden_layers + 3 * max(0, config.num_moe_layers) * config.n_routed_experts
     largest = max((max(file.tensor_specs[name].shape, default=0) for name, file in released.files.items()), default=0)
     sizes = {name: value for name, value in asdict(config).items() if name in _SIZES and value is not None}
     problems = [
-        Problem(f"config.json: {name}", value, f"the longest side of any tensor is {largest}; {_APART}")
+        Problem(f"config.json: {name}", value, f"the largest dimension of any tensor is {largest}; {_MISMATCH}")
         for name, value in sizes.items()
         if value > largest
     ]
     if least > 2 * tensors + 1000:
-        hint = f"asks for at least {least:,} tensors, and the files hold {tensors:,}; {_APART}"
+        hint = f"asks for at least {least:,} tensors, and the files hold {tensors:,}; {_MISMATCH}"
         problems.append(Problem("config.json", least, hint))
     raise_if_any(problems)
 
 
-def _with_the_mtp_that_is_there(
-    config: ModelConfig, released: HuggingFaceWeights, say: Callable[[str], None]
-) -> ModelConfig:
-    """Transformers writes the number of MTP modules and not their weights."""
+def _without_missing_mtp(config: ModelConfig, released: HuggingFaceWeights, say: Callable[[str], None]) -> ModelConfig:
+    """Return `config` without MTP if the files hold no MTP weights: transformers writes only their number."""
     beyond = tuple(
         f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)
     )
     if config.num_nextn_predict_layers and not any(name.startswith(beyond) for name in released.files):
         depth = config.num_nextn_predict_layers
-        say(f"config.json tells of {depth} MTP modules and no file holds their weights: imported without")
+        say(f"config.json has {depth} MTP modules, but no file holds their weights: imported without them")
         return replace(config, num_nextn_predict_layers=0)
     return config
 
 
-def _refuse_briefly(problems: list[Problem], source: Path) -> None:
-    """A large model has a hundred thousand tensors, and a wrong number in config.json may make all of them wrong."""
+def _raise_first_problems(problems: list[Problem], source: Path) -> None:
+    """Raise `ConfigError` with the first `_MOST_PROBLEMS` of `problems`, if any."""
+    # A large model has a hundred thousand tensors, and one wrong number in config.json may make all of them wrong.
     if len(problems) > _MOST_PROBLEMS:
-        hint = f"problems of the same kind: {_APART}"
+        hint = f"problems of the same kind: {_MISMATCH}"
         problems = [*problems[:_MOST_PROBLEMS], Problem(str(source), f"{len(problems) - _MOST_PROBLEMS} more", hint)]
     raise_if_any(problems)
 
@@ -332,7 +333,7 @@ def _misfits(planned: list[TensorMapping], released: HuggingFaceWeights) -> Iter
 
 
 def _different_copies(entry: TensorMapping, released: HuggingFaceWeights) -> Iterator[Problem]:
-    """MTP modules share embedding and head with the main model; the files repeat them."""
+    """Yield a problem for each copy of embedding or head in MTP modules that differs from the main model's."""
     names = (entry.hf_names[0], *entry.hf_duplicates)
     fit = [
         name
@@ -344,12 +345,12 @@ def _different_copies(entry: TensorMapping, released: HuggingFaceWeights) -> Ite
         for name in fit
         if released.tensor_dtype(name) != torch.float8_e4m3fn or name + SCALE_SUFFIX in released.files
     ]
-    here = [name for name in fit if name != entry.hf_names[0]]
-    if here and entry.hf_names[0] in fit:
+    copies = [name for name in fit if name != entry.hf_names[0]]
+    if copies and entry.hf_names[0] in fit:
         main = released.read_weight(entry.hf_names[0])
-        for name in here:
+        for name in copies:
             if not torch.equal(released.read_weight(name), main):
-                yield Problem(name, "other values", f"must equal {entry.hf_names[0]}: our MTP modules share it")
+                yield Problem(name, "other values", f"must equal {entry.hf_names[0]}: MTP modules share it")
 
 
 def _batches(planned: list[TensorMapping]) -> Iterator[list[TensorMapping]]:

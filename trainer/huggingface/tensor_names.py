@@ -1,4 +1,4 @@
-"""What each tensor of a checkpoint is called in the released weights; MTP modules are layers behind the last there."""
+"""Tensor names of the released weights, in which MTP modules are layers after the last one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..checkpoint.training_state import model_tensor_shapes
 from ..model.config import ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"
-"""Follows the name of an FP8 weight."""
+"""Suffix of the name of an FP8 weight's scales."""
 
 _ATTENTION = {
     "q_proj": "q_proj",
@@ -43,53 +43,53 @@ _LAYER = {
     "router.bias_E": "mlp.gate.e_score_correction_bias",
 }
 _ROTATED = ("q_proj", "q_up", "kv_down")
-"""Projections whose last rows, of each head or of all, are rotated."""
+"""Projections whose last rows (of each head, or of the matrix) get rotary embeddings."""
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of a checkpoint and what becomes of it."""
+    """Mapping of one checkpoint tensor to Hugging Face tensors."""
 
     name: str
-    """In the checkpoint."""
+    """Name in the checkpoint."""
     shape: tuple[int, ...]
     hf_names: tuple[str, ...]
-    """Names of the equal parts that it is cut into along its first dimension."""
+    """Names of the equal parts that it is split into along its first dimension."""
     hf_duplicates: tuple[str, ...] = ()
     """Further names of the first part: the MTP modules of the released weights repeat embedding and head."""
     rope_rows: tuple[int, int] | None = None
-    """Rows of a head, and how many of them, the last, are rotated."""
+    """Rows per head, and the number of rotated rows at its end."""
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Of each part."""
+        """Shape of each part."""
         return (self.shape[0] // len(self.hf_names), *self.shape[1:])
 
     @property
     def layer_index(self) -> int:
-        """Where it stands in the model: -1 for the embedding, the number of the layer, or behind all."""
+        """Sort key: -1 for the embedding, the layer number, or a number after all layers."""
         number = self.hf_names[0].removeprefix("model.layers.").partition(".")[0]
         return int(number) if number.isdecimal() else -1 if self.name == f"{MODEL_STATE}/embedding.weight" else 10**9
 
 
 def make_tensor_mappings(config: ModelConfig) -> list[TensorMapping]:
-    """Of the whole model, from its beginning to its end."""
+    """Return the mappings of the whole model in model order."""
     found = [_entry(name, shape, config) for name, shape in model_tensor_shapes(config).items()]
-    return sorted(found, key=lambda entry: entry.layer_index)  # stable: inside a layer they keep the model's order
+    return sorted(found, key=lambda entry: entry.layer_index)  # stable: within a layer the model's order is kept
 
 
 def is_fp8_weight(released: str) -> bool:
-    """Whether a weight is FP8 in an FP8 checkpoint: every projection of a layer, but no MTP module's `eh_proj`."""
+    """Return True if a weight is FP8 in an FP8 checkpoint: all projections of layers, but not MTP's `eh_proj`."""
     return "_proj" in released and not released.endswith("eh_proj.weight")
 
 
 def rope_to_half_split(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """From neighboring pairs (x0, x1), (x2, x3), … of rotated rows, ours, to x0, x2, … before x1, x3, …"""
+    """Reorder rotated rows from adjacent pairs (x0, x1), (x2, x3), … to x0, x2, … followed by x1, x3, …"""
     return _reordered(weight, rotated, to_halves=True)
 
 
 def rope_to_interleaved(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """The inverse of `rope_to_half_split`."""
+    """Undo `rope_to_half_split`."""
     return _reordered(weight, rotated, to_halves=False)
 
 

@@ -1,4 +1,4 @@
-"""The files beside the weights that make a tokenizer of them."""
+"""Tokenizer files of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COPIED_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-"""What an import takes along and an export gives back."""
+"""Files that an import copies and an export writes back."""
 
 
 def make_tokenizer_files(attachments: Mapping[str, bytes], context: int) -> dict[str, bytes]:
-    """The attachments of a checkpoint, and for a tokenizer of ours what transformers wants to know of it."""
+    """Return the checkpoint's attachments; for a Shoestring tokenizer add the configuration that transformers needs."""
     found = {name: raw for name, raw in attachments.items() if name in COPIED_FILES}
     if TOKENIZER_FILE in found and TOKENIZER_CONFIG_FILE not in found:
         tree = {
@@ -36,7 +36,7 @@ def make_tokenizer_files(attachments: Mapping[str, bytes], context: int) -> dict
 
 
 def special_token_ids(attachments: Mapping[str, bytes]) -> dict[str, int | None]:
-    """`eos_token_id` and `pad_token_id` of a tokenizer of ours; none of any other. Raises `Malformed`."""
+    """Return `eos_token_id` and `pad_token_id` of a Shoestring tokenizer, if present. Raises `MalformedFileError`."""
     if TOKENIZER_FILE not in attachments:
         return {}
     added = parse_json(attachments[TOKENIZER_FILE]).get("added_tokens")

@@ -1,1 +1,1 @@
-"""The ledger: every GPU-millisecond of a run, against the published budget."""
+"""Ledger: accounting of every GPU-millisecond of a run, compared with the published budget."""

@@ -1,6 +1,6 @@
-"""The launcher's half of the ledger: which GPUs the run holds, from when to when.
+"""Launcher's half of the ledger: which GPUs the run holds, from when to when.
 
-The launcher writes it, not the ranks: importing, restarting and dying all happen before, between and after ranks.
+The launcher writes it, because imports, restarts and crashes happen outside the lifetime of the ranks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .records import read_checked_records
 from .terms import ALLOCATION_FILE, HEARTBEAT_FILE, LEDGER_FORMAT
 
 HEARTBEAT_SECONDS = 2.0
-"""A killed launcher's last so many seconds are all that the ledger does not see."""
+"""Interval of heartbeats; the ledger misses at most this much of a killed launcher's time."""
 _HEARTBEAT_BYTES = 10_000
 
 
 class AllocationJournal:
-    """One launch: `ranks` GPUs held under the name `attempt`, from construction to `close`.
+    """One attempt: `ranks` GPUs held under the name `attempt`, from construction to `close`.
 
-    A daemon thread leaves a sign of life every `beat_seconds`; a launcher that is killed has held its GPUs up to the
-    last one, or up to the last record of rank 0 if that is later. `job` is the scheduler's name of what holds the GPUs.
-    Raises `ConfigError` while another launcher holds the run directory, and where the disk has no room for the opening.
+    A daemon thread writes a heartbeat every `heartbeat_seconds`; a killed launcher has held its GPUs up to the last
+    heartbeat, or up to rank 0's last record if that is later. `job` is the scheduler's job ID. Raises `ConfigError`
+    while another launcher holds the run directory, and for a full disk.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class AllocationJournal:
     ) -> None:
         self._journal = JournalWriter(run_dir / ALLOCATION_FILE)
         self._heartbeat_path = run_dir / HEARTBEAT_FILE
-        former = read_checked_records(run_dir / ALLOCATION_FILE)
-        if any(record["attempt"] == attempt for record in former):
-            raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs a name of its own")
-        self._close_former(former, read_heartbeat(run_dir))
+        earlier = read_checked_records(run_dir / ALLOCATION_FILE)
+        if any(record["attempt"] == attempt for record in earlier):
+            raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs another name")
+        self._close_killed_attempt(earlier, read_heartbeat(run_dir))
         self._attempt = attempt
-        self._beat_seconds = heartbeat_seconds
+        self._heartbeat_seconds = heartbeat_seconds
         self._closing = threading.Event()
         held = {} if job is None else {"job": job}
         self._append(
@@ -62,30 +62,30 @@ class AllocationJournal:
         )
         self._journal.require_written()
         self.write_heartbeat()
-        self._thread = threading.Thread(target=self._beat, name="ledger heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run_heartbeat, name="ledger heartbeat", daemon=True)
         self._thread.start()
 
-    def _close_former(self, former: list[Record], heartbeat: Record | None) -> None:
-        """A launcher that was killed could not say so: what its heartbeat says enters the chain now."""
-        is_open = bool(former) and former[-1]["kind"] == "open"
-        if heartbeat is not None and is_open and heartbeat["attempt"] == former[-1]["attempt"]:
+    def _close_killed_attempt(self, earlier: list[Record], heartbeat: Record | None) -> None:
+        """Append the last heartbeat of a killed launcher to the chain as its `close` record."""
+        is_open = bool(earlier) and earlier[-1]["kind"] == "open"
+        if heartbeat is not None and is_open and heartbeat["attempt"] == earlier[-1]["attempt"]:
             self._journal.append({"kind": "close", **heartbeat, "reason": "its launcher was killed"})
 
-    def _beat(self) -> None:
-        while not self._closing.wait(self._beat_seconds):
+    def _run_heartbeat(self) -> None:
+        while not self._closing.wait(self._heartbeat_seconds):
             self.write_heartbeat()
 
     def write_heartbeat(self) -> None:
-        """Say that the GPUs are still held: in a file of its own, so that the chain keeps to what happened."""
+        """Write the current instant to `heartbeat.json`, a separate file: the chain holds only events."""
         try:
             replace_file_atomically(
                 self._heartbeat_path, json.dumps({"attempt": self._attempt, **Instant.now().to_record()}).encode()
             )
         except OSError:
-            return  # a full disk may have room again for the next one
+            return  # a full disk may have space for the next one
 
     def close(self, reason: str) -> None:
-        """The GPUs are given back. `reason` is for the reader of the file."""
+        """Record that the GPUs are released; `reason` is text for a reader of the file."""
         self._closing.set()
         self._thread.join()
         self._append("close", reason=reason)
@@ -96,7 +96,7 @@ class AllocationJournal:
 
 
 def read_heartbeat(run_dir: Path) -> Record | None:
-    """The last launcher's last sign of life, an attempt and an instant; None where there is none to be read."""
+    """Return the last heartbeat (attempt and instant), or None if it cannot be read."""
     try:
         heartbeat = read_json(run_dir / HEARTBEAT_FILE, _HEARTBEAT_BYTES)
         times = {key: heartbeat[key].as_integer(-MAX_INTEGER) for key in ("wall_ns", "monotonic_ns")}

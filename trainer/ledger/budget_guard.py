@@ -1,4 +1,4 @@
-"""Holding a run to its budget: what it will have cost at its end, and what follows from that."""
+"""Budget enforcement: projection of a run's cost at its end, warnings and halts."""
 
 from __future__ import annotations
 
@@ -16,47 +16,45 @@ from .summary import TRAILING_STEPS, LedgerSummary
 from .terms import to_gpu_hours
 
 MIN_STEPS_TO_PROJECT = 20
-"""Steps of this life before a projection means anything: the first ones warm up."""
-_SECONDS_BETWEEN_LOOKS = 60.0
+"""Steps of this attempt before a cost is projected: the first ones warm up."""
+_SECONDS_BETWEEN_READS = 60.0
 
 
 @dataclass(frozen=True)
 class BudgetAccount:
-    """One budget that a run draws on, in GPU-hours."""
+    """One budget of a run, in GPU-hours."""
 
     name: str
-    """The key that says how much it is."""
+    """Configuration key that sets the limit."""
     spent: float
     limit: float
     projected: float | None
-    """At the end of the run; None while it cannot be told."""
+    """Projected cost at the end of the run; None after too few steps."""
 
     def halt_reason(self, stop_at: float | None) -> str | None:
-        """Why the run must halt, and the remedy; None if it need not."""
+        """Return why the run must halt, with a hint; None if it need not."""
         if self.spent >= self.limit:
             return f"the run has used {self.spent:.4g} GPU-hours and its budget is {self.limit:.4g}; {self._raise}"
         if stop_at is not None and self.projected is not None and self.projected > stop_at * self.limit:
-            text = f"the run has used {self.spent:.4g} GPU-hours and will have used {self.projected:.4g} at its end"
-            return f"{text}, of a budget of {self.limit:.4g}; {self._raise}, or write budget.stop_at=null"
+            text = f"the run has used {self.spent:.4g} GPU-hours and is projected to use {self.projected:.4g}"
+            return f"{text}, of a budget of {self.limit:.4g}; {self._raise}, or set budget.stop_at=null"
         return None
 
     @property
     def _raise(self) -> str:
-        return f"raise {self.name} to go on"
+        return f"raise {self.name} to continue"
 
 
 def project_gpu_hours(spent: float, tokens_left: int, ms_per_token: float) -> float:
-    """GPU-hours at the end: what is spent, and every token that is left at the price of the median step."""
+    """Return the projected GPU-hours: those spent, plus the tokens left at the cost of the median step."""
     return spent + to_gpu_hours(1) * ms_per_token * max(0, tokens_left)
 
 
 def compute_budget_accounts(
     config: BudgetConfig, summary: LedgerSummary, run_dir: Path, tokens_left: int, ramp_steps: int = 0
 ) -> Iterator[BudgetAccount]:
-    """Of a run that is not going on: what it has drawn on each budget, and will have at its end.
-
-    The first `ramp_steps` are smaller than those that are left, and tell nothing of their price.
-    """
+    """Yield the accounts of a run that is not running: spent and projected GPU-hours for each budget."""
+    # The first `ramp_steps` have smaller batches, whose cost per token does not apply to the steps left.
     least = ramp_steps + TRAILING_STEPS if ramp_steps else MIN_STEPS_TO_PROJECT
     rate = summary.step_ms_per_token if summary.steps_retained >= least else None
     spent, phase_spent = summary.gpu_hours, to_gpu_hours(summary.gpu_ms_by_phase.get(config.phase, 0))
@@ -64,7 +62,7 @@ def compute_budget_accounts(
 
 
 def gpu_hours_left_in_project(config: BudgetConfig, run_dir: Path) -> float | None:
-    """GPU-hours that the other runs of the project have left for `run_dir`; None if it belongs to no project."""
+    """Return the GPU-hours that the other runs of the project leave for `run_dir`; None without a project."""
     if config.project is None:
         return None
     return ProjectReader(Project.read(Path(config.project))).gpu_hours_left(config.phase, run_dir)
@@ -73,59 +71,59 @@ def gpu_hours_left_in_project(config: BudgetConfig, run_dir: Path) -> float | No
 def _accounts(
     config: BudgetConfig, spent: float, phase_spent: float, left: float | None, tokens: int, rate: float | None
 ) -> Iterator[BudgetAccount]:
-    ahead = None if rate is None else project_gpu_hours(0, tokens, rate)
-    yield BudgetAccount("budget.gpu_hours", spent, config.gpu_hours, None if ahead is None else spent + ahead)
+    to_spend = None if rate is None else project_gpu_hours(0, tokens, rate)
+    yield BudgetAccount("budget.gpu_hours", spent, config.gpu_hours, None if to_spend is None else spent + to_spend)
     if left is not None:
         name = f"gpu_hours.{config.phase} in {config.project}"
-        yield BudgetAccount(name, phase_spent, left, None if ahead is None else phase_spent + ahead)
+        yield BudgetAccount(name, phase_spent, left, None if to_spend is None else phase_spent + to_spend)
 
 
 class BudgetGuard:
-    """Watches a run that is going on. The steps of earlier lives may have been of another layout: they do not count."""
+    """Budget check of a running run. Steps of earlier attempts do not count: their layout may have been another."""
 
     def __init__(self, config: BudgetConfig, meter: CostMeter, run_dir: Path) -> None:
         self._config, self._meter, self._run_dir = config, meter, run_dir
         self._rates: deque[float] = deque(maxlen=TRAILING_STEPS)
         self._project = None if config.project is None else ProjectReader(Project.read(Path(config.project)))
         self._left: float | None = None
-        self._looked: Instant | None = None
+        self._read_at: Instant | None = None
         self._has_warned = False
 
     def observe_step(self, gpu_ms: int, tokens: int) -> None:
-        """A step of `tokens` is done."""
+        """Add a finished step of `tokens` tokens."""
         self._rates.append(gpu_ms / tokens)
 
     def current_accounts(self, tokens_left: int) -> list[BudgetAccount]:
-        """As of now."""
+        """Return the accounts as of now."""
         rate = sorted(self._rates)[len(self._rates) // 2] if len(self._rates) >= MIN_STEPS_TO_PROJECT else None
         spent, phase_spent = self._meter.gpu_hours(), self._meter.phase_gpu_hours()
         return list(_accounts(self._config, spent, phase_spent, self._left_of_project(), tokens_left, rate))
 
     def halt_reason(self, tokens_left: int) -> str | None:
-        """Why the run must halt now, and the remedy; None if it need not."""
+        """Return why the run must halt now, with a hint; None if it need not."""
         reasons = (account.halt_reason(self._config.stop_at) for account in self.current_accounts(tokens_left))
         return next((reason for reason in reasons if reason is not None), None)
 
     def new_warning(self, tokens_left: int) -> str | None:
-        """That the projection is near or past a budget, said once each time that it comes about."""
+        """Return a warning when the projection first comes near or past a budget, else None."""
         near = [
-            f"{account.projected:.4g} GPU-hours at the end of the run are {account.projected / account.limit:.0%} of "
-            f"{account.name} = {account.limit:.4g}"
+            f"projected cost at the end of the run: {account.projected:.4g} GPU-hours, "
+            f"{account.projected / account.limit:.0%} of {account.name} = {account.limit:.4g}"
             for account in self.current_accounts(tokens_left)
             if account.projected is not None and account.projected > self._config.warn_at * account.limit > 0
         ]
-        is_news = bool(near) and not self._has_warned
+        is_new = bool(near) and not self._has_warned
         self._has_warned = bool(near)
-        return "; ".join(near) if is_news else None
+        return "; ".join(near) if is_new else None
 
     def _left_of_project(self) -> float | None:
-        """Others spend too; reading their ledgers at every step would cost more than it tells."""
+        """Return the GPU-hours left in the project, read again once per minute."""
         if self._project is None:
             return None
         now = Instant.now()
-        if self._left is None or self._looked is None or now.ns_since(self._looked) > _SECONDS_BETWEEN_LOOKS * 1e9:
-            self._looked = now
-            # A ledger that another run has broken meanwhile is no reason for this one to die.
+        if self._left is None or self._read_at is None or now.ns_since(self._read_at) > _SECONDS_BETWEEN_READS * 1e9:
+            self._read_at = now
+            # A broken ledger of another run must not end this one.
             with collect_problems([]):
                 self._left = self._project.gpu_hours_left(self._config.phase, self._run_dir)
         return self._left

@@ -1,4 +1,4 @@
-"""A checkpoint and its ledger belong together: the totals that a checkpoint carries are checked when a run resumes."""
+"""Check, at a resume, that the ledger fits the totals in the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from .work_journal import WorkJournal
 
 
 def ledger_problems(run_dir: Path, totals: Mapping[str, int | str]) -> Iterator[Problem]:
-    """What is missing in the ledger of `run_dir`, given the `totals` of the checkpoint that the run resumes from.
-
-    A checkpoint that was copied to a new directory comes without a ledger: then neither half has what it names.
-    """
+    """Yield a problem if the ledger of `run_dir` lacks one of the records that the checkpoint's `totals` name."""
+    # A checkpoint that was copied to a new directory comes without a ledger: then both records are missing, which is
+    # no problem.
     work, allocation = run_dir / WORK_FILE, run_dir / ALLOCATION_FILE
     head, opened = str(totals["head"]), str(totals.get("allocation_head", GENESIS_HASH))
     has_work, is_launched = contains_record(work, head), opened != GENESIS_HASH
     has_allocation = is_launched and contains_record(allocation, opened)
     carried = f"or remove {work.parent}: the run then carries the cost of the checkpoint"
     if has_work and is_launched and not has_allocation:
-        hint = f"does not hold the launch that the checkpoint was saved in; restore it, {carried}"
+        hint = f"does not hold the attempt that saved the checkpoint; restore it, {carried}"
         yield Problem(str(allocation), opened, hint)
     elif has_allocation and not has_work:
-        hint = f"does not hold the checkpoint's last record, and {allocation.name} does hold its launch"
+        hint = f"does not hold the checkpoint's last record, and {allocation.name} does hold its attempt"
         yield Problem(str(work), head, f"{hint}; restore it, {carried}")
 
 
 def carry_checkpoint_totals(work: WorkJournal, run_dir: Path, totals: Mapping[str, int | str]) -> None:
     """Check the ledger of `run_dir` against the `totals` of the checkpoint that the run resumes from.
 
-    A ledger that holds the checkpoint's last record is its own. One without any step belongs to a checkpoint that was
-    copied here: the totals are carried as one `inherited` record. Any other is of another run, or was cut: raises
-    Refused, so that no GPU-hour is lost or counted twice.
+    A ledger with the checkpoint's last record belongs to it. A ledger without any step belongs to a copied checkpoint:
+    the totals become one `inherited` record. Any other ledger is of another run or was truncated: raises `ConfigError`,
+    so that no GPU-hour is lost or counted twice.
     """
     raise_if_any(ledger_problems(run_dir, totals))
     path = run_dir / WORK_FILE

@@ -1,4 +1,4 @@
-"""The budget a run is held to."""
+"""Configuration of a run's budget."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .terms import PUBLISHED_GPU_HOURS
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What the run may cost, and which part of the published budget it stands beside."""
+    """Budget of a run, and the published phase that it is compared with."""
 
     gpu_hours: float
-    """This run's own budget. One rank is one GPU, also on CPU."""
+    """Budget of this run. One rank is one GPU, also on CPU."""
     phase: str = "pre_train"
     """`pre_train`, `context_extension` or `post_training`."""
     project: str | None = None
-    """A project file (`shoestring budget FILE`): what its other runs of this phase have spent is gone for this one."""
+    """Project file (`shoestring budget FILE`): runs of one phase share the project's budget of that phase."""
     warn_at: float = 0.9
     """Warn when the cost projected at the end of the run passes this share of the budget."""
     stop_at: float | None = 1.0
-    """Halt with a checkpoint when it passes this share; null: only when the budget itself is used up."""
+    """Halt with a checkpoint when the projection passes this share; null: only when the budget is used up."""
     planned_gpu_hours: float | None = None
-    """What a plan says that the run costs. A run is refused to start that is planned to cost more than what is left."""
+    """Planned cost of the run. A run whose planned cost exceeds the remaining budget does not start."""
     allow_over_plan: bool = False
-    """Start it all the same."""
+    """Start the run even if its planned cost exceeds the remaining budget."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         for name in ("gpu_hours", "warn_at", "stop_at", "planned_gpu_hours"):
             value = self.__dict__[name]
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -1,4 +1,4 @@
-"""Append-only, hash-chained, fsynced lines: a record that was written stays written, and an edited one is noticed.
+"""Append-only, hash-chained, fsynced journal: records survive crashes, and a changed record is detected.
 
 Each line is one JSON object. Its `hash` is SHA-256 over the hash of the line before and the canonical JSON of the rest.
 """
@@ -41,61 +41,60 @@ Record = dict[str, Any]
 _RESTORE = "restore the file"
 
 GENESIS_HASH = "0" * 64
-"""What the first line is chained to."""
+"""Hash that the first line is chained to."""
 
 
 def read_journal(path: Path) -> list[Record]:
-    """The records of the journal at `path`, each with its `hash`; none when there is no such file.
+    """Return the records of the journal at `path`, each with its `hash`; empty without a file.
 
-    A last line without newline is still being written, or was torn by a crash, and is left out.
-
-    Raises `ConfigError`, with the line, where the chain is broken.
+    A last line without newline is being written or was cut by a crash, and is ignored. Raises `ConfigError` with the
+    line number if the chain is broken.
     """
     return JournalReader(path).new_records()
 
 
 def _accept(record: Record) -> None:
-    """Any object will do."""
+    """Accept any record."""
 
 
 @dataclass(frozen=True)
 class JournalPosition:
-    """Where in a journal a reader is: behind a record of it, or at its beginning."""
+    """Reading position in a journal: its start, or the end of a record."""
 
     position: int = 0
-    """Bytes before it."""
+    """Bytes before the position."""
     number: int = 0
-    """Records before it."""
+    """Records before the position."""
     head: str = GENESIS_HASH
-    """The hash of the last of them."""
+    """Hash of the last record before the position."""
 
 
 class JournalReader:
-    """Reads a journal while it grows: a run of months is asked for its cost at every checkpoint."""
+    """Incremental reader of a growing journal; a long run reads its cost at every checkpoint."""
 
     def __init__(
         self, path: Path, start: JournalPosition | None = None, *, check: Callable[[Record], None] = _accept
     ) -> None:
-        """Begin at `start`, a place of this journal (see `is_valid_position`), or at its beginning.
+        """Begin at `start` (see `is_valid_position`), or at the beginning.
 
-        `check` raises `MalformedFileError` for a record that does not hold what it must; it is refused with its line.
+        `check` raises `MalformedFileError` for an invalid record; the reader raises `ConfigError` with its line.
         """
         self._path = path
         self._check = check
         begin = JournalPosition() if start is None else start
         self._position, self._number = begin.position, begin.number
         self.head = begin.head
-        """The hash of the last record read."""
+        """Hash of the last record read."""
 
     @property
     def position(self) -> JournalPosition:
-        """Behind the last record read."""
+        """Position after the last record read."""
         return JournalPosition(self._position, self._number, self.head)
 
     def new_records(self) -> list[Record]:
-        """What has been appended since the last call. Raises `ConfigError` as `read_journal` does, or if cut short.
+        """Return the records appended since the last call. Raises `ConfigError` like `read_journal`, or if truncated.
 
-        After a refusal the reader is not to be used again.
+        After an error the reader must not be used again.
         """
         return list(self.stream_records())
 
@@ -105,16 +104,16 @@ class JournalReader:
             self._checked(line, 1, GENESIS_HASH)
 
     def file_size(self) -> int:
-        """Bytes of the file now; what is there up to here was written before anything that is seen later."""
+        """Return the current size of the file in bytes; 0 without a file."""
         return self._path.stat().st_size if self._path.exists() else 0
 
     def stream_records(self, end: int | None = None) -> Iterator[Record]:
-        """Yield the same one by one, of those that begin before byte `end`."""
+        """Yield the new records that begin before byte `end`."""
         for line in self._lines(end):
             yield self._read(line)
 
     def stream_batches(self, end: int | None = None) -> Iterator[Record | RecordBatch]:
-        """Yield the same, steps and intervals that follow each other together."""
+        """Yield the new records that begin before byte `end`, with consecutive steps and intervals in batches."""
         rows: list[LineFields] = []
         head, size = self.head.encode(), 0
         for line in self._lines(end):
@@ -132,14 +131,14 @@ class JournalReader:
             yield self._batch(rows, size)
 
     def _batch(self, rows: list[LineFields], size: int) -> RecordBatch:
-        """The batch of `rows`, lines of `size` bytes; the reader is behind them then."""
+        """Return the batch of `rows`, lines of `size` bytes, and advance past them."""
         self._position += size
         self._number += len(rows)
         self.head = rows[-1][5].decode()
         return make_record_batch(rows)
 
     def _lines(self, end: int | None) -> Iterator[bytes]:
-        """Whole lines from the reader's place on, of those that begin before byte `end`. The place stays as it is."""
+        """Yield the whole lines from the current position to byte `end`, without advancing."""
         if not self._path.exists():
             return
         with config_error_context(self._path, _RESTORE), open_regular_file(self._path) as file:
@@ -147,14 +146,14 @@ class JournalReader:
                 hint = "the journal is shorter than when it was last read; restore the file"
                 raise ConfigError([Problem(str(self._path), self._position, hint)])
             position = file.seek(self._position)
-            for line in read_bounded_lines(file, _LONGEST):
+            for line in read_bounded_lines(file, _MAX_RECORD_BYTES):
                 if not line.endswith(b"\n") or (end is not None and position >= end):
                     return
                 position += len(line)
                 yield line
 
     def _read(self, line: bytes) -> Record:
-        """The record of the line behind the reader's place; the reader is behind it then."""
+        """Return the record of the next line, and advance past it."""
         self._number += 1
         record = self._checked(line, self._number, self.head)
         self._position += len(line)
@@ -162,20 +161,20 @@ class JournalReader:
         return record
 
     def _checked(self, line: bytes, number: int, head: str) -> Record:
-        """The record of `line`, which must be chained to `head`."""
+        """Return the record of `line`. Raises `ConfigError` unless it is chained to `head`."""
         if is_chained(line, head):
             found = _parse_plain(line)
             if found is not None:
-                self._insist(found, number)
+                self._check_record(found, number)
                 return found
         record = _parse(line.decode(errors="replace"))
         if record.get("hash") != _link(head, {key: value for key, value in record.items() if key != "hash"}):
             hint = "the chain of hashes is broken: this line or one before it was changed; restore the file"
             raise ConfigError([Problem(f"{self._path}:{number}", line.decode(errors="replace")[:80], hint)])
-        self._insist(record, number)
+        self._check_record(record, number)
         return record
 
-    def _insist(self, record: Record, number: int) -> None:
+    def _check_record(self, record: Record, number: int) -> None:
         try:
             self._check(record)
         except MalformedFileError as error:
@@ -184,7 +183,7 @@ class JournalReader:
 
 
 def _parse_plain(line: bytes) -> Record | None:
-    """The same as `_parse` for most lines, in less than half the time; None for one that needs more than a glance."""
+    """Parse most lines in less than half the time of `_parse`; None for a line that needs `_parse`."""
     if b"\\" in line or b"[" in line:
         return None
     try:
@@ -205,7 +204,7 @@ _HASH = re.compile(rb',"hash":"([0-9a-f]{64})"|"hash":"([0-9a-f]{64})",?')
 
 
 def is_chained(line: bytes, head: str) -> bool:
-    """Whether `line` is as `JournalWriter` writes it and chained to `head`; parsing it would take thrice as long."""
+    """Return True if `line` is canonical and chained to `head`; parsing it would take three times as long."""
     found = _HASH.search(line)
     if found is None:
         return False
@@ -214,12 +213,12 @@ def is_chained(line: bytes, head: str) -> bool:
 
 
 def is_valid_position(path: Path, place: JournalPosition) -> bool:
-    """Whether the record before `place` is the one that ends there in the journal at `path`."""
+    """Return True if the record with the hash `place.head` ends at `place` in the journal at `path`."""
     if place.position == 0:
         return place == JournalPosition()
     try:
         with open_regular_file(path) as file:
-            begin = max(0, place.position - _LONGEST)
+            begin = max(0, place.position - _MAX_RECORD_BYTES)
             file.seek(begin)
             last = file.read(place.position - begin)
     except (OSError, MalformedFileError):
@@ -230,19 +229,19 @@ def is_valid_position(path: Path, place: JournalPosition) -> bool:
     return found is not None and place.head.encode() in found.groups()
 
 
-_LONGEST = 2**20
-"""Bytes of a record, at most."""
+_MAX_RECORD_BYTES = 2**20
+"""Largest record in bytes."""
 
 
 def contains_record(path: Path, head: str) -> bool:
-    """Whether the journal at `path` has a record with this hash. Raises `ConfigError` like `contains_any`."""
+    """Return True if the journal at `path` has a record with this hash. Raises `ConfigError` like `contains_any`."""
     return contains_any(path, f'"hash":"{head}"'.encode())
 
 
 def contains_any(path: Path, *words: bytes) -> bool:
-    """Whether any of `words`, none longer than 1 MiB, is in the file of lines at `path`, which is not parsed.
+    """Search the unparsed lines of `path` for any of `words`, each at most 1 MiB.
 
-    Raises `ConfigError` where it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
+    Raises `ConfigError` if it cannot be read, or has a line of more than `MAX_LINE_BYTES`.
     """
     if not path.is_file():
         return False
@@ -251,12 +250,12 @@ def contains_any(path: Path, *words: bytes) -> bool:
         for chunk in read_line_blocks(file):
             if any(word in rest + chunk for word in words):
                 return True
-            rest = chunk[-_LONGEST:]
+            rest = chunk[-_MAX_RECORD_BYTES:]
     return False
 
 
 def _parse(line: str) -> Record:
-    """The object on `line`, or an empty one, which no chain contains."""
+    """Return the object on `line`, or an empty one, which no chain contains."""
     try:
         return parse_json(line).as_mapping()
     except MalformedFileError:
@@ -272,11 +271,11 @@ def _canonical(content: Mapping[str, Any]) -> str:
 
 
 class JournalWriter:
-    """The one writer of a journal. Raises `ConfigError` when the chain is broken or another writer holds the file.
+    """Exclusive writer of a journal. Raises `ConfigError` for a broken chain or another writer of the file.
 
-    A record survives the death of its writer as soon as `append` returns, and that of the machine within
-    `sync_seconds`: waiting for the disk after each short step would cost more than the step's record is worth. Records
-    that a full disk does not take wait in memory (see `LineWriter`). Not for several threads at once: the owner locks.
+    A record survives a crash of the process as soon as `append` returns, and of the machine within `sync_seconds`:
+    waiting for the disk after each short step would cost more than the record is worth. Records that a full disk does
+    not take wait in memory (see `LineWriter`). Not thread-safe.
     """
 
     def __init__(
@@ -287,9 +286,9 @@ class JournalWriter:
         backlog_bytes: int = MAX_BACKLOG_BYTES,
         find_head: Callable[[], str] | None = None,
     ) -> None:
-        """`find_head` returns the hash of the last record, once the file ends with a whole line.
+        """Open or create the journal; `find_head` returns the hash of its last record.
 
-        Without it every record is read.
+        Without `find_head` every record is read.
         """
         self._path = path
         self._sync_seconds = sync_seconds
@@ -299,9 +298,9 @@ class JournalWriter:
             raise_if_not_regular_file(path)
             self._lock = path.open("ab", buffering=0)
         except OSError as error:
-            raise _no_room(path, error.strerror) from error
+            raise _unwritable_error(path, error.strerror) from error
         try:
-            acquire_exclusive_lock(self._lock.fileno(), str(path), None, _HELD)
+            acquire_exclusive_lock(self._lock.fileno(), str(path), None, _LOCKED_HINT)
             truncate_partial_line(path)
             self._head = _last_hash(path) if find_head is None else find_head()
             self._writer = LineWriter(path, max_backlog_bytes=backlog_bytes)
@@ -316,18 +315,18 @@ class JournalWriter:
 
     @property
     def write_error(self) -> str | None:
-        """Why records wait; None where none does."""
+        """Reason why records are not in the file; None if all are."""
         return self._writer.write_error
 
     @property
     def is_file_removed(self) -> bool:
-        """Whether the file has no name any more."""
+        """True if the file was deleted."""
         return self._writer.is_deleted
 
     def append(self, content: Mapping[str, Any]) -> bool:
-        """Write `content`, which has no key `hash`, as one line; return False where no memory is left for it to wait.
+        """Write `content`, without a key `hash`, as one line; return False if it was dropped for lack of memory.
 
-        A record that is left out is in no chain: the one after it follows the one before it.
+        A dropped record is not in the chain: the next one follows the one before it.
         """
         head = _link(self._head, content)
         if not self._writer.append((_canonical({**content, "hash": head}) + "\n").encode()):
@@ -338,19 +337,19 @@ class JournalWriter:
         return True
 
     def require_written(self) -> None:
-        """Raise `ConfigError` where the disk has not taken every record so far."""
+        """Raise `ConfigError` unless every record so far is in the file."""
         if self._writer.pending_lines:
             reason = self._writer.write_error
             self.close()
-            raise _no_room(self._path, reason)
+            raise _unwritable_error(self._path, reason)
 
     def sync(self) -> None:
-        """Bring what was appended to the disk, as far as the disk takes it."""
+        """Sync the written records to disk."""
         self._writer.fsync()
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Let another process write."""
+        """Close the file and release its lock."""
         self._writer.close()
         self._lock.close()
 
@@ -362,16 +361,16 @@ def _last_hash(path: Path) -> str:
     return reader.head
 
 
-_HELD = "another process is writing this journal: the run is already going on; wait for it or stop it"
+_LOCKED_HINT = "another process is writing this journal: the run is already active; wait for it or stop it"
 
 
 def refuse_if_locked(path: Path) -> None:
-    """Raise `ConfigError` while another process writes the journal at `path`; nothing is made or changed."""
+    """Raise `ConfigError` while another process writes the journal at `path`; changes nothing."""
     if path.is_file():
         with path.open("rb") as file:
-            acquire_exclusive_lock(file.fileno(), str(path), None, _HELD)
+            acquire_exclusive_lock(file.fileno(), str(path), None, _LOCKED_HINT)
 
 
-def _no_room(path: Path, reason: str | None) -> ConfigError:
-    hint = f"cannot be written ({reason}); make room, or name another training.run_dir"
+def _unwritable_error(path: Path, reason: str | None) -> ConfigError:
+    hint = f"cannot be written ({reason}); free disk space, or name another training.run_dir"
     return ConfigError([Problem(str(path), None, hint)])

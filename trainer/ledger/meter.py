@@ -1,4 +1,4 @@
-"""What the run has cost so far, cheap enough to ask at every step."""
+"""Running cost of a run, cheap enough to read at every step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .terms import to_gpu_hours
 
 
 class CostMeter:
-    """Starts from what the ledger says, then follows the clock: GPUs are held all the time.
+    """Cost meter: the ledger's totals at the start of this attempt, plus the elapsed time of all ranks.
 
-    `summary` is of the present life, after `totals.carry`.
+    `summary` is read after `carry_checkpoint_totals`.
     """
 
     def __init__(self, summary: LedgerSummary, *, ranks: int) -> None:
@@ -22,19 +22,19 @@ class CostMeter:
         self._ranks = ranks
 
     def add_step(self, gpu_ms: int) -> None:
-        """A step is in the weights."""
+        """Add the cost of a finished step."""
         self._productive_ms += gpu_ms
 
     def gpu_hours(self) -> float:
-        """GPU-hours from the first launch until now, inherited ones included."""
+        """Return the GPU-hours from the first attempt until now, including inherited ones."""
         return to_gpu_hours(self._before_ms + self._elapsed_ms())
 
     def phase_gpu_hours(self) -> float:
-        """GPU-hours of this run's launches in the present phase."""
+        """Return the GPU-hours of this run's attempts in the current phase."""
         return to_gpu_hours(self._phase_before_ms + self._elapsed_ms())
 
     def goodput(self) -> float:
-        """The share of what the launches in this directory have held that is in the weights."""
+        """Return the share of allocated time that was spent on kept steps."""
         return self._productive_ms / max(1, self._allocated_ms + self._elapsed_ms())
 
     def _elapsed_ms(self) -> int:

@@ -1,9 +1,9 @@
-"""Several runs on one budget: a project file names the runs, and what each phase may cost.
+"""Project: several runs that share one budget. A project file names the runs and the budget of each phase.
 
 gpu_hours:
   pre_train: 2664000
   context_extension: 119000
-runs:            # directories, from the file's own; a run need not be there yet
+runs:            # directories relative to the file; a run may not exist yet
   - runs/pre_train
   - runs/context_extension
 """
@@ -31,13 +31,13 @@ class Project:
 
     path: Path
     gpu_hours: Mapping[str, float]
-    """The budget by phase."""
+    """Budget of each phase."""
     runs: Sequence[Path]
     """Run directories."""
 
     @staticmethod
     def read(path: Path) -> Project:
-        """The project in the file at `path`. Raises `ConfigError` with all that is wrong with it."""
+        """Read a project file. Raises `ConfigError` with all its problems."""
         with config_error_context(path, "it cannot be read as a project; correct it"):
             tree = read_yaml(path)
         budgets, runs = (tree.get(key) for key in ("gpu_hours", "runs")) if isinstance(tree, dict) else (None, None)
@@ -47,7 +47,7 @@ class Project:
         return Project(path, {str(phase): float(hours) for phase, hours in budgets.items()}, directories)
 
     def has_run(self, run_dir: Path) -> bool:
-        """Whether `run_dir` is one of its runs."""
+        """Return True if `run_dir` is one of the project's runs."""
         return Path(os.path.realpath(run_dir)) in self.runs
 
 
@@ -75,19 +75,19 @@ def _problems(path: Path, tree: object, budgets: Any, runs: Any) -> Iterator[Pro
 
 
 class ProjectReader:
-    """Sums up what the runs of a project have cost; from the second time on it reads only what is new."""
+    """Incremental reader of the ledgers of a project's runs."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
         self._readers = {run: LedgerReader(run) for run in project.runs}
 
     def summarize_runs(self) -> dict[Path, LedgerSummary]:
-        """Of every run that has a ledger. Raises `ConfigError` where one is broken."""
-        there = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
-        return {run: reader.summarize() for run, reader in there.items()}
+        """Return the summary of each run that has a ledger. Raises `ConfigError` for a broken one."""
+        existing = {run: reader for run, reader in self._readers.items() if (run / WORK_FILE).parent.is_dir()}
+        return {run: reader.summarize() for run, reader in existing.items()}
 
     def gpu_hours_left(self, phase: str, run_dir: Path) -> float:
-        """GPU-hours of the phase's budget that the runs other than `run_dir` have left."""
+        """Return the GPU-hours of the phase's budget that the runs other than `run_dir` leave."""
         spent_ms = sum(
             summary.gpu_ms_by_phase.get(phase, 0)
             for run, summary in self.summarize_runs().items()
@@ -98,21 +98,21 @@ class ProjectReader:
 
 @dataclass(frozen=True)
 class ProjectTotals:
-    """What a project has cost. What a run has inherited is counted in the run that it comes from, if that is here."""
+    """Cost of a project. Inherited cost counts in the run that it comes from, if that is in the project."""
 
     allocated_ms: int
     gpu_ms_by_phase: Mapping[str, int]
     tokens_by_phase: Mapping[str, int]
-    """Retained by steps of these runs; no token that was inherited is counted again."""
+    """Tokens retained by steps of these runs, without inherited ones."""
     inherited_from_others_ms: int
-    """Inherited from runs that are not in the project."""
+    """Cost inherited from runs outside the project."""
 
     @staticmethod
     def from_summaries(project: Project, summaries: Mapping[Path, LedgerSummary]) -> ProjectTotals:
-        """Their sum."""
+        """Return the sum of the runs' summaries."""
         by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
-        foreign_ms = 0
+        outside_ms = 0
         for summary in summaries.values():
             for phase, spent_ms in summary.gpu_ms_by_phase.items():
                 by_phase[phase] += spent_ms
@@ -120,5 +120,5 @@ class ProjectTotals:
                 tokens[phase] += retained
             head = summary.inherited_head
             if head is not None and not any(contains_record(run / WORK_FILE, head) for run in summaries):
-                foreign_ms += summary.inherited_ms
-        return ProjectTotals(sum(by_phase.values()), by_phase, tokens, foreign_ms)
+                outside_ms += summary.inherited_ms
+        return ProjectTotals(sum(by_phase.values()), by_phase, tokens, outside_ms)

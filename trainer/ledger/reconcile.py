@@ -1,8 +1,8 @@
-"""The ledger beside what others say was held: the scheduler's accounting, and an invoice. Each difference is a line.
+"""Reconciliation of the ledger with the scheduler's accounting and with an invoice; each difference is a line.
 
 Slurm: the output of `sacct -X -P --format=JobID,Start,End,ElapsedRaw,AllocTRES`, more columns are welcome. Not yet
 compared with a cluster that accounts for GPUs (`gres/gpu` in AllocTRES).
-Invoices: CSV with a row for each charge; the columns `to_gpu_hours` and `amount` go by whatever names they are given.
+Invoices: CSV with a row per charge; the names of the columns for `gpu_hours` and `amount` are configurable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
 _GPUS = re.compile(r"(?:^|,)gres/gpu=([0-9]{1,9})(?:,|$)")
 _MOST_BYTES = 2**30
 _MOST = 1e15
-"""GPU-hours, or an amount of money."""
+"""Largest GPU-hours or amount of money."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class ReconciliationLine:
     name: str
     gpu_ms: int
     is_difference: bool = False
-    """Whether it is part of the difference, rather than one of the two sums that differ."""
+    """True for a part of the difference, False for one of the two sums."""
 
 
 @dataclass(frozen=True)
 class SchedulerJob:
-    """A job as the scheduler accounts for it."""
+    """Job in the scheduler's accounting."""
 
     name: str
     gpus: int
@@ -48,7 +48,7 @@ class SchedulerJob:
 
 
 def read_sacct_jobs(path: Path) -> list[SchedulerJob]:
-    """The jobs in a file of sacct's output, without their steps. Raises `ConfigError` with what is wrong in it."""
+    """Read the jobs from sacct output, without job steps. Raises `ConfigError` with all problems."""
     rows = _rows(path, "|", _SACCT)
     jobs, problems = [], []
     for number, row in rows:
@@ -67,44 +67,44 @@ def read_sacct_jobs(path: Path) -> list[SchedulerJob]:
 
 
 def reconcile_jobs(summary: LedgerSummary, jobs: Sequence[SchedulerJob]) -> list[ReconciliationLine]:
-    """From what the jobs held to what the ledger has allocated; the differences add up to what lies between.
+    """Return the lines from the jobs' GPU time to the ledger's allocated time; the differences add up.
 
-    A launch belongs to the job that it was started in. In a job, the ranks may be fewer than the GPUs, and the time
-    before, between and after launches is the job's alone.
+    An attempt belongs to the job that it was started in. A job may have more GPUs than ranks, and holds them before,
+    between and after attempts.
     """
     lines = [ReconciliationLine("scheduler", sum(job.gpus * job.seconds * 1000 for job in jobs))]
     for job in jobs:
         held = [launch for launch in summary.attempt_usages if launch.job == job.name]
         whole_ms = job.gpus * job.seconds * 1000
         if not held:
-            lines.append(ReconciliationLine(f"job {job.name}: no launch of this run", -whole_ms, True))
+            lines.append(ReconciliationLine(f"job {job.name}: no attempt of this run", -whole_ms, True))
             continue
         used_ms = sum(launch.gpu_ms for launch in held)
-        # A launch of fewer ranks than GPUs leaves the others idle for as long as it lasts.
+        # An attempt with fewer ranks than the job has GPUs leaves the others idle while it lasts.
         lasted_ms = sum(launch.milliseconds for launch in held)
         idle_ms = lasted_ms * job.gpus - used_ms
         lines.append(ReconciliationLine(f"job {job.name}: GPUs without a rank", -idle_ms, True))
-        around = f"job {job.name}: before, between and after its launches"
+        around = f"job {job.name}: before, between and after its attempts"
         lines.append(ReconciliationLine(around, lasted_ms * job.gpus - whole_ms, True))
     named = {job.name for job in jobs}
     for launch in summary.attempt_usages:
         if launch.job not in named:
             where = "outside of any job" if launch.job is None else f"job {launch.job} is not in the accounting"
-            lines.append(ReconciliationLine(f"launch {launch.attempt}: {where}", launch.gpu_ms, True))
+            lines.append(ReconciliationLine(f"attempt {launch.attempt}: {where}", launch.gpu_ms, True))
     lines.append(ReconciliationLine("ledger", summary.allocated_ms))
     return lines
 
 
 @dataclass(frozen=True)
 class Invoice:
-    """The sums of an invoice."""
+    """Sums of an invoice."""
 
     gpu_hours: float
     amount: float
 
 
 def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
-    """The sums of the CSV at `path`; `columns` says what it calls `to_gpu_hours` and `amount`. Raises `ConfigError`."""
+    """Sum the CSV at `path`; `columns` maps `gpu_hours` and `amount` to its column names. Raises `ConfigError`."""
     names = {key: columns.get(key, key) for key in ("gpu_hours", "amount")}
     rows = _rows(path, ",", tuple(names.values()))
     sums, problems = dict.fromkeys(names, 0.0), []
@@ -123,10 +123,10 @@ def read_invoice(path: Path, columns: Mapping[str, str]) -> Invoice:
 
 
 def reconcile_invoice(summary: LedgerSummary, invoice: Invoice) -> list[ReconciliationLine]:
-    """From the invoice to the ledger, in GPU-milliseconds."""
+    """Return the lines from the invoice to the ledger, in GPU-milliseconds."""
     invoiced_ms = round(invoice.gpu_hours * 3_600_000)
     billed = summary.allocated_ms - invoiced_ms
-    name = "invoiced, and not in the ledger" if billed <= 0 else "in the ledger, and not invoiced"
+    name = "invoiced but not in the ledger" if billed <= 0 else "in the ledger but not invoiced"
     return [
         ReconciliationLine("invoice", invoiced_ms),
         ReconciliationLine(name, billed, True),
@@ -135,7 +135,7 @@ def reconcile_invoice(summary: LedgerSummary, invoice: Invoice) -> list[Reconcil
 
 
 def render_reconciliation(title: str, lines: Sequence[ReconciliationLine]) -> Table:
-    """One table; the lines between the first and the last are what lies between the two."""
+    """Return a table whose lines between the first and the last are the differences."""
     table = Table(title=title, title_justify="left")
     table.add_column("line")
     table.add_column("GPU-hours", justify="right")
@@ -146,15 +146,15 @@ def render_reconciliation(title: str, lines: Sequence[ReconciliationLine]) -> Ta
 
 
 def describe_invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:
-    """What the invoice charges beside the price that the bill is made with."""
+    """Return a sentence that compares the invoice's price with the expected one."""
     each = invoice.amount / invoice.gpu_hours if invoice.gpu_hours else 0.0
     expected = invoice.gpu_hours * usd_per_gpu_hour
-    difference = f"{invoice.amount - expected:+,.2f} beside ${expected:,.2f} at ${usd_per_gpu_hour:g}"
-    return f"invoiced ${invoice.amount:,.2f}, ${each:.4g} a GPU-hour: {difference}"
+    difference = f"{invoice.amount - expected:+,.2f} against ${expected:,.2f} at ${usd_per_gpu_hour:g}"
+    return f"invoiced ${invoice.amount:,.2f}, ${each:.4g} per GPU-hour: {difference}"
 
 
 def _rows(path: Path, delimiter: str, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows below a header, numbered as lines of the file."""
+    """Return the rows below the header, with their line numbers."""
     with config_error_context(path, "name another file"):
         lines = read_text(path, _MOST_BYTES).removeprefix("\ufeff").splitlines()
     reader = csv.DictReader(lines, delimiter=delimiter)

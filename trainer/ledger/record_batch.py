@@ -1,8 +1,8 @@
-"""Many lines of a journal of work in one go: those of steps and intervals, of which a long run has a million.
+"""Batches of consecutive step and interval records of a work journal, of which a long run has a million.
 
-One regular expression says that a line is as `Journal` writes it: keys, their order, types and ranges. So nothing is
-left to parse or to check but the hash, and a launch takes up whole columns. That reads a million records in a third of
-the time. Any other line is read by itself.
+One regular expression checks that a line is as `JournalWriter` writes it: keys, their order, types and ranges. Then
+only the hash is left to check, and an attempt is replayed in whole columns. This reads a million records in a third
+of the time. Any other line is read as a single record.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from .terms import LEDGER_BUCKETS
 
 MAX_BATCH_RECORDS = 8192
-"""Of a batch: 5 MB of memory."""
+"""Most records in a batch: 5 MB of memory."""
 
 _TEXT = r'"[^"\\\x00-\x1f\x7f-\xff]*"'
 _WHOLE = "(0|[1-9][0-9]{0,14})"
-"""Less than `records._MOST`."""
+"""Number below `records._MOST`."""
 _STEP = "([1-9][0-9]{0,14})"
-"""Steps count from 1."""
+"""Step number, from 1."""
 _CLOCK = "(0|-?[1-9][0-9]{0,17}|-?[1-8][0-9]{18})"
-"""Within 64 bits."""
+"""Clock value within 64 bits."""
 _LINE = re.compile(
     (
         rf'(\{{"attempt":({_TEXT}),"boot":({_TEXT}),(?:"bucket":"({"|".join(LEDGER_BUCKETS)})",)?"gpu_ms":{_WHOLE})'
@@ -33,39 +33,40 @@ _LINE = re.compile(
         rf'(?(4)|"step":{_STEP},"tokens":{_WHOLE},)"wall_ns":{_CLOCK}\}})\n'
     ).encode()
 )
-"""Groups: before the hash, attempt, boot, bucket, gpu_ms, hash, behind it, monotonic_ns, step, tokens, wall_ns."""
+"""Groups: text before the hash, attempt, boot, bucket, gpu_ms, hash, text after it, monotonic_ns, step, tokens,
+wall_ns."""
 
 LineFields = tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Consecutive records of one launch on one boot, each a step or an interval, in columns."""
+    """Consecutive step and interval records of one attempt on one boot, in columns."""
 
     attempt: str
     boot: str
     monotonic_ns: Sequence[int]
-    """Of each record."""
+    """Monotonic clock of each record."""
     first_wall_ns: int
     last_wall_ns: int
     gpu_ms_by_bucket: Mapping[str, int]
-    """GPU-milliseconds by bucket, of intervals."""
+    """GPU-milliseconds of intervals, by bucket."""
     total_gpu_ms: int
     """GPU-milliseconds of intervals and steps."""
     steps: Sequence[int]
     """Numbers of the steps."""
     step_gpu_ms: Sequence[int]
-    """Of each step."""
+    """GPU-milliseconds of each step."""
     step_tokens: Sequence[int]
-    """Of each step."""
+    """Tokens of each step."""
 
     def last_instant(self) -> dict[str, int | str]:
-        """The instant of the last record."""
+        """Return the instant of the last record."""
         return {"wall_ns": self.last_wall_ns, "monotonic_ns": self.monotonic_ns[-1], "boot": self.boot}
 
 
 def parse_chained_line(line: bytes, head: bytes) -> LineFields | None:
-    """The groups of `_LINE` where `line` is a step or an interval that is chained to `head`; None for any other."""
+    """Return the groups of `_LINE` if `line` is a step or interval that is chained to `head`, else None."""
     found = _LINE.fullmatch(line)
     if found is None:
         return None
@@ -74,12 +75,12 @@ def parse_chained_line(line: bytes, head: bytes) -> LineFields | None:
 
 
 def can_share_batch(one: LineFields, other: LineFields) -> bool:
-    """Whether both rows may stand in one batch."""
+    """Return True if both rows belong to one attempt and boot."""
     return one[1] == other[1] and one[2] == other[2]
 
 
 def make_record_batch(rows: Sequence[LineFields]) -> RecordBatch:
-    """The batch of `rows`, all alike."""
+    """Return the batch of `rows`, which all belong to one attempt and boot."""
     columns = list(zip(*rows, strict=True))
     charged: Counter[bytes] = Counter()
     steps: list[int] = []

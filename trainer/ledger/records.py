@@ -1,4 +1,4 @@
-"""What each kind of record in the ledger must hold, checked as it is read: a chain of hashes only says who wrote it."""
+"""Check of each ledger record's keys, types and ranges; the hash chain alone does not validate its content."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "left_out": ("records",),
     }
 )
-"""Kinds and what they need beside an attempt and an instant; a kind that is not here is of a later version."""
+"""Required keys of each kind, in addition to attempt and instant; an unknown kind is of a later version."""
 _MOST = 2**53
-"""Of a count or a time: a sum of a million of them still fits every integer that a reader may use."""
+"""Largest count or time."""
 
 
 def read_checked_records(path: Path) -> list[Record]:
-    """The records of a ledger's journal, each checked. Raises `ConfigError` as `read_journal` does, or by a value."""
+    """Return a ledger journal's checked records. Raises `ConfigError` like `read_journal`, or for a bad value."""
     return JournalReader(path, check=check_record).new_records()
 
 
 def check_record(record: Record) -> None:
-    """Raise `MalformedFileError` for a record without what its kind needs, or with a value of another type or range."""
+    """Raise `MalformedFileError` for a record with a missing key, or a value of another type or range."""
     kind = record.get("kind")
     needed = _KEYS.get(kind) if type(kind) is str else None
-    if needed is not None and _is_right(record, needed):
-        return  # of a long run there are a million
+    if needed is not None and _is_valid_fast(record, needed):
+        return  # fast path: a long run has a million records
     _find(JsonValue(record), needed)
 
 
-def _is_right(record: Record, needed: tuple[str, ...]) -> bool:
-    """The same without words for what is wrong; a `False` may be about a rare kind."""
+def _is_valid_fast(record: Record, needed: tuple[str, ...]) -> bool:
+    """Return True for a valid record of a frequent kind; False means that `_find` must check it."""
     for key in ("wall_ns", "monotonic_ns"):
         value = record.get(key)
         if type(value) is not int or not -MAX_INTEGER <= value <= MAX_INTEGER:

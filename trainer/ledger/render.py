@@ -1,4 +1,4 @@
-"""The bill as tables for a person."""
+"""Tables of a run's or project's cost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .terms import (
     PUBLISHED_TOTAL_GPU_HOURS,
     PUBLISHED_USD_PER_GPU_HOUR,
     to_gpu_hours,
+    to_label,
 )
 
 TERM_MEANINGS = {
@@ -26,15 +27,15 @@ TERM_MEANINGS = {
     "W": "gradients of weights",
     "B": "whole backward",
     "FB": "forward and backward, overlapped",
-    "exposed_all_to_all": "waiting for tokens of the exchange",
-    "pipeline_wait": "waiting for a neighbor in the pipeline",
-    "gradient_sync_wait": "waiting for sums over ranks",
-    "optimizer": "updating the weights",
+    "exposed_all_to_all": "waiting for the tokens of an all-to-all",
+    "pipeline_wait": "waiting for a pipeline neighbor",
+    "gradient_sync_wait": "waiting for reductions over ranks",
+    "optimizer": "weight update",
     "other": "the rest of the step",
 }
 PAPER_TERM_MEANINGS = {
     "1F": "F",
-    "bubble": "of pipeline wait: what the schedule has by itself (derived)",
+    "bubble": "pipeline wait of the ideal schedule (derived)",
     "imbalance": "the rest of pipeline wait (derived)",
     "1B": "I and B",
     "1W": "W",
@@ -42,52 +43,64 @@ PAPER_TERM_MEANINGS = {
     "opt": "optimizer",
 }
 
+_RATE_LABELS = {
+    "its last steps, their median": "the last steps (median)",
+    "everything it was charged": "the whole run",
+}
+"""Labels of the keys of `what_if_gpu_hours`."""
+
 
 def render_ledger(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> RenderableType:
-    """`summary` as tables: where the time went, what productive time was, and how that stands beside the budgets."""
+    """Return tables of `summary`: time by bucket, productive time by term, and the comparison with the budgets."""
     parts = [_spending(summary), *_productive(summary), _comparison(summary, usd_per_gpu_hour)]
     return Group(*parts)
 
 
 def _spending(summary: LedgerSummary) -> Table:
-    state = "still open, up to its last sign of life" if summary.is_running else "closed"
-    parts = [_plural(summary.num_attempts, "launch", "launches")]
+    state = "running as of its last heartbeat" if summary.is_running else "closed"
+    parts = [_plural(summary.num_attempts, "attempt", "attempts")]
     if summary.segments > summary.num_attempts:
         parts.append(f"{summary.segments} segments")
     table = _table(f"{summary.phase}: {', '.join(parts)}, the last {state}", "One rank is one GPU, also on CPU.")
 
     def row(name: str, milliseconds: int, meaning: str) -> None:
         share = format_percent(milliseconds / summary.allocated_ms) if summary.allocated_ms else "-"
-        table.add_row(name.replace("_", " "), format_gpu_hours(to_gpu_hours(milliseconds)), share, meaning)
+        table.add_row(to_label(name), format_gpu_hours(to_gpu_hours(milliseconds)), share, meaning)
 
-    row("productive", summary.productive_ms, f"{_plural(summary.steps_retained, 'step', 'steps')} in the weights")
+    row("productive", summary.productive_ms, f"time in the {_plural(summary.steps_retained, 'step', 'steps')} kept")
     row("rolled_back", summary.rolled_back_ms, "steps undone by a crash")
     for bucket, milliseconds in summary.gpu_ms_by_bucket.items():
         row(bucket, milliseconds, LEDGER_BUCKETS[bucket])
-    row("unattributed", summary.unattributed_ms, "charged to nothing")
+    row("unattributed", summary.unattributed_ms, "covered by no record")
     table.add_section()
     row("allocated", summary.allocated_ms, "all of the above")
     if summary.inherited_ms:
         inherited = format_gpu_hours(to_gpu_hours(summary.inherited_ms))
-        table.add_row("inherited", inherited, "", "spent on the checkpoint it started from")
-        table.add_row("total", format_gpu_hours(summary.gpu_hours), "", "allocated and inherited")
+        table.add_row("inherited", inherited, "", "cost of the checkpoint that it started from")
+        table.add_row("total", format_gpu_hours(summary.gpu_hours), "", "allocated plus inherited")
     return table
 
 
 def _productive(summary: LedgerSummary) -> Iterator[Table]:
-    """The ledger's terms, and the same under the names of the report."""
+    """Yield productive time by the ledger's terms and by those of arXiv 2505.09343."""
     if not summary.gpu_ms_by_term:
         return
-    looks = _plural(summary.sampled_steps, "step", "steps")
+    sampled = _plural(summary.sampled_steps, "step", "steps")
+    paper_meanings = TERM_MEANINGS | PAPER_TERM_MEANINGS
     views = (
-        ("productive time", summary.gpu_ms_by_term, TERM_MEANINGS, f"From {looks} looked at on all ranks."),
-        ("the same under the report's names", summary.gpu_ms_by_paper_term, TERM_MEANINGS | PAPER_TERM_MEANINGS, None),
+        ("productive time", summary.gpu_ms_by_term, TERM_MEANINGS, f"From {sampled} sampled on all ranks."),
+        (
+            "the same by the terms of arXiv 2505.09343",
+            summary.gpu_ms_by_paper_term,
+            paper_meanings,
+            None,
+        ),
     )
     for title, parts, meanings, caption in views:
         table = _table(title, caption)
         for name, milliseconds in parts.items():
             share = format_percent(milliseconds / max(1, summary.productive_ms))
-            shown = name if name in PAPER_TERM_MEANINGS else name.replace("_", " ")
+            shown = name if name in PAPER_TERM_MEANINGS else to_label(name)
             table.add_row(shown, format_gpu_hours(to_gpu_hours(milliseconds)), share, meanings[name])
         yield table
 
@@ -97,7 +110,7 @@ def _table(title: str, caption: str | None) -> Table:
     table.add_column("spent on")
     table.add_column("GPU-hours", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("what it is")
+    table.add_column("meaning")
     return table
 
 
@@ -113,8 +126,8 @@ def _comparison(summary: LedgerSummary, usd_per_gpu_hour: float) -> Table:
     table = _plain()
     spent, rate = summary.gpu_hours, summary.gpu_hours_per_trillion_tokens
     table.add_row("cost", f"{format_gpu_hours(spent)} GPU-hours", format_usd(spent, usd_per_gpu_hour))
-    table.add_row("goodput", format_percent(summary.goodput), "of what was allocated is in the weights")
-    table.add_row("telemetry", format_percent(summary.telemetry_share), "of the time of steps")
+    table.add_row("goodput", format_percent(summary.goodput), "share of allocated time spent on kept steps")
+    table.add_row("logging", format_percent(summary.telemetry_share), "of step time")
     table.add_row(
         "this run's budget",
         format_percent(summary.budget_share),
@@ -132,8 +145,8 @@ def _comparison(summary: LedgerSummary, usd_per_gpu_hour: float) -> Table:
 
 def _add_headline(table: Table, rate: float | None) -> None:
     shown = "-" if rate is None else f"{rate:,.0f}"
-    beside = f"beside {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,} of DeepSeek-V3"
-    table.add_row("GPU-hours per trillion retained tokens", shown, beside)
+    published = f"DeepSeek-V3 on H800: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
+    table.add_row("GPU-hours per trillion retained tokens", shown, published)
 
 
 def _add_phase(table: Table, phase: str, spent: float) -> None:
@@ -144,23 +157,23 @@ def _add_phase(table: Table, phase: str, spent: float) -> None:
 
 def _add_whole(table: Table, spent: float) -> None:
     whole = PUBLISHED_TOTAL_GPU_HOURS
-    table.add_row("DeepSeek-V3 in all", format_percent(spent / whole), f"of {whole:,} GPU-hours")
+    table.add_row("DeepSeek-V3 in total", format_percent(spent / whole), f"of {whole:,} GPU-hours")
 
 
 def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu_hour: float) -> RenderableType:
-    """What `tokens` would cost on `gpus` at this run's price: of its last steps alone, and of all that it was charged.
+    """Return a table of the cost of `tokens` on `gpus` at this run's rate: of its last steps, and of the whole run.
 
-    A price of these ranks and of this model: it says what a run like this one costs, not one on other hardware.
+    The rate holds for this model on this hardware only.
     """
     table = Table(
         title=f"{format_si(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run", title_justify="left"
     )
-    table.add_column("at the price of")
+    table.add_column("at the rate of")
     for name in ("GPU-hours", "days", "cost", "per trillion tokens"):
         table.add_column(name, justify="right")
     for name, needed in what_if_gpu_hours(summary, tokens).items():
         table.add_row(
-            name,
+            _RATE_LABELS[name],
             format_gpu_hours(needed),
             f"{needed / gpus / 24:,.1f}",
             format_usd(needed, usd_per_gpu_hour),
@@ -178,7 +191,7 @@ def render_what_if(summary: LedgerSummary, tokens: float, gpus: int, usd_per_gpu
 
 
 def what_if_gpu_hours(summary: LedgerSummary, tokens: float) -> dict[str, float]:
-    """GPU-hours of `tokens` by what they are priced at; nothing before the first step."""
+    """Return the GPU-hours of `tokens` at each rate; empty before the first step."""
     found = {}
     if summary.step_ms_per_token is not None:
         found["its last steps, their median"] = summary.step_ms_per_token * tokens / 3.6e6
@@ -190,7 +203,7 @@ def what_if_gpu_hours(summary: LedgerSummary, tokens: float) -> dict[str, float]
 def render_project(
     project: Project, summaries: Mapping[Path, LedgerSummary], usd_per_gpu_hour: float
 ) -> RenderableType:
-    """A project: its runs, what is left of the budget of each phase, and the published figures beside."""
+    """Return tables of a project's runs, the budget left in each phase, and the published figures."""
     totals = ProjectTotals.from_summaries(project, summaries)
     runs = Table(title=f"{project.path}: {_plural(len(project.runs), 'run', 'runs')}", title_justify="left")
     for name in ("run", "phase", "GPU-hours", "goodput", "tokens retained"):
@@ -219,7 +232,7 @@ def render_project(
         table.add_row(
             "inherited",
             f"{format_gpu_hours(to_gpu_hours(totals.inherited_from_others_ms))} GPU-hours",
-            "from runs that are not in it",
+            "from runs outside the project",
         )
     _add_headline(table, to_gpu_hours(totals.gpu_ms_by_phase["pre_train"]) / tokens * 1e12 if tokens else None)
     _add_whole(table, spent)
@@ -227,25 +240,25 @@ def render_project(
 
 
 def _run_cells(summary: LedgerSummary) -> tuple[str, str, str, str]:
-    own_tokens = sum(summary.tokens_by_phase.values())
+    run_tokens = sum(summary.tokens_by_phase.values())
     spent = format_gpu_hours(to_gpu_hours(summary.allocated_ms))
-    return summary.phase.replace("_", " "), spent, format_percent(summary.goodput), f"{own_tokens:,}"
+    return summary.phase.replace("_", " "), spent, format_percent(summary.goodput), f"{run_tokens:,}"
 
 
 def format_gpu_hours(value: float) -> str:
-    """GPU-hours with digits that fit their size; four decimals are a third of a GPU-second."""
+    """Format GPU-hours with digits that fit their size; the fourth decimal is a third of a GPU-second."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
 def format_usd(spent: float, usd_per_gpu_hour: float) -> str:
-    """GPU-hours as money."""
+    """Format the cost of GPU-hours in USD."""
     cost = spent * usd_per_gpu_hour
     shown = f"{cost:,.0f}" if cost >= 10_000 else f"{cost:,.2f}" if cost >= 1 else f"{cost:.4f}"
-    return f"${shown} at ${usd_per_gpu_hour:g} each"
+    return f"${shown} at ${usd_per_gpu_hour:g} per GPU-hour"
 
 
 def format_percent(share: float) -> str:
-    """`share` of 1 in percent, with three digits however small it is."""
+    """Format a share of 1 in percent, with two or three significant digits if it is small."""
     return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
 
 

@@ -1,7 +1,7 @@
-"""Replaying the two journals: every millisecond of every GPU that was held goes to exactly one place.
+"""Replay of the two journals: every millisecond of every allocated GPU goes to exactly one bucket or step.
 
-The time between two records of rank 0 is what the second one charges, and the rest goes by the state the life was in:
-starting, running, ended, or failed. So the parts add up by construction, whatever the records say.
+Of the time between two records of rank 0, the second record charges a part; the rest goes to the bucket of the
+attempt's state: starting, running, ended or failed. So the parts add up by construction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .terms import STEP_TIME_TERMS
 
 
 class AttemptState(StrEnum):
-    """What a launch is doing as of its last record."""
+    """State of an attempt as of its last record."""
 
     NOT_STARTED = "no rank 0 yet"
     STARTING = "on the way to its first step"
@@ -31,23 +31,23 @@ class AttemptState(StrEnum):
 
 
 class Attempt:
-    """One launch: the GPUs it held, and where their time went."""
+    """One attempt: the GPUs it held, and their time by bucket."""
 
     def __init__(self, opened: Record) -> None:
         self.name: str = opened["attempt"]
         self.phase: str = opened["phase"]
         self.job: str | None = opened.get("job")
         self.ranks: int = opened["ranks"]
-        """GPUs held; another number from a life's beginning on closes a segment and opens the next."""
+        """GPUs held; a start of rank 0 with another number begins a new segment."""
         self.opened = Instant.from_record(opened)
         self.closed = False
-        """Whether the launcher has given the GPUs back, or a later one has found it dead."""
+        """True if the launcher has released the GPUs, or a later one has found it dead."""
         self.state = AttemptState.NOT_STARTED
         self.gpu_ms_by_bucket: Counter[str] = Counter()
-        """GPU-milliseconds of no step up to the last record of rank 0, by bucket, `unattributed` and `FIRST_START_BUCKET`."""
+        """GPU-milliseconds outside steps up to rank 0's last record; also `unattributed` and `FIRST_START_BUCKET`."""
         self.segments = 1
         self._held_ms = 0
-        self._by_itself = opened["kind"] == "begin"
+        self._without_launcher = opened["kind"] == "begin"
         self._cursor: Record = {key: opened[key] for key in _INSTANT}
         self._since_ns = 0
         self._counted_ms = 0
@@ -55,7 +55,7 @@ class Attempt:
         self._sign: Instant | None = None
 
     def record_sign_of_life(self, record: Mapping[str, object]) -> None:
-        """The GPUs were held at the instant of `record`."""
+        """Record that the GPUs were held at the instant of `record`."""
         now = Instant.from_record(record)
         if self._sign is None or now.ns_since(self._sign) > 0:
             self._sign = now
@@ -64,25 +64,25 @@ class Attempt:
         """Apply one record of rank 0."""
         kind: str = record["kind"]
         charged_ms: int = record.get("gpu_ms", 0)
-        free_ms = self._pass(record) * self.ranks - charged_ms
+        free_ms = self._advance_to(record) * self.ranks - charged_ms
         if kind == "begin":
-            self._spend(free_ms, dying=self.state in (AttemptState.STARTING, AttemptState.RUNNING))
+            self._charge_free_time(free_ms, crashed=self.state in (AttemptState.STARTING, AttemptState.RUNNING))
             self.state = AttemptState.STARTING
             self._lives += 1
             self.segments += record["ranks"] != self.ranks
             self.ranks = record["ranks"]
             return
-        self._spend(free_ms, dying=kind == "end" and not record["clean"])
+        self._charge_free_time(free_ms, crashed=kind == "end" and not record["clean"])
         if kind in ("interval", "skipped"):
             self.gpu_ms_by_bucket[record.get("bucket", kind)] += charged_ms
         elif kind == "ready":
             self.state = AttemptState.RUNNING
         elif kind == "end":
             self.state = AttemptState.ENDED if record["clean"] else AttemptState.FAILED
-            self.closed = self.closed or self._by_itself
+            self.closed = self.closed or self._without_launcher
 
     def replay_batch(self, batch: RecordBatch) -> None:
-        """Apply steps and intervals of rank 0: as `simulate_program` of each, since none of them changes the state."""
+        """Apply steps and intervals of rank 0, like `replay_record` of each: none of them changes the state."""
         cursor, clock = self._cursor, batch.monotonic_ns
         if batch.boot == cursor["boot"]:
             first_ns = clock[0] - cursor["monotonic_ns"]
@@ -90,30 +90,28 @@ class Attempt:
             first_ns = batch.first_wall_ns - cursor["wall_ns"]
         free_ms = self._advance(max(0, first_ns) + _rises(clock)) * self.ranks - batch.total_gpu_ms
         self._cursor = batch.last_instant()
-        self._spend(free_ms, dying=False)
+        self._charge_free_time(free_ms, crashed=False)
         self.gpu_ms_by_bucket.update(batch.gpu_ms_by_bucket)
 
-    def _pass(self, now: Record) -> int:
-        """Whole milliseconds from the last record to `now`.
-
-        The same as `Instant.ns_since`, without making instants: of a long run there are a million records.
-        """
+    def _advance_to(self, now: Record) -> int:
+        """Return the whole milliseconds from the last record to `now`."""
+        # Like `Instant.ns_since` without creating instants: a long run has a million records.
         clock = "monotonic_ns" if now["boot"] == self._cursor["boot"] else "wall_ns"
         passed = self._advance(max(0, now[clock] - self._cursor[clock]))
         self._cursor = now
         return passed
 
     def _advance(self, nanoseconds: int) -> int:
-        """Whole milliseconds of so much more time; what is cut comes with a later one."""
+        """Return the whole milliseconds of `nanoseconds` more; the remainder is carried to the next call."""
         self._since_ns += nanoseconds
         passed = self._since_ns // 1_000_000 - self._counted_ms
         self._counted_ms += passed
         self._held_ms += passed * self.ranks
         return passed
 
-    def _spend(self, gpu_ms: int, *, dying: bool) -> None:
-        """Time that no record has charged."""
-        self.gpu_ms_by_bucket["hang" if dying else self._free_bucket()] += gpu_ms
+    def _charge_free_time(self, gpu_ms: int, *, crashed: bool) -> None:
+        """Charge time that no record has charged: to `hang` before a crash, else by the state."""
+        self.gpu_ms_by_bucket["hang" if crashed else self._free_bucket()] += gpu_ms
 
     def _free_bucket(self) -> str:
         if self.state is AttemptState.NOT_STARTED or (self.state is AttemptState.STARTING and self._lives == 1):
@@ -121,10 +119,9 @@ class Attempt:
         return _FREE[self.state]
 
     def compute_usage(self, *, is_over: bool, last_heartbeat: Instant | None) -> tuple[int, int, Counter[str]]:
-        """Milliseconds up to the last sign of life, GPU-milliseconds held, the buckets of those that no step has taken.
+        """Return milliseconds and GPU-milliseconds up to the last heartbeat or record, and GPU-milliseconds by bucket.
 
-        `heard` is the launcher's last heartbeat. Nobody knows yet what a life is about that still goes on; one that is
-        `over` without having said so has died.
+        `last_heartbeat` is the launcher's. An attempt that `is_over` without a final record has crashed.
         """
         cursor = Instant.from_record(self._cursor)
         latest_ns = max((sign.ns_since(cursor) for sign in (self._sign, last_heartbeat) if sign is not None), default=0)
@@ -136,8 +133,8 @@ class Attempt:
         return lasted_ms, self._held_ms + tail_ms, spent
 
     def to_tree(self) -> dict[str, Any]:
-        """As plain values."""
-        kind, job = "begin" if self._by_itself else "open", {} if self.job is None else {"job": self.job}
+        """Return the state as plain values."""
+        kind, job = "begin" if self._without_launcher else "open", {} if self.job is None else {"job": self.job}
         own = {"kind": kind, "attempt": self.name, "phase": self.phase, "ranks": self.ranks}
         opened = {**own, **self.opened.to_record(), **job}
         tree = {name.removeprefix("_"): getattr(self, name) for name in _PLAIN}
@@ -153,7 +150,7 @@ class Attempt:
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> Attempt:
-        """Return the inverse of `to_tree`."""
+        """Return the attempt whose `to_tree` is `tree`."""
         made = Attempt(tree["opened"])
         for name in _PLAIN:
             setattr(made, name, tree[name.removeprefix("_")])
@@ -167,29 +164,29 @@ class Attempt:
 
 
 def _rises(clock: Sequence[int]) -> int:
-    """The sum of all steps forward; a clock that goes back counts as one that stands."""
+    """Return the sum of all forward steps of a clock; a step back counts as 0."""
     return sum(max(0, later - earlier) for earlier, later in itertools.pairwise(clock))
 
 
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
 _PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
 FIRST_START_BUCKET = "first start"
-"""A launch's first way to a step: `initialization`, or `restart` if the launch before it has died."""
+"""Time before an attempt's first step: `initialization`, or `restart` if the attempt before it has crashed."""
 _FREE = {
     AttemptState.STARTING: "restart",
     AttemptState.RUNNING: "unattributed",
     AttemptState.ENDED: "idle",
     AttemptState.FAILED: "restart",
 }
-"""Where time goes that no record has charged."""
+"""Bucket of time that no record has charged, by state."""
 
 
 @dataclass
 class StepTally:
-    """What became of the steps, in GPU-milliseconds and tokens, as of the last record replayed."""
+    """Totals of steps in GPU-milliseconds and tokens, as of the last record replayed."""
 
     retained: RetainedSteps = field(default_factory=RetainedSteps)
-    """Steps that the weights hold."""
+    """Kept steps: those whose updates are in the weights."""
     rolled_back_ms: int = 0
     tokens_consumed: int = 0
     inherited_ms: int = 0
@@ -197,9 +194,9 @@ class StepTally:
     inherited_retained: int = 0
     inherited_head: str | None = None
     terms_us: Counter[str] = field(default_factory=Counter)
-    """GPU-microseconds of each term in the steps that were looked at closely, and those that are `bubble`."""
+    """GPU-microseconds of each term, and of `bubble`, in the sampled steps."""
     sampled_us: int = 0
-    """GPU-microseconds of these steps."""
+    """GPU-microseconds of the sampled steps."""
     sampled_steps: int = 0
     _has_resumed: bool = False
 
@@ -207,7 +204,7 @@ class StepTally:
         """Apply one record of the work journal, of a launch in `phase`."""
         kind = record["kind"]
         if kind == "step":
-            # A step seen again was done again, whether or not a resume was recorded.
+            # A repeated step number means that the step was done again, even without a resume record.
             self.roll_back_to(record["step"] - 1)
             self.retained.append(record["step"], record["gpu_ms"], record["tokens"], phase)
             self.tokens_consumed += record["tokens"]
@@ -240,20 +237,20 @@ class StepTally:
             self.retained.append(step, gpu_ms, tokens, phase)
 
     def roll_back_to(self, step: int) -> None:
-        """Steps after `step` have left the weights: what they cost was not productive after all."""
+        """Move the cost of the steps after `step` from productive to rolled back."""
         self.rolled_back_ms += self.retained.roll_back_to(step)
 
     def comparable_totals(self) -> dict[str, Any]:
-        """See `RetainedSteps.comparable_totals`."""
+        """Return the totals that any two readers of one ledger agree on (`RetainedSteps.comparable_totals`)."""
         return {**self._sums(), "retained": self.retained.comparable_totals()}
 
     def to_tree(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the tally as plain values."""
         return {**self._sums(), "has_resumed": self._has_resumed, "retained": self.retained.to_tree()}
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> StepTally:
-        """Return the inverse of `to_tree`."""
+        """Return the tally whose `to_tree` is `tree`."""
         own = {name: tree[name] for name in _SUMS}
         own |= {"retained": RetainedSteps.from_tree(tree["retained"]), "terms_us": Counter(tree["terms_us"])}
         return StepTally(**own, _has_resumed=tree["has_resumed"])
@@ -269,18 +266,18 @@ _SUMS = (
 
 
 class AttemptOpenedLate(Exception):  # noqa: N818 -- says what happened
-    """A launch was opened after its work was seen, since a full disk has kept its opening: read all of it again."""
+    """Error for an attempt whose opening was written late, by a full disk: the ledger must be read again."""
 
 
 class Ledger:
-    """Both journals, replayed so far."""
+    """State of both journals, as replayed so far."""
 
     def __init__(self) -> None:
         self.attempts: dict[str, Attempt] = {}
-        """In order of opening."""
+        """Attempts by name, in order of opening."""
         self.tally = StepTally()
         self.latest_opening: Record | None = None
-        """The last opening, of a launch or a life."""
+        """Last record that opened an attempt or started rank 0."""
 
     def replay_records(self, allocation: Iterable[Record], work: Iterable[Record | RecordBatch]) -> None:
         """Apply new records of both journals."""
@@ -301,7 +298,7 @@ class Ledger:
 
     def _replay_work(self, record: Record) -> None:
         if record["kind"] == "begin":
-            # Work that no launcher has opened is a launch of its own.
+            # Work that no launcher has opened counts as another attempt.
             if record["attempt"] not in self.attempts:
                 self._open(record)
             self.latest_opening = record
@@ -310,20 +307,20 @@ class Ledger:
         self.tally.replay_record(record, attempt.phase)
 
     def comparable_totals(self) -> dict[str, Any]:
-        """What two readers of one ledger must agree on."""
+        """Return the totals that any two readers of one ledger agree on."""
         return {
             "attempts": [each.to_tree() for each in self.attempts.values()],
             "tally": self.tally.comparable_totals(),
         }
 
     def to_tree(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the ledger's state as plain values."""
         attempts = [each.to_tree() for each in self.attempts.values()]
         return {"attempts": attempts, "tally": self.tally.to_tree(), "latest": self.latest_opening}
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> Ledger:
-        """Return the inverse of `to_tree`."""
+        """Return the ledger whose `to_tree` is `tree`."""
         made = Ledger()
         attempts = map(Attempt.from_tree, tree["attempts"])
         made.attempts = {attempt.name: attempt for attempt in attempts}

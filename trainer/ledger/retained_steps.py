@@ -1,4 +1,4 @@
-"""The steps that the weights hold, as numbers in columns: a run of months has a million of them."""
+"""Kept steps (those whose updates are in the weights) as columns of numbers: a long run has a million."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_STEPS_KEPT = 8192
-"""Steps that a snapshot keeps each; of those before it keeps the sums. A run goes back to its last checkpoints."""
+"""Steps that a snapshot keeps individually; earlier ones are summed, since a run resumes from recent checkpoints."""
 
 
 class StepNoLongerKept(Exception):  # noqa: N818 -- says what happened
-    """The run has gone back to a step of which only sums are kept: the ledger has to be read from its beginning."""
+    """Error for a rollback to a step that was summed: the ledger must be read from its beginning."""
 
 
 class RetainedSteps:
-    """Steps in order of their numbers, the last ones each and what is before them as sums. Times in GPU-ms."""
+    """Steps in order of their numbers: the last ones individually, earlier ones as sums. Times in GPU-ms."""
 
     def __init__(self) -> None:
         self._numbers = array("q")
@@ -26,18 +26,18 @@ class RetainedSteps:
         self._phases = array("q")
         self._names: list[str] = []
         self._summed = 0
-        """How many steps are sums alone."""
+        """Number of steps that are kept only as sums."""
         self._floor = 0
-        """The number of the last of them."""
+        """Number of the last summed step."""
         self.gpu_ms = 0
         self.tokens: Counter[str] = Counter()
-        """By phase."""
+        """Tokens by phase."""
 
     def __len__(self) -> int:
         return self._summed + len(self._numbers)
 
     def extend(self, numbers: Sequence[int], gpu_ms: Sequence[int], tokens: Sequence[int], phase: str) -> bool:
-        """Add steps if each comes after the last one; return whether they do, else nothing is changed."""
+        """Add steps if their numbers increase from the last one; return False and change nothing otherwise."""
         last = self._numbers[-1] if self._numbers else self._floor
         if not all(map(operator.lt, (last, *numbers), numbers)):
             return False
@@ -66,30 +66,30 @@ class RetainedSteps:
         self.tokens[phase] += tokens
 
     def roll_back_to(self, step: int) -> int:
-        """Remove the steps after `step`; return what they cost. Raises `StepNoLongerKept` where only a sum is known."""
-        undone = 0
+        """Remove the steps after `step`; return their cost. Raises `StepNoLongerKept` for a summed step."""
+        rolled_back_ms = 0
         while self._numbers and self._numbers[-1] > step:
             self._numbers.pop()
             gpu_ms, phase = self._gpu_ms.pop(), self._names[self._phases.pop()]
             self.gpu_ms -= gpu_ms
             self.tokens[phase] -= self._tokens.pop()
-            undone += gpu_ms
+            rolled_back_ms += gpu_ms
         if self._summed and not self._numbers and self._floor > step:
             raise StepNoLongerKept
-        return undone
+        return rolled_back_ms
 
     def recent_ms_per_token(self, last: int) -> list[float]:
-        """GPU-milliseconds a token of each of the last steps; of a step without tokens there is none."""
+        """Return the GPU-milliseconds per token of the last steps that have tokens."""
         pairs = zip(self._gpu_ms[-last:], self._tokens[-last:], strict=True)
         return [gpu_ms / tokens for gpu_ms, tokens in pairs if tokens]
 
     def comparable_totals(self) -> dict[str, Any]:
-        """What two readers of one ledger must agree on, whatever they keep of single steps."""
+        """Return the totals that any two readers of one ledger agree on."""
         tokens = {phase: count for phase, count in sorted(self.tokens.items()) if count}
         return {"steps": len(self), "gpu_ms": self.gpu_ms, "tokens": tokens}
 
     def to_tree(self) -> dict[str, Any]:
-        """As plain values, without the steps before the last `MAX_STEPS_KEPT`."""
+        """Return plain values; steps before the last `MAX_STEPS_KEPT` are summed."""
         columns = (self._numbers, self._gpu_ms, self._tokens, self._phases)
         dropped = max(0, len(self._numbers) - MAX_STEPS_KEPT)
         return {
@@ -103,7 +103,7 @@ class RetainedSteps:
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> RetainedSteps:
-        """Return the inverse of `to_tree`."""
+        """Return the steps whose `to_tree` is `tree`."""
         made = RetainedSteps()
         columns = (array("q", column) for column in tree["steps"])
         made._numbers, made._gpu_ms, made._tokens, made._phases = columns

@@ -1,9 +1,8 @@
-"""The totals of a ledger, saved beside it: a reader begins there and reads what has come since.
+"""Snapshot of a ledger's totals, from which a reader continues with the newer records.
 
-A ledger of a million records takes seconds to read. What is saved names the last record of both journals that it
-holds, by place and hash. Where that record is not there, or the file is not as it was written, the totals count for
-nothing and everything is read. A hash stands for all records before it, as they were when they were read; whether they
-are still the same is found by reading all of them: `shoestring budget --verify`.
+A ledger of a million records takes seconds to read. The snapshot names the last record that it includes of both
+journals, by position and hash. If that record is missing, or the snapshot is damaged, everything is read. The hash
+does not show whether earlier records were changed later; `shoestring budget --verify` reads all of them.
 """
 
 from __future__ import annotations
@@ -24,57 +23,54 @@ from .replay import Ledger
 from .terms import ALLOCATION_FILE, SNAPSHOT_FILE, WORK_FILE
 
 SNAPSHOT_MIN_BYTES = 4 * 2**20
-"""A journal of work up to this size, 15,000 records, is read whole each time: that takes a fifth of a second."""
+"""Work journals below this size (15,000 records) are always read whole, which takes a fifth of a second."""
 _FORMAT = 2
 _MOST_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class LedgerSnapshot:
-    """A replayed ledger, and up to where its journals were read."""
+    """Replayed ledger and the positions up to which its journals were read."""
 
     allocation: JournalPosition = field(default_factory=JournalPosition)
     work: JournalPosition = field(default_factory=JournalPosition)
     ledger: Ledger = field(default_factory=Ledger)
 
 
-def read_snapshot(run_dir: Path, least_bytes: int | None = None) -> LedgerSnapshot | None:
-    """Return the totals that are saved in `run_dir`; None where there are none, or none that belong to its ledger.
+def read_snapshot(run_dir: Path, min_bytes: int | None = None) -> LedgerSnapshot | None:
+    """Return the snapshot of `run_dir`; None if there is none that belongs to its ledger.
 
-    None also for a ledger of less than `least_bytes`, by default `SNAPSHOT_MIN_BYTES` (see `is_small_ledger`).
+    None also for a ledger of less than `min_bytes`, by default `SNAPSHOT_MIN_BYTES` (see `is_small_ledger`).
     """
     try:
-        saved = None if is_small_ledger(run_dir, least_bytes) else _as_written(run_dir)
+        saved = None if is_small_ledger(run_dir, min_bytes) else _read_undamaged(run_dir)
     except OSError:
         return None
-    return saved if saved is not None and _lost(run_dir, saved) is None else None
+    return saved if saved is not None and _missing_record(run_dir, saved) is None else None
 
 
 def snapshot_problem(run_dir: Path) -> Problem | None:
-    """Return what is wrong with the saved totals of `run_dir`, or with the ledger that they were made from.
+    """Return the problem of the snapshot of `run_dir`, or of the ledger that it was made from.
 
-    None where there are none, and where their last records are in the ledger: then all up to there may still be read
-    (see `refuse_snapshot_mismatch`).
+    None if there is no snapshot, or if its last records are in the ledger (see also `refuse_snapshot_mismatch`).
     """
     path = run_dir / SNAPSHOT_FILE
     if not path.exists():
         return None
-    saved = _as_written(run_dir)
+    saved = _read_undamaged(run_dir)
     if saved is None:
-        return Problem(
-            str(path), "saved totals", "are not as they were written; remove this file, and it is made again"
-        )
-    lost = _lost(run_dir, saved)
+        return Problem(str(path), "saved totals", "are damaged; delete this file, and it is written again")
+    lost = _missing_record(run_dir, saved)
     if lost is None:
         return None
     file, place = lost
-    words = f"are not all in it, and {path} counts them: records are lost or changed, so the bill is too small"
-    hint = f"{words}; restore the file, or remove {path} to have what is left count"
+    words = f"are counted by {path} but not all in the journal: records are lost or changed, so the cost is too small"
+    hint = f"{words}; restore the file, or delete {path} to count only the records that are left"
     return Problem(str(file), f"{place.number} records", hint)
 
 
-def _as_written(run_dir: Path) -> LedgerSnapshot | None:
-    """The totals that are saved in `run_dir`; None where there are none, or others than were written."""
+def _read_undamaged(run_dir: Path) -> LedgerSnapshot | None:
+    """Return the snapshot of `run_dir`; None if there is none or it is damaged."""
     try:
         saved = read_json(run_dir / SNAPSHOT_FILE, _MOST_BYTES).as_mapping()
         totals = saved["totals"]
@@ -89,22 +85,20 @@ def _as_written(run_dir: Path) -> LedgerSnapshot | None:
         return None
 
 
-def _lost(run_dir: Path, saved: LedgerSnapshot) -> tuple[Path, JournalPosition] | None:
-    """The first journal that does not hold the last record that `saved` counts, and that record's place."""
+def _missing_record(run_dir: Path, saved: LedgerSnapshot) -> tuple[Path, JournalPosition] | None:
+    """Return the first journal without the last record that `saved` counts, and that record's position."""
     places = {run_dir / ALLOCATION_FILE: saved.allocation, run_dir / WORK_FILE: saved.work}
     return next(((file, place) for file, place in places.items() if not is_valid_position(file, place)), None)
 
 
-def is_small_ledger(run_dir: Path, least_bytes: int | None = None) -> bool:
-    """Whether the ledger of `run_dir` is read whole each time. Raises `OSError` where there is none."""
-    return (run_dir / WORK_FILE).stat().st_size < (SNAPSHOT_MIN_BYTES if least_bytes is None else least_bytes)
+def is_small_ledger(run_dir: Path, min_bytes: int | None = None) -> bool:
+    """Return True if the ledger of `run_dir` is always read whole. Raises `OSError` without a ledger."""
+    return (run_dir / WORK_FILE).stat().st_size < (SNAPSHOT_MIN_BYTES if min_bytes is None else min_bytes)
 
 
 def write_snapshot(run_dir: Path, snapshot: LedgerSnapshot) -> None:
-    """Save totals; a disk that does not take them keeps the former ones.
-
-    They are not synced: what a machine that loses power leaves of them counts for nothing.
-    """
+    """Write a snapshot; a full disk keeps the previous one."""
+    # Not synced: after a power failure a damaged snapshot is detected and ignored.
     places = {"allocation": asdict(snapshot.allocation), "work": asdict(snapshot.work)}
     totals = {"format": _FORMAT, **places, "ledger": snapshot.ledger.to_tree()}
     path = run_dir / SNAPSHOT_FILE
@@ -118,10 +112,10 @@ def write_snapshot(run_dir: Path, snapshot: LedgerSnapshot) -> None:
 
 
 def refuse_snapshot_mismatch(run_dir: Path, saved: LedgerSnapshot, found: LedgerSnapshot) -> None:
-    """Raise `ConfigError` where totals `saved` in `run_dir` differ from what reading all records has `found`."""
+    """Raise `ConfigError` if the snapshot `saved` in `run_dir` differs from the totals `found` in all records."""
     is_same_place = (found.allocation, found.work) == (saved.allocation, saved.work)
     if not is_same_place or found.ledger.comparable_totals() != saved.ledger.comparable_totals():
-        hint = "are not what the ledger's records say; remove this file, and it is made again"
+        hint = "differ from the ledger's records; delete this file, and it is written again"
         raise ConfigError([Problem(str(run_dir / SNAPSHOT_FILE), "saved totals", hint)])
 
 

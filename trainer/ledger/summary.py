@@ -1,4 +1,4 @@
-"""What a run has cost: allocated = productive + rolled back + buckets + unattributed, to the millisecond."""
+"""Cost of a run: allocated = productive + rolled back + buckets + unattributed, to the millisecond."""
 
 from __future__ import annotations
 
@@ -40,110 +40,110 @@ TRAILING_STEPS = 100
 
 @dataclass(frozen=True)
 class AttemptUsage:
-    """One launch, as a scheduler would account for it."""
+    """GPU time of one attempt, as a scheduler would account for it."""
 
     attempt: str
     job: str | None
-    """The scheduler's name of what held the GPUs."""
+    """Scheduler's job ID."""
     ranks: int
-    """GPUs at its end."""
+    """GPUs at the end of the attempt."""
     milliseconds: int
     gpu_ms: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerSummary:
-    """The cost of a run up to the last sign of life in its ledger. Times are in GPU-milliseconds."""
+    """Cost of a run up to the last record or heartbeat in its ledger. Times are in GPU-milliseconds."""
 
     phase: str
     budget_gpu_hours: float
-    """The run's own budget, as its last launch was told."""
+    """Budget of the run in its last attempt."""
     attempt_usages: Sequence[AttemptUsage]
-    """Launches, in order."""
+    """Attempts, in order."""
     segments: int
-    """Stretches of a launch with one number of GPUs."""
+    """Number of periods with one number of GPUs, over all attempts."""
     is_running: bool
-    """The last launch has not given its GPUs back: it is alive, or its launcher was killed."""
+    """True if the last attempt has not released its GPUs: it is running, or its launcher was killed."""
     allocated_ms: int
-    """GPUs held by the launches in this directory."""
+    """GPU time held by the attempts in this directory."""
     gpu_ms_by_phase: Mapping[str, int]
-    """The same by the phase that each launch was in."""
+    """Allocated time by the phase of each attempt."""
     productive_ms: int
-    """Of steps that the weights hold."""
+    """Time of kept steps."""
     rolled_back_ms: int
-    """Of steps that a crash has undone."""
+    """Time of steps that a crash has undone."""
     gpu_ms_by_bucket: Mapping[str, int]
-    """The names of `terms.LEDGER_BUCKETS`."""
+    """Time by the buckets of `terms.LEDGER_BUCKETS`."""
     unattributed_ms: int
-    """Allocated, and charged to nothing."""
+    """Allocated time that no record covers."""
     gpu_ms_by_term: Mapping[str, int]
-    """Productive time by `terms.STEP_TIME_TERMS` and `other`, in proportion to the steps looked at; empty if there is none."""
+    """Productive time by `terms.STEP_TIME_TERMS` and `other`, scaled from the sampled steps; empty without any."""
     bubble_ms: int
-    """The part of pipeline_wait that the program would have with every duration at its mean: derived, not measured."""
+    """Pipeline wait of the program with every duration at its mean: derived, not measured."""
     sampled_steps: int
-    """Steps that `terms` is known from."""
+    """Number of sampled steps."""
     inherited_ms: int
-    """What the checkpoint had cost that this run started from, when it came without its ledger."""
+    """Cost of the checkpoint that this run started from, if it came without its ledger."""
     inherited_head: str | None
-    """The last record of the ledger that it came from."""
+    """Hash of the last record of the checkpoint's ledger."""
     steps_retained: int
     tokens_consumed: int
-    """Inherited ones included, like those below."""
+    """Tokens of all steps done, including inherited ones."""
     tokens_retained: int
-    """Tokens of steps that the weights hold."""
+    """Tokens of kept steps, including inherited ones."""
     tokens_by_phase: Mapping[str, int]
-    """Retained by steps of this directory."""
+    """Tokens of kept steps of this directory, by phase."""
     step_ms_per_token: float | None
-    """GPU-milliseconds a token, the median of the last steps; None before the first."""
+    """GPU-milliseconds per token, median of the last steps; None before the first."""
     head: str
     """Hash of the last record of the work journal; a checkpoint carries it."""
     allocation_head: str
-    """The same of the launcher's journal."""
+    """Hash of the last record of the allocation journal."""
     num_records: int
-    """Of work, up to its head."""
+    """Records of the work journal."""
 
     @property
     def num_attempts(self) -> int:
-        """Launches."""
+        """Number of attempts."""
         return len(self.attempt_usages)
 
     @property
     def total_ms(self) -> int:
-        """Allocated here and inherited."""
+        """Allocated plus inherited time."""
         return self.allocated_ms + self.inherited_ms
 
     @property
     def gpu_hours(self) -> float:
-        """The cost: allocated here and inherited."""
+        """Total cost: allocated plus inherited."""
         return to_gpu_hours(self.total_ms)
 
     @property
     def gpu_hours_per_trillion_tokens(self) -> float | None:
-        """The cost over the retained tokens; None before the first step."""
+        """Total cost per trillion retained tokens; None before the first step."""
         return self.gpu_hours / self.tokens_retained * 1e12 if self.tokens_retained else None
 
     @property
     def budget_share(self) -> float:
-        """The cost over the run's own budget, 1.0 being all of it."""
+        """Total cost divided by the run's budget."""
         return self.gpu_hours / self.budget_gpu_hours
 
     @property
     def goodput(self) -> float:
-        """The share of what was allocated that is in the weights."""
+        """Share of allocated time spent on kept steps."""
         return self.productive_ms / self.allocated_ms if self.allocated_ms else 0.0
 
     @property
     def telemetry_share(self) -> float:
-        """Time that rank 0 has spent on telling, over that of all steps done."""
+        """Logging time of rank 0 divided by the time of all steps done."""
         return self.gpu_ms_by_bucket["telemetry"] / max(1, self.productive_ms + self.rolled_back_ms)
 
     @property
     def gpu_ms_by_paper_term(self) -> Mapping[str, int]:
-        """See `terms.to_paper_terms`; empty where no step was looked at."""
+        """Productive time by `terms.to_paper_terms`; empty without sampled steps."""
         return to_paper_terms(self.gpu_ms_by_term, self.bubble_ms) if self.gpu_ms_by_term else {}
 
     def checkpoint_totals(self) -> dict[str, int | str]:
-        """What a checkpoint carries, so that a resume can see that its ledger came along (see `totals.carry`)."""
+        """Return the totals for a checkpoint, by which a resume checks its ledger (see `carry_checkpoint_totals`)."""
         return {
             "gpu_ms": self.total_ms,
             "tokens_consumed": self.tokens_consumed,
@@ -153,7 +153,7 @@ class LedgerSummary:
         }
 
     def to_json(self) -> dict[str, object]:
-        """Plain values for a script: the fields, and what follows from them."""
+        """Return fields and derived figures as plain values."""
         return {
             "phase": self.phase,
             "attempts": self.num_attempts,
@@ -187,21 +187,21 @@ class LedgerSummary:
 
 
 def summarize_ledger(run_dir: Path) -> LedgerSummary:
-    """Read the ledger of `run_dir`, also of a live run. Raises `ConfigError` as `LedgerReader.summarize_ledger` does."""
+    """Read the ledger of `run_dir`, also of a live run. Raises `ConfigError` like `LedgerReader.summarize`."""
     return LedgerReader(run_dir).summarize()
 
 
 def summarize_verified_ledger(run_dir: Path) -> LedgerSummary:
-    """The same from every record; the totals that are saved must agree, else raises `ConfigError`."""
+    """Read every record of the ledger and check its snapshot. Raises `ConfigError` if they differ."""
     reader = LedgerReader(run_dir, from_snapshot=False)
     reader.verify_snapshot()
     return reader.summarize()
 
 
 def ensure_snapshot(run_dir: Path) -> None:
-    """Save totals beside a long ledger that has none which fit, so that only this reader reads all of it.
+    """Write a snapshot of a long ledger that has no valid one, so that later readers need not read all of it.
 
-    For the launcher that holds the run directory. Raises `ConfigError` as `LedgerReader.summarize_ledger` does.
+    Called by the launcher that holds the run directory. Raises `ConfigError` like `LedgerReader.summarize`.
     """
     with suppress(OSError):
         if not is_small_ledger(run_dir) and read_snapshot(run_dir) is None:
@@ -209,10 +209,7 @@ def ensure_snapshot(run_dir: Path) -> None:
 
 
 class LedgerReader:
-    """Reads the ledger of `run_dir`, and from the second time on only what is new.
-
-    It begins with the totals that a run saves beside its ledger, where there are some that fit (see `snapshot.py`).
-    """
+    """Incremental reader of the ledger of `run_dir`, which starts from a valid snapshot (see `snapshot.py`)."""
 
     def __init__(self, run_dir: Path, *, from_snapshot: bool = True) -> None:
         self._run_dir = run_dir
@@ -225,7 +222,7 @@ class LedgerReader:
         self._ledger = start.ledger
 
     def read_new_records(self) -> str:
-        """Read what is new; return the hash of the last record of work. Raises `ConfigError` as `summary` does."""
+        """Read new records; return the hash of the last work record. Raises `ConfigError` like `summarize`."""
         try:
             self._read()
         except (StepNoLongerKept, AttemptOpenedLate):
@@ -234,26 +231,26 @@ class LedgerReader:
         return self._work.head
 
     def _read(self, until: LedgerSnapshot | None = None) -> None:
-        end = self._work.file_size()  # first: what opened the work up to here is then in the other journal already
+        # Size first: the openings of all work up to here are then already in the allocation journal.
+        end = self._work.file_size()
         opened = None
         if until is not None:
             opened, end = until.allocation.position, until.work.position
         try:
             self._ledger.replay_records(self._allocation.stream_records(opened), self._work.stream_batches(end))
         except KeyError as error:
-            hint = f"has a record of launch {error}, which no record opens; restore the ledger's files"
+            hint = f"has a record of attempt {error}, which no record opens; restore the ledger's files"
             raise ConfigError([Problem("run", str(self._run_dir), hint)]) from error
 
     def save_snapshot(self) -> None:
-        """Save the totals up to here beside the ledger, for the next reader; a disk that is full keeps the old ones."""
+        """Write a snapshot of the ledger so far; a full disk keeps the previous one."""
         self.read_new_records()
         write_snapshot(self._run_dir, self._snapshot())
 
     def verify_snapshot(self) -> None:
-        """Read everything from the beginning, and compare it with the saved totals at their place.
+        """Read everything from the beginning and compare it with the snapshot at its position.
 
-        Raises `ConfigError` as `summary` does, where the records contradict the totals, and where the totals
-        are damaged or count records that are not there.
+        Raises `ConfigError` like `summarize`, and for a snapshot that is damaged or differs from the records.
         """
         self._begin(None)
         for journal in (self._allocation, self._work):
@@ -270,7 +267,7 @@ class LedgerReader:
         return LedgerSnapshot(self._allocation.position, self._work.position, self._ledger)
 
     def summarize(self) -> LedgerSummary:
-        """As of now.
+        """Return the summary as of now.
 
         Raises `ConfigError` without a ledger, for another version, a broken chain, and intervals that overlap.
         """
@@ -278,7 +275,7 @@ class LedgerReader:
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest_opening
         if latest is None:
             raise ConfigError([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
-        held, spent = _outcomes(attempts, read_heartbeat(self._run_dir))
+        held, spent = _attempt_usages(attempts, read_heartbeat(self._run_dir))
         by_phase: Counter[str] = Counter()
         for attempt, launch in zip(attempts, held, strict=True):
             by_phase[attempt.phase] += launch.gpu_ms
@@ -321,25 +318,25 @@ class LedgerReader:
             raise ConfigError(problems)
 
 
-def _outcomes(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[AttemptUsage], Counter[str]]:
-    """What each launch held, and where all their time went that is not of steps."""
+def _attempt_usages(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[AttemptUsage], Counter[str]]:
+    """Return the GPU time of each attempt, and the total GPU-milliseconds by bucket."""
     held: list[AttemptUsage] = []
     total: Counter[str] = Counter(unattributed=0)
-    after_death = False
+    after_crash = False
     for attempt in attempts:
-        is_heard = heartbeat is not None and heartbeat["attempt"] == attempt.name
-        heard = Instant.from_record(heartbeat) if heartbeat is not None and is_heard else None
+        is_latest = heartbeat is not None and heartbeat["attempt"] == attempt.name
+        last_heartbeat = Instant.from_record(heartbeat) if heartbeat is not None and is_latest else None
         is_over = attempt.closed or attempt is not attempts[-1]
-        lasted_ms, gpu_ms, spent = attempt.compute_usage(is_over=is_over, last_heartbeat=heard)
+        lasted_ms, gpu_ms, spent = attempt.compute_usage(is_over=is_over, last_heartbeat=last_heartbeat)
         held.append(AttemptUsage(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))
-        spent["restart" if after_death else "initialization"] += spent.pop(FIRST_START_BUCKET, 0)
+        spent["restart" if after_crash else "initialization"] += spent.pop(FIRST_START_BUCKET, 0)
         total.update(spent)
-        after_death = attempt.state is not AttemptState.ENDED
+        after_crash = attempt.state is not AttemptState.ENDED
     return held, total
 
 
 def _in_proportion(total: int, weights: Mapping[str, int], whole: int) -> dict[str, int]:
-    """`total` split like `weights` split `whole`; what they leave is `other`. The parts add up exactly."""
+    """Split `total` in proportion to `weights` of `whole`; the rest is `other`. The parts add up exactly."""
     if not whole:
         return {}
     parts = {term: total * weights[term] // whole for term in STEP_TIME_TERMS}

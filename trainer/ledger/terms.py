@@ -1,4 +1,4 @@
-"""The words and units of the ledger, and the budget that DeepSeek-V3 published (V3 report Table 1)."""
+"""Terms and units of the ledger, and the published budget of DeepSeek-V3 (V3 report Table 1)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PUBLISHED_GPU_HOURS: Mapping[str, int] = MappingProxyType(
 """H800 GPU-hours of each phase."""
 PUBLISHED_TOTAL_GPU_HOURS = 2_788_000
 PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS = 180_000
-"""Of pre-training. 14.8 trillion tokens at this rate are exactly the 2,664 K above: no restart or stall is in it."""
+"""Pre-training rate. 14.8 trillion tokens at this rate are exactly the 2,664 K above, without restarts or stalls."""
 PUBLISHED_USD_PER_GPU_HOUR = 2.0
-"""The report's assumption about what renting an H800 costs."""
+"""Rental price of an H800 that the report assumes."""
 
 CHARGED_BUCKETS: Mapping[str, str] = MappingProxyType(
     {
@@ -29,24 +29,39 @@ CHARGED_BUCKETS: Mapping[str, str] = MappingProxyType(
         "stall": "rank 0 stopped, or waiting for a disk, between steps",
     }
 )
-"""Buckets that rank 0 charges besides steps."""
+"""Buckets that rank 0 charges in addition to steps."""
 
 LEDGER_BUCKETS: Mapping[str, str] = MappingProxyType(
     {
         "initialization": "from the launch to the first step",
         **CHARGED_BUCKETS,
-        "skipped": "steps that changed no weight: not finite",
-        "hang": "from the last sign of a life that died to its end",
-        "restart": "from a death to the next life's first step",
-        "idle": "held after the run was done",
+        "skipped": "steps dropped because loss or gradient was NaN/Inf",
+        "hang": "from a crashed attempt's last heartbeat until it was detected",
+        "restart": "from crash to first step of the next attempt",
+        "idle": "processes still up after training ended",
     }
 )
-"""Where time goes that is not of steps. What `CHARGED_BUCKETS` lacks follows from what the records are and when they came."""
+"""Buckets of time outside steps. Those that are not in `CHARGED_BUCKETS` follow from the kinds and times of records."""
+
+_LABELS: Mapping[str, str] = MappingProxyType(
+    {
+        "telemetry": "logging",
+        "stall": "host stall",
+        EXPOSED_ALL_TO_ALL: "all-to-all not overlapped",
+        GRADIENT_SYNC_WAIT: "gradient-sync wait",
+    }
+)
+
+
+def to_label(name: str) -> str:
+    """Return the text that tables show for a bucket or term."""
+    return _LABELS.get(name, name.replace("_", " "))
+
 
 INSTRUCTIONS = ("F", "I", "W", "B", "FB")
-"""Instructions of a pipeline program, net of the exchanges that they wait for."""
+"""Instructions of a pipeline program, without the all-to-alls that they wait for."""
 STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
-"""What productive time is split into, disjoint on each rank. The rest of a step is `other`."""
+"""Disjoint terms of productive time on each rank. The rest of a step is `other`."""
 
 LEDGER_FORMAT = 2
 """Number in each record that opens an attempt; without it, the format is 1, whose terms and buckets had other names."""
@@ -62,20 +77,20 @@ _MS_PER_HOUR = 3_600_000
 
 
 def to_paper_terms(terms: Mapping[str, Amount], bubble: Amount | None) -> dict[str, Amount]:
-    """`terms` under the names of the Insights paper (arXiv 2505.09343, table 4): of plans, ledgers and timelines alike.
+    """Rename `terms` to those of the Insights paper (arXiv 2505.09343, table 4), for plans, ledgers and timelines.
 
-    Instructions are net of the exchanges that they wait for; `bubble` is what of pipeline_wait the program has by itself
-    (`ideal_wait`) and imbalance the rest of it; opt is the update alone. What that table has no row for keeps its name,
-    and so does pipeline_wait where nobody knows `bubble`. The parts add up to what `terms` do.
+    Instructions exclude the all-to-alls that they wait for. `bubble` is the pipeline wait of the ideal program
+    (`ideal_bubble_time`), imbalance the rest of pipeline_wait; opt is the update alone. Terms without a row in that
+    table keep their names, as does pipeline_wait if `bubble` is None. The sum of the values does not change.
     """
-    own, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
+    renamed, shown = {"1F": terms["F"]}, {*INSTRUCTIONS, OPTIMIZER}
     if bubble is not None:
-        own |= {"bubble": bubble, "imbalance": terms[PIPELINE_WAIT] - bubble}
+        renamed |= {"bubble": bubble, "imbalance": terms[PIPELINE_WAIT] - bubble}
         shown.add(PIPELINE_WAIT)
-    own |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms[OPTIMIZER]}
-    return own | {name: spent for name, spent in terms.items() if name not in shown}
+    renamed |= {"1B": terms["I"] + terms["B"], "1W": terms["W"], "1F1B": terms["FB"], "opt": terms[OPTIMIZER]}
+    return renamed | {name: spent for name, spent in terms.items() if name not in shown}
 
 
 def to_gpu_hours(gpu_ms: int) -> float:
-    """GPU-milliseconds in GPU-hours."""
+    """Convert GPU-milliseconds to GPU-hours."""
     return gpu_ms / _MS_PER_HOUR

@@ -1,7 +1,7 @@
-"""How many sequences each optimizer step takes: the batch ramp (report §4.2: from 3,072 to 15,360 over 469 B tokens).
+"""Batch size of each optimizer step: the batch ramp (report §4.2: from 3,072 to 15,360 sequences over 469 B tokens).
 
-A step's size follows from what the steps before it have consumed, so from its number alone: neither a restart nor
-another grid of ranks changes which samples it takes.
+A step's size depends on its number alone, so neither a restart nor another grid of ranks changes which samples the
+step takes.
 """
 
 from __future__ import annotations
@@ -13,63 +13,65 @@ from functools import cache
 
 @dataclass(frozen=True)
 class BatchSizeLevel:
-    """Steps of one size that follow each other."""
+    """Consecutive steps of one batch size."""
 
     steps_before: int
-    """Taken before the first of them."""
+    """Steps before the first step of this level."""
     samples_before: int
-    """Consumed before it."""
+    """Samples consumed before the first step of this level."""
     batch_size: int
-    """Sequences of each."""
+    """Sequences per step."""
 
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """The sizes of all steps of a run. Steps count from 1; `samples` are sequences."""
+    """Batch sizes of all steps of a run. Steps count from 1; samples are sequences."""
 
     levels: tuple[BatchSizeLevel, ...]
-    """Ascending; the last has no end."""
+    """Levels in ascending order; the last one has no end."""
 
     @staticmethod
     def constant(size: int) -> BatchRamp:
-        """The same from the first step on."""
+        """Return a ramp that has one batch size from the first step on."""
         return BatchRamp((BatchSizeLevel(0, 0, size),))
 
     def batch_size(self, step: int) -> int:
-        """Sequences of step number `step`."""
+        """Return the sequences of step number `step`."""
+        # bisect_left: steps count from 1, so step number `steps_before` still belongs to the level below.
         return self.levels[bisect_left(self.levels, step, key=lambda level: level.steps_before) - 1].batch_size
 
     def consumed_samples(self, steps: int) -> int:
-        """Samples that the first `steps` steps take."""
+        """Return the samples that the first `steps` steps consume."""
         level = self.levels[bisect_right(self.levels, steps, key=lambda level: level.steps_before) - 1]
         return level.samples_before + (steps - level.steps_before) * level.batch_size
 
     def steps_for_samples(self, samples: int) -> int:
-        """Steps until at least so many samples are consumed."""
+        """Return the number of steps that consume at least `samples` samples."""
         if samples <= 0:
             return 0
         level = self.levels[bisect_left(self.levels, samples, key=lambda level: level.samples_before) - 1]
-        return level.steps_before + _up(samples - level.samples_before, level.batch_size)
+        return level.steps_before + _ceil_div(samples - level.samples_before, level.batch_size)
 
 
-@cache
+@cache  # RunConfig.batch_ramp builds it at each use, several times per step
 def make_batch_ramp(first: int, increment: int, last: int, tokens: int, sequence_length: int) -> BatchRamp:
-    """From `first` sequences to `last`, by `increment` at a time, over `tokens` consumed tokens.
+    """Return the ramp from `first` to `last` sequences in steps of `increment`, over `tokens` consumed tokens.
 
-    Each size but the last is in force for an equal share of these tokens, so the batch grows evenly with them; the
-    report does not say how its batch grew. Steps are whole, so a share may begin some sequences late.
+    Each size but the last is in force for an equal share of these tokens. Steps are whole, so a share may begin some
+    sequences late.
     """
-    shares = _up(last - first, increment)
+    # Equal shares: the batch grows evenly with the tokens. The report (§4.2) does not say how its batch grew.
+    shares = _ceil_div(last - first, increment)
     levels, steps, consumed = [], 0, 0
     for number in range(shares):
-        size, end = first + number * increment, _up((number + 1) * tokens, shares * sequence_length)
-        taken = _up(end - consumed, size)
+        size, end = first + number * increment, _ceil_div((number + 1) * tokens, shares * sequence_length)
+        taken = _ceil_div(end - consumed, size)
         if taken > 0:  # else the last step of a larger share has jumped over this one
             levels.append(BatchSizeLevel(steps, consumed, size))
             steps, consumed = steps + taken, consumed + taken * size
     return BatchRamp((*levels, BatchSizeLevel(steps, consumed, last)))
 
 
-def _up(number: int, of: int) -> int:
-    """`number` / `of`, rounded up."""
-    return -(-number // of)
+def _ceil_div(numerator: int, denominator: int) -> int:
+    """Return `numerator / denominator`, rounded up."""
+    return -(-numerator // denominator)

@@ -1,4 +1,4 @@
-"""A run and its checkpoints: what one holds, when it is saved, and which one a run goes on from."""
+"""Saving a run's state in checkpoints, and resuming from the newest one that is intact."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ T = TypeVar("T")
 
 
 def remove_partial_saves(store: CheckpointStore) -> None:
-    """On one rank of a run, before it writes anything of its own: free what an earlier launch has left half written.
+    """Remove the partial checkpoints of earlier launches. Called on one rank, before the run writes anything.
 
-    What cannot be removed is left to the next save, which says so.
+    An `OSError` is suppressed: the next save meets the same files and reports it.
     """
     with suppress(OSError):
         store.remove_partial_saves()
 
 
 def reserve_save_memory(rank: RankResources) -> None:
-    """Find memory for the copies that saves make, beside the first steps."""
+    """Allocate the memory that saves copy the state to, while the first steps run."""
     rank.checkpoint_saver.reserve_memory(_state(rank))
 
 
 def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, evaluation_pending: bool = False) -> None:
-    """Save the state after `step` steps: return when it is copied, and the save before has ended."""
+    """Start to save the state after `step` steps; return when it is copied, after the previous save has ended."""
+    # One save at a time: the host buffer holds one copy of this rank's share of the state.
     finish_save(rank, reporter)
     metadata: dict[str, Any] = {
         "version": __version__,
@@ -54,6 +55,7 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
         "evaluation_pending": evaluation_pending,
     }
     attachments = {}
+    # Rank 0 alone writes the manifest, so the other ranks need none of this.
     if reporter is not None:
         metadata |= {
             "config": restore_interpolations(asdict(rank.config)),
@@ -69,27 +71,28 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
 
 
 def poll_save(rank: RankResources, reporter: Reporter | None, done: int, failed: int) -> None:
-    """Once a step: tell how the save under way has ended, if it has; see `Saver.poll_save`."""
-    _tell(rank.checkpoint_saver.poll_save(done, failed), reporter)
+    """Report the result of the save in flight if it has ended; called once per step (`CheckpointSaver.poll_save`)."""
+    _report(rank.checkpoint_saver.poll_save(done, failed), reporter)
 
 
 def finish_save(rank: RankResources, reporter: Reporter | None) -> SaveResult | None:
-    """Wait for the save under way, if there is one, and tell how it has ended."""
+    """Wait for the save in flight, if there is one; report and return its result."""
     if not rank.checkpoint_saver.is_saving:
         return None
     with charge_time(reporter, "checkpoint_save"):
         saved = rank.checkpoint_saver.finish_save()
-    _tell(saved, reporter)
+    _report(saved, reporter)
     return saved
 
 
 def load_latest_checkpoint(rank: RankResources, reporter: Reporter | None) -> dict[str, Any] | None:
-    """Fill the rank's state from the newest checkpoint that is whole; return its metadata, or None where there is none.
+    """Load the newest intact checkpoint into the rank's state; return its metadata, or None if there is no checkpoint.
 
-    Newer ones that are damaged are named and set aside. Raises `ConfigError` for a checkpoint that does not fit the
-    configuration and where all are damaged, `RunFailed` where one cannot be read. A run without any begins with the
-    weights of `training.start_from`.
+    Damaged newer checkpoints are reported and renamed. Raises `ConfigError` if the checkpoint does not fit the
+    configuration or all are damaged, `RunFailed` if one cannot be read. A run without a checkpoint loads the weights
+    of `training.start_from`, if set.
     """
+    # Rank 0's list decides, so that all ranks try the same checkpoints in the same order.
     steps = rank.groups.world_cpu.all_gather_objects(rank.checkpoint_store.steps(), "which checkpoints there are")[0]
     if steps:
         with charge_time(reporter, "checkpoint_load"):
@@ -104,26 +107,29 @@ def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter | Non
     damaged: dict[int, CheckpointDamaged] = {}
     for step in reversed(steps):
         try:
-            checkpoint = _agreed(world, partial(store.open, step))
+            checkpoint = _run_on_all_ranks(world, partial(store.open, step))
             raise_if_any(resume_problems(checkpoint.manifest.metadata, rank.config, rank.data_manifest))
             raise_if_any(compute_dtype_problems(checkpoint.manifest.metadata, rank.dtype))
-            _agreed(world, partial(_fill, rank, checkpoint))
+            _run_on_all_ranks(world, partial(_fill, rank, checkpoint))
         except CheckpointDamaged as found:
+            # _run_on_all_ranks raises on all ranks together, so all of them try the same older checkpoint next.
             damaged[step] = found
             continue
+        # AdamW's bias correction depends on the step count, which is no tensor of the checkpoint.
         rank.stepper.optimizer.step_count = step
+        # The masters are loaded; the weights that compute are cast from them and gathered.
         rank.stepper.optimizer.all_gather_weights()
         if reporter is not None:
             for newer, why in damaged.items():
-                aside = store.rename_damaged(newer).name
-                text = f"the checkpoint of step {newer} is damaged and now called {aside}: {why}"
-                reporter.warn(step, f"{text}; the run goes on from step {step}")
+                new_name = store.rename_damaged(newer).name
+                text = f"the checkpoint of step {newer} is damaged and was renamed to {new_name}: {why}"
+                reporter.warn(step, f"{text}; the run resumes from step {step}")
         return dict(checkpoint.manifest.metadata)
     raise no_intact_checkpoint_error(list(damaged.values()))
 
 
 def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> None:
-    """Weights and routing biases alone. Raises `ConfigError`."""
+    """Load only weights and routing biases, without optimizer state. Raises `ConfigError`."""
     checkpoint = find_checkpoint(path)
     raise_if_any(start_from_problems(checkpoint, rank.config, rank.data_manifest))
 
@@ -133,12 +139,13 @@ def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> N
                 checkpoint.fill_piece(piece)
 
     try:
-        _agreed(rank.groups.world_cpu, fill)
+        _run_on_all_ranks(rank.groups.world_cpu, fill)
     except CheckpointDamaged as damaged:
         hint = "is damaged; name another checkpoint"
         raise ConfigError([Problem("training.start_from", str(damaged), hint)]) from damaged
     rank.stepper.optimizer.all_gather_weights()
     if rank.stepper.ema is not None:
+        # The average restarts at the loaded weights, or it would mix in the random initial ones.
         rank.stepper.ema.reset()
     if reporter is not None:
         reporter.report_initial_weights(checkpoint.path)
@@ -148,6 +155,7 @@ def _fill(rank: RankResources, checkpoint: Checkpoint) -> None:
     for piece in rank.local_checkpoint_pieces():
         checkpoint.fill_piece(piece)
     if checkpoint.missing_tensors([rng_state_name(rank.groups.rank)]):  # saved by fewer ranks
+        # A seed per rank, as at the start of a run.
         torch.manual_seed(rank.config.training.seed + rank.groups.rank)
     else:
         torch.set_rng_state(checkpoint.read_tensor(rng_state_name(rank.groups.rank)))
@@ -161,25 +169,31 @@ def _state(rank: RankResources) -> list[TensorPiece]:
     ]
 
 
-def _agreed(world: Group, function: Callable[[], T]) -> T:
-    """`function()`. Raises `CheckpointDamaged` on every rank if it does on any, `RunFailed` where a file cannot be read now."""
+def _run_on_all_ranks(world: Group, function: Callable[[], T]) -> T:
+    """Return `function()`; raise the same error on every rank if any rank fails.
+
+    Raises `CheckpointDamaged` where the content is wrong, `RunFailed` where a file cannot be read now.
+    """
     failure: CheckpointDamaged | OSError | None = None
     try:
         result = function()
     except (CheckpointDamaged, OSError) as error:
         failure = error
+    # Two flags first: the reasons, which are pickled, travel only if a rank has failed.
     kinds = torch.tensor([isinstance(failure, kind) for kind in (CheckpointDamaged, OSError)], dtype=torch.int64)
     damaged, unreadable = world.all_reduce_sum(kinds, "whether a checkpoint is whole").tolist()
     if damaged or unreadable:
-        words = world.all_gather_objects(None if failure is None else str(failure), "why a checkpoint is not whole")
-        reason = next(each for each in words if each)
+        failures = world.all_gather_objects(None if failure is None else str(failure), "why a checkpoint is not whole")
+        reason = next(each for each in failures if each)
+        # An unreadable file may be whole (a file server that is down): falling back to an older checkpoint would
+        # lose steps, and renaming the new one would hide it.
         if unreadable:
-            hint = "nothing was changed: when it can be read again, the same command goes on"
+            hint = "nothing was changed: when it can be read again, the same command resumes"
             raise RunFailed(f"a checkpoint cannot be read ({reason}); {hint}")
         raise CheckpointDamaged(reason)
     return result
 
 
-def _tell(saved: SaveResult | None, reporter: Reporter | None) -> None:
+def _report(saved: SaveResult | None, reporter: Reporter | None) -> None:
     if saved is not None and reporter is not None:
         reporter.report_checkpoint(saved)

@@ -1,7 +1,7 @@
-"""Loss over the whole validation split, each target once, on all ranks together.
+"""Loss over the whole validation split: each target counts once, over all ranks.
 
-A checkpoint is saved before the evaluation that is due with it. A note in the run directory says up to which step the
-run has been evaluated, so that a resumed run knows whether an evaluation is owed.
+A checkpoint is saved before the evaluation that is due at its step. A file in the run directory holds the last
+evaluated step, so that a resumed run knows whether that evaluation is pending.
 """
 
 from __future__ import annotations
@@ -35,42 +35,43 @@ def evaluate_validation_loss(
     device: torch.device,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> tuple[float, int] | None:
-    """Return the mean cross-entropy of the next token in nats, and over how many targets; None if it was left.
+    """Return the mean cross-entropy of the next token in nats and the number of targets; None if stopped early.
 
-    `forwards` makes the program of so many forwards. Every rank runs as many micro-batches, the last ones of padding
-    alone: the exchange needs all ranks of a group. `stop_asked` is asked before each group of micro-batches; all ranks
-    leave together when it is true on any of them.
+    `forwards` builds the executor of a given number of forwards. `stop_requested` is called before each group of
+    micro-batches; all ranks stop together if it returns True on any of them.
     """
+    # All ranks run the same number of micro-batches, the last ones maybe all padding: the token exchange is a
+    # collective of the expert-parallel group, and hangs if a member is missing.
     topology = groups.topology
     share = topology.dp * micro_batch
     rounds = -(-len(samples) // share)
     first = topology.dp_rank(groups.rank) * micro_batch
     starts = [index * share + first for index in range(rounds)]
     depth = chunks[0].model.config.num_nextn_predict_layers
-    at_once = micro_batches_per_stop_check(topology.pp)
+    group_size = micro_batches_per_stop_check(topology.pp)
     summaries: list[list[MicroBatchMetrics]] = [[] for _ in chunks]
     targets = 0
     with chunks[0].model.cache_fp8_weights():
-        for begin in range(0, rounds, at_once):
+        for begin in range(0, rounds, group_size):
             if any_rank_requested_stop(groups.world_cpu, stop_requested):
                 return None
-            some = starts[begin : begin + at_once]
-            batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in some]
+            group_starts = starts[begin : begin + group_size]
+            batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in group_starts]
             for found, stage in zip(summaries, _run(chunks, forwards, batches), strict=True):
                 found += stage.metrics
+            # The ranks of a pipeline read the same samples: one of them counts.
             if groups.pp_rank == 0:
                 targets += sum(int(count_targets(batch, depth)) for batch in batches)
     loss_sum = sum(float(summary.main_loss_sum) for found in summaries for summary in found)
-    own = to_device(torch.tensor((loss_sum, targets), dtype=torch.float64), device)
-    total, count = to_host(groups.world.all_reduce_sum(own, "sum of validation losses")).tolist()
+    local_sums = to_device(torch.tensor((loss_sum, targets), dtype=torch.float64), device)
+    total, count = to_host(groups.world.all_reduce_sum(local_sums, "sum of validation losses")).tolist()
     return total / count, int(count)
 
 
 def micro_batches_per_stop_check(pp: int) -> int:
-    """Micro-batches between two looks at a stop request, on `pp` pipeline ranks.
-
-    A pipeline fills and drains in each group: with 4 for each rank, at most a fifth of its time (`pp - 1` of `5 pp`).
-    """
+    """Return the number of micro-batches between two checks for a stop request, on `pp` pipeline ranks."""
+    # A pipeline fills and drains in each group: with 4 micro-batches per rank the bubble is pp - 1 of 5 pp - 1
+    # forwards, less than a fifth.
     return 1 if pp == 1 else 4 * pp
 
 
@@ -83,7 +84,7 @@ def _run(
 
 
 def padded_batch(samples: SampleDataset, indices: range) -> TokenBatch:
-    """Samples by number; numbers past the end give samples that are padding throughout."""
+    """Return the samples with these indices; an index past the end gives a sample that is all padding."""
     batch = samples.read_batch([min(index, len(samples) - 1) for index in indices])
     exists_B = torch.tensor([index < len(samples) for index in indices])
     return TokenBatch(batch.tokens_BW, batch.valid_BW & exists_B[:, None])
@@ -93,7 +94,8 @@ _FILE = "evaluated"
 
 
 def record_evaluated_step(run_dir: Path, step: int) -> None:
-    """Note that the evaluation after `step` steps is told. Where this cannot be written, it will come once more."""
+    """Record that the evaluation after `step` steps was reported. An `OSError` is suppressed: it will be repeated."""
+    # Write and rename: a crash in between leaves the old number, never half of a new one.
     new = run_dir / f"{_FILE}.new"
     with suppress(OSError):
         new.write_text(f"{step}\n")
@@ -101,13 +103,13 @@ def record_evaluated_step(run_dir: Path, step: int) -> None:
 
 
 def clear_evaluated_step(run_dir: Path) -> None:
-    """Forget what was noted: a run begins from step 0."""
+    """Remove the recorded step; called when a run begins from step 0."""
     with suppress(OSError):
         (run_dir / _FILE).unlink(missing_ok=True)
 
 
 def read_evaluated_step(run_dir: Path) -> int:
-    """Return the last step that was noted; 0 where there is none, or none that can be read."""
+    """Return the last recorded step; 0 if there is none or it cannot be read."""
     try:
         text = read_text(run_dir / _FILE, 1000).strip()
     except (OSError, MalformedFileError):

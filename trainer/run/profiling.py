@@ -1,4 +1,4 @@
-"""When a run looks closely at a step, and what it does with what it sees."""
+"""Sampling of step times and memory, and the timeline of a traced run."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ TRACE_FOLDER = "trace"
 
 
 class StepProfiler:
-    """Looks at one step in `terms_every`, and writes a timeline of some steps if the run is traced.
-
-    The first step of a launch warms up, and is not looked at unless it is the only one.
-    """
+    """Sampler of every `telemetry.terms_every`-th step; writes a timeline of some steps if the run is traced."""
 
     def __init__(self, rank: RankResources, done: int) -> None:
-        """For a launch that goes on after `done` steps."""
+        """Profile a launch that starts after `done` steps."""
+        # The first step of a launch warms up, so sampling starts at the second one, unless there is only one.
         total, telemetry = rank.config.total_steps, rank.config.telemetry
         self._rank = rank
         self._second = min(done + 2, total)
         self._last = min(self._second + telemetry.trace_steps - 1, total) if telemetry.trace else 0
         self._every = telemetry.terms_every
-        self._begin = 0
+        self._first_span = 0
 
     def before_step(self, step: int) -> None:
-        """Step number `step` is about to begin."""
+        """Start recording spans if step number `step` is sampled or traced."""
         trace = self._rank.trace_recorder
         trace.is_recording = self._is_traced(step) or self._is_sampled(step)
-        self._begin = len(trace.spans)
+        self._first_span = len(trace.spans)
 
     def after_step(self, step: int, seconds: float, reporter: Reporter | None) -> None:
-        """Step number `step` has taken so long. Collective if it was looked at."""
+        """Record the times of step number `step`, which took `seconds`. Collective if it was sampled or traced."""
         trace = self._rank.trace_recorder
         trace.is_recording = False
         with nullcontext() if reporter is None else reporter.logging_overhead():
@@ -46,6 +44,7 @@ class StepProfiler:
                 self._sample(step, seconds, reporter)
             if step == self._last:
                 self._write(step, reporter)
+        # Spans of traced steps are kept until the file is written; those of other steps would only use memory.
         if not self._is_traced(step) or step == self._last:
             trace.spans.clear()
 
@@ -56,10 +55,10 @@ class StepProfiler:
         return step == self._second or (step > self._second and step % self._every == 0)
 
     def _sample(self, step: int, seconds: float, reporter: Reporter | None) -> None:
-        """Add up what all ranks have spent this step on, and ask each for its memory; the first one notes it."""
+        """Sum the step times and gather the memory of all ranks; rank 0 reports them."""
         rank = self._rank
-        own = StepTimes.from_spans(rank.trace_recorder.spans[self._begin :], seconds)
-        numbers = rank.groups.world_cpu.all_reduce_sum(torch.tensor(own.to_list()), "times of a step by term")
+        local_times = StepTimes.from_spans(rank.trace_recorder.spans[self._first_span :], seconds)
+        numbers = rank.groups.world_cpu.all_reduce_sum(torch.tensor(local_times.to_list()), "times of a step by term")
         memory = rank.groups.world_cpu.all_gather_objects(measure_memory(rank.device), "memory of the ranks")
         if reporter is not None:
             total = StepTimes.from_list(numbers.tolist())
@@ -68,7 +67,7 @@ class StepProfiler:
             reporter.report_memory(step, memory_metrics(rank.device, memory))
 
     def _write(self, step: int, reporter: Reporter | None) -> None:
-        """Write all ranks' timelines; a disk that does not take them ends the trace, not the run."""
+        """Write the timelines of all ranks; a disk error is reported as a warning."""
         rank = self._rank
         folder = Path(rank.config.training.run_dir) / TRACE_FOLDER
         failure = None
@@ -76,7 +75,7 @@ class StepProfiler:
             write_rank_trace(folder, rank.groups.rank, rank.trace_recorder.spans)
         except OSError as error:
             failure = str(error)
-        # Every rank's file is written when the last one's summary is here.
+        # The gather is also a barrier: when it returns, every rank has written its file, and rank 0 may merge them.
         summary = summarize_trace(rank.trace_recorder.spans)
         gathered = rank.groups.world_cpu.all_gather_objects((summary, failure), "summaries of the trace")
         if reporter is None:

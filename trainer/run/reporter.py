@@ -1,4 +1,4 @@
-"""Rank 0's account of a run: what happened goes to telemetry, what it cost goes to the ledger."""
+"""Rank 0's reports of a run: events go to telemetry, costs go to the ledger."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MfuInputs:
-    """What the figures of a step are computed from."""
+    """Inputs of a step's TFLOPS and model FLOPs utilization."""
 
     flops: FlopCount
     peak_tflops: float
 
 
 STALL_THRESHOLD_SECONDS = 0.5
-"""Less time than this between two steps, charged to nothing, is `unknown`: the loop itself takes milliseconds."""
+"""Longest time between two steps that is not charged to `stall`; the loop itself takes milliseconds."""
 _ROUNDING_SECONDS = 0.005
-"""Left uncharged, since the ledger counts in whole milliseconds: no bucket may be charged more than has passed."""
+"""Tolerance: the ledger counts whole milliseconds, and no bucket may be charged more than has passed."""
 
 
 class UnaccountedTime:
-    """Time that nothing accounts for: a process that was stopped, a machine that was suspended, a frozen disk."""
+    """Time that no bucket or step accounts for: a stopped process, a suspended machine, a frozen disk."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._accounted = 0.0
 
     def add_accounted(self, seconds: float) -> None:
-        """`seconds` of the time since the last `close` are charged to something, or will be."""
+        """Add `seconds` since the last `pop_unaccounted_seconds` that are charged elsewhere."""
         self._accounted += seconds
 
     def pop_unaccounted_seconds(self) -> float:
@@ -66,23 +66,23 @@ class UnaccountedTime:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A directory, told from another one that has its name later."""
+class _DirectoryIdentity:
+    """A directory by device and inode, which differ if another one takes the same path later."""
 
     path: Path
     device: int
     inode: int
 
     @staticmethod
-    def of(path: Path) -> _Place:
+    def of(path: Path) -> _DirectoryIdentity:
         status = path.stat()
-        return _Place(path, status.st_dev, status.st_ino)
+        return _DirectoryIdentity(path, status.st_dev, status.st_ino)
 
     @property
     def is_gone(self) -> bool:
-        """Whether its name leads nowhere, or to another one; a file server that does not answer says neither."""
+        """True if the path is missing or is another directory now; False if a file server does not answer."""
         try:
-            return _Place.of(self.path) != self
+            return _DirectoryIdentity.of(self.path) != self
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
@@ -90,7 +90,7 @@ class _Place:
 
 
 class Reporter:
-    """Opens the run's event stream and its half of the ledger; every rank but the first has none."""
+    """Writer of the run's event stream and of the work half of its ledger; only rank 0 has one."""
 
     def __init__(self, config: RunConfig, run_dir: Path, attempt: str) -> None:
         self._config = config
@@ -100,18 +100,19 @@ class Reporter:
         self._stream: EventStream = open_event_stream(config.telemetry, run_dir, sys.stdout)
         self._ledger = self._work.ledger
         self._meter: CostMeter | None = None
-        self._guard: BudgetGuard | None = None
-        self._watch = AlertMonitor()
-        self._told_seconds = 0.0
-        self._is_telling = False
-        self._gaps = UnaccountedTime()
+        self._budget_guard: BudgetGuard | None = None
+        self._alerts = AlertMonitor()
+        self._logging_seconds = 0.0
+        self._is_logging = False
+        self._unaccounted = UnaccountedTime()
         self._disk_is_full = False
-        self._place = _Place.of(run_dir)
+        self._directory = _DirectoryIdentity.of(run_dir)
+        # tokens_per_second is tokens over time since the last report, without the time charged to buckets.
         self._since = time.perf_counter()
         self._tokens_since = 0
 
     def report_run(self, speed: MfuInputs, device: str, dtype: str, attention: str) -> None:
-        """What is about to run; `attention` says by which kernel and why."""
+        """Report configuration, device and model size; `attention` names the attention kernel and the reason for it."""
         self._speed = speed
         parameters = count_parameters(self._config.model)
         peak_source = (
@@ -135,61 +136,65 @@ class Reporter:
         self._emit("run", 0, values)
 
     def report_resume(self, step: int, totals: Mapping[str, int | str]) -> None:
-        """The run goes on after `step` steps."""
+        """Report that the run resumes after `step` steps; `totals` are the ledger totals of the checkpoint."""
         carry_checkpoint_totals(self._work, self._run_dir, totals)
         self._work.record_resume(step)
         self._emit("resume", step, {})
 
     def report_initial_weights(self, path: Path) -> None:
-        """The run begins with the weights of the checkpoint at `path`."""
+        """Report that the run begins with the weights of the checkpoint at `path`."""
         self._emit("start", 0, {"checkpoint": str(path)})
 
     def begin_training(self) -> None:
-        """The first step begins now."""
+        """Start the clocks: the first step begins now."""
+        # Ends the `initialization` bucket; the clocks below count from here.
         self._work.record_ready()
         self._meter = CostMeter(self._ledger.summarize(), ranks=self._ranks)
-        self._guard = BudgetGuard(self._config.budget, self._meter, self._run_dir)
-        self._told_seconds = 0.0
-        self._gaps = UnaccountedTime()
+        self._budget_guard = BudgetGuard(self._config.budget, self._meter, self._run_dir)
+        self._logging_seconds = 0.0
+        self._unaccounted = UnaccountedTime()
         self._since = time.perf_counter()
 
     @contextmanager
     def charge_time(self, bucket: str) -> Iterator[None]:
-        """Charge what runs inside to a bucket of the ledger. Of these, tokens per second count waiting for data."""
+        """Charge the time inside to a bucket of the ledger."""
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
-            self._gaps.add_accounted(seconds)
+            self._unaccounted.add_accounted(seconds)
             with self.logging_overhead():
                 self._work.record_interval(bucket, 1000 * seconds)
+            # Waiting for data is part of the training speed; evaluations and saves are not.
             if bucket != "data_stall":
                 self._since += seconds
 
     @contextmanager
     def logging_overhead(self) -> Iterator[None]:
-        """What runs inside is neither training nor waiting, but telling: it is charged to `telemetry`."""
-        if self._is_telling:
+        """Charge the time inside to the `telemetry` bucket: writing metrics, ledger and terminal."""
+        # Reports nest (report_step calls warn): only the outermost one counts the time.
+        if self._is_logging:
             yield
             return
-        self._is_telling, start = True, time.perf_counter()
+        self._is_logging, start = True, time.perf_counter()
         try:
             yield
         finally:
-            self._is_telling = False
+            self._is_logging = False
             seconds = time.perf_counter() - start
-            self._told_seconds += seconds
-            self._gaps.add_accounted(seconds)
+            self._logging_seconds += seconds
+            self._unaccounted.add_accounted(seconds)
 
-    def _charge_telling(self) -> None:
-        """Enter into the ledger what telling has taken so far."""
-        seconds, self._told_seconds = self._told_seconds, 0.0
+    def _charge_logging(self) -> None:
+        """Write the logging time since the last call to the ledger."""
+        # One record per logged step, not one per report: the ledger stays small.
+        seconds, self._logging_seconds = self._logging_seconds, 0.0
         with self.logging_overhead():
             self._work.record_interval("telemetry", 1000 * seconds)
 
     def _charge_stall(self, seconds: float) -> None:
-        """Enter into the ledger time that nothing accounts for, if it is long."""
+        """Charge unaccounted time to `stall` if it is long enough."""
         if seconds >= STALL_THRESHOLD_SECONDS:
             self._work.record_interval("stall", 1000 * seconds)
 
@@ -202,30 +207,30 @@ class Reporter:
         traffic: TrafficCounter,
         between_replicas: TrafficCounter,
     ) -> None:
-        """Step number `step` is done. Every step goes to the ledger, one in `log_every` to telemetry.
+        """Report step number `step`: every step to the ledger, one in `log_every` to telemetry.
 
-        `traffic` holds the bytes that rank 0 has sent to experts in this step, the other those between replicas.
-        Raises `RankFailed` where the run directory is gone.
+        `traffic` counts the bytes that rank 0 sent through the token exchange in this step, `between_replicas` those
+        of gradients and weights. Raises `RankFailed` if the run directory is gone.
         """
         config, tokens = self._config, self._tokens_of(step)
-        assert self._guard is not None and self._meter is not None  # noqa: PT018
-        self._gaps.add_accounted(seconds)
-        gap = self._gaps.pop_unaccounted_seconds()
+        assert self._budget_guard is not None and self._meter is not None  # noqa: PT018
+        self._unaccounted.add_accounted(seconds)
+        gap = self._unaccounted.pop_unaccounted_seconds()
         with self.logging_overhead():
             gpu_ms = self._work.record_step(step, 1000 * seconds, tokens)
             self._charge_stall(gap)
-            self._look_at_disk(step)
-            if (
-                config.batch_ramp.batch_size(step) == config.training.global_batch_size
-            ):  # tokens of smaller steps are dearer
-                self._guard.observe_step(gpu_ms, tokens)
+            self._check_disk(step)
+            # The projection multiplies the tokens left by the price of a full batch; a token of the ramp's smaller
+            # batches costs more.
+            if config.batch_ramp.batch_size(step) == config.training.global_batch_size:
+                self._budget_guard.observe_step(gpu_ms, tokens)
             self._meter.add_step(gpu_ms)
             self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
-                self._tell(step, result, settings, traffic, between_replicas)
-                self._charge_telling()
+                self._report_logged_step(step, result, settings, traffic, between_replicas)
+                self._charge_logging()
 
-    def _tell(
+    def _report_logged_step(
         self,
         step: int,
         result: StepResult,
@@ -237,8 +242,8 @@ class Reporter:
         now = time.perf_counter()
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
-        assert self._meter is not None and self._guard is not None  # noqa: PT018
-        own, *_ = self._guard.current_accounts(self._tokens_left(step))
+        assert self._meter is not None and self._budget_guard is not None  # noqa: PT018
+        account, *_ = self._budget_guard.current_accounts(self._tokens_left(step))
         tflops = rate * self._speed.flops.main_and_mtp / self._ranks / 1e12
         values: dict[str, JSON] = {
             "loss": result.loss,
@@ -253,41 +258,40 @@ class Reporter:
             "tokens_per_second": rate,
             "tflops": tflops,
             "mfu": tflops / self._speed.peak_tflops,
-            "gpu_hours": own.spent,
-            "budget_share": own.spent / own.limit,
-            "budget_left": own.limit - own.spent,
-            "projected_gpu_hours": own.projected,
+            "gpu_hours": account.spent,
+            "budget_share": account.spent / account.limit,
+            "budget_left": account.limit - account.spent,
+            "projected_gpu_hours": account.projected,
             "goodput": self._meter.goodput(),
             "eta_seconds": self._tokens_left(step) / rate,
             "total_steps": config.total_steps,
-            **(
-                exchange_traffic_metrics(traffic) if config.exchange.name != "deepep" else {}
-            ),  # which does not say what it sends
+            # DeepEP does not report what it sends.
+            **(exchange_traffic_metrics(traffic) if config.exchange.name != "deepep" else {}),
             **replica_traffic_metrics(between_replicas),
             **load_balance_metrics(result, config.topology),
             **routing_metrics(result),
         }
         self._emit("step", step, values)
-        warning = self._guard.new_warning(self._tokens_left(step))
-        troubles = [
-            *self._watch.check_logged_step(result.loss, rate),
+        warning = self._budget_guard.new_warning(self._tokens_left(step))
+        warnings = [
+            *self._alerts.check_logged_step(result.loss, rate),
             *([] if warning is None else [("budget", warning)]),
         ]
-        for about, message in troubles:
+        for about, message in warnings:
             self._emit("warning", step, {"about": about, "message": message})
 
     def report_skipped_step(self, step: int, seconds: float) -> None:
-        """Step number `step` has taken so long for nothing: it was not finite."""
+        """Report that step number `step` took `seconds` and was dropped because loss or gradient was NaN/Inf."""
         with self.logging_overhead():
             self._work.record_skipped_step(step, 1000 * seconds, self._tokens_of(step))
 
     def report_step_time_terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
-        """Where the time of step number `step` has gone on all ranks (see `WorkJournal.record_step_time_terms`)."""
+        """Write the time of step number `step` by term to the ledger (see `WorkJournal.record_step_time_terms`)."""
         with self.logging_overhead():
             self._work.record_step_time_terms(step, step_us, by_term)
 
     def report_memory(self, step: int, values: Mapping[str, JSON]) -> None:
-        """What every rank uses after step number `step` (see `memory_values`); nothing where nobody says."""
+        """Report every rank's memory after step number `step` (see `memory_metrics`), unless `values` is empty."""
         if values:
             with self.logging_overhead():
                 self._emit("memory", step, values)
@@ -295,9 +299,10 @@ class Reporter:
     def report_evaluation(
         self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
     ) -> None:
-        """A validation loss, beside the entropy that knowing the frequency of each token alone would reach.
+        """Report a validation loss in nats per token, over `targets` tokens.
 
-        `averaged` is the loss of the moving average of the weights, where there is one.
+        `averaged` is the loss of the moving average of the weights, if there is one; `unigram_entropy` is the loss of
+        a model that knows only the frequency of each token.
         """
         values: dict[str, JSON] = {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy}
         if averaged is not None:
@@ -306,13 +311,14 @@ class Reporter:
             self._emit("evaluation", step, values)
 
     def report_sample(self, step: int, prompt: str, continuation: str) -> None:
-        """Text from the model."""
+        """Report text that the model has generated."""
         with self.logging_overhead():
             self._emit("sample", step, {"text": restore_interpolations(prompt) + continuation})
 
-    def _look_at_disk(self, step: int) -> None:
-        """Say when records begin to wait for room and when they have it. Raises `RankFailed` without a directory."""
-        if self._place.is_gone or self._work.is_file_removed:
+    def _check_disk(self, step: int) -> None:
+        """Warn when records start or stop waiting for disk space; raise `RankFailed` if a file is gone."""
+        # A removed file still takes writes: the run would train on, and its records and checkpoints would be lost.
+        if self._directory.is_gone or self._work.is_file_removed:
             words = f"{self._run_dir} or its ledger was removed while the run was writing into it, by step {step}"
             raise RankFailed(f"{words}; the run ends, and what it has trained since its last checkpoint is lost")
         waiting = self._work.pending_records + self._stream.pending_events
@@ -320,13 +326,13 @@ class Reporter:
             reason = self._work.write_error or self._stream.write_error
             self._disk_is_full = True
             words = f"records of {self._run_dir} cannot be written ({reason})"
-            self.warn(step, f"{words}: they wait in memory until there is room, and the run goes on", about="disk")
+            self.warn(step, f"{words}; they stay in memory until there is space, and training continues", about="disk")
         elif not waiting and self._disk_is_full:
             self._disk_is_full = False
-            self.warn(step, "there is room again: the records that waited are written", about="disk")
+            self.warn(step, "there is disk space again: the waiting records were written", about="disk")
 
     def report_checkpoint(self, saved: SaveResult) -> None:
-        """A checkpoint is safe on disk, or could not be written."""
+        """Report that a checkpoint is on disk, or could not be written."""
         if saved.warning is not None:
             self.warn(saved.step, saved.warning)
         if saved.failure is None:
@@ -336,38 +342,38 @@ class Reporter:
             self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
 
     def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
-        """Something has gone wrong in a way that does not end the run."""
+        """Report a problem that does not end the run, as an event and on standard error."""
         with self.logging_overhead():
             self._emit("warning", step, {"about": about, "message": text})
             with suppress(OSError):  # standard error may be a full disk or a closed pipe
                 print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
     def report_trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
-        """A timeline is written; `values` are the seconds of each term, by rank."""
+        """Report that a timeline was written; `values` are the seconds of each term, by rank."""
         with self.logging_overhead():
             self._emit("trace", step, {"path": str(path), **values})
 
     def budget_halt_reason(self, done: int) -> str | None:
-        """Why the run must halt after `done` steps: for its budget. None if it need not.
-
-        Asked inside a step, whose time is charged as a whole: this is not charged to `telemetry` again.
-        """
-        assert self._guard is not None
-        return self._guard.halt_reason(self._tokens_left(done))
+        """Return why the budget requires a halt after `done` steps; None if it does not."""
+        # Called inside a step, whose whole time is charged: charging this to `telemetry` would count it twice.
+        assert self._budget_guard is not None
+        return self._budget_guard.halt_reason(self._tokens_left(done))
 
     def ledger_totals(self) -> dict[str, int | str]:
-        """What a checkpoint carries of the ledger."""
+        """Return the ledger totals that a checkpoint carries."""
         with self.logging_overhead():
+            # On disk first: a checkpoint must not know of records that a crash could still lose.
             self._work.sync()
             return self._ledger.summarize().checkpoint_totals()
 
     def close(self, step: int, reason: str, *, clean: bool = True) -> None:
-        """The run ends, after `step` steps; `clean` unless a fault has ended it."""
-        if clean:  # what a life was waiting for when a fault ended it belongs to its end alone
-            self._charge_stall(self._gaps.pop_unaccounted_seconds())
-            self._charge_telling()
+        """Report the end of the run after `step` steps; `clean` is False if a fault has ended it."""
+        # After a fault, the time since the last record belongs to how the attempt ended, not to `stall`.
+        if clean:
+            self._charge_stall(self._unaccounted.pop_unaccounted_seconds())
+            self._charge_logging()
         self._work.close(clean=clean)
-        self._emit("budget", step, dict(_flat(self._ledger.summarize().to_json())))
+        self._emit("budget", step, dict(_flatten(self._ledger.summarize().to_json())))
         self._emit("stop", step, {"reason": reason})
         self._stream.close()
         if lost := self._stream.pending_events + self._work.pending_records:
@@ -388,10 +394,11 @@ class Reporter:
 
 
 def load_balance_metrics(result: StepResult, topology: Topology) -> dict[str, JSON]:
-    """Load of every routed layer's experts, ranks and nodes in this step, and the range of the routing biases.
+    """Return the loads of experts, ranks and nodes of each MoE layer in this step, and the range of the routing biases.
 
-    Maximum violation: the largest load over the mean load, minus 1; 0 is perfect balance. The load of a rank is that of
-    its experts, in the replicas of the whole global batch together; a node's that of its ranks.
+    `max_violation` (arXiv 2408.15664) is the largest load over the mean load, minus 1; 0 is perfect balance. The load
+    of a rank is the sum over its experts and over the replicas of the expert-parallel group; that of a node is the
+    sum over its ranks.
     """
     values: dict[str, JSON] = {}
     members = {"load": None, "load/ranks": topology.ep, "load/nodes": topology.nodes_per_ep_group}
@@ -410,14 +417,14 @@ def load_balance_metrics(result: StepResult, topology: Topology) -> dict[str, JS
 
 
 def exchange_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
-    """Bytes that rank 0 has sent through the exchange in this step, by link: all of them, and those of rows alone."""
-    everything, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
-    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in everything.items()}
+    """Return the bytes that rank 0 sent through the token exchange in this step by link: all, and the rows alone."""
+    all_bytes, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
+    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in all_bytes.items()}
     return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
 
 
 def replica_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
-    """Bytes of gradients and of weights that rank 0 has sent to the ranks with the same parameters, by link."""
+    """Return the bytes of gradients and weights that rank 0 sent to ranks with the same parameters, by link."""
     operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
     return {
         f"{key}/{link}": size
@@ -427,9 +434,9 @@ def replica_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
 
 
 def routing_metrics(result: StepResult) -> dict[str, JSON]:
-    """What the routing means for the wires: how far each token travels, mean over tokens and routed layers.
+    """Return how many nodes and ranks each token is sent to, mean over tokens and MoE layers.
 
-    The report sends a token to 4 nodes at most and could afford 3.2 experts a node at the same cost (§3.2.2).
+    The report sends a token to at most 4 nodes, and could select 3.2 experts per node at the same cost (§3.2.2).
     """
     visits = result.token_counts
     if not visits.tokens:
@@ -441,14 +448,14 @@ def routing_metrics(result: StepResult) -> dict[str, JSON]:
     }
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
+            yield from _flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
 
 
 def charge_time(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
-    """`Reporter.charge_time`, on the rank that has one."""
+    """Return `Reporter.charge_time(bucket)`, or a null context on ranks without a reporter."""
     return nullcontext() if reporter is None else reporter.charge_time(bucket)

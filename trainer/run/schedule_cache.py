@@ -1,4 +1,4 @@
-"""The program of a step: another one where the batch has grown, as it has more micro-batches."""
+"""Executor of the current step's program, rebuilt when the batch ramp changes the number of micro-batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...parallelism.zero.optimizer import ShardedOptimizer
 
 
 class ScheduleCache:
-    """What runs the steps of one rank, and keeps the optimizer informed of what runs."""
+    """Cache of one executor; tells the optimizer when the program changes."""
 
     def __init__(
         self,
@@ -19,22 +19,26 @@ class ScheduleCache:
         optimizer: ShardedOptimizer,
         bucket_stages: Iterable[tuple[int, ...]],
     ) -> None:
-        """`build` makes what runs so many micro-batches; `executor` is what `optimizer` follows now.
+        """Cache `executor`, whose program `optimizer` has been given.
 
-        `users`: of each bucket of the optimizer, the stages that compute with it.
+        `build` makes an executor for a number of micro-batches; `bucket_stages` are the stages that compute with each
+        bucket of the optimizer.
         """
         self.current_executor = executor
         self._build = build
         self._optimizer = optimizer
-        self._users = tuple(bucket_stages)
+        self._bucket_stages = tuple(bucket_stages)
 
     def executor_for(self, micro_batches: int) -> PipelineExecutor:
-        """What runs a step of so many micro-batches. The same number as in the step before costs nothing."""
+        """Return the executor of a step of `micro_batches` micro-batches; free if the number has not changed."""
+        # One executor is enough: a batch ramp only grows, so an old program never comes back.
         if micro_batches != self.current_executor.program.num_micro_batches:
             self.current_executor = self._build(micro_batches)
             program, rank = self.current_executor.program, self.current_executor.pp_rank
+            # The optimizer overlaps its communication with instructions by index: reduce after the last use of a
+            # bucket, wait for its weights before the first. Another program has other indices.
             self._optimizer.set_schedule(
-                first_use=[first_use(program, rank, users) for users in self._users],
-                last_use=[last_use(program, rank, users) for users in self._users],
+                first_use=[first_use(program, rank, users) for users in self._bucket_stages],
+                last_use=[last_use(program, rank, users) for users in self._bucket_stages],
             )
         return self.current_executor

@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch: the same numbers however the batch and the model are spread."""
+"""One optimizer step over a global batch; its result does not depend on how batch and model are distributed."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from .stage_runner import StageRunner
 from .step_reduction import RankStepTotals, StepTotals, all_reduce_step_totals, reduction_length
 
 HOST_READS_PER_STEP = 2
-"""How often the host waits for the device in one step: for the targets of the global batch before the first forward,
-and for everything that ranks sum at its end (`totals.py`). Beside these a rank waits once for each dispatch (see
-`TokenExchange`), and never inside an FB for anything else."""
+"""Host-device synchronizations per step: the target count before the first forward, and the step totals at the end
+(`step_reduction.py`). In addition a rank waits once per dispatch (see `TokenExchange`), and inside an FB for nothing
+else."""
 
 _VOTES = 4
-"""Of the training loop."""
+"""Number of votes of the training loop."""
 VoteSource = Callable[[], Sequence[bool]]
-"""What this rank has to say to the others, asked once a step, shortly before its end."""
+"""Function that returns this rank's votes (halt, save results); called once per step, shortly before its end."""
 
 
 class NonFiniteStep(RuntimeError):  # noqa: N818 -- says what happened
-    """A loss or a gradient that is not a number. Raised on every rank, before any weight has changed."""
+    """Error for a loss or gradient that is NaN or Inf. Raised on every rank, before any weight has changed."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one step depends on besides weights and samples."""
+    """Hyperparameters of one step."""
 
     learning_rate: float
     clip_norm: float
@@ -55,32 +55,32 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the whole global batch, equal on every rank."""
+    """Result of a step over the whole global batch, equal on every rank."""
 
     loss: float
     """Mean cross-entropy of the next token, in nats, over all valid targets."""
     mtp_loss: float
-    """The same over all further depths; 0 without MTP."""
+    """Mean cross-entropy of the MTP depths, in nats; 0 without MTP."""
     balance_loss: float
     """α times the mean over sequences of the balance loss, summed over routed layers."""
     total_loss: float
-    """What the gradients are of."""
+    """The loss that is differentiated: main, weighted MTP and balance losses."""
     grad_norm: float
-    """Before clipping."""
+    """L2 norm of the gradients before clipping."""
     valid_tokens: int
     tokens_per_expert_E: dict[str, Tensor]
-    """int64 load of each router's experts."""
+    """Tokens routed to each expert (int64 [E]), by router name."""
     token_counts: TokenCounts
-    """Of all routed layers together, padding included."""
+    """Token counts of all MoE layers together, padding included."""
     router_bias_range: tuple[float, float]
     """Smallest and largest routing bias after the step; zeros without routers."""
     vote_counts: tuple[int, ...]
-    """On how many ranks each vote was true."""
+    """Number of ranks on which each vote was true."""
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Holds what every step needs on one rank."""
+    """One rank's model, optimizer and groups, which run its steps."""
 
     model: Model
     chunks: tuple[Chunk, ...]
@@ -92,50 +92,54 @@ class Stepper:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the whole model."""
+        """Configuration of the whole model."""
         return self.model.config
 
     @property
     def executor(self) -> PipelineExecutor:
-        """What ran the last step, or will run the first."""
+        """Executor of the last step, or of the first one before it runs."""
         return self.schedule_cache.current_executor
 
     def warm_up_communication(self, device: torch.device) -> None:
-        """Connect what a step communicates over but for the token exchange: collective, in one order on all ranks.
+        """Connect all communicators of a step except those of the token exchange. Collective.
 
-        See `comm.warm_up` for why.
+        `comm.warm_up` gives the reason.
         """
         self.executor.connect_neighbors(device)
         self.optimizer.warm_up_collectives()
-        few = torch.zeros(1, dtype=torch.float64, device=device)
+        one_number = torch.zeros(1, dtype=torch.float64, device=device)
         routers = len(router_names(self.config))
-        for like in (few, few.expand(reduction_length(routers, self.config.n_routed_experts, _VOTES))):
+        # The two sizes of a step's all-reduces: NCCL picks the algorithm by size and connects each one separately.
+        for like in (one_number, one_number.expand(reduction_length(routers, self.config.n_routed_experts, _VOTES))):
             warm_up_all_reduce(self.groups.world, like)
 
     def step(
         self, micro_batches: Sequence[TokenBatch], sequences: int, settings: StepSettings, votes: VoteSource = tuple
     ) -> StepResult:
-        """Forward, backward, reduce, clip, update weights and routing biases.
+        """Run forward and backward, reduce and clip gradients, update weights and routing biases.
 
-        `micro_batches` are this rank's share of a global batch of `sequences`. The new weights may still be on their
-        way afterwards: see `optimizer.wait`. Raises `NonFiniteStep`.
+        `micro_batches` are this rank's share of a global batch of `sequences`. The all-gather of the new weights may
+        still run afterwards: see `ShardedOptimizer.wait_for_weights`. Raises `NonFiniteStep`.
         """
         with self.recorder.span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT):
             targets = self._count_targets(micro_batches)
         depth = self.config.num_nextn_predict_layers
-        scales = LossNormalizers(
+        # The losses are divided by counts of the whole global batch, not averaged over micro-batches or ranks: these
+        # hold different numbers of valid targets, and the result would depend on the grid.
+        normalizers = LossNormalizers(
             main_loss=1 / targets,
             mtp_loss=settings.mtp_loss_scaling_factor / (max(depth, 1) * targets),
             balance_loss=settings.seq_aux_loss_coeff / sequences,
         )
         self.optimizer.reducer.begin_step()
-        summaries = list(self._forward_backward(micro_batches, scales))
+        summaries = list(self._forward_backward(micro_batches, normalizers))
         with self.recorder.span(TimelineTrack.INSTRUCTION, GRADIENT_SYNC_WAIT):
             self.optimizer.reducer.finish_reduction()
             totals = self._sum_over_ranks(summaries, votes())
+        # Checked on sums that all ranks share: all of them stop here, and the weights of the step before are intact.
         main, mtp, balance = totals.loss_sums
         norm = math.sqrt(totals.grad_square_sum)
-        total = main * scales.main_loss + mtp * scales.mtp_loss + balance * scales.balance_loss
+        total = main * normalizers.main_loss + mtp * normalizers.mtp_loss + balance * normalizers.balance_loss
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise NonFiniteStep(f"loss {total}, gradient norm {norm}: not finite, so no weight was changed")
         with self.recorder.span(TimelineTrack.INSTRUCTION, OPTIMIZER):
@@ -143,54 +147,58 @@ class Stepper:
         return StepResult(
             loss=main / targets,
             mtp_loss=mtp / (max(depth, 1) * targets),
-            balance_loss=balance * scales.balance_loss,
+            balance_loss=balance * normalizers.balance_loss,
             total_loss=total,
             grad_norm=norm,
             valid_tokens=targets,
             tokens_per_expert_E=totals.tokens_per_expert_E,
             token_counts=totals.token_counts,
-            router_bias_range=_bias_range(totals, settings.router_bias_update_rate),
+            router_bias_range=_router_bias_range(totals, settings.router_bias_update_rate),
             vote_counts=totals.vote_counts,
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
-        """Valid next-token targets of the global batch, known before the first backward: each loss is scaled once."""
+        """Return the number of valid next-token targets of the global batch."""
+        # Needed before the first backward: each loss is scaled once, so gradients need no division afterwards.
         counts = [count_targets(batch, self.config.num_nextn_predict_layers) for batch in micro_batches]
         count = to_host(self.groups.world.all_reduce_sum(sum_counts(counts), "count of valid targets"))
-        # The ranks of a pipeline read the same samples.
+        # The ranks of a pipeline read the same samples, so the sum over the world counts each target pp times.
+        # max: a batch of padding alone must not divide by 0.
         return max(1, int(count.item()) // self.groups.topology.pp)
 
     def _forward_backward(
-        self, micro_batches: Sequence[TokenBatch], scales: LossNormalizers
+        self, micro_batches: Sequence[TokenBatch], normalizers: LossNormalizers
     ) -> Iterator[MicroBatchMetrics]:
-        """Run the schedule; a summary of each micro-batch in each stage of this rank."""
-        stages = [StageRunner(chunk, micro_batches, scales) for chunk in self.chunks]
+        """Run the schedule; yield the metrics of each micro-batch in each stage of this rank."""
+        stages = [StageRunner(chunk, micro_batches, normalizers) for chunk in self.chunks]
         executor = self.schedule_cache.executor_for(len(micro_batches))
+        # Weights do not change within a step: they are quantized to FP8 once, not once per micro-batch.
         with self.model.cache_fp8_weights():
             executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.metrics
 
     def _sum_over_ranks(self, summaries: Sequence[MicroBatchMetrics], votes: Sequence[bool]) -> StepTotals:
-        """Each stage adds what it has: the last one the losses, all of them their layers' balance and loads."""
+        """Sum losses, gradient norm, loads and votes over all ranks."""
+        # FP64: the sum of many FP32 losses must not visibly depend on how ranks and micro-batches group them.
         per_batch = [
             torch.stack((s.main_loss_sum.double(), s.mtp_loss_sum.double(), s.balance_loss_sum.double()))
             for s in summaries
         ]
-        # Routers of one pipeline rank are equal on all its ranks.
-        speaks = self.groups.topology.dp_rank(self.groups.rank) == 0
+        # The routers of a pipeline rank are equal on all its data-parallel ranks: the first one sends them.
+        is_first_dp_rank = self.groups.topology.dp_rank(self.groups.rank) == 0
         share = RankStepTotals(
             loss_sums=torch.stack(per_batch).sum(dim=0),
             grad_square_sum=self.optimizer.reducer.sum_of_squares(),
-            tokens_per_expert_E=self._own_counts(summaries),
-            router_bias_E={name: router.bias_E for name, router in self.model.routers()} if speaks else {},
+            tokens_per_expert_E=self._local_expert_counts(summaries),
+            router_bias_E={name: router.bias_E for name, router in self.model.routers()} if is_first_dp_rank else {},
             token_counts=sum((summary.token_counts for summary in summaries), ZERO_TOKEN_COUNTS),
             votes=votes,
         )
         return all_reduce_step_totals(share, router_names(self.config), self.config.n_routed_experts, self.groups.world)
 
-    def _own_counts(self, summaries: Sequence[MicroBatchMetrics]) -> dict[str, Tensor]:
-        """Load of this rank's tokens, of every router here: each token is counted where it was routed from."""
+    def _local_expert_counts(self, summaries: Sequence[MicroBatchMetrics]) -> dict[str, Tensor]:
+        """Return the expert loads of this rank's tokens, by local router."""
         names = [name for name, _ in self.model.routers()]
         return {
             name: sum_counts([s.tokens_per_expert_E[name] for s in summaries if name in s.tokens_per_expert_E])
@@ -200,6 +208,7 @@ class Stepper:
 
     def _update(self, norm: float, counts_E: dict[str, Tensor], settings: StepSettings) -> None:
         if self.ema is not None:
+            # The average of the last step still reads the master weights that this update overwrites.
             self.ema.wait()
         self.optimizer.step(settings.learning_rate, min(1.0, settings.clip_norm / norm) if norm > 0 else 1.0)
         if self.ema is not None:
@@ -210,8 +219,9 @@ class Stepper:
             )
 
 
-def _bias_range(totals: StepTotals, speed: float) -> tuple[float, float]:
-    """Of all routers after the step: every rank can work it out, because it knows all loads."""
+def _router_bias_range(totals: StepTotals, speed: float) -> tuple[float, float]:
+    """Return the smallest and largest routing bias of all routers after the step."""
+    # Every rank knows all biases and loads, so it computes the update of all routers without another collective.
     biases = []
     for name, before_E in totals.router_bias_E.items():
         after_E = before_E.clone()
@@ -224,11 +234,11 @@ def _bias_range(totals: StepTotals, speed: float) -> tuple[float, float]:
 
 
 def count_targets(batch: TokenBatch, mtp_depth: int) -> Tensor:
-    """Next-token targets that count in a loss: valid, and predicted from a valid position. int64, 0-dimensional."""
+    """Return the number of targets that count in the loss (valid, and predicted from a valid position): int64 []."""
     reduction_length = batch.valid_BW.shape[1] - 1 - mtp_depth
     return (batch.valid_BW[:, :reduction_length] & batch.valid_BW[:, 1 : reduction_length + 1]).sum()
 
 
 def sum_counts(counts: Sequence[Tensor]) -> Tensor:
-    """Exact sum of int64 loads."""
+    """Return the exact sum of int64 counts."""
     return torch.stack(list(counts)).sum(dim=0)

@@ -1,4 +1,4 @@
-"""What a rank does once before its first step, so that nothing in a step waits for a rank that waits for it.
+"""Warm-up before the first step, so that lazy initialization cannot deadlock inside a step.
 
 NCCL connects at the first use (see `comm/warm_up.py`), and CUDA loads a kernel and pins memory at the first use. All
 three may block: NCCL until the peer makes the same call, CUDA until the device is idle. A schedule posts its first
@@ -31,22 +31,24 @@ def warm_up_step(
     device: torch.device,
     streams: DeviceStreams,
 ) -> None:
-    """Connect, load and pin all that a step needs, and wait for the end of it: collective, in one order on all ranks.
+    """Connect communicators, load kernels and pin memory for a step, then synchronize. Collective, in one order.
 
     `worker` runs the token exchange called `exchange`; `batch` is the shape [B, W] of a micro-batch. Gradients are zero
-    afterwards, weights and random state what they were.
+    afterwards; weights and random state are unchanged.
     """
     warm_up_exchange(exchange, stepper.groups, worker, device)
     warm_up_kernels(stepper, batch, device)
+    # After the kernels: it reduces gradients of zero, which clears the garbage that the noise has left in them.
     stepper.warm_up_communication(device)
     streams.current_stream().synchronize()
 
 
 def warm_up_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.device) -> None:
-    """Run a micro-batch of noise forward and backward through each chunk; collective over the expert-parallel group.
+    """Run a micro-batch of noise forward and backward through each chunk. Collective over the expert-parallel group.
 
-    No pipeline neighbor takes part. Gradients of weights are garbage afterwards.
+    Gradients of weights are garbage afterwards.
     """
+    # Each chunk gets random hidden states: waiting for a pipeline neighbor here could deadlock as a step could.
     sequences, window = batch
     length = window - 1 - stepper.config.num_nextn_predict_layers
     generator = torch.Generator().manual_seed(stepper.groups.rank)

@@ -1,1 +1,1 @@
-"""One event stream a run: metrics.jsonl, the terminal, wandb."""
+"""Event stream of a run: metrics.jsonl, the terminal, wandb, Prometheus."""

@@ -1,4 +1,4 @@
-"""What a person wants to be woken for: a loss that jumps, a run that has become slow."""
+"""Alerts: jumps of the loss and drops of the training speed."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ _STALL_SHARE = 0.5
 
 
 class AlertMonitor:
-    """Compares each logged step with those before it; says each trouble once, until it is over."""
+    """Comparison of each logged step with those before it; each problem is reported once until it is over."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=TRAILING_LOGGED_STEPS)
         self._rates: deque[float] = deque(maxlen=TRAILING_LOGGED_STEPS)
-        self._in_trouble: set[str] = set()
+        self._active: set[str] = set()
 
     def check_logged_step(self, loss: float, tokens_per_second: float) -> Iterator[tuple[str, str]]:
-        """What is new about this step: (`spike` or `stall`, a sentence). A troubled step is not compared with later."""
-        yield from self._judge("spike", self._spike(loss), self._losses, loss)
-        yield from self._judge("stall", self._stall(tokens_per_second), self._rates, tokens_per_second)
+        """Yield each new problem of this step as (`spike` or `stall`, a sentence)."""
+        # A step with a problem is not added to the history, or it would shift what is usual.
+        yield from self._check("spike", self._spike_message(loss), self._losses, loss)
+        yield from self._check("stall", self._stall_message(tokens_per_second), self._rates, tokens_per_second)
 
-    def _judge(self, about: str, trouble: str | None, before: deque[float], value: float) -> Iterator[tuple[str, str]]:
-        if trouble is None:
+    def _check(self, about: str, problem: str | None, before: deque[float], value: float) -> Iterator[tuple[str, str]]:
+        if problem is None:
             before.append(value)
-            self._in_trouble.discard(about)
-        elif about not in self._in_trouble:
-            self._in_trouble.add(about)
-            yield about, trouble
+            self._active.discard(about)
+        elif about not in self._active:
+            self._active.add(about)
+            yield about, problem
 
-    def _spike(self, loss: float) -> str | None:
-        """Above the trailing median by half a nat, and by five times the usual distance from it."""
+    def _spike_message(self, loss: float) -> str | None:
+        """Return a sentence if the loss is half a nat, and five times the usual distance, above the trailing median."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if len(self._losses) < MIN_LOGGED_STEPS:
@@ -47,11 +48,11 @@ class AlertMonitor:
             return None
         return f"the loss has jumped to {loss:.3f}; the median of the {len(self._losses)} before is {usual:.3f}"
 
-    def _stall(self, rate: float) -> str | None:
-        """Half the trailing median, or less."""
+    def _stall_message(self, rate: float) -> str | None:
+        """Return a sentence if the rate is at most half the trailing median."""
         if len(self._rates) < MIN_LOGGED_STEPS:
             return None
         usual = median(self._rates)
         if rate > _STALL_SHARE * usual:
             return None
-        return f"{rate:,.0f} tokens a second, where {usual:,.0f} are usual"
+        return f"{rate:,.0f} tokens/s, usually {usual:,.0f}"

@@ -1,4 +1,4 @@
-"""A view of the stream in a thread of its own: what a server takes to answer is nobody's GPU time."""
+"""Sink that runs in a background thread, so that a slow server costs no GPU time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import suppress
 from .events import Event, Sink
 
 MAX_QUEUED_EVENTS = 1000
-"""More than these are not kept for a view that is slow: they are in metrics.jsonl."""
+"""Most events that wait for a slow sink; further ones are only in metrics.jsonl."""
 CLOSE_TIMEOUT_SECONDS = 60.0
-"""How long the end of a run waits for a view to finish."""
+"""Time that the end of a run waits for a sink to finish."""
 
 
 class BackgroundSink:
-    """Opens a sink in a thread and hands it the events from there; `emit` never waits.
+    """Wrapper that opens a sink and feeds it events in a thread; `emit` never waits.
 
-    A sink that fails makes the next `emit` raise what it failed with, so that the stream drops it; one that was too
-    slow to hear everything, or to finish, makes `close` raise.
+    If the sink fails, the next `emit` raises its error, so that the stream drops it. If it was too slow for all events,
+    or does not finish, `close` raises.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class BackgroundSink:
         self._events: queue.Queue[Event | None] = queue.Queue(max_queued_events)
         self._close_seconds = close_timeout_seconds
         self._error: Exception | None = None
-        self._left_out = 0
+        self._dropped = 0
         # A daemon: a server that never answers must not keep the process, and its GPU, either.
         self._thread = threading.Thread(target=self._run, args=(open_sink,), name=name, daemon=True)
         self._thread.start()
@@ -50,16 +50,16 @@ class BackgroundSink:
             self._error = error
 
     def emit(self, event: Event) -> None:
-        """Hand over `event`, or leave it out where too many wait."""
+        """Queue `event`, or drop it if too many wait."""
         if self._error is not None:
             raise self._error
         try:
             self._events.put_nowait(event)
         except queue.Full:
-            self._left_out += 1
+            self._dropped += 1
 
     def close(self) -> None:
-        """Let the sink finish, for a limited time. Raises what kept it from hearing everything."""
+        """Wait a limited time for the sink to finish. Raises its error, or `TimeoutError` for events that it missed."""
         deadline = time.monotonic() + self._close_seconds
         with suppress(queue.Full):
             self._events.put(None, timeout=self._close_seconds if self._error is None else 0)
@@ -68,9 +68,9 @@ class BackgroundSink:
             raise self._error
         if self._thread.is_alive():
             raise TimeoutError(
-                f"{self.name} is not done after {self._close_seconds:g} s; what it lacks is in metrics.jsonl"
+                f"{self.name} has not finished after {self._close_seconds:g} s; its missing events are in metrics.jsonl"
             )
-        if self._left_out:
+        if self._dropped:
             raise TimeoutError(
-                f"{self.name} was too slow: {self._left_out} events were left out; they are in metrics.jsonl"
+                f"{self.name} was too slow: {self._dropped} events were dropped; they are in metrics.jsonl"
             )

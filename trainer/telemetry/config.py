@@ -1,4 +1,4 @@
-"""How a run tells what it does."""
+"""Configuration of logging."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WandbConfig:
     """Name of the run in plots; null for the name of its directory."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.mode not in _WANDB_MODES:
             yield Problem("mode", self.mode, f"must be one of {', '.join(_WANDB_MODES)}")
         if not self.project:
@@ -33,15 +33,15 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrometheusConfig:
-    """Figures for a Prometheus to scrape, served by rank 0."""
+    """Metrics endpoint for Prometheus, served by rank 0."""
 
     port: int | None = None
     """TCP port of `/metrics`; null for none."""
     address: str = "127.0.0.1"
-    """Where to listen: this machine alone, or 0.0.0.0 for a Prometheus elsewhere. Whoever can reach it can read it."""
+    """Address to listen on: the default is this machine only; 0.0.0.0 lets any machine read the metrics."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.port is not None and not 1 <= self.port <= 65535:
             yield Problem("port", self.port, "must be from 1 to 65535, or null for none")
         if not self.address:
@@ -55,18 +55,18 @@ class TelemetryConfig:
     log_every: int = 10
     """Optimizer steps from one `step` event to the next."""
     terms_every: int = 50
-    """Optimizer steps from one look at where the time of a step goes, for the ledger, to the next."""
+    """Optimizer steps from one sampled step, whose time the ledger splits into terms, to the next."""
     trace: bool = False
-    """Whether to record a timeline of some steps: run_dir/trace/trace.json, for ui.perfetto.dev."""
+    """Record a timeline of some steps: run_dir/trace/trace.json, for ui.perfetto.dev."""
     trace_steps: int = 2
-    """How many steps, from the second of the launch."""
+    """Number of traced steps, from the second step of the launch."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
     prometheus: PrometheusConfig = field(default_factory=PrometheusConfig)
-    """Figures to scrape."""
+    """Prometheus endpoint."""
 
     def problems(self) -> Iterator[Problem]:
-        """What is impossible about these values on their own."""
+        """Yield a problem for each invalid value."""
         if self.log_every < 1:
             yield Problem("log_every", self.log_every, "must be at least 1")
         if self.terms_every < 1:

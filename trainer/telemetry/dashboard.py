@@ -1,4 +1,4 @@
-"""The dashboard of a run as a list of panels; what draws them is elsewhere. The names are those of `step` events."""
+"""Dashboard of a run as a list of panels of metrics, named as in `step` events."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Panel:
-    """Metrics against training steps, in one frame."""
+    """Plot of metrics against training steps."""
 
     title: str
     metrics: Sequence[str]
     is_single_value: bool = False
-    """Whether it shows the last value alone."""
+    """True to show only the last value."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PanelSection:
 
 
 def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
-    """Of a model whose layers with routed experts are called `routers`."""
+    """Return the dashboard of a model whose MoE layers are named `routers`."""
     return [
         PanelSection(
             "Budget",
@@ -34,7 +34,7 @@ def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
                 Panel("GPU-hours: spent, and projected at the end", ["gpu_hours", "projected_gpu_hours"]),
                 Panel("Goodput", ["goodput"]),
                 Panel(
-                    "GPU-hours a trillion retained tokens",
+                    "GPU-hours per trillion retained tokens",
                     ["budget/gpu_hours_per_trillion_tokens"],
                     is_single_value=True,
                 ),
@@ -53,17 +53,17 @@ def make_dashboard(routers: Sequence[str]) -> list[PanelSection]:
         PanelSection(
             "Throughput",
             (
-                Panel("Tokens a second", ["tokens_per_second"]),
+                Panel("Tokens/s", ["tokens_per_second"]),
                 Panel("Model FLOPs utilization", ["mfu"]),
-                Panel("TFLOPS a rank", ["tflops"]),
+                Panel("TFLOPS per rank", ["tflops"]),
             ),
         ),
         PanelSection(
             "Balance",
             (
-                Panel("Maximum violation: experts, ranks, nodes", [*_violations("")]),
+                Panel("Load imbalance (max load ÷ mean − 1): experts, ranks, nodes", [*_violations("")]),
                 Panel("Routing bias, lowest and highest", ["bias/min", "bias/max"]),
-                *(Panel(f"Maximum violation, {router}", [*_violations(f"{router}/")]) for router in routers),
+                *(Panel(f"Load imbalance, {router}", [*_violations(f"{router}/")]) for router in routers),
             ),
         ),
         PanelSection(

@@ -1,6 +1,6 @@
-"""Reading a `metrics.jsonl` of any size: what happened rarely in full, steps in a sample, and the end of it.
+"""Reading of a `metrics.jsonl` of any size: rare events in full, steps downsampled.
 
-A run of a million steps has two gigabytes of them, which take minutes and nine gigabytes to parse.
+A run of a million steps has two gigabytes of events, which take minutes and nine gigabytes of memory to parse.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .events import Event
 from .history import MetricsHistory, parse_event
 
 MAX_STEPS_KEPT, MAX_BYTES_KEPT = 4096, 64 * 2**20
-"""Lines of steps that are kept: more than any picture has columns."""
+"""Most step lines, and their bytes, that are kept: more than any plot has columns."""
 MAX_OTHER_EVENTS = 20_000
-"""Lines of other kinds that are kept, of each kind."""
+"""Most lines of each other kind that are kept."""
 TAIL_BYTES = 16 * 2**20
 _STEP = re.compile(rb'\{"time": [0-9.e+]+, "kind": "step", "step": ([0-9]+), "loss": ([-+.0-9eE]+)')
 _HEAD_BYTES = 200
@@ -33,43 +33,43 @@ class _Line:
 
 
 class StepDownsampler:
-    """At most so many lines of steps, spread evenly; of each stretch the one with the lowest loss and the highest.
+    """Downsampler of step lines: of each group of consecutive steps it keeps those with the lowest and highest loss.
 
-    Where there are too many, two stretches become one.
+    When there are too many groups, each two are merged.
     """
 
     def __init__(self, most_steps: int = MAX_STEPS_KEPT, most_bytes: int = MAX_BYTES_KEPT) -> None:
         self._most_steps, self._most_bytes = most_steps, most_bytes
-        self._stretches: list[list[_Line]] = []
+        self._groups: list[list[_Line]] = []
         self._length = 1
-        """Lines of a stretch."""
+        """Lines per group."""
         self._in_last = 0
         self._bytes = 0
 
     def add_line(self, line: _Line) -> None:
-        """Take note of the next line."""
-        if not self._stretches or self._in_last >= self._length:
-            self._stretches.append([])
+        """Add the next line."""
+        if not self._groups or self._in_last >= self._length:
+            self._groups.append([])
             self._in_last = 0
         self._in_last += 1
         self._bytes += len(line.raw)
-        last = self._stretches[-1]
+        last = self._groups[-1]
         last.append(line)
         if len(last) > 2:
-            self._stretches[-1] = self._ends(last)
-        if 2 * len(self._stretches) > self._most_steps or self._bytes > self._most_bytes:
+            self._groups[-1] = self._ends(last)
+        if 2 * len(self._groups) > self._most_steps or self._bytes > self._most_bytes:
             self._halve()
 
     def roll_back_to(self, step: int) -> None:
-        """Forget the steps after `step`."""
-        kept = [[line for line in stretch if line.step <= step] for stretch in self._stretches]
-        self._stretches = [stretch for stretch in kept if stretch]
+        """Drop the steps after `step`."""
+        kept = [[line for line in group if line.step <= step] for group in self._groups]
+        self._groups = [group for group in kept if group]
         self._bytes = sum(len(line.raw) for line in self.kept_lines())
 
     def kept_lines(self) -> Iterator[_Line]:
-        """What is kept, in order."""
-        for stretch in self._stretches:
-            yield from stretch
+        """Yield the kept lines in order."""
+        for group in self._groups:
+            yield from group
 
     def _ends(self, lines: list[_Line]) -> list[_Line]:
         lowest, highest = (choose(lines, key=lambda line: line.loss) for choose in (min, max))
@@ -78,17 +78,17 @@ class StepDownsampler:
         return kept
 
     def _halve(self) -> None:
-        pairs = zip(self._stretches[::2], [*self._stretches[1::2], []], strict=False)
-        self._stretches = [self._ends([*one, *two]) for one, two in pairs]
+        pairs = zip(self._groups[::2], [*self._groups[1::2], []], strict=False)
+        self._groups = [self._ends([*one, *two]) for one, two in pairs]
         self._length *= 2
         self._in_last = self._length
 
 
 def read_downsampled_metrics(path: Path) -> list[Event]:
-    """The retained history of the run whose metrics are at `path`, as `read_metrics` gives it of a short run.
+    """Return the retained history of the run whose metrics are at `path`; of a short run the same as `read_metrics`.
 
-    Of more than `MAX_STEPS_KEPT` steps it is a sample with all turns of the loss, and of other kinds of events the last
-    `MAX_OTHER_EVENTS` each. Raises `ConfigError` for a broken line among those that are read.
+    More than `MAX_STEPS_KEPT` steps are downsampled, with the extremes of the loss kept; of each other kind the last
+    `MAX_OTHER_EVENTS` events are kept. Raises `ConfigError` for a broken line among those that are parsed.
     """
     steps, others = StepDownsampler(), dict[str, list[tuple[int, Event]]]()
     for number, raw in _raw_lines(path):
@@ -103,12 +103,12 @@ def read_downsampled_metrics(path: Path) -> list[Event]:
         kept.append((number, event))
         if len(kept) > 2 * MAX_OTHER_EVENTS:
             del kept[:-MAX_OTHER_EVENTS]
-    told = [
+    retained = [
         (line.number, parse_event(path, line.number, line.raw.decode(errors="surrogateescape")))
         for line in steps.kept_lines()
     ]
-    told += [each for kept in others.values() for each in kept]
-    return MetricsHistory(event for _, event in sorted(told, key=lambda each: each[0])).events
+    retained += [each for kept in others.values() for each in kept]
+    return MetricsHistory(event for _, event in sorted(retained, key=lambda each: each[0])).events
 
 
 def _is_number(text: bytes) -> bool:
@@ -120,7 +120,7 @@ def _is_number(text: bytes) -> bool:
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines with their numbers, without newlines."""
+    """Yield whole lines with their numbers, without newlines."""
     with config_error_context(path, "restore it"), open_regular_file(path) as file:
         for number, line in enumerate(read_bounded_lines(file), 1):
             if not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""The event stream of a run: everything worth a plot or a line happens as one event, in one file.
+"""Event stream of a run: everything that is plotted or printed is one event in one file.
 
 `metrics.jsonl` is the record; the terminal and wandb are views of it. Values are flat: `loss/mtp` is one key.
 """
@@ -21,18 +21,17 @@ from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 METRICS_FILE = "metrics.jsonl"
-_OWN_KEYS = ("time", "kind", "step")
+_RESERVED_KEYS = ("time", "kind", "step")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened.
+    """One event.
 
-    Kinds of the training loop: `run` (configuration and facts of the model), `start` (the checkpoint whose weights it
-    begins with), `resume` (the step it resumes from), `step`, `evaluation`, `sample` (generated text), `checkpoint`,
-    `memory` (of every rank, at a step that is looked at closely), `trace` (a timeline is written),
-    `budget` (final summary), `stop`, and `warning`.
+    Kinds of the training loop: `run` (configuration and model size), `start` (checkpoint of the initial weights),
+    `resume` (step of the checkpoint), `step`, `evaluation`, `sample` (generated text), `checkpoint`, `memory` (of every
+    rank, at a sampled step), `trace` (timeline written), `budget` (final summary), `stop`, and `warning`.
     """
 
     kind: str
@@ -44,16 +43,17 @@ class Event:
     """Seconds since the epoch."""
 
     def to_json_line(self) -> str:
-        """Its line of `metrics.jsonl`, without newline. Raises ValueError for a value named time, kind or step."""
-        taken = [key for key in _OWN_KEYS if key in self.values]
+        """Return one JSON line without newline. Raises `ValueError` for a value named time, kind or step."""
+        taken = [key for key in _RESERVED_KEYS if key in self.values]
         if taken:
             raise ValueError(f"the values of a {self.kind} event may not be named {', '.join(taken)}")
-        own = {"time": round(self.time, 3), "kind": self.kind, "step": self.step}
-        return json.dumps({**own, **{key: _strict(value) for key, value in self.values.items()}}, allow_nan=False)
+        head = {"time": round(self.time, 3), "kind": self.kind, "step": self.step}
+        return json.dumps({**head, **{key: _strict(value) for key, value in self.values.items()}}, allow_nan=False)
 
 
 def _strict(value: JSON) -> JSON:
-    """JSON has no NaN; like protobuf's JSON mapping, write it as a string, so that every parser can read the file."""
+    """Return `value` with NaN and infinities as strings."""
+    # JSON has no NaN; strings, as in protobuf's JSON mapping, keep the file readable for every parser.
     if isinstance(value, float) and not math.isfinite(value):
         return _NOT_FINITE[0 if math.isnan(value) else 1 if value > 0 else 2]
     if isinstance(value, Mapping):
@@ -64,27 +64,27 @@ def _strict(value: JSON) -> JSON:
 
 
 def parse_number(value: JSON) -> float | None:
-    """`value` as a number, also where it was read back and is the word for one that is not finite; else None."""
+    """Return `value` as a number, also from the string of NaN or an infinity; None for anything else."""
     if isinstance(value, str):
         return float(value) if value in _NOT_FINITE else None
     try:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-    except OverflowError:  # a whole number of more digits than a float has room for
+    except OverflowError:  # an integer beyond the range of a float
         return None
 
 
 def parse_numbers(value: JSON) -> list[float]:
-    """The numbers of the list `value`; none where it is no list."""
+    """Return the numbers in the list `value`; empty if it is no list."""
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     return [number for item in items if (number := parse_number(item)) is not None]
 
 
 class Sink(Protocol):
-    """A view of the stream. It sees every event in order, then is closed."""
+    """Consumer of the stream. It gets every event in order, then is closed."""
 
     @property
     def name(self) -> str:
-        """What its user calls it."""
+        """Name in messages."""
         ...
 
     def emit(self, event: Event) -> None:
@@ -95,35 +95,35 @@ class Sink(Protocol):
 
 
 class EventStream:
-    """Appends each event to `run_dir/metrics.jsonl`, then hands it to the sinks. One writer a run: rank 0.
+    """Writer of `run_dir/metrics.jsonl` that passes each event on to the sinks; only rank 0 has one.
 
-    A sink that raises is dropped and the loss is recorded as a `warning` event: a view may break, but the run is paid
-    by the GPU-hour and goes on. Events that a full disk does not take wait in memory (see `LineWriter`).
+    A sink that raises is dropped, with a `warning` event; the run continues. Events that a full disk does not take wait
+    in memory (see `LineWriter`).
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink], *, backlog_bytes: int = MAX_BACKLOG_BYTES) -> None:
-        """Raises `OSError` where the file can be neither opened nor made."""
+        """Open or create the file. Raises `OSError`."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         raise_if_not_regular_file(self._path)
         truncate_partial_line(self._path)
         self._backlog_bytes = backlog_bytes
         self._writer = LineWriter(self._path, max_backlog_bytes=backlog_bytes)
-        self._left_out = 0
+        self._dropped = 0
         self._sinks = list(sinks)
 
     @property
     def pending_events(self) -> int:
-        """Events that are not in the file yet."""
+        """Number of events that are not in the file yet."""
         return self._writer.pending_lines
 
     @property
     def write_error(self) -> str | None:
-        """Why events wait; None where none does."""
+        """Reason why events are not in the file; None if all are."""
         return self._writer.write_error
 
     def emit(self, event: Event) -> None:
-        """Record `event`, then show it."""
+        """Write `event`, then pass it to the sinks."""
         self._record(event)
         for sink in tuple(self._sinks):
             try:
@@ -145,28 +145,28 @@ class EventStream:
     def _record(self, event: Event) -> None:
         if self._writer.is_deleted:
             self._reopen(event.step)
-        if self._left_out and self._writer.flush():
-            text, self._left_out = f"{self._left_out} events were left out here: the disk was full", 0
+        if self._dropped and self._writer.flush():
+            text, self._dropped = f"{self._dropped} events were dropped here: the disk was full", 0
             self._append(Event("warning", event.step, {"about": "disk", "message": text}))
         self._append(event)
 
     def _append(self, event: Event) -> None:
         if not self._writer.append((event.to_json_line() + "\n").encode()):
-            self._left_out += 1
+            self._dropped += 1
 
     def _reopen(self, step: int) -> None:
-        """Begin a new file where a person has removed the one that was written so far."""
+        """Start a new file after the current one was deleted."""
         try:
             raise_if_not_regular_file(self._path)
             writer = LineWriter(self._path, max_backlog_bytes=self._backlog_bytes)
         except (OSError, ConfigError):
-            return  # the whole directory is gone: see `Reporter`; or a link stands there
+            return  # the whole directory is gone (see `Reporter`), or the path is a link now
         self._writer.close()
         self._writer = writer
         self._append(
-            Event("warning", step, {"about": "disk", "message": f"{METRICS_FILE} was removed; it begins anew"})
+            Event("warning", step, {"about": "disk", "message": f"{METRICS_FILE} was deleted; a new one was started"})
         )
 
 
 def _lost(sink: Sink, step: int, error: Exception) -> Event:
-    return Event("warning", step, {"message": f"{sink.name} failed and is dropped: {error!r}"})
+    return Event("warning", step, {"message": f"{sink.name} failed and was dropped: {error!r}"})

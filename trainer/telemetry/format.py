@@ -1,4 +1,4 @@
-"""Events as readable lines of plain text."""
+"""Formatting of events as lines of plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .events import JSON, Event, parse_number, parse_numbers
 
 
 def describe_event(event: Event) -> str:
-    """`event` as plain text: one line, and for a sample its text below, indented."""
+    """Return `event` as one line of plain text; for a sample its text follows, indented."""
     if event.kind in _SHORT:
         return _SHORT[event.kind](event)
     head = f"{event.kind} at step {event.step}"
@@ -22,12 +22,12 @@ def describe_event(event: Event) -> str:
 
 
 def format_values(values: Mapping[str, JSON]) -> list[str]:
-    """`name value` for each number, flag and string; lists, mappings and nulls belong to the file."""
+    """Return `name value` for each number, flag and string; lists, mappings and nulls are only in the file."""
     return [f"{key} {_short(value)}" for key, value in values.items() if isinstance(value, bool | int | float | str)]
 
 
 def strip_control_codes(text: str) -> str:
-    """`text` without control codes: what a model samples must not steer the reader's terminal."""
+    """Return `text` without control codes: generated text must not control the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
 
 
@@ -53,26 +53,31 @@ def _run(event: Event) -> str:
     active, total = (format_si(_number(values, key)) for key in ("active_parameters", "parameters"))
     linears = ", Linears in FP8" if values["linear"] == "fp8" else ""
     where = f"{values['ranks']} ranks on {values['device']}, computing in {values['compute_dtype']}{linears}"
-    work = f"{values['total_steps']} steps, {format_si(_number(values, 'flops_per_token'))}FLOP a token"
-    peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS a rank ({values['peak_source']})"
-    lines = [f"{total} parameters, {active} active a token; {where}", f"{work}; {peak}"]
-    if "attention" in values:  # runs of earlier versions do not say it
+    work = f"{values['total_steps']} steps, {format_si(_number(values, 'flops_per_token'))}FLOP per token"
+    peak = f"peak {_number(values, 'peak_tflops'):.3g} TFLOPS per rank ({values['peak_source']})"
+    lines = [f"{total} parameters, {active} active per token; {where}", f"{work}; {peak}"]
+    if "attention" in values:  # missing in runs of earlier versions
         lines.append(f"attention by {values['attention']}")
     return "\n".join(lines)
 
 
 def _budget(event: Event) -> str:
     values = event.values
-    share = f"{100 * _number(values, 'budget_share'):.1f} % of the run's budget"
-    rate = values["gpu_hours_per_trillion_tokens"]
-    beside = f"published {_number(values, 'published_gpu_hours_per_trillion_tokens'):,.0f}"
-    line = f"cost {_number(values, 'gpu_hours'):.4f} GPU-hours, {share}"
-    return line if rate is None else f"{line}; {float(str(rate)):,.0f} a trillion tokens ({beside})"
+    hours, percent = _number(values, "gpu_hours"), 100 * _number(values, "budget_share")
+    spent = f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}"
+    share = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    line = f"{spent} GPU-hours so far ({share} % of budget)"
+    if values["gpu_hours_per_trillion_tokens"] is None:
+        return line
+    rate = float(str(values["gpu_hours_per_trillion_tokens"]))
+    published = _number(values, "published_gpu_hours_per_trillion_tokens")
+    reference = f"DeepSeek-V3 on H800: {published:,.0f} (not comparable on CPU)"
+    return f"{line}. Rate: {rate:,.0f} GPU-hours per trillion tokens; {reference}"
 
 
 def _evaluation(event: Event) -> str:
     values = event.values
-    line = f"step {event.step}: validation loss {_number(values, 'loss'):.4f} nats a token"
+    line = f"step {event.step}: validation loss {_number(values, 'loss'):.4f} nats per token"
     if "loss/averaged" in values:
         line += f", with averaged weights {_number(values, 'loss/averaged'):.4f},"
     floor = f"unigram entropy of the same text {_number(values, 'unigram_entropy'):.4f}"
@@ -80,9 +85,15 @@ def _evaluation(event: Event) -> str:
 
 
 def _memory(event: Event) -> str:
-    now, peak = (max(parse_numbers(event.values[key])) for key in ("now", "peak"))
-    of = str(event.values["of"]).partition(",")[0]
-    return f"step {event.step}: the fullest rank has {format_si(now)}B {of}, {format_si(peak)}B at most so far"
+    now, peak = (_format_bytes(max(parse_numbers(event.values[key]))) for key in ("now", "peak"))
+    return f"step {event.step}: memory: {now} on the largest rank (peak {peak})"
+
+
+def _stop(event: Event) -> str:
+    reason = str(event.values["reason"])
+    if reason == "done":
+        return f"finished at step {event.step}"
+    return f"ended at step {event.step}: {strip_control_codes(reason)}"
 
 
 def _number(values: Mapping[str, JSON], key: str) -> float:
@@ -93,15 +104,19 @@ def _number(values: Mapping[str, JSON], key: str) -> float:
 
 
 def format_si(value: float) -> str:
-    """`value` with two digits or so and a metric letter: 6104 is 6.1k."""
+    """Return `value` with one decimal and an SI prefix: 6104 is 6.1k."""
     for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:.1f}{letter}"
     return f"{value:.0f}"
 
 
+def _format_bytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def format_duration(seconds: float) -> str:
-    """`seconds` as m:ss or h:mm:ss or, beyond a day, as d days h:mm:ss."""
+    """Return `seconds` as m:ss or h:mm:ss or, beyond a day, as d days h:mm:ss."""
     if not seconds < float("inf"):
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -121,6 +136,6 @@ def _short(value: bool | int | float | str) -> str:
 
 
 _SHORT: Mapping[str, Callable[[Event], str]] = MappingProxyType(
-    {"run": _run, "step": _step, "evaluation": _evaluation, "budget": _budget, "memory": _memory}
+    {"run": _run, "step": _step, "evaluation": _evaluation, "budget": _budget, "memory": _memory, "stop": _stop}
 )
-"""Kinds with a line of their own; the others show their values as they are."""
+"""Kinds with a special format; other kinds list their values."""

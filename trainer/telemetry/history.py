@@ -1,4 +1,4 @@
-"""Reading `metrics.jsonl` back as the history that the weights have lived through."""
+"""Reading of `metrics.jsonl` as the history of the current weights, without rolled back steps."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 
 
 class MetricsHistory:
-    """The events that still hold, of those heard so far.
+    """Retained events.
 
-    After a resume from step r, what an earlier life measured after r never happened to these weights and is dropped; of
-    two measurements of one kind at one step the later counts. Events about the run itself (run, resume, stop, budget,
-    warning) are all kept.
+    After a resume from step r, earlier measurements after r are dropped; of two measurements of one kind at one step
+    the later counts. Events about the run itself (run, resume, stop, budget, warning) are all kept.
     """
 
     def __init__(self, events: Iterable[Event] = (), most: int | None = None) -> None:
-        """Of more than `most` events the first ones are forgotten."""
+        """Keep at least the last `most` events, or all if it is None."""
         self._most = most
         self._kept: list[Event] = []
         self.add_events(events)
 
     def add_events(self, events: Iterable[Event]) -> None:
-        """What has happened next."""
+        """Add the next events."""
         for event in events:
             if event.kind == "resume":
                 self._kept = [old for old in self._kept if old.kind not in _MEASURED or old.step <= event.step]
@@ -39,7 +38,7 @@ class MetricsHistory:
 
     @property
     def events(self) -> list[Event]:
-        """In order."""
+        """Retained events in order."""
         last = {(event.kind, event.step): index for index, event in enumerate(self._kept)}
         return [
             event
@@ -49,15 +48,15 @@ class MetricsHistory:
 
 
 def read_metrics(path: Path) -> list[Event]:
-    """The retained history of the run whose `metrics.jsonl` is at `path`, in order (see `MetricsHistory`).
+    """Return the retained events of the `metrics.jsonl` at `path`, in order (see `MetricsHistory`).
 
-    A last line still being written is left out. Raises `ConfigError` for a missing file or a broken line.
+    A last line still being written is ignored. Raises `ConfigError` for a missing file or a broken line.
     """
     return MetricsHistory(read_all_metrics(path)).events
 
 
 def read_all_metrics(path: Path) -> list[Event]:
-    """Every event in the file at `path`, rolled back ones included. Raises `ConfigError` like `read_metrics`."""
+    """Return every event of the file, including rolled back ones. Raises `ConfigError` like `read_metrics`."""
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     with config_error_context(path, "restore it"):
@@ -65,7 +64,7 @@ def read_all_metrics(path: Path) -> list[Event]:
 
 
 class MetricsReader:
-    """Reads a `metrics.jsonl` while it grows."""
+    """Incremental reader of a growing `metrics.jsonl`."""
 
     def __init__(self, path: Path, lines: LineReader | None = None) -> None:
         """`lines` may begin in the middle of the file; by default they begin at its start."""
@@ -73,9 +72,9 @@ class MetricsReader:
         self._lines = LineReader(path) if lines is None else lines
 
     def new_events(self) -> list[Event]:
-        """What has been appended since the last call. Raises `ConfigError` for a broken line.
+        """Return the events appended since the last call. Raises `ConfigError` for a broken line.
 
-        Raises FileNotFoundError while there is no file, and `lines.Replaced` when it is not the one of the last call.
+        Raises `FileNotFoundError` while there is no file, and `FileReplacedError` if it was replaced.
         """
         try:
             return [parse_event(self._path, number, line) for number, line in self._lines.read_new_lines()]
@@ -84,12 +83,12 @@ class MetricsReader:
 
 
 _LAST_SECOND = 10**11
-"""Since the epoch: the year 5138, which every calendar still writes."""
+"""Largest time in seconds since the epoch: the year 5138, which every calendar library supports."""
 _LAST_STEP = 2**53
 
 
 def parse_event(path: Path, number: int, line: str) -> Event:
-    """The event on line `number` of the file at `path`. Raises `ConfigError` for a broken line."""
+    """Parse line `number` of the file at `path`. Raises `ConfigError` for a broken line."""
     try:
         item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
         kind, step, time = (

@@ -1,4 +1,4 @@
-"""How much memory a rank uses: what its device's allocator holds, or on a CPU what the kernel says of the process."""
+"""Memory use of a rank: of the GPU's allocator, or on a CPU of the process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def measure_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes now, and at the worst moment since the start of this process; None where nobody says (a CPU, not Linux)."""
+    """Return current and peak bytes since the start of this process; None if unknown (a CPU without Linux)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    # Not `ru_maxrss`, which begins with that of the process that has started this one.
+    # Not `ru_maxrss`: it starts at the value of the parent process.
     return parse_resident_memory(_STATUS.read_text()) if _STATUS.exists() else None
 
 
 def parse_resident_memory(status: str) -> tuple[int, int] | None:
-    """Bytes resident now and at most, from the text of `/proc/self/status`; None where it does not say."""
+    """Return current and peak resident bytes from the text of `/proc/self/status`; None if they are missing."""
     kilobytes = {
         name: int(value.split()[0])
         for name, _, value in (line.partition(":") for line in status.splitlines())
@@ -33,7 +33,7 @@ def parse_resident_memory(status: str) -> tuple[int, int] | None:
 
 
 def memory_metrics(device: torch.device, ranks: Sequence[tuple[int, int] | None]) -> Mapping[str, JSON]:
-    """For the event stream: bytes of every rank, now and at most, and what they are bytes of; {} where nobody says."""
+    """Return the values of a `memory` event: current and peak bytes of every rank; empty if unknown for any."""
     known = [use for use in ranks if use is not None]
     if len(known) < len(ranks):
         return {}

@@ -1,6 +1,6 @@
-"""The run's figures for Prometheus, at `http://ADDRESS:PORT/metrics` on the machine of rank 0.
+"""Prometheus endpoint of a run: `http://ADDRESS:PORT/metrics` on the machine of rank 0.
 
-They are gauges, tokens and GPU-hours too: a resume takes steps back. What is not known yet is not there, rather than 0.
+All metrics are gauges, also tokens and GPU-hours: a resume rolls steps back. Unknown values are absent instead of 0.
 """
 
 from __future__ import annotations
@@ -22,35 +22,38 @@ from .events import Event, parse_number
 _GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "step": {
-            "loss": ("loss_nats", "Training loss of the last step told, in nats a token."),
-            "loss/mtp": ("mtp_loss_nats", "The same of multi-token prediction."),
+            "loss": ("loss_nats", "Training loss of the last logged step, in nats per token."),
+            "loss/mtp": ("mtp_loss_nats", "Loss of multi-token prediction, in nats per token."),
             "loss/seq_aux": ("balance_loss", "Balance loss."),
             "grad_norm": ("gradient_norm", "Norm of the gradient before clipping."),
             "learning_rate": ("learning_rate", "Learning rate."),
             "tokens": ("tokens", "Tokens that the weights have been trained on."),
-            "tokens_per_second": ("tokens_per_second", "Tokens a second, all ranks together."),
+            "tokens_per_second": ("tokens_per_second", "Tokens/s of all ranks together."),
             "mfu": ("mfu_ratio", "Model FLOPs utilization; 1 is the peak."),
-            "gpu_hours": ("gpu_hours", "GPU-hours spent since the first launch."),
-            "budget_left": ("budget_left_gpu_hours", "GPU-hours of the run's own budget that are left."),
-            "projected_gpu_hours": ("projected_gpu_hours", "GPU-hours that the run will have cost at its end."),
-            "goodput": ("goodput_ratio", "Share of the GPU time held that is in the weights."),
+            "gpu_hours": ("gpu_hours", "GPU-hours spent since the first attempt."),
+            "budget_left": ("budget_left_gpu_hours", "GPU-hours left in the run's budget."),
+            "projected_gpu_hours": ("projected_gpu_hours", "Projected GPU-hours at the end of the run."),
+            "goodput": ("goodput_ratio", "Share of allocated GPU time spent on kept steps."),
             "eta_seconds": ("eta_seconds", "Seconds to the end at the rate of the last steps."),
             "total_steps": ("steps_planned", "Optimizer steps of the whole run."),
-            "load/max_violation": ("load_max_violation", "Load of the fullest expert over the mean, minus 1."),
-            "load/ranks/max_violation": ("rank_load_max_violation", "The same of the fullest rank."),
+            "load/max_violation": ("load_max_violation", "Largest expert load divided by the mean, minus 1."),
+            "load/ranks/max_violation": ("rank_load_max_violation", "Largest rank load divided by the mean, minus 1."),
         },
         "evaluation": {
-            "loss": ("validation_loss_nats", "Validation loss, in nats a token."),
-            "loss/averaged": ("averaged_validation_loss_nats", "The same of the averaged weights."),
+            "loss": ("validation_loss_nats", "Validation loss, in nats per token."),
+            "loss/averaged": (
+                "averaged_validation_loss_nats",
+                "Validation loss with averaged weights.",
+            ),
         },
     }
 )
-"""By kind of event and name in it."""
+"""Name and help text of each gauge, by event kind and key."""
 _INFO = ("device", "compute_dtype", "linear", "ranks")
 
 
 def port_problems(config: PrometheusConfig) -> Iterator[Problem]:
-    """What keeps this machine from listening there."""
+    """Yield a problem if this machine cannot listen on the configured port."""
     if config.port is None:
         return
     try:
@@ -61,12 +64,12 @@ def port_problems(config: PrometheusConfig) -> Iterator[Problem]:
 
 
 def _cannot_listen(config: PrometheusConfig, error: OSError) -> Problem:
-    hint = f"cannot be listened on at {config.address} ({error.strerror}); name a free port, or null for none"
+    hint = f"cannot listen on it at {config.address} ({error.strerror}); name a free port, or null for none"
     return Problem("telemetry.prometheus.port", config.port, hint)
 
 
 class PrometheusSink(Collector):
-    """Serves the figures of the last events from a daemon thread. Raises `ConfigError` where it cannot listen."""
+    """HTTP server, in a daemon thread, of the last events' values. Raises `ConfigError` if it cannot listen."""
 
     name = "prometheus"
 
@@ -84,11 +87,11 @@ class PrometheusSink(Collector):
             raise ConfigError([_cannot_listen(config, error)]) from error
 
     def emit(self, event: Event) -> None:
-        """Keep what `event` says."""
+        """Update the gauges from `event`."""
         gauges = dict(self._gauges)
-        if event.kind in ("run", "resume", "step"):  # a checkpoint is told when the run is further on
+        if event.kind in ("run", "resume", "step"):  # a checkpoint event may come some steps late
             gauges["step"] = "Optimizer steps done.", event.step
-        gauges["last_event_timestamp_seconds"] = "When the run last told something, since the epoch.", event.time
+        gauges["last_event_timestamp_seconds"] = "Time of the last event, in seconds since the epoch.", event.time
         for key, (name, text) in _GAUGES.get(event.kind, {}).items():
             value = parse_number(event.values.get(key))
             if value is not None:
@@ -101,7 +104,7 @@ class PrometheusSink(Collector):
             self._warnings[str(event.values.get("about", "telemetry"))] += 1
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape gets."""
+        """Yield the metrics of a scrape."""
         if self._info:
             yield InfoMetricFamily("shoestring_run", "The run.", dict(self._info))
         for name, (text, value) in self._gauges.items():
@@ -112,7 +115,7 @@ class PrometheusSink(Collector):
         yield warnings
 
     def close(self) -> None:
-        """Stop serving, and let go of the port."""
+        """Stop the server and release the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

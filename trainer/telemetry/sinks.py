@@ -1,4 +1,4 @@
-"""Opening the stream of a run with the sinks that its configuration names."""
+"""Construction of a run's event stream with its configured sinks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .terminal import make_terminal_sink
 
 
 def open_event_stream(config: TelemetryConfig, run_dir: Path, terminal: TextIO) -> EventStream:
-    """Rank 0's event stream in `run_dir`, shown on `terminal`, and in wandb and to Prometheus as configured.
+    """Return rank 0's event stream in `run_dir`, with a terminal sink and, as configured, wandb and Prometheus.
 
-    These two may fail and be slow as they like.
+    A failing or slow wandb or Prometheus sink does not affect the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = []

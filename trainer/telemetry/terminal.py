@@ -1,4 +1,4 @@
-"""The stream on the terminal: a live progress bar for a person, plain lines for a file or a pipe."""
+"""Terminal sinks: a live progress bar for a terminal, plain lines for a file or pipe."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .format import describe_event
 
 
 def make_terminal_sink(stream: TextIO) -> Sink:
-    """The view that suits `stream`: live on a terminal, plain lines without control codes elsewhere."""
+    """Return the sink for `stream`: live on a terminal, plain lines without control codes elsewhere."""
     return LiveTerminalSink(Console(file=stream, force_terminal=True)) if stream.isatty() else PlainTerminalSink(stream)
 
 
 class PlainTerminalSink:
-    """One line an event."""
+    """Sink that prints one line per event."""
 
     name = "the terminal"
 
@@ -31,22 +31,22 @@ class PlainTerminalSink:
         print(describe_event(event), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Nothing to finish: the stream is the caller's."""
+        """Do nothing: the caller owns the stream."""
 
 
 class LiveTerminalSink:
-    """A bar with the last step's figures at the bottom; other events scroll by above it."""
+    """Sink with a progress bar and the last step at the bottom; other events scroll above it."""
 
     name = "the terminal"
 
     def __init__(self, console: Console) -> None:
-        # Drawn only when an event comes: no thread competes with the run. Standard output is left alone, it may be
-        # piped.
+        # Drawn only when an event comes: no thread competes with the run. Standard output is not redirected, it may
+        # be piped.
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._live.start()
 
     def emit(self, event: Event) -> None:
-        """Move the bar for a step, print anything else above it."""
+        """Update the bar for a step; print any other event above it."""
         if event.kind == "step":
             bar = ProgressBar(total=float(str(event.values["total_steps"])), completed=event.step, width=40)
             self._live.update(Group(Text(describe_event(event)), bar), refresh=True)

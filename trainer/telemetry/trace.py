@@ -1,4 +1,4 @@
-"""Timelines of some steps, one file a rank, in the JSON that Perfetto and Chrome open; and what they add up to."""
+"""Timelines of traced steps, one file per rank, in the JSON of Perfetto and Chrome; and their sums by term."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _RANK_FILE = "rank_{:05d}.json"
 _TRACKS = tuple(TimelineTrack)
 _MOST_RANKS = 10**7
 _LATEST_US = 1e17
-"""Since the epoch: microseconds, more than any clock says."""
+"""Largest time in microseconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Nanoseconds on this machine's clock; a moment has no length."""
+    """Recorded interval, in nanoseconds of this machine's monotonic clock; an instant has length 0."""
 
     track: TimelineTrack
     name: str
@@ -39,7 +39,7 @@ class Span:
 
 
 class TraceRecorder:
-    """Keeps what happens while it is on. On a GPU spans are the host's, and NVTX ranges for a profiler beside them."""
+    """Recorder of spans while `is_recording`. On a GPU spans are host times, also marked by NVTX ranges."""
 
     def __init__(self, *, nvtx: bool) -> None:
         self.spans: list[Span] = []
@@ -70,7 +70,8 @@ class TraceRecorder:
 
 
 def write_rank_trace(folder: Path, rank: int, spans: Sequence[Span]) -> None:
-    """One rank's file, on the clock of the world, so that files of several machines fit together."""
+    """Write the file of one rank."""
+    # On the wall clock, so that the files of several machines can be merged.
     folder.mkdir(parents=True, exist_ok=True)
     shift = time.time_ns() - time.perf_counter_ns()
     (folder / _RANK_FILE.format(rank)).write_text(
@@ -79,7 +80,7 @@ def write_rank_trace(folder: Path, rank: int, spans: Sequence[Span]) -> None:
 
 
 def merge_rank_traces(folder: Path, ranks: int) -> Path:
-    """All ranks' files as one, with a group of tracks for each rank."""
+    """Merge the files of all ranks into one, with a group of tracks per rank; return its path."""
     events = []
     for rank in range(ranks):
         events += read_json(folder / _RANK_FILE.format(rank))["traceEvents"].value
@@ -93,7 +94,7 @@ def merge_rank_traces(folder: Path, ranks: int) -> Path:
 
 
 def read_trace(path: Path) -> dict[int, list[Span]]:
-    """The spans of each rank in a merged file. Raises `ValueError` for a file that is none, and `OSError`."""
+    """Return the spans of each rank in a merged file. Raises `OSError`, and `ValueError` for any other file."""
     try:
         ranks: dict[int, list[Span]] = {}
         for event in read_json(path)["traceEvents"].as_list():
@@ -101,7 +102,7 @@ def read_trace(path: Path) -> dict[int, list[Span]]:
             if event["ph"].as_string() != "M":
                 spans.append(_read_span(event))
     except MalformedFileError as error:
-        raise ValueError(f"is no timeline that a traced run has written ({error})") from error
+        raise ValueError(f"is no timeline of a traced run ({error})") from error
     return ranks
 
 
@@ -113,7 +114,7 @@ def _read_span(event: JsonValue) -> Span:
 
 
 def to_chrome_trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> Iterator[dict[str, object]]:
-    """One rank's spans as events of Chrome's trace format; `shift` nanoseconds are added to their times."""
+    """Yield one rank's spans as events of Chrome's trace format; `shift` nanoseconds are added to their times."""
     yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
     tracks = list(TimelineTrack)
     for number, track in enumerate(tracks):
@@ -128,9 +129,10 @@ def to_chrome_trace_events(rank: int, spans: Sequence[Span], shift: int = 0) -> 
 
 
 def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds of each productive term of one rank, disjoint; instructions are net of the exchanges they wait for.
+    """Return the seconds of one rank by productive term, and by the terms of `to_paper_terms`.
 
-    Beside them the same under the report's names, see `to_paper_terms`. Which waits are bubble one rank cannot know.
+    Terms are disjoint: instructions exclude the all-to-alls that they wait for. One rank cannot tell which pipeline
+    waits are bubble.
     """
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
@@ -138,8 +140,8 @@ def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
     waits = _Waits.of(by_name[EXPOSED_ALL_TO_ALL])
     terms: dict[str, float] = {}
     for name in INSTRUCTIONS:
-        own = [span for span in by_name[name] if span.track is TimelineTrack.INSTRUCTION]
-        terms[name] = sum(span.end - span.begin - waits.inside(span) for span in own) / 1e9
+        op_spans = [span for span in by_name[name] if span.track is TimelineTrack.INSTRUCTION]
+        terms[name] = sum(span.end - span.begin - waits.inside(span) for span in op_spans) / 1e9
     for name in (EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER):
         terms[name] = sum(span.end - span.begin for span in by_name[name]) / 1e9
     return terms | to_paper_terms(terms, None)
@@ -147,11 +149,11 @@ def summarize_trace(spans: Sequence[Span]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Waits:
-    """Spans that do not overlap, each inside one instruction at most: a step of a deep pipeline has thousands."""
+    """Disjoint waiting spans, each inside at most one instruction; a step of a deep pipeline has thousands."""
 
     begins: list[int]
     sums: list[int]
-    """How long those before each take together, and all of them."""
+    """Prefix sums of the spans' lengths."""
 
     @staticmethod
     def of(spans: Sequence[Span]) -> _Waits:
@@ -160,12 +162,12 @@ class _Waits:
         return _Waits([span.begin for span in ordered], [0, *accumulate(lengths)])
 
     def inside(self, span: Span) -> int:
-        """Nanoseconds of waiting in `span`."""
+        """Return the nanoseconds of waiting in `span`."""
         first, after = bisect_left(self.begins, span.begin), bisect_left(self.begins, span.end)
         return self.sums[after] - self.sums[first]
 
 
 def trace_metrics(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | int | str | list[float]]:
-    """For the event stream: each term's seconds by rank."""
+    """Return the values of a `trace` event: each term's seconds by rank."""
     names = list(summaries[0])
     return {f"trace/{name}": [summary[name] for summary in summaries] for name in names}

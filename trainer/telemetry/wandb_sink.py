@@ -1,6 +1,6 @@
-"""The stream in Weights & Biases, offline unless told otherwise.
+"""Weights & Biases sink, offline by default.
 
-The only module that imports wandb to write; it is imported when a run opens the sink, so nothing else pays for it.
+It is imported only when a run opens the sink, since importing wandb is slow.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ WANDB_RUN_ID_FILE = "wandb_run_id"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_BINS = 512  # wandb.Histogram refuses more
 _SUMMARIES = ("budget", "stop")
-_AS_PLANNED = "done"
+_NORMAL_END = "done"
 _KEPT_EVENTS = 300
-"""wandb's service keeps up to 32 KiB of rows in memory, and a row is at least 150 bytes."""
+"""Events that are kept to be sent again: wandb's service buffers up to 32 KiB, and a row has at least 150 bytes."""
 _SERVICE_STARTS = 3
 _PROCESS_IS_GONE = (wandb.errors.Error, OSError, HandleAbandonedError, MailboxClosedError)
-"""What starting raises where it may be so; also where files cannot be written, which fails as often as it is tried."""
+"""Errors of a start that may mean that wandb's process has ended; unwritable files raise them at every attempt."""
 
 
 def wandb_account_problems() -> Iterator[Problem]:
-    """What keeps an online run from starting on this machine; looks for a key, and asks no server about it."""
+    """Yield a problem if this machine has no wandb API key; contacts no server."""
     try:
-        # wandb.init would ask for a key on the terminal of a run that nobody watches.
+        # wandb.init would prompt for a key on the terminal of an unattended run.
         found = wandb.login(prompt=False, verify=False)
         reason = "no API key is configured"
     except (wandb.errors.Error, OSError, ValueError) as error:
@@ -51,18 +51,19 @@ def wandb_account_problems() -> Iterator[Problem]:
 
 
 class WandbSink:
-    """One wandb run for all lives of a run directory; its files lie in `run_dir/wandb`.
+    """One wandb run for all attempts of a run directory; its files are in `run_dir/wandb`.
 
-    `lines` were in metrics.jsonl when it was opened. Raises `ConfigError` on `telemetry.wandb` when wandb cannot start.
+    `lines` is the number of lines in metrics.jsonl at the start. Raises `ConfigError` on `telemetry.wandb` if wandb
+    cannot start.
 
-    wandb writes by a process of its own, which ends at the SIGTERM that Slurm and systemd send to every process of a
-    job, and loses what it has not written. Another one is started then, and is handed the last events again.
+    wandb writes from a separate process, which ends at the SIGTERM that Slurm and systemd send to every process of a
+    job, and loses unwritten events. Then another process is started and gets the last events again.
     """
 
     name = "wandb"
 
     def __init__(self, config: WandbConfig, run_dir: Path, lines: int) -> None:
-        # wandb wants its own step to grow even when training steps are done again after a crash: it is the line number
+        # wandb's step must grow even when training steps are repeated after a crash: it is the line number
         # of the event in metrics.jsonl. Plots use `step`, the training step.
         self._line = lines
         self._config, self._run_dir = config, run_dir
@@ -72,16 +73,19 @@ class WandbSink:
         self._start()
 
     def _start(self) -> None:
-        """Begin or go on with the run in a process of wandb, a few times where that ends meanwhile."""
+        """Start or resume the wandb run; retry a few times if wandb's process ends meanwhile."""
         while True:
             self._starts += 1
             try:
                 self._open()
-            except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # a key that is missing, a server's word
-                raise self._refusal(error) from error
+            except (
+                wandb.errors.UsageError,
+                wandb.errors.CommError,
+            ) as error:  # no key, or the server's answer
+                raise self._start_error(error) from error
             except _PROCESS_IS_GONE as error:
                 if self._starts == _SERVICE_STARTS or not self._can_have_files():
-                    raise self._refusal(error) from error
+                    raise self._start_error(error) from error
                 _forget_process()
             else:
                 return
@@ -102,7 +106,7 @@ class WandbSink:
         )
         self._run.define_metric("*", step_metric="step")
 
-    def _refusal(self, error: Exception) -> ConfigError:
+    def _start_error(self, error: Exception) -> ConfigError:
         if not self._can_have_files():
             fix = f"its folder, {self._run_dir / 'wandb'}, is none: remove it, or set telemetry.wandb.mode to disabled"
         elif self._config.mode == "online":
@@ -112,26 +116,26 @@ class WandbSink:
         return ConfigError([Problem("telemetry.wandb", self._config.mode, f"wandb could not start ({error}); {fix}")])
 
     def _can_have_files(self) -> bool:
-        """Whether nothing but a folder stands where wandb wants one."""
+        """Return True if wandb's folder exists or can be created."""
         folder = self._run_dir / "wandb"
         return folder.is_dir() or not (folder.exists() or folder.is_symlink())
 
     def emit(self, event: Event) -> None:
-        """Hand `event` to wandb: configuration, summary, or a row of history."""
+        """Send `event` to wandb as configuration, summary, or a row of history."""
         self._line += 1
         if event.kind == "run":
             self._heads.append(event)
         else:
             self._recent.append((self._line, event))
         try:
-            self._hand_over(event, self._line)
+            self._send(event, self._line)
             alert = _alert(event)
             if alert is not None:
                 self._run.alert(*alert)
         except Exception as error:
             self._start_again(error)
 
-    def _hand_over(self, event: Event, line: int) -> None:
+    def _send(self, event: Event, line: int) -> None:
         if event.kind == "run":
             self._run.config.update(dict(event.values), allow_val_change=True)  # type: ignore[no-untyped-call]
         elif event.kind in _SUMMARIES:
@@ -142,19 +146,16 @@ class WandbSink:
             self._run.log({"step": event.step, **row}, step=line)
 
     def _start_again(self, error: Exception) -> None:
-        """Start wandb's process anew, with what the one that has ended may not have written; alert of the last event.
-
-        Raises `error` where that happens again and again: it is something else then.
-        """
+        """Restart wandb's process and send the last events and alert again. Raises `error` after too many restarts."""
         if self._starts == _SERVICE_STARTS:
             raise error
         _forget_process()
         self._start()
         try:
             for event in self._heads:
-                self._hand_over(event, self._line)
+                self._send(event, self._line)
             for line, event in self._recent:
-                self._hand_over(event, line)
+                self._send(event, line)
             alert = _alert(self._recent[-1][1]) if self._recent else None
             if alert is not None:
                 self._run.alert(*alert)
@@ -168,27 +169,28 @@ class WandbSink:
         except Exception as error:
             self._start_again(error)
             self._run.finish()
-        # finish returns while wandb's service process is still writing the file; that is over when the service is.
+        # finish returns while wandb's service process is still writing the file; teardown waits for the service.
         wandb.teardown()
 
 
 def _forget_process() -> None:
-    """Let wandb start a process of its own again. It says in many ways that the last one has ended: also by exiting."""
+    """Reset wandb so that it can start another process."""
+    # It reports a dead process in many ways, SystemExit included.
     with suppress(Exception, SystemExit):
         wandb.teardown()
 
 
 def _alert(event: Event) -> tuple[str, str, str] | None:
-    """Title, text and level of the message that wandb sends to people about `event`."""
+    """Return title, text and level of the alert that wandb sends about `event`, or None."""
     if event.kind == "warning":
         about = event.values.get("about", "warning")
         return f"{about} at step {event.step}", str(event.values["message"]), "WARN"
-    reason = event.values.get("reason", _AS_PLANNED) if event.kind in _SUMMARIES else _AS_PLANNED
-    return None if reason == _AS_PLANNED else (f"stopped at step {event.step}", str(reason), "ERROR")
+    reason = event.values.get("reason", _NORMAL_END) if event.kind in _SUMMARIES else _NORMAL_END
+    return None if reason == _NORMAL_END else (f"stopped at step {event.step}", str(reason), "ERROR")
 
 
 def _run_id(run_dir: Path) -> str:
-    """The id that `run_dir` got in its first life."""
+    """Return the wandb run ID of `run_dir`; create one at the first attempt."""
     path = run_dir / WANDB_RUN_ID_FILE
     try:
         found = read_text(path, 1000).strip()
@@ -201,7 +203,7 @@ def _run_id(run_dir: Path) -> str:
         why = error
     new = secrets.token_hex(4)
     if why is not None:
-        print(f"shoestring train: {path} names no run of wandb ({why}); a new one begins: {new}", file=sys.stderr)
+        print(f"shoestring train: {path} holds no wandb run ID ({why}); starting a new run: {new}", file=sys.stderr)
     replace_file_atomically(path, f"{new}\n".encode())
     return new
 
@@ -215,7 +217,7 @@ def _shown(kind: str, value: JSON) -> object:
 
 
 def _bars(load_E: Sequence[JSON]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Bar e is the load of expert e, so that wandb draws experts against steps. Beyond 512, neighbors share a bar."""
+    """Return a histogram whose bar e is the load of expert e; beyond 512 experts, neighbors share a bar."""
     counts_E = np.array(load_E, dtype=np.float64)
     edges = np.append(np.arange(0, len(counts_E), -(-len(counts_E) // _MOST_BINS)), len(counts_E))
     return np.add.reduceat(counts_E, edges[:-1]), edges.astype(np.float64)

@@ -67,7 +67,7 @@ def test_events_that_were_left_out_are_counted(tmp_path: Path) -> None:
     events = read_all_metrics(tmp_path / "metrics.jsonl")
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 6]
     (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
-    assert warning == "3 events were left out here: the disk was full"
+    assert warning == "3 events were dropped here: the disk was full"
 
 
 def test_metrics_that_were_removed_begin_anew(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_an_attention_that_this_gpu_does_not_have(config: RunConfig, monkeypatch
 
 
 def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run `shoestring data prepare` first"):
+    with pytest.raises(ConfigError, match="Run: shoestring data prepare"):
         run_preflight_checks(replace(config, data=replace(config.data, prepared=str(tmp_path))), 4, fresh=False)
 
 
@@ -129,7 +129,7 @@ def test_everything_that_keeps_a_run_from_starting_is_named_together(
     wrong = replace(wrong, training=replace(wrong.training, device="cuda"))
     look = partial(run_preflight_checks, fresh=False)
     assert refused(look, wrong, 4).keys() == {
-        str(tmp_path / "nowhere" / "manifest.json"),
+        "data.prepared",
         "training.device",
         "model.num_attention_heads",
     }

@@ -286,11 +286,11 @@ def test_a_run_without_budget_left_trains_no_step(overrides: list[str], tmp_path
     first = train(overrides, run_dir, ENDLESS, poor)
     assert first.returncode == 3, first.stderr
     assert "stopped before the first step: the run has used " in first.stderr
-    assert "its budget is 1e-07; raise budget.gpu_hours to go on" in first.stderr
+    assert "its budget is 1e-07; raise budget.gpu_hours to continue" in first.stderr
     before = contents(run_dir)
     again = train(overrides, run_dir, ENDLESS, poor)
     assert again.returncode == 3
-    assert "raise budget.gpu_hours to go on" in again.stderr
+    assert "raise budget.gpu_hours to continue" in again.stderr
     assert again.stdout == ""  # no rank was started
     assert contents(run_dir) == before
     assert closed_ledger(run_dir).steps_retained == 0
@@ -326,7 +326,7 @@ def test_a_run_that_would_pass_its_budget_is_stopped_long_before(overrides: list
     (done,) = checkpoints(run_dir)
     assert done == MIN_STEPS_TO_PROJECT + 1  # a step is voted on before its own cost is known
     assert f"stopped after step {done}, which is in a checkpoint: the run has used " in first.stderr
-    assert "and will have used " in first.stderr
+    assert "and is projected to use " in first.stderr
     assert "budget.stop_at=null" in first.stderr
     assert closed_ledger(run_dir).budget_share < 0.5
     again = train(overrides, run_dir, ENDLESS, guarded)

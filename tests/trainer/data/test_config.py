@@ -11,5 +11,5 @@ from shoestring.trainer.data.config import DataConfig
 def test_bad_values_are_listed_together(config: DataConfig) -> None:
     message = refusal(replace(config, vocab_size=10, validation=("held", "held")))
     assert "data.vocab_size = 10: must be at least 258" in message
-    assert "names a work twice" in message
-    assert "at least one work" in refusal(replace(config, validation=()))
+    assert "names a file twice" in message
+    assert "at least one file" in refusal(replace(config, validation=()))

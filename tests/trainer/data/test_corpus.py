@@ -46,14 +46,14 @@ def test_a_link_of_a_corpus_that_leads_nowhere_is_refused(
     (folder / name).symlink_to("/not/mounted/big")
     code, _, errors = shoestring(capsys, *verb)
     assert code == 2
-    assert f"{folder / name} = '/not/mounted/big': is a link that leads nowhere" in errors
+    assert f"{folder / name} = '/not/mounted/big': is a broken link" in errors
     assert not (tmp_path / "prepared").exists()
 
 
 @pytest.mark.parametrize(
     ("raw", "gist"),
     [
-        (b'{"text": "a", "text": "b"}\n', "a key stands twice"),
+        (b'{"text": "a", "text": "b"}\n', "a key occurs twice"),
         (b"[" * 90_000 + b"\n", "is not JSON"),
         (b'{"text": 5}\n', "must be an object with a string"),
         (b'{"text": "\xff"}\n', "is not UTF-8"),
@@ -143,7 +143,7 @@ def test_everything_wrong_with_the_files_is_listed_together(config: DataConfig) 
         "broken.jsonl = 'line 1': is not JSON",
         "half.jsonl = 'line 1': holds half of a surrogate pair",
         "both alpha.txt and alpha.jsonl",
-        "data.validation = 'heldd': is no work of this corpus, which has alpha,",
+        "data.validation = 'heldd': not a file of this corpus, which has alpha,",
     ):
         assert part in message
 

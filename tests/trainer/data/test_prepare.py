@@ -115,7 +115,7 @@ def test_a_directory_of_something_else_is_never_replaced(config: DataConfig) -> 
     assert list(contents(config.prepared)) == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("moment", ["Tokenizer", "train:", "Everything is written"])
+@pytest.mark.parametrize("moment", ["Tokenizer", "train:", "Wrote"])
 def test_a_killed_preparation_leaves_nothing_to_pick_up(config: DataConfig, moment: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", KILLED, config.corpus, config.prepared, moment]
@@ -147,7 +147,7 @@ def test_of_two_concurrent_preparations_one_wins_and_both_have_the_result(config
 
     def race(line: str) -> None:
         lines.append(line)
-        if line.startswith("Everything is written"):
+        if line.startswith("Wrote"):
             prepare_corpus(config, silent)  # the other one gets there first
 
     manifest = prepare_corpus(config, race)
@@ -158,7 +158,7 @@ def test_of_two_concurrent_preparations_one_wins_and_both_have_the_result(config
 
 def test_a_race_lost_to_other_settings_is_refused(config: DataConfig) -> None:
     def race(line: str) -> None:
-        if line.startswith("Everything is written"):
+        if line.startswith("Wrote"):
             prepare_corpus(replace(config, vocab_size=290), silent)
 
     with pytest.raises(ConfigError, match="other text or settings"):
@@ -177,7 +177,7 @@ def test_large_vocabularies_get_wide_shards(tmp_path: Path) -> None:
 
 
 def test_holding_out_everything_is_refused(config: DataConfig) -> None:
-    assert "holds out every work" in refusal(replace(config, validation=("alpha", "held", "lines")))
+    assert "every file is held out for validation" in refusal(replace(config, validation=("alpha", "held", "lines")))
 
 
 def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:

@@ -77,7 +77,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path, harm: Callable[[Path], N
     if is_read_before:
         shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
-    with pytest.raises(DataChanged, match=r"1\.bin is not what was prepared"):
+    with pytest.raises(DataChanged, match=r"1\.bin has changed since it was prepared"):
         shards.read_tokens(1, 0, 10)
     assert shards.read_tokens(0, 0, 1).tolist() == [0]
 

@@ -25,4 +25,4 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(directory: Path, text: s
     (directory / "tokenizer.json").write_text(text)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     edit_manifest(directory, lambda tree: tree["tokenizer"].update(sha256=sha256))
-    assert "is not a tokenizer of ours" in refusal(open_prepared_directory, directory)
+    assert "is not a Shoestring tokenizer" in refusal(open_prepared_directory, directory)

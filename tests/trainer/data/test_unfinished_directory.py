@@ -40,8 +40,8 @@ def test_only_what_a_dead_process_has_left_is_removed(tmp_path: Path) -> None:
         assert {*tmp_path.iterdir()} == {unknown, other, living}
     assert {*tmp_path.iterdir()} == {unknown, other}
     assert f"{dead} was left by a process that was killed; it is removed." in lines
-    assert f"{living} belongs to another process, which is writing it." in lines
-    assert f"{unknown} belongs to another process, or was left by one that was killed; then remove it." in lines
+    assert f"{living} is being written by another process." in lines
+    assert f"{unknown} was left by another process. If none is running, delete it." in lines
 
 
 def test_what_is_renamed_stays_without_its_lock(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_the_released_config_is_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "gist"),
     [
-        ("hidden_act", "gelu", "our model has 'silu' alone"),
-        ("attention_bias", True, "our model has False alone"),
+        ("hidden_act", "gelu", "only 'silu' is supported"),
+        ("attention_bias", True, "only False is supported"),
         ("num_key_value_heads", 2, "as many as query heads"),
         ("topk_method", "greedy", "noaux_tc"),
         ("n_group", 5, "must divide n_routed_experts"),

@@ -47,7 +47,7 @@ def test_a_real_launcher_beats_until_it_is_killed_and_the_next_continues(tmp_pat
     assert launcher.stdout.readline() == "open\n"
     while summarize_ledger(tmp_path).allocated_ms < 4 * 50:
         assert launcher.poll() is None
-    with pytest.raises(ConfigError, match="already going on"):
+    with pytest.raises(ConfigError, match="already active"):
         launch(tmp_path, "b")
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()

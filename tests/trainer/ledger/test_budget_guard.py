@@ -45,7 +45,7 @@ def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, t
     assert guard.halt_reason(459_000) is None
     reason = guard.halt_reason(560_000)
     assert reason is not None
-    assert "has used 0.4 GPU-hours and will have used 1.022 at its end, of a budget of 1" in reason
+    assert "has used 0.4 GPU-hours and is projected to use 1.022, of a budget of 1" in reason
     assert "budget.stop_at=null" in reason
     patient = BudgetGuard(replace(BUDGET, stop_at=None), guard._meter, tmp_path)
     for _ in range(MIN_STEPS_TO_PROJECT):

@@ -90,7 +90,7 @@ def test_a_launch_without_room_for_its_first_record_is_refused(tmp_path: Path) -
             (ALLOCATION_FILE, lambda: launch(tmp_path, "a")),
             (WORK_FILE, lambda: WorkJournal(tmp_path, ranks=2, attempt="a", budget=BUDGET)),
         ):
-            assert "cannot be written (File too large); make room" in refused(begin)[str(tmp_path / file)]
+            assert "cannot be written (File too large); free disk space" in refused(begin)[str(tmp_path / file)]
     assert (tmp_path / WORK_FILE).stat().st_size == 0
 
 

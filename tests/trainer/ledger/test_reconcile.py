@@ -67,11 +67,11 @@ def test_every_difference_from_the_scheduler_is_a_line(summary: LedgerSummary, t
     assert {line.name: line.gpu_ms / 1000 for line in lines} == {
         "scheduler": 8 * 600 + 8 * 300 + 16 * 10,
         "job 41: GPUs without a rank": 0,
-        "job 41: before, between and after its launches": -8 * 100,
+        "job 41: before, between and after its attempts": -8 * 100,
         "job 42: GPUs without a rank": -4 * 290,
-        "job 42: before, between and after its launches": -8 * 10,
-        "job 43: no launch of this run": -160,
-        "launch d: outside of any job": 100,
+        "job 42: before, between and after its attempts": -8 * 10,
+        "job 43: no attempt of this run": -160,
+        "attempt d: outside of any job": 100,
         "ledger": 8 * 500 + 4 * 290 + 100,
     }
 
@@ -79,7 +79,7 @@ def test_every_difference_from_the_scheduler_is_a_line(summary: LedgerSummary, t
 def test_a_job_that_the_accounting_lacks_is_a_line(summary: LedgerSummary, tmp_path: Path) -> None:
     lines = reconcile_jobs(summary, read_sacct_jobs(written(tmp_path, "\n".join(SACCT.splitlines()[:3]))))
     add_up(lines)
-    assert ReconciliationLine("launch c: job 42 is not in the accounting", 4 * 290_000, True) in lines
+    assert ReconciliationLine("attempt c: job 42 is not in the accounting", 4 * 290_000, True) in lines
 
 
 def test_an_invoice_is_compared_in_hours_and_in_money(summary: LedgerSummary, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_an_invoice_is_compared_in_hours_and_in_money(summary: LedgerSummary, tm
     assert (invoice.gpu_hours, invoice.amount) == (1.5, 3.25)
     lines = reconcile_invoice(summary, invoice)
     add_up(lines)
-    assert lines[1] == ReconciliationLine("invoiced, and not in the ledger", 5_260_000 - 5_400_000, True)
-    assert describe_invoice_price(invoice, 2) == "invoiced $3.25, $2.167 a GPU-hour: +0.25 beside $3.00 at $2"
+    assert lines[1] == ReconciliationLine("invoiced but not in the ledger", 5_260_000 - 5_400_000, True)
+    assert describe_invoice_price(invoice, 2) == "invoiced $3.25, $2.167 per GPU-hour: +0.25 against $3.00 at $2"
 
 
 @pytest.mark.parametrize(

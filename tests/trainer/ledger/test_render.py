@@ -44,4 +44,4 @@ def test_a_run_without_a_step_or_a_ledger_says_so(tmp_path: Path, time: Time) ->
     assert summary.gpu_hours_per_trillion_tokens is None
     text = io.StringIO()
     Console(file=text, width=120).print(render_ledger(summary))
-    assert "pre_train: 1 launch, the last still open" in text.getvalue()
+    assert "pre_train: 1 attempt, the last running" in text.getvalue()

@@ -143,7 +143,7 @@ def test_totals_of_another_ledger_count_for_nothing(tmp_path: Path) -> None:
     assert read_snapshot(tmp_path / "two") is None
     assert summarize_ledger(tmp_path / "two").steps_retained == 9
     with pytest.raises(
-        ConfigError, match=r"allocation.jsonl = '\d+ records': are not all in it, and .*snapshot.json counts"
+        ConfigError, match=r"allocation.jsonl = '\d+ records': are counted by .*snapshot.json but not all in"
     ):
         summarize_verified_ledger(tmp_path / "two")
 
@@ -176,7 +176,7 @@ def test_verifying_misses_records_that_the_totals_count(
 def test_verifying_names_totals_that_were_damaged(tmp_path: Path) -> None:
     train(tmp_path, "a", 1, 5)
     (tmp_path / SNAPSHOT_FILE).write_text("{}")
-    with pytest.raises(ConfigError, match=r"snapshot.json = 'saved totals': are not as they were written"):
+    with pytest.raises(ConfigError, match=r"snapshot.json = 'saved totals': are damaged"):
         summarize_verified_ledger(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     tree["totals"]["ledger"]["tally"]["tokens_consumed"] += 1
     tree["sha256"] = snapshot._digest(tree["totals"])
     path.write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match="are not what the ledger's records say"):
+    with pytest.raises(ConfigError, match="differ from the ledger's records"):
         summarize_verified_ledger(tmp_path)
 
 

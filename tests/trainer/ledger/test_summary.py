@@ -130,7 +130,7 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
     assert summary.gpu_ms_by_bucket["hang"] == RANKS * 10 + 2 * 10
     text = io.StringIO()
     Console(file=text, width=120).print(render_ledger(summary))
-    assert "1 launch, 2 segments" in text.getvalue()
+    assert "1 attempt, 2 segments" in text.getvalue()
 
 
 OPENING_OF_FORMAT_1 = (

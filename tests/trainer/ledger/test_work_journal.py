@@ -48,5 +48,5 @@ def test_mistakes_of_the_caller_are_errors(tmp_path: Path, time: Time) -> None:
     with pytest.raises(ValueError, match="cannot last"):
         work.record_interval("evaluation", -1)
     launch(tmp_path, "a").close("done")
-    with pytest.raises(ValueError, match="name of its own"):
+    with pytest.raises(ValueError, match="needs another name"):
         launch(tmp_path, "a")

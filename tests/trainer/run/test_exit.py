@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_due_comes_before_the_evaluation_which_is_reported_
 def test_the_budget_guard_halts_the_run_until_its_budget_is_raised(root: Path) -> None:
     tree = on_two_ranks(root, "guarded", tokens=5 * LENGTH * BATCH, checkpoint_every=0)
     first, other = run_processes(2, train_until, tree, 100, 0.4)
-    hint = "the run has used 1.2 GPU-hours and its budget is 1; raise budget.gpu_hours to go on"
+    hint = "the run has used 1.2 GPU-hours and its budget is 1; raise budget.gpu_hours to continue"
     assert first == (3, f"stopped after step 3, which is in a checkpoint: {hint}")
     assert other is not None
     assert other[0] == 3

@@ -66,7 +66,7 @@ def test_a_slow_view_costs_the_run_no_time_and_loses_what_does_not_fit(tmp_path:
     assert sink.heard == sorted(set(sink.heard))
     assert 10 <= len(sink.heard) <= 12
     (warning,) = warnings(tmp_path)
-    assert f"view was too slow: {200 - len(sink.heard)} events were left out" in warning
+    assert f"view was too slow: {200 - len(sink.heard)} events were dropped" in warning
 
 
 def test_a_sink_that_never_finishes_delays_the_end_for_a_limited_time(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_sink_that_never_finishes_delays_the_end_for_a_limited_time(tmp_path: 
     start = time.perf_counter()
     stream.close()
     assert time.perf_counter() - start < 5
-    assert "view is not done after 0.1 s" in warnings(tmp_path)[0]
+    assert "view has not finished after 0.1 s" in warnings(tmp_path)[0]
     sink.may_go_on.set()
 
 

@@ -85,6 +85,6 @@ def test_a_sink_that_fails_is_dropped_and_the_run_continues(tmp_path: Path) -> N
     stream.close()
     history = read_metrics(tmp_path / "metrics.jsonl")
     assert [event.kind for event in history] == ["step", "warning", "step"]
-    assert "a server failed and is dropped: ConnectionResetError" in str(history[1].values["message"])
+    assert "a server failed and was dropped: ConnectionResetError" in str(history[1].values["message"])
     assert {event.kind for event in listener.heard} == {"step", "warning"}
     assert listener.closed

@@ -46,30 +46,32 @@ RUN: dict[str, JSON] = {
     ("event", "line"),
     [
         (Event("checkpoint", 7, {"path": "runs/x", "kept": True}), "checkpoint at step 7  path runs/x  kept yes"),
-        (Event("stop", 7, {"reason": "done"}), "stop at step 7  reason done"),
+        (Event("stop", 7, {"reason": "done"}), "finished at step 7"),
         (
             EVALUATION,
-            "step 20: validation loss 5.2500 nats a token over 4,096 tokens (unigram entropy of the same text 5.8312)",
+            "step 20: validation loss 5.2500 nats per token over 4,096 tokens "
+            "(unigram entropy of the same text 5.8312)",
         ),
         (
             Event("budget", 7, {**COST, "published_gpu_hours_per_trillion_tokens": 180000}),
-            "cost 0.2500 GPU-hours, 50.0 % of the run's budget; 500,000 a trillion tokens (published 180,000)",
+            "0.25 GPU-hours so far (50 % of budget). Rate: 500,000 GPU-hours per trillion tokens; "
+            "DeepSeek-V3 on H800: 180,000 (not comparable on CPU)",
         ),
         (
             Event("run", 0, RUN),
-            "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32\n"
-            "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
+            "3.5M parameters, 1.7M active per token; 4 ranks on cpu, computing in float32\n"
+            "391 steps, 10.9MFLOP per token; peak 0.0442 TFLOPS per rank (measured)",
         ),
         (
             Event("run", 0, {**RUN, "attention": "cudnn (cuDNN's fused kernel): training.attention_backend=cudnn"}),
-            "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32\n"
-            "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)\n"
+            "3.5M parameters, 1.7M active per token; 4 ranks on cpu, computing in float32\n"
+            "391 steps, 10.9MFLOP per token; peak 0.0442 TFLOPS per rank (measured)\n"
             "attention by cudnn (cuDNN's fused kernel): training.attention_backend=cudnn",
         ),
         (
             Event("run", 0, {**RUN, "linear": "fp8"}),
-            "3.5M parameters, 1.7M active a token; 4 ranks on cpu, computing in float32, Linears in FP8\n"
-            "391 steps, 10.9MFLOP a token; peak 0.0442 TFLOPS a rank (measured)",
+            "3.5M parameters, 1.7M active per token; 4 ranks on cpu, computing in float32, Linears in FP8\n"
+            "391 steps, 10.9MFLOP per token; peak 0.0442 TFLOPS per rank (measured)",
         ),
     ],
 )

@@ -18,7 +18,7 @@ def test_a_pipe_gets_plain_lines() -> None:
     sink.emit(Event("stop", 40, {"reason": "done"}))
     sink.close()
     lines = stream.getvalue().splitlines()
-    assert [line.split()[0] for line in lines] == ["step", "stop"]
+    assert [line.split()[0] for line in lines] == ["step", "finished"]
     assert "\x1b" not in stream.getvalue()
 
 

@@ -112,7 +112,7 @@ def test_a_process_of_wandb_that_ends_each_time_is_given_up(tmp_path: Path, monk
         starts.append(sink)
 
     monkeypatch.setattr(WandbSink, "_open", start)
-    monkeypatch.setattr(WandbSink, "_hand_over", gone)
+    monkeypatch.setattr(WandbSink, "_send", gone)
     sink = WandbSink(WandbConfig(), tmp_path, 0)
     with pytest.raises(ConnectionResetError, match="Connection lost"):
         sink.emit(step(1))
@@ -218,7 +218,7 @@ def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
     stream.emit(Event("stop", 1, {"reason": "done"}))
     stream.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert terminal.getvalue() == "stop at step 1  reason done\n"
+    assert terminal.getvalue() == "finished at step 1\n"
 
 
 def test_a_damaged_file_is_refused_and_a_torn_one_read_to_its_end(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_an_id_that_is_torn_gives_a_new_one(tmp_path: Path, left: bytes, capsys:
     found = _run_id(tmp_path)
     assert found == _run_id(tmp_path) == (tmp_path / "wandb_run_id").read_text().strip()
     assert len(found) == 8
-    assert "names no run of wandb" in capsys.readouterr().err
+    assert "holds no wandb run ID" in capsys.readouterr().err
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
