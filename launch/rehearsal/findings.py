@@ -37,7 +37,7 @@ def group_findings(findings: Mapping[int, Sequence[RankFinding]]) -> Iterator[Ru
     alike: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
     for rank, found in findings.items():
         for finding in dict.fromkeys(found):
-            key = finding.kind, finding.text, code_line(finding.code_location)
+            key = finding.kind, finding.text, code_line_of_location(finding.code_location)
             alike.setdefault(key, []).append((rank, finding.code_location))
     for (kind, text, _), occurrences in alike.items():
         ranks = tuple(dict.fromkeys(rank for rank, _ in occurrences))
@@ -45,7 +45,7 @@ def group_findings(findings: Mapping[int, Sequence[RankFinding]]) -> Iterator[Ru
         yield RunFinding(kind, ranks, f"{text}{count}", (occurrences[0][1],))
 
 
-def code_line(place: str) -> str:
+def code_line_of_location(place: str) -> str:
     """Return the code line of a code location, without its instruction."""
     return place.rpartition(": ")[2]
 

@@ -23,11 +23,11 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are only counted, neither compiled nor interpreted
     ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
     from ...comm.errors import ConfigError
-    from .rehearse import RankRehearsal  # imports torch, which now finds the shim's device
+    from .rehearse import RankRehearsalConfig  # imports torch, which now finds the shim's device
 
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
-        rehearsal = RankRehearsal.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
+        rehearsal = RankRehearsalConfig.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

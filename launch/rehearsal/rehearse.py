@@ -42,7 +42,7 @@ assert fake_collectives.collective_ops  # its import registers the fake kernels 
 
 
 @dataclass(frozen=True)
-class RankRehearsal:
+class RankRehearsalConfig:
     """Rehearsal of one rank's first step."""
 
     config: RunConfig
@@ -53,13 +53,13 @@ class RankRehearsal:
     @staticmethod
     def compose(
         overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None
-    ) -> RankRehearsal:
+    ) -> RankRehearsalConfig:
         """Compose the run as on its GPUs. Raises `ConfigError`."""
         config = gpu_run_config(compose_run_config(overrides, config_dir), micro_batches)
         if not 0 <= rank < config.topology.world_size:
             hint = f"must be from 0 to {config.topology.world_size - 1}"
             raise ConfigError([Problem("--ranks", rank, hint)])
-        return RankRehearsal(config, rank, config.batch_ramp.batch_size(1))
+        return RankRehearsalConfig(config, rank, config.batch_ramp.batch_size(1))
 
     @property
     def micro_batches(self) -> int:

@@ -13,7 +13,7 @@ from .checks import check_step
 from .compare import compare_rank_logs
 from .deadlock.communicators import group_collectives, group_p2p_ops
 from .deadlock.diagnosis import find_hangs
-from .findings import RunFinding, code_line, group_findings, has_raised
+from .findings import RunFinding, code_line_of_location, group_findings, has_raised
 from .launch_counts import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase, moe_layer_totals
 from .log import CollectiveRecord, HostWait, P2PBatchRecord, RankLog
 
@@ -96,7 +96,9 @@ class RehearsalResult:
         times: Counter[tuple[str, str, bool]] = Counter()
         most: dict[tuple[str, str, bool], int] = {}
         for log in self.logs:
-            of_rank = Counter((code_line(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log))
+            of_rank = Counter(
+                (code_line_of_location(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log)
+            )
             times += of_rank
             most |= {key: max(count, most.get(key, 0)) for key, count in of_rank.items()}
         return [HostWaitSummary(*key, count, most[key]) for key, count in times.most_common()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from ...trainer.telemetry.events import parse_numbers
+from ...trainer.telemetry.events import numbers_in_list
 from .blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
 from .heat_map import heat_map
 from .plot import Plot, Series
@@ -49,7 +49,7 @@ def _violations(record: RunRecord) -> Iterator[Block]:
 
 
 def _map(record: RunRecord, name: str) -> Figure | None:
-    columns = [column for event in record.step_events if (column := parse_numbers(event.values.get(name)))]
+    columns = [column for event in record.step_events if (column := numbers_in_list(event.values.get(name)))]
     columns = [column for column in columns if len(column) == len(columns[0])]
     if not columns:
         return None

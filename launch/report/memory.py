@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from ...trainer.telemetry.events import Event, parse_number, parse_numbers
+from ...trainer.telemetry.events import Event, parse_number, numbers_in_list
 from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
 from .run_record import RunRecord
@@ -26,7 +26,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         yield MissingDataNotice("Memory is not recorded.", hint)
         return
     looks = [
-        (event.step, parse_numbers(event.values.get("now")), parse_numbers(event.values.get("peak")))
+        (event.step, numbers_in_list(event.values.get("now")), numbers_in_list(event.values.get("peak")))
         for event in events
     ]
     limit = parse_number(events[-1].values.get("limit"))
@@ -55,7 +55,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
 
 def _is_whole(event: Event) -> bool:
     """Return whether the event has two finite numbers per rank."""
-    now, peak = (parse_numbers(event.values.get(key)) for key in ("now", "peak"))
+    now, peak = (numbers_in_list(event.values.get(key)) for key in ("now", "peak"))
     return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
 
 

@@ -15,7 +15,7 @@ from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.render import format_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
-from ...trainer.telemetry.events import Event, parse_numbers
+from ...trainer.telemetry.events import Event, numbers_in_list
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..compose import read_config
@@ -107,7 +107,7 @@ def _costs(config: RunConfig, summary: LedgerSummary, planned: PlanEntry) -> Ite
 def _allocated(run_dir: Path) -> float | None:
     """Return the peak bytes of the rank that needs most; None on a CPU, whose figures include the interpreter."""
     samples = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED_LABEL]
-    return max((peak for sample in samples for peak in parse_numbers(sample.get("peak"))), default=None)
+    return max((peak for sample in samples for peak in numbers_in_list(sample.get("peak"))), default=None)
 
 
 def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[str]:

@@ -17,7 +17,7 @@ from ...comm.errors import ConfigError, Problem
 _LOCK = ".lock"
 
 
-class WriterState(Enum):
+class WriterLiveness(Enum):
     """State of the process that writes a directory."""
 
     ALIVE = "alive"
@@ -68,33 +68,33 @@ def remove_lock(directory: Path) -> None:
     (directory / _LOCK).unlink(missing_ok=True)
 
 
-def find_writer_state(directory: Path) -> WriterState:
+def check_writer_liveness(directory: Path) -> WriterLiveness:
     """Return whether the process that writes `directory` is alive."""
     try:
         descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return WriterState.UNKNOWN
+        return WriterLiveness.UNKNOWN
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return WriterState.ALIVE
+        return WriterLiveness.ALIVE
     except OSError:
-        return WriterState.UNKNOWN
+        return WriterLiveness.UNKNOWN
     finally:
         os.close(descriptor)
-    return WriterState.DEAD
+    return WriterLiveness.DEAD
 
 
 def remove_unfinished_directories(final: Path, what: str, report: Callable[[str], None]) -> None:
     """Remove the directories of killed writers of `final`; report each leftover to `report`."""
     for leftover in sorted(final.parent.glob(f".{glob.escape(final.name)}.{what}-*")):
-        found = find_writer_state(leftover)
-        if found is WriterState.DEAD:
+        found = check_writer_liveness(leftover)
+        if found is WriterLiveness.DEAD:
             with suppress(OSError):
                 shutil.rmtree(leftover)
         if not leftover.exists():
             report(f"{leftover} was left by a process that was killed; it is removed.")
-        elif found is WriterState.ALIVE:
+        elif found is WriterLiveness.ALIVE:
             report(f"{leftover} is being written by another process.")
         else:
             report(f"{leftover} was left by another process. If none is running, delete it.")

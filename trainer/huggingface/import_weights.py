@@ -27,7 +27,7 @@ from ..checkpoint.pieces import MODEL_STATE, TensorPiece
 from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile
-from ..data.unfinished_directory import WriterState, find_writer_state, lock_directory, remove_lock
+from ..data.unfinished_directory import WriterLiveness, check_writer_liveness, lock_directory, remove_lock
 from ..model.config import ModelConfig
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
@@ -159,7 +159,7 @@ def import_huggingface_weights(source: Path, target: Path, say: Callable[[str], 
 
 def _clear_partial(partial: Path, say: Callable[[str], None]) -> None:
     """Remove the leftovers of a killed import. Raises `ConfigError` if another one is running."""
-    if find_writer_state(partial) is WriterState.ALIVE:
+    if check_writer_liveness(partial) is WriterLiveness.ALIVE:
         hint = "another import is writing it; wait for its end, or name another directory"
         raise ConfigError([Problem("target", str(partial), hint)])
     if partial.is_dir():

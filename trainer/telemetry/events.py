@@ -73,7 +73,7 @@ def parse_number(value: JSON) -> float | None:
         return None
 
 
-def parse_numbers(value: JSON) -> list[float]:
+def numbers_in_list(value: JSON) -> list[float]:
     """Return the numbers in the list `value`; empty if it is no list."""
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     return [number for item in items if (number := parse_number(item)) is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .events import JSON, Event, parse_number, parse_numbers
+from .events import JSON, Event, parse_number, numbers_in_list
 
 
 def describe_event(event: Event) -> str:
@@ -85,7 +85,7 @@ def _evaluation(event: Event) -> str:
 
 
 def _memory(event: Event) -> str:
-    now, peak = (_format_bytes(max(parse_numbers(event.values[key]))) for key in ("now", "peak"))
+    now, peak = (_format_bytes(max(numbers_in_list(event.values[key]))) for key in ("now", "peak"))
     return f"step {event.step}: memory: {now} on the largest rank (peak {peak})"
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.unfinished_directory import (
-    WriterState,
-    find_writer_state,
+    WriterLiveness,
+    check_writer_liveness,
     lock_directory,
     remove_lock,
     remove_unfinished_directories,
@@ -31,10 +31,10 @@ def test_only_what_a_dead_process_has_left_is_removed(tmp_path: Path) -> None:
     (other := tmp_path / ".made.preparing-3-ef").mkdir()
     lines: list[str] = []
     with unfinished_directory(tmp_path / "made", "making", "directory") as living:
-        assert [find_writer_state(each) for each in (dead, unknown, living)] == [
-            WriterState.DEAD,
-            WriterState.UNKNOWN,
-            WriterState.ALIVE,
+        assert [check_writer_liveness(each) for each in (dead, unknown, living)] == [
+            WriterLiveness.DEAD,
+            WriterLiveness.UNKNOWN,
+            WriterLiveness.ALIVE,
         ]
         remove_unfinished_directories(tmp_path / "made", "making", lines.append)
         assert {*tmp_path.iterdir()} == {unknown, other, living}
