@@ -287,7 +287,7 @@ class StreamCommunicator:
         """See `AsyncCommunicator`. The host waits for nothing here."""
         self._guard.submit(what)
         self._announce(what)
-        # An event, not a synchronization: the side stream waits for what the exchange reads and the host goes on.
+        # An event, not a synchronization: the side stream waits for what the exchange reads and the host continues.
         computed = self._streams.current_stream().record_event()
         with self._on_side_stream(what, inputs):
             self._stream.wait_event(computed)

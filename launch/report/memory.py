@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from ...trainer.telemetry.events import Event, parse_number, numbers_in_list
+from ...trainer.telemetry.events import Event, numbers_in_list, parse_number
 from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
 from .run_record import RunRecord

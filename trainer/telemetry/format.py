@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from .events import JSON, Event, parse_number, numbers_in_list
+from .events import JSON, Event, numbers_in_list, parse_number
 
 
 def describe_event(event: Event) -> str:

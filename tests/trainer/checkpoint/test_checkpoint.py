@@ -67,7 +67,7 @@ MANIFEST_OF_FORMAT_3 = (
     '{"format":3,"facts":{"step":1,"consumed_samples":16,"owes_evaluation":false},"files":{"part_00000.safetensors":72},'
     '"attachments":[],"tensors":{"a":["F32",[2],[["part_00000.safetensors",64,0,2,"' + "0" * 64 + '"]]]}}'
 )
-"""As version 0.1.0 wrote it before the names of this format."""
+"""Manifest as version 0.1.0 wrote it, before the names of this format."""
 
 
 @pytest.mark.parametrize("read", [read_manifest, read_manifest_only, read_manifest_summary])

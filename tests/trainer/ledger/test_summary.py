@@ -138,7 +138,7 @@ OPENING_OF_FORMAT_1 = (
     '"667352fc3c634e09c32a00618b0384fc7ff475e7d86f299151f016b6df258e6f",'
     '"kind":"open","monotonic_ns":1,"phase":"pre_train","ranks":4,"wall_ns":1790000000000000000}\n'
 )
-"""As version 0.1.0 wrote it before ledgers had a format number."""
+"""Ledger as version 0.1.0 wrote it, before ledgers had a format number."""
 
 
 @pytest.mark.parametrize("summarize", [summarize_ledger, summarize_verified_ledger])
