@@ -159,10 +159,10 @@ def test_a_rank_says_what_differs_before_cuda_starts(
         if setting.name != "NCCL_DEBUG":
             monkeypatch.delenv(setting.name)
     config = compose_run_config([f"training.run_dir={tmp_path}"])
-    worker._make_settings(config, TorchrunEnvironment(rank=1, local_rank=1, world_size=2))
+    worker._apply_settings(config, TorchrunEnvironment(rank=1, local_rank=1, world_size=2))
     assert capsys.readouterr().err == ""
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-    worker._make_settings(config, TorchrunEnvironment(rank=0, local_rank=0, world_size=2))
+    worker._apply_settings(config, TorchrunEnvironment(rank=0, local_rank=0, world_size=2))
     assert "shoestring train: NCCL_DEBUG=INFO from your environment, instead of WARN\n" in capsys.readouterr().err
     assert (tmp_path / "flight_recorder").is_dir()
 

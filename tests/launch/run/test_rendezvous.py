@@ -178,7 +178,7 @@ def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> Non
         impatient, _ = venues(2, seconds=0.5)
         hosting = machines.submit(outcome, lambda: host_rendezvous(impatient, FACTS, tmp_path, "attempt"))
         with _reached(impatient), _reached(impatient):
-            assert "did not come" in str(hosting.result(60))
+            assert "did not connect" in str(hosting.result(60))
     assert time.monotonic() - began < meeting._SECONDS_TO_SPEAK
 
 
@@ -191,7 +191,7 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
         with _reached(host) as first, _reached(host) as second:
             assert (first.recv(1), second.recv(1)) == (b"", b"")
             assert not hosting.done()
-        assert "did not come" in str(hosting.result(60))
+        assert "did not connect" in str(hosting.result(60))
 
 
 def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_machine_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            meeting._Line(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
+            meeting._Connection(gone).send({"machine": 1, "host": "x", "facts": fingerprints_to_json(FACTS)})
             gone.shutdown(socket.SHUT_WR)
             others = [machines.submit(outcome, partial(join_rendezvous, first, FACTS))]
             gone.settimeout(30)
@@ -223,7 +223,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as machines:
         hosting = machines.submit(outcome, lambda: host_rendezvous(host, FACTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            line = meeting._Line(gone)
+            line = meeting._Connection(gone)
             line.send({"machine": 1, "host": "far", "facts": fingerprints_to_json(FACTS)})
             line.receive(10)
         assert "node 1 (far) disconnected" in str(hosting.result(30))
@@ -231,7 +231,7 @@ def test_a_machine_that_leaves_is_named(tmp_path: Path) -> None:
 
 def test_a_machine_that_is_gone_when_it_is_told_is_named() -> None:
     here, there = socket.socketpair()
-    guest = meeting._Line(here)
+    guest = meeting._Connection(here)
     guest.host = "far"
     there.close()
     with pytest.raises(RendezvousError, match=r"node 1 \(far\) disconnected"):

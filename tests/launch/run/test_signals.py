@@ -214,7 +214,7 @@ def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None
 def test_a_rank_hears_what_came_before_it_listened() -> None:
     code = "from shoestring.launch.run.signals import install_stop_handlers as l; import signal; signal.raise_signal(15); "
     code += "raise SystemExit(0 if l(60)() else 1)"
-    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._become_torchrun) as rank:
+    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=launcher._prepare_torchrun_process) as rank:
         assert rank.wait(60) == 0
 
 

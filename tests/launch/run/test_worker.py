@@ -55,7 +55,7 @@ def test_the_launcher_is_refused_beside_a_run_without_it(monkeypatch: pytest.Mon
     monkeypatch.delenv(LAUNCHER_PID_ENV_VAR, raising=False)
     config = compose_run_config(["topology=single", "schedule=1f1b", f"training.run_dir={tmp_path / 'run'}"])
     with (
-        worker._owning(config),
+        worker._hold_run_dir(config),
         pytest.raises(ConfigError, match="another run is active"),
         lock_run_dir(tmp_path / "run", fresh=True),
     ):
