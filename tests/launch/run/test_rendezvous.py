@@ -266,7 +266,7 @@ def test_what_answers_and_is_no_launch(words: bytes) -> None:
         connection, _ = other.accept()
         with connection:
             connection.sendall(words)
-            assert "is no launch of Shoestring" in str(attending.result(30))
+            assert "is not node 0 of a Shoestring launch" in str(attending.result(30))
 
 
 def test_names_that_do_not_resolve() -> None:
