@@ -91,7 +91,7 @@ def master_address_problems(address: str) -> Iterator[Problem]:
             hint = f"write MASTER_ADDR={host} and MASTER_PORT={port}"
         elif address != (bare := address.strip().strip("[]")):
             hint = f"write {bare}, without spaces and brackets" if bare else hint
-        yield Problem("MASTER_ADDR", address, f"does not resolve on this node ({error}); {hint}")
+        yield Problem("MASTER_ADDR", address, f"does not resolve on this machine ({error}); {hint}")
         return
     if any(ip_address(str(entry[4][0]).partition("%")[0]).is_unspecified for entry in found):
         hint = "is the wildcard address; write an address of node 0 that all nodes can resolve"

@@ -91,7 +91,7 @@ def test_processes_need_memory_and_may_be_limited_in_number() -> None:
 
 def test_a_gpu_has_its_own_memory() -> None:
     room = MachineCapacity(cpu_cores=2, host_bytes=1e15, gpu_bytes=80e9, max_tasks=None)
-    assert "of memory on a GPU" in str(next(capacity_problems(configured("model.hidden_size=1048576"), 1, room)))
+    assert "of GPU memory" in str(next(capacity_problems(configured("model.hidden_size=1048576"), 1, room)))
     assert list(capacity_problems(configured(), 512, room)) == []  # a GPU's rank does not need a core of the host
 
 

@@ -104,7 +104,7 @@ def test_gpus_that_are_too_few_are_not_passed_over_in_silence(
 
 def test_the_script_explains_itself_and_exits_with_2() -> None:
     explained = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert explained.stdout.startswith("Train on one machine or on several")
+    assert explained.stdout.startswith("Train on one node or on several")
     assert "GPUS_PER_NODE" in explained.stdout
     refused = subprocess.run(
         [SCRIPT], capture_output=True, text=True, timeout=60, check=False, env=environment(NNODES="2")

@@ -178,7 +178,7 @@ def test_silent_connections_delay_no_machine_and_no_limit(tmp_path: Path) -> Non
         impatient, _ = endpoints(2, seconds=0.5)
         hosting = machines.submit(outcome, lambda: host_rendezvous(impatient, FACTS, tmp_path, "attempt"))
         with _reached(impatient), _reached(impatient):
-            assert "did not come" in str(hosting.result(60))
+            assert "did not connect" in str(hosting.result(60))
     assert time.monotonic() - began < rendezvous._SECONDS_TO_SPEAK
 
 
@@ -191,7 +191,7 @@ def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.Monke
         with _reached(host) as first, _reached(host) as second:
             assert (first.recv(1), second.recv(1)) == (b"", b"")
             assert not hosting.done()
-        assert "did not come" in str(hosting.result(60))
+        assert "did not connect" in str(hosting.result(60))
 
 
 def test_a_fifo_in_the_place_of_the_note_is_not_waited_for(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_what_answers_and_is_no_launch(words: bytes) -> None:
         connection, _ = other.accept()
         with connection:
             connection.sendall(words)
-            assert "is no launch of Shoestring" in str(attending.result(30))
+            assert "is not node 0 of a Shoestring launch" in str(attending.result(30))
 
 
 def test_names_that_do_not_resolve() -> None:
