@@ -68,7 +68,7 @@ def test_what_is_refused() -> None:
     assert "2 x 2 = 4 ranks, and the topology needs 8" in found["--gpus-per-node"]
     assert "--gpus-per-node is 2" in found["topology.gpus_per_node"]
     assert "write cpu" in found["training.device"]
-    assert "no way out" in found["telemetry.wandb.mode"]
+    assert "no network access" in found["telemetry.wandb.mode"]
     assert "from 1mbit" in found["uplink"]
     assert "such as 0@20" in found["--cut-link"]
     assert "from 0 to 1" in found["--kill-node"]
