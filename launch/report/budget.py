@@ -12,6 +12,7 @@ from ...trainer.ledger.terms import (
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
     to_gpu_hours,
+    to_label,
 )
 from .blocks import BarSegment, Block, Figure, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
 from .loss import step_annotations
@@ -114,7 +115,7 @@ def _buckets(summary: LedgerSummary) -> Iterator[Block]:
         ("allocated", format_gpu_hours(to_gpu_hours(summary.allocated_ms)), "100 %", f"total of {attempts}"),
         is_total=True,
     )
-    nothing = ", ".join(term_label(name) for name in spent if name not in some)
+    nothing = ", ".join(to_label(name) for name in spent if name not in some)
     note = f"No time: {nothing}." if nothing else ""
     if summary.inherited_ms:
         inherited = format_gpu_hours(to_gpu_hours(summary.inherited_ms))
@@ -166,24 +167,19 @@ def _comparison(summary: LedgerSummary) -> TableBlock:
     return TableBlock(heads, [TableRow(cells) for cells in lines], frozenset({1, 2, 3}), title)
 
 
-def term_label(name: str) -> str:
-    """Return the label of a term or bucket: `exposed_all_to_all` is "exposed all-to-all"."""
-    return name.replace("all_to_all", "all-to-all").replace("_", " ")
-
-
 def _ratio(share: float) -> str:
     return format_percent(share) if share < 10 else f"{share:,.0f} times"
 
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> StackedBar:
     return StackedBar(
-        title, [BarSegment(term_label(name), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
+        title, [BarSegment(to_label(name), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
     )
 
 
 def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> TableRow:
     return TableRow(
-        (term_label(name), format_gpu_hours(to_gpu_hours(gpu_ms)), format_percent(gpu_ms / whole), meaning), style
+        (to_label(name), format_gpu_hours(to_gpu_hours(gpu_ms)), format_percent(gpu_ms / whole), meaning), style
     )
 
 

@@ -14,13 +14,12 @@ from ...trainer.config import RunConfig
 from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.render import format_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
-from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
+from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
 from ...trainer.telemetry.events import Event, numbers_in_list
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..compose import read_config
 from ..planner.plan_file import PlanEntry, read_plan_entry
-from ..report.budget import term_label
 from ..run.run_dir import CONFIG_FILE
 
 _METRICS_FILE = "metrics.jsonl"
@@ -175,7 +174,7 @@ def comparison_table(comparison: PlanComparison) -> RenderableType:
     for each in (*comparison.time_terms, comparison.step):
         figures = _figures(each, lambda figure: f"{figure * scale:.4f}")
         is_last = each in (comparison.time_terms[-1], comparison.step)
-        table.add_row(term_label(each.name), *figures, _share(each, least=longest / 1e5), end_section=is_last)
+        table.add_row(to_label(each.name), *figures, _share(each, least=longest / 1e5), end_section=is_last)
     for each in comparison.totals:
         name, show = _TOTALS[each.name]
         table.add_row(name, *_figures(each, show), _share(each))

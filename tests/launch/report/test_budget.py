@@ -18,7 +18,7 @@ def test_the_budget_adds_up(run_dir: Path, page: Reader) -> None:
         assert hours[name] > 0
         assert f"{name} {hours[name]:.4f} {100 * hours[name] / 2:.1f} %" in words
     assert "allocated 2.0000 100 % total of 2 attempts" in words
-    assert "exposed all-to-all 0.1440 10.0 %" in words
+    assert "all-to-all not overlapped 0.1440 10.0 %" in words
     assert "left 2.0000" in words
     assert "per trillion tokens 250,000,000 180,000 1,389 times" in words
 

@@ -149,7 +149,7 @@ def test_table_and_json(
     monkeypatch.setenv("COLUMNS", "80")
     text = answer(capsys, "budget", run_dir, "--against", write(simulated)).partition("Planned and measured")[2]
     for words in (
-        "exposed all-to-all",
+        "all-to-all not overlapped",
         "tokens/s",
         "GPU-hours, steps only",
         "not recorded",
