@@ -52,7 +52,7 @@ def test_a_tensor_of_the_host_is_named() -> None:
     result = rehearsed("2", fault=("host_tensor", "2"))
     (found,) = result.findings
     assert (found.kind, found.ranks) == ("device", (2,))
-    assert "add takes a float32 tensor [16] of the host" in found.text
+    assert "add takes a float32 host tensor [16]" in found.text
     assert "trainer/model/router.py" in found.places[0]
 
 

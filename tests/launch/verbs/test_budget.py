@@ -112,7 +112,7 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
     accounting.write_text("JobID|ElapsedRaw|AllocTRES\n7|60|gres/gpu=2\n")
     invoice.write_text("gpu_hours,amount\n2.5,6\n")
     text = answer(capsys, "budget", run_dir, "--sacct", accounting, "--invoice", invoice)
-    for words in ("job 7: no attempt of this run", "launch a: outside of any job", "-0.5000", "invoiced $6.00"):
+    for words in ("job 7: no attempt of this run", "attempt a: outside of any job", "-0.5000", "invoiced $6.00"):
         assert words in text
 
 
@@ -135,7 +135,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert not problems(later, own)
     assert "2.1" not in str(problems(run_dir, own))
     found = problems(later, own, "budget.planned_gpu_hours=0.2")
-    assert f"exceeds what is left in {path}, 0.1" in found["budget.planned_gpu_hours"]
+    assert f"exceeds the remaining budget in {path}, 0.1" in found["budget.planned_gpu_hours"]
     assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half
     (run_dir / "ledger" / "allocation.jsonl").touch()
     assert "would erase" in problems(run_dir, own, fresh=True)["--fresh"]

@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(ConfigError, match="has no step to compare with yet"):
         compare_with_plan(run_dir, replace(summarize_ledger(run_dir), steps_retained=0), plan)
     with pytest.raises(
-        ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it says what the run was told"
+        ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it holds the run's configuration"
     ):
         compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
     plan.write_text("[]")
