@@ -136,7 +136,7 @@ def test_a_run_of_a_project_is_held_to_what_is_left_there(run_dir: Path) -> None
     assert "2.1" not in str(problems(run_dir, own))
     found = problems(later, own, "budget.planned_gpu_hours=0.2")
     assert f"exceeds the remaining budget in {path}, 0.1" in found["budget.planned_gpu_hours"]
-    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half
+    assert not problems(run_dir, own, fresh=True)  # this one has no launcher's half to lose
     (run_dir / "ledger" / "allocation.jsonl").touch()
     assert "would erase" in problems(run_dir, own, fresh=True)["--fresh"]
     assert not problems(run_dir, fresh=True)
