@@ -10,7 +10,7 @@ import torch
 from .events import JSON
 
 ALLOCATED_LABEL = "allocated on the GPU"
-RESIDENT_LABEL = "resident in the process, Python and libraries included"
+RESIDENT_LABEL = "resident set size of the process"
 _STATUS = Path("/proc/self/status")
 
 
