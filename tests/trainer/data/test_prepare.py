@@ -122,7 +122,7 @@ def test_a_killed_preparation_leaves_nothing_to_pick_up(config: DataConfig, mome
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     leftovers = list(Path(config.prepared).parent.iterdir())
     assert [path.name.startswith(".prepared.preparing-") for path in leftovers] == [True]
-    with pytest.raises(ConfigError, match="is missing"):
+    with pytest.raises(ConfigError, match="no prepared data"):
         open_prepared_data(config)
     lines: list[str] = []
     prepare_corpus(config, lines.append)
