@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from shoestring.benchmarks.rows import attention, compute, exact, fp8, network, providers, training
 from shoestring.benchmarks.rows.process import Rank, RowProcess
-from shoestring.benchmarks.rows.row import Attempt, Check, Outcome, Verdict, outcome_of
+from shoestring.benchmarks.rows.row import Check, Outcome, RankResult, RowStatus, outcome_of
 from shoestring.comm.bootstrap import init_default_process_group
 from shoestring.launch.run.rank_environment import FLIGHT_RECORDER_DIR, applicable_settings, build_rank_environment
 
@@ -42,7 +42,7 @@ CHECKS = (
     *fp8.LAST_CHECKS,
 )
 COMPARING = timedelta(minutes=10)
-"""Time to wait for the attempts of other ranks: longer than the limit of any row."""
+"""Time to wait for the results of other ranks: longer than the limit of any row."""
 
 
 def write_json(path: Path, rank: Rank, device: str, outcomes: Sequence[Outcome]) -> None:
@@ -60,8 +60,8 @@ def write_json(path: Path, rank: Rank, device: str, outcomes: Sequence[Outcome])
     path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def gather_attempts(rank: Rank, own: Attempt) -> list[Attempt]:
-    """Gather the attempts of all ranks over gloo between the waiting processes, which no row can break."""
+def gather_results(rank: Rank, own: RankResult) -> list[RankResult]:
+    """Gather the results of all ranks over gloo between the waiting processes, which no row can break."""
     if rank.worker is None:
         return [own]
     gathered = [own] * rank.worker.world_size
@@ -86,17 +86,17 @@ def bring_up(checks: Sequence[Check], path: Path | None) -> int:
         init_default_process_group(rank.worker, torch.device("cpu"), COMPARING)
     process, outcomes = RowProcess(rank), []
     for check in checks:
-        outcomes.append(outcome_of(check, gather_attempts(rank, process.attempt(check))))
-        if outcomes[-1].verdict is Verdict.FAILS:
+        outcomes.append(outcome_of(check, gather_results(rank, process.run_check(check))))
+        if outcomes[-1].status is RowStatus.FAILS:
             process.close()
         if prints:
             print(outcomes[-1].line(), flush=True)
             if path is not None:
                 write_json(path, rank, process.device_name, outcomes)
     process.close()
-    failed = [row.name for row in outcomes if row.mandatory and row.verdict is Verdict.FAILS]
+    failed = [row.name for row in outcomes if row.mandatory and row.status is RowStatus.FAILS]
     if prints:
-        counts = ", ".join(f"{sum(row.verdict is verdict for row in outcomes)} {verdict}" for verdict in Verdict)
+        counts = ", ".join(f"{sum(row.status is status for row in outcomes)} {status}" for status in RowStatus)
         print(f"{len(outcomes)} rows: {counts}" + (f"; mandatory rows failed: {', '.join(failed)}" if failed else ""))
     if rank.worker is not None:
         dist.destroy_process_group()

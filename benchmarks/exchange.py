@@ -79,7 +79,9 @@ def main() -> None:
         console.print(f"{name}: {ratio:.3f}")
     if output is not None:
         machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
-        output.write_text(json.dumps({"machine": machine, "verdicts": found, "wide": wide, "narrow": narrow}, indent=1))
+        output.write_text(
+            json.dumps({"machine": machine, "target_ratios": found, "wide": wide, "narrow": narrow}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def shoestring(sizes: Sizes, rank: int, ranks: int, moments: torch.dtype) -> Run
         for index, block in reversed(list(enumerate(model)))
     ]
     buckets = [Bucket("", each, groups.dense_dp[(0,)], moments, torch.float32) for each in members]
-    worker = build_async_communicator(groups.world, torch.device("cpu"))
-    reducer = GradientReducer(buckets, range(len(buckets)), worker, TrafficCounter(groups.topology, rank))
+    async_communicator = build_async_communicator(groups.world, torch.device("cpu"))
+    reducer = GradientReducer(buckets, range(len(buckets)), async_communicator, TrafficCounter(groups.topology, rank))
     optimizer = ShardedOptimizer(reducer, AdamW(CONFIG), [0] * len(buckets), range(len(buckets)), NULL_RECORDER)
     batches, scale = _batches(sizes, rank), _scale(sizes, ranks)
 

@@ -69,15 +69,15 @@ class Trainer:
         model = Model(SHAPE, stages.model_shard(topology, groups.rank))
         initialize_weights(model, seed=0)
         self.traffic = TrafficCounter(topology, groups.rank)
-        worker = build_async_communicator(groups.ep, cpu, recorder=self.trace)
+        async_communicator = build_async_communicator(groups.ep, cpu, recorder=self.trace)
         exchange = build_token_exchange(
-            ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, worker, self.traffic
+            ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, async_communicator, self.traffic
         )
         pipeline = PipelineRuntime.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
         self.stepper: Stepper = build_stepper(
             pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
         )
-        self._closers = (worker.close, pipeline.close, self.stepper.optimizer.close)
+        self._closers = (async_communicator.close, pipeline.close, self.stepper.optimizer.close)
 
     def step(self) -> dict[str, float]:
         """Run one step; return the seconds of this rank's FBs: total, computation, all-to-alls, waits for these."""
@@ -119,13 +119,13 @@ def seconds(spans: list[Span]) -> float:
 
 
 def main(pp: int, pairs: int, output: str) -> None:
-    worker = TorchrunEnvironment.read()
-    assert worker is not None
+    environment = TorchrunEnvironment.read()
+    assert environment is not None
     torch.set_num_threads(1)
-    init_default_process_group(worker, torch.device("cpu"), LIMIT)
-    topology = Topology(pp=pp, ep=worker.world_size // pp, gpus_per_node=1)
+    init_default_process_group(environment, torch.device("cpu"), LIMIT)
+    topology = Topology(pp=pp, ep=environment.world_size // pp, gpus_per_node=1)
     holders = list(StageLayout.build(SHAPE, LENGTH, "dualpipev", pp).replica_pp_groups())
-    groups = ProcessGroups.create(topology, worker.rank, LIMIT, holders)
+    groups = ProcessGroups.create(topology, environment.rank, LIMIT, holders)
     turns, serial = Trainer(groups, overlap=True), Trainer(groups, overlap=False)
     turns.step()
     serial.step()
@@ -142,10 +142,10 @@ def main(pp: int, pairs: int, output: str) -> None:
         "terms": summarize_trace(turns.trace.spans),
     }
     folder = Path(output)
-    write_rank_trace(folder, worker.rank, turns.trace.spans)
+    write_rank_trace(folder, environment.rank, turns.trace.spans)
     everyone = groups.world.all_gather_objects(own, "figures")
-    if worker.rank == 0:
-        merge_rank_traces(folder, worker.world_size)
+    if environment.rank == 0:
+        merge_rank_traces(folder, environment.world_size)
         (folder / "figures.json").write_text(json.dumps(everyone))
     turns.close()
     serial.close()

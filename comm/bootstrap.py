@@ -41,7 +41,7 @@ class TorchrunEnvironment:
             _read_integer("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
         _read_integer("MASTER_PORT", 1, 65535, problems)
         if not os.environ["MASTER_ADDR"]:
-            problems.append(Problem("MASTER_ADDR", "", "must name the machine of rank 0"))
+            problems.append(Problem("MASTER_ADDR", "", "must name the node of rank 0"))
         if not problems and rank >= size:
             problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}: ranks count from 0"))
         raise_if_any(problems)

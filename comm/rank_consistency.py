@@ -74,8 +74,8 @@ def verify_ranks_match(store: dist.Store, rank: int, world_size: int, fingerprin
     # Over the store of the launch, without a process group: ranks that differ may create different groups, which hangs.
     who = f"rank {rank} ({socket.gethostname()})"
     if rank == 0:
-        store.set("facts", json.dumps([who, fingerprints_to_json(fingerprints)]))
-    first, text = json.loads(store.get("facts"))
+        store.set("fingerprints", json.dumps([who, fingerprints_to_json(fingerprints)]))
+    first, text = json.loads(store.get("fingerprints"))
     theirs = fingerprints_from_json(text)
     name = find_first_mismatch(theirs, fingerprints)
     if name is not None:
@@ -90,5 +90,5 @@ def verify_ranks_match(store: dist.Store, rank: int, world_size: int, fingerprin
 
 
 MISMATCH_HINT = (
-    "must be the same on all ranks and machines; start all with one command, one source tree and one prepared data set"
+    "must be the same on all ranks and nodes; start all with one command, one source tree and one prepared data set"
 )

@@ -138,7 +138,7 @@ class TrainingConfig:
     start_timeout_seconds: int = 1800
     """Seconds that all ranks may take to find each other and to connect at the start of a run."""
     rendezvous_timeout_seconds: int = 300
-    """Seconds that the machines of a launch wait for each other before any of them starts a rank."""
+    """Seconds that the nodes of a launch wait for each other before any of them starts a rank."""
     stop_seconds: int = 300
     """Seconds after SIGTERM or SIGUSR1 for the current step and a checkpoint; a run that needs longer is killed."""
 

@@ -103,7 +103,7 @@ def torn_small_files(how: str) -> Inject:
         run_dir, data = place / "run", f"data_{how}"
         bench.stopped(row, run_dir)
         shutil.copytree(bench.root / "prepared", bench.root / data)
-        rare = ("stops_without_step", "ended", "meeting", "wandb_run_id", "ledger/snapshot.json")
+        rare = ("stops_without_step", "ended", "rendezvous", "wandb_run_id", "ledger/snapshot.json")
         stamp = bench.root / data / ".verified.json"
         for file in (*(run_dir / name for name in rare), stamp):
             file.touch()

@@ -156,15 +156,15 @@ def compare(kernel: Kernel, provider: PrecisionBackend, device: torch.device) ->
     """
     operands = small_operands(faults=not kernel.is_product)
     ours = _numbers(kernel.work(provider, operands.to(device))())
-    twins = _numbers(kernel.work(ReferenceBackend(), operands)())
+    reference = _numbers(kernel.work(ReferenceBackend(), operands)())
     if kernel.is_product:
-        error = float((ours[0] - twins[0]).abs().max() / twins[0].abs().max())
+        error = float((ours[0] - reference[0]).abs().max() / reference[0].abs().max())
         return {"error": expect("the product", error, PRODUCT_ERROR)}
-    exact = _numbers(kernel.work(ReferenceBackend(), operands.to(device))()) if kernel.has_exp else twins
+    exact = _numbers(kernel.work(ReferenceBackend(), operands.to(device))()) if kernel.has_exp else reference
     wrong = max(_differing(*pair) for pair in zip(ours, exact, strict=True))
     if wrong:
         raise Wrong(f"{wrong:.2%} of its values or scales differ from the reference's")
-    return {"unlike_cpu": expect("the share unlike a CPU's", _differing(ours[0], twins[0]), OTHER_EXP)}
+    return {"unlike_cpu": expect("the share unlike a CPU's", _differing(ours[0], reference[0]), OTHER_EXP)}
 
 
 def _numbers(made: object) -> list[Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from shoestring.benchmarks.rows.row import Attempt, Check, Machine, Verdict, attempt
+from shoestring.benchmarks.rows.row import Check, Machine, RankResult, RowStatus, run_check
 from shoestring.comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from shoestring.comm.group_factory import build_group_factory
 from shoestring.comm.groups import Group
@@ -59,10 +59,10 @@ class RowProcess:
         self._process: ForkServerProcess | None = None
         self._end: Connection[Any, Any] | None = None
         self._starts = 0
-        self._refused: Attempt | None = None
+        self._refused: RankResult | None = None
 
-    def attempt(self, check: Check) -> Attempt:
-        """Run one row. After a failed start the process is not started again, since every attempt costs the limit."""
+    def run_check(self, check: Check) -> RankResult:
+        """Run one row. After a failed start the process is not started again, since every start costs the limit."""
         if self._process is None and self._refused is None:
             self._refused = self._start()
         if self._refused is not None:
@@ -79,8 +79,8 @@ class RowProcess:
             self._end.close()
         self._process = self._end = None
 
-    def _start(self) -> Attempt | None:
-        """Start the process; return a failed attempt if it did not start."""
+    def _start(self) -> RankResult | None:
+        """Start the process; return a failed result if it did not start."""
         self._end, theirs = self._context.Pipe()
         arguments = (self._rank, self._starts, dict(os.environ), theirs)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
@@ -88,25 +88,25 @@ class RowProcess:
             self._process.start()
         self._starts += 1
         hello = self._answer(self._start_seconds, f"its process did not start within {self._start_seconds:g} s")
-        if hello.verdict is Verdict.FAILS:
+        if hello.status is RowStatus.FAILS:
             return hello
         self.device_name = hello.reason
         return None
 
-    def _answer(self, seconds: float, too_late: str) -> Attempt:
+    def _answer(self, seconds: float, too_late: str) -> RankResult:
         assert self._process is not None
         assert self._end is not None
         try:
             if self._end.poll(seconds + _FOR_STACKS):
-                found: Attempt = self._end.recv()
+                found: RankResult = self._end.recv()
                 return found
         except EOFError:
             self._process.join()
             code = self._process.exitcode
             self.close()
-            return Attempt(Verdict.FAILS, f"its process ended with exit code {code}", None)
+            return RankResult(RowStatus.FAILS, f"its process ended with exit code {code}", None)
         self.close()
-        return Attempt(Verdict.FAILS, too_late, None)
+        return RankResult(RowStatus.FAILS, too_late, None)
 
 
 def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[Any, Any]) -> None:
@@ -119,14 +119,14 @@ def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[An
         os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{variables.get('TORCHELASTIC_RESTART_COUNT', 0)}_rows_{start}"
     machine = open_machine(rank)
     torch.manual_seed(machine.world.rank)
-    end.send(Attempt(Verdict.WORKS, torch.cuda.get_device_name(machine.device) if machine.on_gpu else "cpu", None))
+    end.send(RankResult(RowStatus.WORKS, torch.cuda.get_device_name(machine.device) if machine.on_gpu else "cpu", None))
     while True:
         try:
             check: Check = end.recv()
         except EOFError:
             return
         faulthandler.dump_traceback_later(check.seconds)
-        found = attempt(check, machine)
+        found = run_check(check, machine)
         faulthandler.cancel_dump_traceback_later()
         end.send(found)
 

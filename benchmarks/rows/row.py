@@ -16,7 +16,7 @@ Figures = Mapping[str, float | str]
 """Figures of a row by name; a name ends with its unit."""
 
 
-class Verdict(StrEnum):
+class RowStatus(StrEnum):
     WORKS = "works"
     NOT_HERE = "not here"
     FAILS = "fails"
@@ -84,10 +84,10 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class RankResult:
     """Result of a row on one rank."""
 
-    verdict: Verdict
+    status: RowStatus
     reason: str
     figures: Figures | None
 
@@ -97,7 +97,7 @@ class Outcome:
     """Result of a row over all ranks."""
 
     name: str
-    verdict: Verdict
+    status: RowStatus
     mandatory: bool
     reason: str
     figures: tuple[Figures, ...]
@@ -105,26 +105,26 @@ class Outcome:
 
     def line(self) -> str:
         """Return one line of the table, with a range for figures that differ between ranks."""
-        return f"{self.verdict:9} {self.name:34} {self.reason or ', '.join(self._ranges())}"
+        return f"{self.status:9} {self.name:34} {self.reason or ', '.join(self._ranges())}"
 
     def _ranges(self) -> list[str]:
         return [f"{name} {_range([each[name] for each in self.figures])}" for name in self.figures[0]]
 
 
-def attempt(check: Check, machine: Machine) -> Attempt:
+def run_check(check: Check, machine: Machine) -> RankResult:
     """Run `check` on this rank; return the result."""
     try:
-        return Attempt(Verdict.WORKS, "", check.run(machine))
+        return RankResult(RowStatus.WORKS, "", check.run(machine))
     except NotHere as error:
-        return Attempt(Verdict.NOT_HERE, str(error), None)
+        return RankResult(RowStatus.NOT_HERE, str(error), None)
     except Exception as error:  # any exception of a package or driver is the result, and the next row runs
-        return Attempt(Verdict.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", None)
+        return RankResult(RowStatus.FAILS, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", None)
 
 
-def outcome_of(check: Check, of_ranks: Sequence[Attempt]) -> Outcome:
+def outcome_of(check: Check, of_ranks: Sequence[RankResult]) -> Outcome:
     """Merge the results of all ranks: the worst rank decides."""
-    order = (Verdict.WORKS, Verdict.NOT_HERE, Verdict.FAILS)
-    worst = max((each.verdict for each in of_ranks), key=order.index)
+    order = (RowStatus.WORKS, RowStatus.NOT_HERE, RowStatus.FAILS)
+    worst = max((each.status for each in of_ranks), key=order.index)
     measured = tuple(each.figures for each in of_ranks if each.figures is not None)
     return Outcome(check.name, worst, check.mandatory, _reasons([each.reason for each in of_ranks]), measured)
 

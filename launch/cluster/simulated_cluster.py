@@ -89,33 +89,35 @@ class SimulatedCluster:
             hosts.write(f"127.0.0.1 localhost\n{names}")
             hosts.flush()
             for node in range(self.nodes):
-                machine = _create_node(cleanup)
-                self._nodes.append(machine)
+                namespace_node = _create_node(cleanup)
+                self._nodes.append(namespace_node)
                 self._connect(node)
-                machine.run_setup_command("tee", "/proc/sys/kernel/hostname", stdin_text=f"node{node}")
-                machine.run_setup_command("mount", "--bind", hosts.name, "/etc/hosts")  # outlives the file's name
+                namespace_node.run_setup_command("tee", "/proc/sys/kernel/hostname", stdin_text=f"node{node}")
+                namespace_node.run_setup_command(
+                    "mount", "--bind", hosts.name, "/etc/hosts"
+                )  # outlives the file's name
 
     def _connect(self, node: int) -> None:
-        machine, port = self._nodes[node], f"node{node}"
+        namespace_node, port = self._nodes[node], f"node{node}"
         # addrgenmode none: otherwise IPv6 announcements add to the counted bytes.
         _ip(
             self._switch,
-            f"link add {port} type veth peer name {_INTERFACE} netns {machine.init_pid}",
+            f"link add {port} type veth peer name {_INTERFACE} netns {namespace_node.init_pid}",
             f"link set {port} addrgenmode none",
             f"link set {port} master bridge0 up",
         )
         _ip(
-            machine,
+            namespace_node,
             "link set lo up",
             f"link set {_INTERFACE} addrgenmode none",
             f"address add {self.node_address(node)}/{_NETWORK.prefixlen} dev {_INTERFACE}",
             f"link set {_INTERFACE} up",
         )
         # reno is in every kernel. A host's bbr would probe for the rate, which is known here, by sending more.
-        machine.run_setup_command("tee", "/proc/sys/net/ipv4/tcp_congestion_control", stdin_text="reno")
+        namespace_node.run_setup_command("tee", "/proc/sys/net/ipv4/tcp_congestion_control", stdin_text="reno")
         if self._rate is not None:
             bucket = ["tbf", "rate", f"{self._rate}bit", "burst", str(_BUCKET_BYTES), "limit", str(_QUEUE_BYTES)]
-            machine.run_setup_command("tc", "qdisc", "add", "dev", _INTERFACE, "root", *bucket)
+            namespace_node.run_setup_command("tc", "qdisc", "add", "dev", _INTERFACE, "root", *bucket)
             self._switch.run_setup_command("tc", "qdisc", "add", "dev", port, "root", *bucket)
 
     def node_address(self, node: int) -> str:
@@ -176,13 +178,13 @@ class SimulatedCluster:
 
 
 def _create_node(cleanup: ExitStack) -> NamespaceNode:
-    machine = NamespaceNode.create()
-    cleanup.callback(machine.kill_all_processes)
-    return machine
+    namespace_node = NamespaceNode.create()
+    cleanup.callback(namespace_node.kill_all_processes)
+    return namespace_node
 
 
-def _ip(machine: NamespaceNode, *commands: str) -> None:
-    machine.run_setup_command("ip", "-batch", "-", stdin_text="".join(f"{command}\n" for command in commands))
+def _ip(namespace_node: NamespaceNode, *commands: str) -> None:
+    namespace_node.run_setup_command("ip", "-batch", "-", stdin_text="".join(f"{command}\n" for command in commands))
 
 
 def _bits_per_second(text: str) -> int:

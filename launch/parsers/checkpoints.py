@@ -130,9 +130,9 @@ def _add_generate(verbs: Subparsers) -> None:
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default 100)")
     generate.add_argument(
-        "--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default 0.8)"
+        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature; 0 is greedy (default 0.8)"
     )
-    generate.add_argument("--seed", type=int, default=0, help="sampling seed (default 0)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed (default 0)")
     generate.add_argument("--no-draft", action="store_true", help="one token per forward, without MTP drafts")
     _add_step(generate)
     _add_ema_option(generate)

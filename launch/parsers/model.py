@@ -99,11 +99,13 @@ def _add_partition(verbs: Subparsers) -> None:
     partition = add_override_arguments(
         verbs.add_parser("partition", help="layers, parameters and FLOPs of each pipeline stage")
     )
-    partition.add_argument("--stages", type=int, required=True, help="number of pipeline stages")
+    partition.add_argument("--stages", type=int, required=True, metavar="N", help="number of pipeline stages")
     partition.add_argument(
         "--layers-per-stage", metavar="L,L,…", help="number of layers of each stage (default: balanced by FLOPs)"
     )
-    partition.add_argument("--schedule", default="1f1b", help="schedule that places stages on ranks (default 1f1b)")
+    partition.add_argument(
+        "--schedule", default="1f1b", metavar="NAME", help="schedule that places stages on ranks (default 1f1b)"
+    )
     add_format_option(partition)
     partition.set_defaults(run=_partition)
 

@@ -38,7 +38,7 @@ def get_overrides(options: argparse.Namespace) -> tuple[list[str], Path | None]:
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
     """Add --format, which `print_result` reads."""
-    parser.add_argument("--format", choices=["table", "json"], default="table")
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
 
 
 def print_result(options: argparse.Namespace, table: Callable[[], object], tree: Callable[[], object]) -> None:

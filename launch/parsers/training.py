@@ -1,4 +1,4 @@
-"""Verbs that run training: `train`, and `cluster` on simulated machines."""
+"""Verbs that run training: `train`, and `cluster` on simulated nodes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_cluster(verbs: Subparsers) -> None:
     cluster = add_override_arguments(
-        verbs.add_parser("cluster", help="train on simulated machines: network namespaces on this one")
+        verbs.add_parser("cluster", help="train on simulated nodes: network namespaces on this machine")
     )
-    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="number of simulated machines")
-    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="CPU ranks per machine")
+    cluster.add_argument("--nodes", type=int, required=True, metavar="N", help="number of simulated nodes")
+    cluster.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="CPU ranks per node")
     cluster.add_argument("--uplink", metavar="RATE", help="bandwidth limit per node, such as 200mbit (default: none)")
     _add_fresh(cluster)
     for option, text in (("--cut-link", "disconnect a node"), ("--kill-node", "kill all processes of a node")):

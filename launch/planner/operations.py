@@ -198,7 +198,8 @@ _RECOMPUTED_LINEARS = {
 
 def _recomputed(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iterator[ComputeOperation]:
     """Yield the operations that the backward recomputes."""
-    names = [name for policy, linears in _RECOMPUTED_LINEARS.items() if policy in recipe.recompute for name in linears]
+    modules = (linears for module, linears in _RECOMPUTED_LINEARS.items() if module in recipe.recompute)
+    names = [name for linears in modules for name in linears]
     for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
         if name in names:
             yield Gemm(name, GemmRole.FORWARD, dtype, tokens, inputs, outputs, grouped)
@@ -241,8 +242,8 @@ def _passes(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -
 def memory_bound_kernel_bytes(shape: LayerWorkload, kind: str, phase: ComputePhase) -> float:
     """Return the fewest bytes that a pass of this kind must move in this phase of an MoE layer."""
     # Factors are bytes per element read and written, BF16 2 and FP8 1 each: 4 is a BF16 read and write, 3 a cast to
-    # FP8, 6 is SwiGLU's two inputs and one output. Against a measured row only the
-    # ratio to the measured layer's bytes counts.
+    # FP8, 6 is SwiGLU's two inputs and one output. Against a measured row only the ratio to the measured layer's bytes
+    # counts.
     model, tokens, rows = shape.model, shape.tokens, shape.routed_rows
     hidden, inner, heads = model.hidden_size, model.moe_intermediate_size, model.num_attention_heads
     if phase.value.startswith("mlp"):

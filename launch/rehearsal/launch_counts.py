@@ -49,7 +49,7 @@ def mean_launches_by_operation(
 
 
 def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[float, float]]:
-    """Return launches and bytes by stream of a MoE layer's forward and backward of one micro-batch."""
+    """Return launches and bytes by stream of an MoE layer's forward and backward of one micro-batch."""
     sums: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for count in counts:
         if count.of == MOE_LAYER:
@@ -59,7 +59,7 @@ def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[fl
 
 
 def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
-    """Return whether a MoE layer's counts include its weight gradients."""
+    """Return whether an MoE layer's counts include its weight gradients."""
     # Their spans name no layer, so they are known only from a rank that holds nothing but MoE layers.
     return any(count.of == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
 

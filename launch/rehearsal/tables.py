@@ -63,7 +63,7 @@ def _count_tree(count: MeanKernelLaunches) -> dict[str, Any]:
 
 
 def rehearsal_tables(result: RehearsalResult, operations: int) -> tuple[str, RenderableType]:
-    """Return the summary, and the tables behind it with the `operations` largest operations of a MoE layer."""
+    """Return the summary, and the tables behind it with the `operations` largest operations of an MoE layer."""
     parts = [_ranks(result), _peak_memory(result), _host_waits(result), _memory_by_phase(result), _phases(result)]
     if operations:
         parts.append(_operations(result, operations))

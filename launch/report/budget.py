@@ -158,9 +158,7 @@ def _comparison(summary: LedgerSummary) -> TableBlock:
             summary.gpu_ms_by_phase.get(phase, 0) + (summary.inherited_ms if phase == summary.phase else 0)
         )
         if spent:
-            lines.append(
-                (phase.replace("_", " "), format_gpu_hours(spent), f"{published:,}", _ratio(spent / published))
-            )
+            lines.append((to_label(phase), format_gpu_hours(spent), f"{published:,}", _ratio(spent / published)))
     whole = PUBLISHED_TOTAL_GPU_HOURS
     lines.append(("total", format_gpu_hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
     heads, title = ("GPU-hours", "this run", "DeepSeek-V3", "ratio"), "Compared with DeepSeek-V3 on H800"

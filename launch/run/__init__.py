@@ -1,1 +1,1 @@
-"""Starting the ranks of a run and ending them: launcher, machines, preflight, signals, run directory."""
+"""Starting the ranks of a run and ending them: launcher, rendezvous of nodes, preflight, signals, run directory."""

@@ -26,12 +26,12 @@ _CODE = ("comm", "conf", "launch", "parallelism", "trainer")
 def run_fingerprint(config: RunConfig, data: str) -> Fingerprints:
     """Return the fingerprint of a run on this machine; `data` is the digest of its prepared data."""
     # Configuration first, as the first mismatch is reported: a key says more than a different code hash.
-    facts = {
+    fingerprints = {
         key: Fingerprint(_digest(value), json.dumps(restore_interpolations(value)))
         for key, value in _flat(config_to_dict(config), "")
     }
     versions = {"code": code_hash(), "torch": torch.__version__, "python": platform.python_version()}
-    return facts | {name: Fingerprint(text, text[:16]) for name, text in (versions | {"data": data}).items()}
+    return fingerprints | {name: Fingerprint(text, text[:16]) for name, text in (versions | {"data": data}).items()}
 
 
 def data_digest(config: RunConfig) -> str:

@@ -151,25 +151,28 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     if place.nodes == 1:
         return launch_run(config, local, fresh=fresh)
     # Each node would resolve `${now:...}` to another time: node 0's is used, and a constant is compared.
-    facts = run_fingerprint(compose_run_config(overrides, config_dir, _NO_INSTANT), data_digest(config))
+    fingerprints = run_fingerprint(compose_run_config(overrides, config_dir, _NO_INSTANT), data_digest(config))
     endpoint = place.rendezvous_endpoint(config.training.rendezvous_timeout_seconds)
     if place.node_rank == 0:
         run_dir = Path(config.training.run_dir)
         return launch_run(
-            config, local, fresh=fresh, rendezvous=lambda attempt: host_rendezvous(endpoint, facts, run_dir, attempt)
+            config,
+            local,
+            fresh=fresh,
+            rendezvous=lambda attempt: host_rendezvous(endpoint, fingerprints, run_dir, attempt),
         )
     if not fresh and is_run_finished(config):
         return 0
     if not fresh and budget_blocker(config) is not None:
         return HaltReason.OVER_BUDGET
-    return _run_other_node(endpoint, facts, local)
+    return _run_other_node(endpoint, fingerprints, local)
 
 
-def _run_other_node(endpoint: RendezvousEndpoint, facts: Fingerprints, local: LocalRanks) -> int:
+def _run_other_node(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, local: LocalRanks) -> int:
     """Run the ranks of a node other than node 0; return the exit code of the run, or 1 if it is not known."""
     try:
         with raise_on_stop_signals(STOP_SIGNALS):
-            run_dir = join_rendezvous(endpoint, facts)
+            run_dir = join_rendezvous(endpoint, fingerprints)
     except StoppedBySignal as stop:
         print_to_stderr(f"shoestring train: {stop} before all nodes had connected")
         return HaltReason.PREEMPTED

@@ -50,7 +50,7 @@ _MAX_BYTES = 4 * 2**20
 _MAX_UNIDENTIFIED = 256
 """Limit on connections that have not sent their message; a node sends it within milliseconds."""
 _MAX_NOTE_BYTES = 1000
-_FILE = "meeting"
+_FILE = "rendezvous"
 
 
 class RendezvousError(Exception):
@@ -98,8 +98,8 @@ def master_address_problems(address: str) -> Iterator[Problem]:
         yield Problem("MASTER_ADDR", address, hint)
 
 
-def host_rendezvous(endpoint: RendezvousEndpoint, facts: Fingerprints, run_dir: Path, attempt: str) -> None:
-    """Run the rendezvous on node 0; return when all nodes have connected, match `facts` and share `run_dir`.
+def host_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, run_dir: Path, attempt: str) -> None:
+    """Run the rendezvous on node 0; return when all nodes have connected, match `fingerprints` and share `run_dir`.
 
     `attempt` is the unique text of the shared file. Raises `ConfigError` for a node that does not match, and
     `RendezvousError` for one that does not connect.
@@ -113,7 +113,7 @@ def host_rendezvous(endpoint: RendezvousEndpoint, facts: Fingerprints, run_dir: 
         nodes: dict[int, _Connection] = {}
         cleanup.callback(_close, nodes)
         try:
-            _register_nodes(endpoint, listener, facts, nodes)
+            _register_nodes(endpoint, listener, fingerprints, nodes)
             for number, node in nodes.items():
                 _send(number, node, {"run_dir": str(run_dir), "attempt": attempt})
             for number, node in nodes.items():
@@ -141,11 +141,17 @@ def _close(nodes: Mapping[int, _Connection]) -> None:
         node.close()
 
 
-def join_rendezvous(endpoint: RendezvousEndpoint, facts: Fingerprints) -> Path:
+def join_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints) -> Path:
     """Connect to node 0; return the run directory of the launch once all nodes have connected and match."""
     peer = _connect(endpoint)
     try:
-        peer.send({"machine": endpoint.node_rank, "host": socket.gethostname(), "facts": fingerprints_to_json(facts)})
+        peer.send(
+            {
+                "node": endpoint.node_rank,
+                "host": socket.gethostname(),
+                "fingerprints": fingerprints_to_json(fingerprints),
+            }
+        )
         answer = _receive_answer(endpoint, peer)
         run_dir, attempt = _path(answer["run_dir"]), answer["attempt"].as_string()
         peer.send({"sees": _sees_file(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
@@ -181,7 +187,7 @@ def report_config_error(endpoint: RendezvousEndpoint, error: ConfigError) -> Non
             return
     with suppress(OSError):
         peer = _Connection(connection)
-        peer.send({"machine": endpoint.node_rank, "host": socket.gethostname(), "refused": str(error)})
+        peer.send({"node": endpoint.node_rank, "host": socket.gethostname(), "refused": str(error)})
         peer.close()
 
 
@@ -325,17 +331,17 @@ class _UnidentifiedConnections:
 
 
 def _register_nodes(
-    endpoint: RendezvousEndpoint, listener: socket.socket, facts: Fingerprints, nodes: dict[int, _Connection]
+    endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, _Connection]
 ) -> None:
     """Add every other node to `nodes`. Raises `ConfigError`, after a delay in which the other nodes may connect."""
     with _UnidentifiedConnections(listener) as connections:
-        _register_nodes_from(connections, endpoint, facts, nodes)
+        _register_nodes_from(connections, endpoint, fingerprints, nodes)
 
 
 def _register_nodes_from(
     connections: _UnidentifiedConnections,
     endpoint: RendezvousEndpoint,
-    facts: Fingerprints,
+    fingerprints: Fingerprints,
     nodes: dict[int, _Connection],
 ) -> None:
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
@@ -354,7 +360,7 @@ def _register_nodes_from(
             raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
         for peer, message in connections.wait_for_messages(min(_POLL_SECONDS, deadline - time.monotonic())):
             try:
-                _register_node(endpoint, peer, message, facts, nodes)
+                _register_node(endpoint, peer, message, fingerprints, nodes)
             except ConfigError as error:
                 errors.append(error)
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
@@ -378,15 +384,15 @@ def _register_node(
     endpoint: RendezvousEndpoint,
     peer: _Connection,
     message: JsonValue,
-    facts: Fingerprints,
+    fingerprints: Fingerprints,
     nodes: dict[int, _Connection],
 ) -> None:
     """Add `peer` to `nodes`, or close it if it is not a node of the launch. Raises `ConfigError` for a mismatch."""
     try:
-        number, peer.host = message["machine"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
+        number, peer.host = message["node"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
         item = message.get("refused")
         its_error = None if item is None else item.as_string()
-        theirs = {} if its_error is not None else fingerprints_from_json(message["facts"].as_string())
+        theirs = {} if its_error is not None else fingerprints_from_json(message["fingerprints"].as_string())
     except (ValueError, KeyError):
         peer.close()
         return
@@ -396,10 +402,10 @@ def _register_node(
     who = f"node {number} ({peer.host})"
     if its_error is not None:
         raise ConfigError([Problem(f"node {number}", peer.host, f"reported an error: {its_error}")])
-    name = find_first_mismatch(facts, theirs)
+    name = find_first_mismatch(fingerprints, theirs)
     if name is not None:
         here = f"node 0 ({socket.gethostname()})"
-        raise ConfigError([Problem(name, describe_mismatch(name, (here, facts), (who, theirs)), MISMATCH_HINT)])
+        raise ConfigError([Problem(name, describe_mismatch(name, (here, fingerprints), (who, theirs)), MISMATCH_HINT)])
 
 
 def _check_shared_file(number: int, node: _Connection, run_dir: Path) -> None:

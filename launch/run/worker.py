@@ -55,7 +55,7 @@ def run_rank_from_config_file(path: Path) -> int:
     assert worker is not None
     try:
         config = read_config(path)
-    except ConfigError as error:  # a variable of the environment that is not set on every machine
+    except ConfigError as error:  # a variable of the environment that is not set on every node
         return _report_config_error(path.parent, worker.rank, error)
     return run_rank(config, worker)
 

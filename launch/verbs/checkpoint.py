@@ -28,7 +28,9 @@ class CheckpointListing:
 
     name: str
     state: str
-    """`complete` (by marker, manifest and file sizes), `damaged: …`, `unfinished` or `quarantined`."""
+    """`complete` (marker, manifest, file sizes), `damaged`, `refused`, `unreadable`, `unfinished` or `quarantined`."""
+    reason: str = ""
+    """Reason for any state but `complete`."""
     step: int | None = None
     bytes: int | None = None
     tensors: int | None = None
@@ -94,15 +96,16 @@ def list_checkpoints(path: Path) -> list[CheckpointListing]:
     return found
 
 
-def checkpoints_table(listed: list[CheckpointListing]) -> Table:
-    """Return the list as a table."""
+def checkpoints_table(listed: list[CheckpointListing]) -> tuple[Table | str, ...]:
+    """Return the list as a table, and a line below it for each checkpoint that is not complete."""
     table = Table(box=None)
     for heading in ("checkpoint", "tensors", "MB", "saved with layout", "state"):
         table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
     for each in listed:
         numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", f"{each.bytes / 1e6:,.1f}", each.layout)
         table.add_row(each.name, *(number or "" for number in numbers), each.state)
-    return table
+    # Not in a column: there a reason breaks over many lines.
+    return table, *(f"{each.name}: {each.reason}" for each in listed if each.reason)
 
 
 def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
@@ -150,17 +153,17 @@ def diff_table(differences: list[CheckpointDiff]) -> Table:
 
 def _listed(path: Path) -> CheckpointListing:
     if path.suffix in (".partial", ".old"):
-        return CheckpointListing(path.name, "unfinished; the next save deletes it")
+        return CheckpointListing(path.name, "unfinished", "the next save deletes it")
     if path.suffix == ".damaged":
-        return CheckpointListing(path.name, "quarantined by a run that found it damaged")
+        return CheckpointListing(path.name, "quarantined", "renamed by a run that found it damaged")
     try:
         return _complete(path)
     except CheckpointDamaged as damaged:
-        return CheckpointListing(path.name, f"damaged: {damaged}")
+        return CheckpointListing(path.name, "damaged", str(damaged))
     except ConfigError as refused:
-        return CheckpointListing(path.name, str(refused))
+        return CheckpointListing(path.name, "refused", str(refused))
     except OSError as error:
-        return CheckpointListing(path.name, f"cannot be read now: {error}")
+        return CheckpointListing(path.name, "unreadable", f"cannot be read now: {error}")
 
 
 def _complete(path: Path) -> CheckpointListing:
@@ -172,7 +175,7 @@ def _complete(path: Path) -> CheckpointListing:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
         step = metadata["step"].as_integer()
     return CheckpointListing(
-        path.name, "complete", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
+        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
     )
 
 

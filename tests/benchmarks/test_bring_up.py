@@ -18,7 +18,7 @@ import torch
 from shoestring.benchmarks import bring_up
 from shoestring.benchmarks.rows import providers
 from shoestring.benchmarks.rows.process import Rank, RowProcess
-from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, Verdict, attempt, expect
+from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, RowStatus, expect, run_check
 from shoestring.comm.groups import Group
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
 from shoestring.tests.benchmarks import endless
@@ -59,8 +59,8 @@ class Run:
     text: str
     rows: dict[str, dict[str, object]]
 
-    def that(self, verdict: Verdict) -> set[str]:
-        return {name for name, row in self.rows.items() if row["verdict"] == verdict}
+    def that(self, status: RowStatus) -> set[str]:
+        return {name for name, row in self.rows.items() if row["status"] == status}
 
 
 def run(tmp_path: Path, *launcher: str) -> Run:
@@ -82,10 +82,10 @@ def run(tmp_path: Path, *launcher: str) -> Run:
 def test_one_process(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.code == 0
-    assert result.that(Verdict.WORKS) == ON_CPU
-    assert result.that(Verdict.FAILS) == set()
+    assert result.that(RowStatus.WORKS) == ON_CPU
+    assert result.that(RowStatus.FAILS) == set()
     assert len(result.rows) == len(bring_up.CHECKS)
-    assert all(f"{row['verdict']:9} {name}" in result.text for name, row in result.rows.items())
+    assert all(f"{row['status']:9} {name}" in result.text for name, row in result.rows.items())
     assert result.rows["gpu"]["reason"] == "torch sees no GPU"
     assert {result.rows[name]["reason"] for name in PIPELINES} == {"needs two GPUs"}
 
@@ -94,8 +94,8 @@ def test_one_process(tmp_path: Path) -> None:
 def test_two_processes_of_one_node(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert result.code == 0
-    assert result.that(Verdict.WORKS) == ON_CPU | set(NETWORK) | PIPELINES
-    assert result.that(Verdict.NOT_HERE) >= set(BETWEEN)
+    assert result.that(RowStatus.WORKS) == ON_CPU | set(NETWORK) | PIPELINES
+    assert result.that(RowStatus.NOT_HERE) >= set(BETWEEN)
     figures = result.rows["all_to_all, all ranks"]["figures"]
     assert isinstance(figures, list)
     assert len(figures) == 2  # those of each rank
@@ -105,8 +105,8 @@ def test_a_failing_row_is_a_finding() -> None:
     def inexact(machine: Machine) -> Figures:
         return {"error": expect("the product", float("nan"), 1e-2)}
 
-    outcomes = [attempt(Check("row", row, mandatory=True), CPU) for row in (endless.broken, inexact, endless.absent)]
-    assert [outcome.verdict for outcome in outcomes] == [Verdict.FAILS, Verdict.FAILS, Verdict.NOT_HERE]
+    outcomes = [run_check(Check("row", row, mandatory=True), CPU) for row in (endless.broken, inexact, endless.absent)]
+    assert [outcome.status for outcome in outcomes] == [RowStatus.FAILS, RowStatus.FAILS, RowStatus.NOT_HERE]
     assert outcomes[0].reason == "RuntimeError: no kernel image is available"
     assert "the error of the product is nan, more than 0.01" in outcomes[1].reason
 
@@ -128,7 +128,7 @@ def test_a_row_without_end_is_killed_and_the_next_one_runs(capsys: pytest.Captur
     assert lines[2].endswith("still running after 0.2 s")
     assert lines[3].endswith("its process ended with exit code -9")
     assert lines[0].split()[-1] == lines[1].split()[-1] != lines[5].split()[-1]
-    assert lines[-1].endswith("mandatory and failed: hangs")
+    assert lines[-1].endswith("mandatory rows failed: hangs")
 
 
 @pytest.mark.parametrize("mandatory", [True, False])
@@ -137,7 +137,7 @@ def test_a_mandatory_failure_fails_the_script_after_all_rows(
 ) -> None:
     checks = (Check("first", endless.broken, mandatory), Check("second", endless.fine, mandatory=True))
     assert bring_up.bring_up(checks, None) == int(mandatory)
-    assert ("mandatory and failed: first" in capsys.readouterr().out) == mandatory
+    assert ("mandatory rows failed: first" in capsys.readouterr().out) == mandatory
 
 
 def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPa
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     process = RowProcess(Rank.read(), start_seconds=0.5)
-    reasons = [process.attempt(Check("row", endless.fine, mandatory=True)).reason for _ in range(2)]
+    reasons = [process.run_check(Check("row", endless.fine, mandatory=True)).reason for _ in range(2)]
     assert reasons == ["its process did not start within 0.5 s"] * 2
     process.close()
 

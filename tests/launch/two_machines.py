@@ -38,11 +38,11 @@ class Launch:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._meeting = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self._rendezvous = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def start(self, number: int, overrides: Sequence[str], cwd: Path | None = None, **variables: str) -> None:
         """Start machine `number`."""
-        own = self._meeting | {"NODE_RANK": str(number)} | self.variables | variables
+        own = self._rendezvous | {"NODE_RANK": str(number)} | self.variables | variables
         with (self.folder / f"machine_{number}").open("wb") as output:
             self.machines[number] = subprocess.Popen(
                 [SCRIPT, *overrides],

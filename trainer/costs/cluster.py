@@ -33,9 +33,9 @@ class ClusterConfig:
     sm_count: int | None = None
     """Streaming multiprocessors per GPU, which compute and communication kernels share."""
     nodes: int = 1
-    """Number of machines."""
+    """Number of nodes."""
     gpus_per_node: int = 8
-    """GPUs per machine."""
+    """GPUs per node."""
     nvlink_gb_per_second: float | None = None
     """Bandwidth from one GPU to the others of its node, in GB/s per direction, as kernels reach it."""
     infiniband_gb_per_second: float | None = None

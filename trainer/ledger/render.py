@@ -151,8 +151,9 @@ def _add_headline(table: Table, rate: float | None) -> None:
 
 def _add_phase(table: Table, phase: str, spent: float) -> None:
     published = PUBLISHED_GPU_HOURS[phase]
-    name = phase.replace("_", " ")
-    table.add_row(f"DeepSeek-V3's {name}", format_percent(spent / published), f"of {published:,} H800 GPU-hours")
+    table.add_row(
+        f"DeepSeek-V3's {to_label(phase)}", format_percent(spent / published), f"of {published:,} H800 GPU-hours"
+    )
 
 
 def _add_whole(table: Table, spent: float) -> None:
@@ -224,7 +225,7 @@ def render_project(
             if budget is None
             else (format_gpu_hours(budget), format_gpu_hours(budget - spent), format_percent(spent / budget))
         )
-        phases.add_row(phase.replace("_", " "), format_gpu_hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
+        phases.add_row(to_label(phase), format_gpu_hours(spent), *of_budget, f"{PUBLISHED_GPU_HOURS[phase]:,}")
     table, spent = _plain(), to_gpu_hours(totals.allocated_ms)
     tokens = totals.tokens_by_phase["pre_train"]
     table.add_row("cost", f"{format_gpu_hours(spent)} GPU-hours", format_usd(spent, usd_per_gpu_hour))
@@ -242,7 +243,7 @@ def render_project(
 def _run_cells(summary: LedgerSummary) -> tuple[str, str, str, str]:
     run_tokens = sum(summary.tokens_by_phase.values())
     spent = format_gpu_hours(to_gpu_hours(summary.allocated_ms))
-    return summary.phase.replace("_", " "), spent, format_percent(summary.goodput), f"{run_tokens:,}"
+    return to_label(summary.phase), spent, format_percent(summary.goodput), f"{run_tokens:,}"
 
 
 def format_gpu_hours(value: float) -> str:

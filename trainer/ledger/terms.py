@@ -49,12 +49,14 @@ _LABELS: Mapping[str, str] = MappingProxyType(
         "stall": "host stall",
         EXPOSED_ALL_TO_ALL: "all-to-all not overlapped",
         GRADIENT_SYNC_WAIT: "gradient-sync wait",
+        "pre_train": "pre-training",
+        "post_training": "post-training",
     }
 )
 
 
 def to_label(name: str) -> str:
-    """Return the text that tables show for a bucket or term."""
+    """Return the text that tables show for a bucket, term or phase."""
     return _LABELS.get(name, name.replace("_", " "))
 
 

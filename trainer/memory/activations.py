@@ -100,7 +100,7 @@ def moe_layer_activations(config: ModelConfig, batch: MicroBatchShape) -> list[S
 
 
 def attention_activations(config: ModelConfig, batch: MicroBatchShape) -> list[SavedActivation]:
-    """Return what the first phase of a MoE layer may save, up to the router; the layer's input comes first."""
+    """Return what the first phase of an MoE layer may save, up to the router; the layer's input comes first."""
     return [*_attention(config, batch), *_router(config, batch)]
 
 

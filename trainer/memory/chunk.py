@@ -171,7 +171,7 @@ class ChunkMemorySimulator:
         return self.workspace.parts_memory
 
     def _moe_forward(self, meter: PeakMeter) -> Resumable[None]:
-        """Simulate the forward of a MoE layer; see `Chunk._moe`."""
+        """Simulate the forward of an MoE layer; see `Chunk._moe`."""
         # The generator's local variables hold the results of all phases until the layer is done, also those that no
         # backward needs.
         working, parts = self.workspace, self._parts
@@ -217,7 +217,7 @@ class ChunkMemorySimulator:
         meter.allocate_temporarily(self.workspace.loss_logits)
 
     def _moe_backward(self, meter: PeakMeter, left: _Left) -> Resumable[None]:
-        """Simulate the backward of a MoE layer; see `Chunk._moe`."""
+        """Simulate the backward of an MoE layer; see `Chunk._moe`."""
         # As in the forward, results of exchanges stay until the layer is done.
         working, parts = self.workspace, self._parts
         begun = meter.current[MemoryKind.WORKING]

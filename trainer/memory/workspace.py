@@ -77,12 +77,12 @@ class WorkspaceBytes:
 
     @cached_property
     def attention_forward(self) -> float:
-        """Bytes of `_attend_forward` of a MoE layer."""
+        """Bytes of `_attend_forward` of an MoE layer."""
         return self._attend_forward(self._attend)
 
     @cached_property
     def attention_backward(self) -> float:
-        """Bytes of `_attend_backward` of a MoE layer."""
+        """Bytes of `_attend_backward` of an MoE layer."""
         return self._attend_backward(self._attend)
 
     @cached_property

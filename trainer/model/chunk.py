@@ -141,14 +141,14 @@ class Chunk:
         )
 
     def _new_context(
-        self, valid_BS: Tensor, micro_batch: int = 0, scales: LossNormalizers | None = None
+        self, valid_BS: Tensor, micro_batch: int = 0, normalizers: LossNormalizers | None = None
     ) -> ForwardContext:
         length = valid_BS.shape[1]
         # Cached: the angles are computed in FP64 on the host, and the length rarely changes between micro-batches.
         if self._rotation is None or len(self._rotation.freqs_cis_SP) != length:
             like = torch.empty(0, device=valid_BS.device, dtype=self._dtype)
             self._rotation = build_rotary_embedding(self.model.config, length, like)
-        return ForwardContext(LayerContext(self._rotation, valid_BS), micro_batch, scales)
+        return ForwardContext(LayerContext(self._rotation, valid_BS), micro_batch, normalizers)
 
     def _losses(
         self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, context: ForwardContext
@@ -162,17 +162,17 @@ class Chunk:
             with self._span("loss(F)"):
                 return self._run_phase(lambda h: self._cross_entropy(h, targets_BS, factor), hidden_BSD)
 
-        scales, backwards = context.normalizers, list[BackwardFunction]()
-        if scales is None:
+        normalizers, backwards = context.normalizers, list[BackwardFunction]()
+        if normalizers is None:
             return [loss(0, hidden_BSD, factor=1.0)], backwards
-        losses = [loss(0, hidden_BSD, scales.main_loss)]
+        losses = [loss(0, hidden_BSD, normalizers.main_loss)]
         for k, module in enumerate(self.model.mtp, start=1):
             assert isinstance(module, MTPModule)
             hidden_BSD, backward = yield from self._mtp_depth(
                 mtp_layer_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], context
             )
             backwards.append(backward)
-            losses.append(loss(k, hidden_BSD, scales.mtp_loss))
+            losses.append(loss(k, hidden_BSD, normalizers.mtp_loss))
         return losses, backwards
 
     def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, factor: float) -> Tensor:
@@ -242,7 +242,7 @@ class Chunk:
     def _moe(
         self, name: str, layer: MoELayer, hidden_BSD: Tensor, context: ForwardContext
     ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """Run the five phases of a MoE layer, and return the output and the backward, which runs them in reverse."""
+        """Run the five phases of an MoE layer, and return the output and the backward, which runs them in reverse."""
         exchange = self._exchange
         routing: RouterOutput | None = None
 

@@ -22,7 +22,7 @@ GPU_SLICE_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW by torch's fused kernel. See `parallelism.zero.optimizer.Update`."""
+    """AdamW by torch's fused kernel. See `parallelism.zero.optimizer.OptimizerUpdate`."""
 
     config: OptimizerConfig
 

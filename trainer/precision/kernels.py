@@ -8,7 +8,7 @@ Every width works. If it is not a multiple of 16, loads are one number wide, and
 spill registers, which makes them slow; no kernel spills at multiples of 16, and no other kernel at any width.
 
 Their references are in `fp8_tensors.py` and `reference.py`. Under `TRITON_INTERPRET=1` they run on a CPU, except for
-CUDA's exp, which `tests/trainer/precision/against_twins.py` replaces. Not yet run on hardware.
+CUDA's exp, which `tests/trainer/precision/against_reference.py` replaces. Not yet run on hardware.
 
 Letters: R rows, D width, F inner width, N and K sides of a weight.
 """

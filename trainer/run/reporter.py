@@ -291,7 +291,7 @@ class Reporter:
             self._work.record_step_time_terms(step, step_us, by_term)
 
     def report_memory(self, step: int, values: Mapping[str, JSON]) -> None:
-        """Report every rank's memory after step number `step` (see `memory_metrics`), unless `values` is empty."""
+        """Report every rank's memory after step `step` (see `telemetry.memory_usage`), unless `values` is empty."""
         if values:
             with self.logging_overhead():
                 self._emit("memory", step, values)

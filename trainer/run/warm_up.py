@@ -20,12 +20,12 @@ from ..model.forward_context import LossNormalizers
 from .stage_runner import StageRunner
 from .step import Stepper
 
-_SCALES = LossNormalizers(main_loss=1e-6, mtp_loss=1e-6, balance_loss=1e-6)
+_NORMALIZERS = LossNormalizers(main_loss=1e-6, mtp_loss=1e-6, balance_loss=1e-6)
 
 
 def warm_up_step(
     stepper: Stepper,
-    worker: AsyncCommunicator,
+    async_communicator: AsyncCommunicator,
     exchange: str,
     batch: tuple[int, int],
     device: torch.device,
@@ -33,10 +33,10 @@ def warm_up_step(
 ) -> None:
     """Connect communicators, load kernels and pin memory for a step, then synchronize. Collective, in one order.
 
-    `worker` runs the token exchange called `exchange`; `batch` is the shape [B, W] of a micro-batch. Gradients are zero
-    afterwards; weights and random state are unchanged.
+    `async_communicator` runs the token exchange called `exchange`; `batch` is the shape [B, W] of a micro-batch.
+    Gradients are zero afterwards; weights and random state are unchanged.
     """
-    warm_up_exchange(exchange, stepper.groups, worker, device)
+    warm_up_exchange(exchange, stepper.groups, async_communicator, device)
     warm_up_kernels(stepper, batch, device)
     # After the kernels: it reduces gradients of zero, which clears the garbage that the noise has left in them.
     stepper.warm_up_communication(device)
@@ -57,7 +57,7 @@ def warm_up_kernels(stepper: Stepper, batch: tuple[int, int], device: torch.devi
     noise = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(device)
     with stepper.model.cache_fp8_weights():
         for chunk in stepper.chunks:
-            stage = StageRunner(chunk, [noise], _SCALES)
+            stage = StageRunner(chunk, [noise], _NORMALIZERS)
             hidden_BSD = torch.randn((sequences, length, stepper.config.hidden_size), generator=generator)
             hidden_BSD = to_device(hidden_BSD, device).to(stage.empty_activation(0).dtype)
             run_to_completion(stage.forward(0, None if chunk.stage.is_first else hidden_BSD))

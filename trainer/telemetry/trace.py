@@ -71,7 +71,7 @@ class TraceRecorder:
 
 def write_rank_trace(folder: Path, rank: int, spans: Sequence[Span]) -> None:
     """Write the file of one rank."""
-    # On the wall clock, so that the files of several machines can be merged.
+    # On the wall clock, so that the files of several nodes can be merged.
     folder.mkdir(parents=True, exist_ok=True)
     shift = time.time_ns() - time.perf_counter_ns()
     (folder / _RANK_FILE.format(rank)).write_text(

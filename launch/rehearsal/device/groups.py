@@ -25,18 +25,18 @@ class LoggedGroupFactory:
         self._rank, self._recorder = rank, recorder
 
     def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`."""
+        """See `GroupFactory`."""
         communicator = self.split_group("world", [ranks], None)
         assert communicator is not None
         return communicator
 
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `OpenGroups`."""
+        """See `GroupFactory`."""
         self.creation_calls += 1
         return LoggedCommunicator("control", ranks, _new_group(ranks), self._recorder, on_device=False)
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
-        """See `OpenGroups`."""
+        """See `GroupFactory`."""
         self.creation_calls += 1
         own = next((ranks for ranks in parts if self._rank in ranks), None)
         return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._recorder)

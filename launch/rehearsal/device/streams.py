@@ -50,7 +50,7 @@ class LoggedStream:
 
 
 class LoggedStreams:
-    """`comm.streams.Streams` of a rehearsal. A number distinguishes streams that are created with one name."""
+    """`comm.streams.DeviceStreams` of a rehearsal. A number distinguishes streams that are created with one name."""
 
     def __init__(self, recorder: RankRecorder) -> None:
         self._recorder = recorder
@@ -58,22 +58,22 @@ class LoggedStreams:
         self._current = LoggedStream(recorder, COMPUTE_STREAM)
 
     def create_stream(self, name: str) -> Stream:
-        """See `Streams`."""
+        """See `DeviceStreams`."""
         same = sum(taken == name or taken.startswith(f"{name} ") for taken in self._names)
         self._names.append(str(name) if not same else f"{name} {same + 1}")
         return LoggedStream(self._recorder, self._names[-1])
 
     def current_stream(self) -> Stream:
-        """See `Streams`."""
+        """See `DeviceStreams`."""
         return self._current
 
     def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
-        """See `Streams`."""
+        """See `DeviceStreams`."""
         assert isinstance(stream, LoggedStream)
         return self._use(stream)
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Streams`; nothing to do, since memory is counted by live storages."""
+        """See `DeviceStreams`; nothing to do, since memory is counted by live storages."""
 
     @contextmanager
     def _use(self, stream: LoggedStream) -> Iterator[None]:

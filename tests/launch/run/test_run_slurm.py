@@ -123,8 +123,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     own = {"SLURM_CONF": str(settings), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     # node1 is no name that resolves; job 1 of two clusters on one machine would take one port.
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    cluster = Slurm(outside | own | meeting, folder, {})
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    cluster = Slurm(outside | own | rendezvous, folder, {})
     with ExitStack() as cleanup:
         log = cleanup.enter_context((folder / "controller.log").open("w"))
         command = ["slurmctld", "-D", "-c", "-f", str(settings)]

@@ -11,9 +11,9 @@ from shoestring.launch.run.torchrun_agent import LoopbackRendezvous, describe_ra
 
 
 def test_ranks_of_one_machine_meet_at_its_loopback_address_alone() -> None:
-    meeting = LoopbackRendezvous(RendezvousParameters("loopback", "127.0.0.1", "run", 1, 1))
-    info = meeting.next_rendezvous()
-    assert (info.rank, info.world_size, meeting.use_agent_store) == (0, 1, True)
+    rendezvous = LoopbackRendezvous(RendezvousParameters("loopback", "127.0.0.1", "run", 1, 1))
+    info = rendezvous.next_rendezvous()
+    assert (info.rank, info.world_size, rendezvous.use_agent_store) == (0, 1, True)
     store = info.bootstrap_store_info
     assert store is not None
     port = f"{store.master_port:04X}"

@@ -26,13 +26,20 @@ def test_ls_distinguishes_whole_damaged_and_unfinished(saves: Path, capsys: pyte
     store.partial_path(6).mkdir()  # now, because the next save clears it
     code, output, _ = shoestring(capsys, "checkpoint", "ls", saves, "--format", "json")
     assert code == 0
-    states = {each["name"]: each["state"] for each in json.loads(output)}
-    assert states.keys() == {"step_00000002", "step_00000004", "step_00000005", "step_00000006.partial"}
-    assert "reads checkpoint format 4; use the version that wrote it" in states["step_00000005"]
-    assert states["step_00000002"] == "complete"
-    assert states["step_00000004"].startswith("damaged: ")
-    assert states["step_00000006.partial"].startswith("unfinished")
-    assert "step_00000002" in shoestring(capsys, "checkpoint", "ls", saves)[1]
+    listed = json.loads(output)
+    states = {each["name"]: each["state"] for each in listed}
+    assert states == {
+        "step_00000002": "complete",
+        "step_00000004": "damaged",
+        "step_00000005": "refused",
+        "step_00000006.partial": "unfinished",
+    }
+    reasons = {each["name"]: each["reason"] for each in listed}
+    assert "reads checkpoint format 4; use the version that wrote it" in reasons["step_00000005"]
+    assert [name for name, reason in reasons.items() if not reason] == ["step_00000002"]
+    shown = shoestring(capsys, "checkpoint", "ls", saves)[1].splitlines()
+    assert any(line.split()[0] == "step_00000002" for line in shown if line)
+    assert f"step_00000005: {reasons['step_00000005']}" in shown  # on one line
 
 
 def test_verify_reads_every_byte(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def test_a_resealed_manifest_is_damaged_and_no_other_file_is_opened(
         assert "is damaged" in errors
     code, output, _ = shoestring(capsys, "checkpoint", "ls", run, "--format", "json")
     assert code == 0
-    assert json.loads(output)[0]["state"].startswith("damaged: ")
+    assert json.loads(output)[0]["state"] == "damaged"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ c10::Stream numbered(c10::StreamId id) {
   return c10::Stream(c10::Stream::UNSAFE, c10::Device(kCuda, 0), id);
 }
 
-struct RehearsedDevice final : public c10::impl::DeviceGuardImplInterface {
+struct FakeDeviceGuard final : public c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = kCuda;
 
   c10::DeviceType type() const override { return kCuda; }
@@ -48,6 +48,6 @@ struct RehearsedDevice final : public c10::impl::DeviceGuardImplInterface {
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, RehearsedDevice)
+C10_REGISTER_GUARD_IMPL(CUDA, FakeDeviceGuard)
 
 }  // namespace
