@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.errors import ConfigError, Problem, UnsupportedFormatConfigError
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
 from ...trainer.checkpoint.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ class CheckpointListing:
 
     name: str
     state: str
-    """`complete` (by marker, manifest and file sizes), `damaged: …`, `unfinished` or `quarantined`."""
+    """`complete` (by marker, manifest and file sizes), `KIND: details` for one that cannot be used, or a phrase."""
     step: int | None = None
     bytes: int | None = None
     tensors: int | None = None
@@ -94,15 +94,16 @@ def list_checkpoints(path: Path) -> list[CheckpointListing]:
     return found
 
 
-def checkpoints_table(listed: list[CheckpointListing]) -> Table:
-    """Return the list as a table."""
+def checkpoints_table(listed: list[CheckpointListing]) -> tuple[Table | str, ...]:
+    """Return the list as a table, and below it a line for each checkpoint that cannot be used."""
     table = Table(box=None)
     for heading in ("checkpoint", "tensors", "MB", "saved with layout", "state"):
         table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
     for each in listed:
         numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", f"{each.bytes / 1e6:,.1f}", each.layout)
-        table.add_row(each.name, *(number or "" for number in numbers), each.state)
-    return table
+        table.add_row(each.name, *(number or "" for number in numbers), each.state.partition(": ")[0])
+    details = ((each.name, each.state.partition(": ")[2]) for each in listed)
+    return table, *(f"{name}: {words}" for name, words in details if words)
 
 
 def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
@@ -157,8 +158,10 @@ def _listed(path: Path) -> CheckpointListing:
         return _complete(path)
     except CheckpointDamaged as damaged:
         return CheckpointListing(path.name, f"damaged: {damaged}")
+    except UnsupportedFormatConfigError as refused:
+        return CheckpointListing(path.name, f"another format: {refused}")
     except ConfigError as refused:
-        return CheckpointListing(path.name, str(refused))
+        return CheckpointListing(path.name, f"damaged: {refused}")
     except OSError as error:
         return CheckpointListing(path.name, f"cannot be read now: {error}")
 
