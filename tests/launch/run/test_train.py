@@ -142,7 +142,7 @@ def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
     assert evaluation is not None
     loss: Any = evaluation.values["loss"]
     page = Reader(html_report(read_run_record(finished)))
-    assert f"validation loss {loss:.3f} nats a token" in page.words()
+    assert f"validation loss {loss:.3f} nats/token" in page.words()
     assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
     assert f"time in the {STEPS} steps kept" in page.words("budget")
     assert "rank 1" in page.words("memory")

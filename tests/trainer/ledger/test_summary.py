@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from shoestring.tests.trainer.ledger.small_ledger import (
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.ledger.journal import JournalWriter, read_journal
 from shoestring.trainer.ledger.render import render_ledger
-from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize_ledger, summarize_verified_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, LEDGER_BUCKETS, SNAPSHOT_FILE, WORK_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal
 
@@ -101,6 +102,9 @@ def test_a_crash_record_divides_hang_from_restart(tmp_path: Path, time: Time) ->
     allocation.close("done")
     spent = summarize_ledger(tmp_path).gpu_ms_by_bucket
     assert (spent["hang"], spent["restart"]) == (RANKS * 700, RANKS * 35)
+    LedgerReader(tmp_path).save_snapshot()
+    (attempt,) = json.loads((tmp_path / SNAPSHOT_FILE).read_text())["totals"]["ledger"]["attempts"]
+    assert attempt["rank0_starts"] == 2
 
 
 def test_a_crash_that_nothing_follows_is_a_hang_up_to_the_end_of_the_launcher(tmp_path: Path, time: Time) -> None:
