@@ -35,7 +35,7 @@ from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal
-from shoestring.trainer.telemetry.events import METRICS_FILE, Event
+from shoestring.trainer.telemetry.events import JSON, METRICS_FILE, METRICS_FORMAT, Event
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
 LINE_BYTES = 2100
@@ -79,8 +79,9 @@ def make_ledger(run_dir: Path, records: int) -> None:
 def make_metrics(run_dir: Path, lines: int) -> None:
     """Write lines as long as those of a model with 16 MoE layers of 32 experts; every hundredth is an evaluation."""
     loads = {f"tokens_per_expert/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
+    run: dict[str, JSON] = {"format": METRICS_FORMAT, "config": {}, "total_steps": lines}
     with (run_dir / METRICS_FILE).open("w") as file:
-        file.write(Event("run", 0, {"config": {}, "total_steps": lines}, 1.8e9).to_json_line() + "\n")
+        file.write(Event("run", 0, run, 1.8e9).to_json_line() + "\n")
         for step in range(1, lines + 1):
             values = {"loss": 10 / (1 + step / lines), "loss/mtp": 5.0, "grad_norm": 1.0, "learning_rate": 1e-4}
             values |= {"tokens_per_second": 1e6, "mfu": 0.3, "budget_left": 1e6 - step, "total_steps": lines}

@@ -79,6 +79,10 @@ class ConfigError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class UnsupportedFormatConfigError(ConfigError):
+    """A file of a run has a format that this version does not read; the file is not damaged."""
+
+
 @contextmanager
 def collect_problems(problems: list[Problem]) -> Iterator[None]:
     """Add the problems of a `ConfigError` raised inside to `problems`, so that one message can list them all."""

@@ -254,7 +254,7 @@ class RunConfig:
     data: DataConfig
     """Corpus and tokenizer."""
     budget: BudgetConfig
-    """Limit and price of GPU-hours."""
+    """Budget of the run in GPU-hours."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Hardware of the run."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ... import __version__
-from ..errors import Problem, escape_unprintable
+from ..errors import Problem, UnsupportedFormatConfigError, escape_unprintable
 
 T = TypeVar("T")
 
@@ -56,6 +56,10 @@ class UnsupportedFormatError(MalformedFileError):
     def to_problem(self, file: Path | str, fix: str = "") -> Problem:
         """Return the problem of `file`; the error says itself what to do, so `fix` is not used."""
         return Problem(f"{file}: {self.location}", self.value, self.hint)
+
+    def to_config_error(self, file: Path | str) -> UnsupportedFormatConfigError:
+        """Return the error that commands show."""
+        return UnsupportedFormatConfigError([self.to_problem(file)])
 
 
 def shorten_for_message(value: object) -> object:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import ConfigError
+from ...comm.errors import ConfigError, UnsupportedFormatConfigError
 from ...comm.files.line_reader import FileReplacedError
 from ...trainer.ledger.allocation_journal import read_heartbeat
 from ...trainer.ledger.clock import Instant
 from ...trainer.ledger.summary import LedgerReader, LedgerSummary
 from ...trainer.telemetry.downsample import open_tail_reader
 from ...trainer.telemetry.events import METRICS_FILE, Event
-from ...trainer.telemetry.history import MetricsHistory, MetricsReader
+from ...trainer.telemetry.history import MetricsHistory, MetricsReader, check_metrics_format
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class RunFollower:
 
     def _begin(self) -> None:
         path = self._run_dir / METRICS_FILE
+        check_metrics_format(path)
         self._metrics = MetricsReader(path, open_tail_reader(path))
         self._history = MetricsHistory(most=_MOST_EVENTS)
         self._ledger = LedgerReader(self._run_dir)
 
     def poll(self) -> RunSnapshot:
-        """Return a snapshot of the present state. Raises `ConfigError` for a damaged metrics line."""
+        """Return a snapshot of the present state. Raises `ConfigError` for a damaged metrics line or another format."""
         try:
             self._history.add_events(self._metrics.new_events())
         except (FileReplacedError, FileNotFoundError):
@@ -72,6 +73,8 @@ class RunFollower:
         """Return the ledger's summary, or None if it is missing or damaged (`shoestring budget` says where)."""
         try:
             return self._ledger.summarize()
+        except UnsupportedFormatConfigError:
+            raise
         except ConfigError:
             self._ledger = LedgerReader(self._run_dir)  # a reader that failed cannot be reused
             return None

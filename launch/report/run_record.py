@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.errors import ConfigError, Problem, UnsupportedFormatConfigError
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_yaml import read_yaml
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger
@@ -80,7 +80,10 @@ class RunRecord:
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
-    """Read the directory of a run. Raises `ConfigError` for any other directory, and for a damaged metrics line."""
+    """Read the directory of a run.
+
+    Raises `ConfigError` for any other directory, a damaged metrics line, and metrics or a ledger of another format.
+    """
     require_run_dir(run_dir)
     metrics = run_dir / METRICS_FILE
     events = read_downsampled_metrics(metrics) if metrics.exists() else []
@@ -94,6 +97,8 @@ def _read_summary(run_dir: Path) -> tuple[LedgerSummary | None, str]:
         return None, "there is no ledger yet."
     try:
         return summarize_ledger(run_dir), ""
+    except UnsupportedFormatConfigError:
+        raise
     except ConfigError as refused:
         return None, f"{refused}."
 

@@ -192,7 +192,7 @@ def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointDamaged(f"{error.filename}: is missing") from error
     except UnsupportedFormatError as error:
-        raise ConfigError([error.to_problem(file)]) from error
+        raise error.to_config_error(file) from error
     except MalformedFileError as error:
         raise CheckpointDamaged(f"{file}: {error}") from error
     except OSError as error:

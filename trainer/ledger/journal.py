@@ -26,7 +26,7 @@ from ...comm.files.file_io import (
 from ...comm.files.line_reader import truncate_partial_line
 from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
 from ...comm.files.lock import acquire_exclusive_lock
-from ...comm.files.strict_json import MalformedFileError, parse_json
+from ...comm.files.strict_json import MalformedFileError, UnsupportedFormatError, parse_json
 from .record_batch import (
     MAX_BATCH_RECORDS,
     LineFields,
@@ -177,6 +177,8 @@ class JournalReader:
     def _check_record(self, record: Record, number: int) -> None:
         try:
             self._check(record)
+        except UnsupportedFormatError as error:
+            raise error.to_config_error(f"{self._path}:{number}") from error
         except MalformedFileError as error:
             hint = f"{_RESTORE}, or read it with the version of Shoestring that wrote it"
             raise ConfigError([error.to_problem(f"{self._path}:{number}", hint)]) from error

@@ -51,7 +51,7 @@ class Attempt:
         self._cursor: Record = {key: opened[key] for key in _INSTANT}
         self._since_ns = 0
         self._counted_ms = 0
-        self._lives = 0
+        self._rank0_starts = 0
         self._sign: Instant | None = None
 
     def record_sign_of_life(self, record: Mapping[str, object]) -> None:
@@ -68,7 +68,7 @@ class Attempt:
         if kind == "begin":
             self._charge_free_time(free_ms, crashed=self.state in (AttemptState.STARTING, AttemptState.RUNNING))
             self.state = AttemptState.STARTING
-            self._lives += 1
+            self._rank0_starts += 1
             self.segments += record["ranks"] != self.ranks
             self.ranks = record["ranks"]
             return
@@ -114,7 +114,7 @@ class Attempt:
         self.gpu_ms_by_bucket["hang" if crashed else self._free_bucket()] += gpu_ms
 
     def _free_bucket(self) -> str:
-        if self.state is AttemptState.NOT_STARTED or (self.state is AttemptState.STARTING and self._lives == 1):
+        if self.state is AttemptState.NOT_STARTED or (self.state is AttemptState.STARTING and self._rank0_starts == 1):
             return FIRST_START_BUCKET
         return _FREE[self.state]
 
@@ -169,7 +169,7 @@ def _rises(clock: Sequence[int]) -> int:
 
 
 _INSTANT = ("wall_ns", "monotonic_ns", "boot")
-_PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_lives")
+_PLAIN = ("closed", "segments", "_held_ms", "_since_ns", "_counted_ms", "_rank0_starts")
 FIRST_START_BUCKET = "first start"
 """Time before an attempt's first step: `initialization`, or `restart` if the attempt before it has crashed."""
 _FREE = {

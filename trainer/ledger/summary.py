@@ -240,7 +240,7 @@ class LedgerReader:
             self._ledger.replay_records(self._allocation.stream_records(opened), self._work.stream_batches(end))
         except KeyError as error:
             hint = f"has a record of attempt {error}, which no record opens; restore the ledger's files"
-            raise ConfigError([Problem("run", str(self._run_dir), hint)]) from error
+            raise ConfigError([Problem("RUN", str(self._run_dir), hint)]) from error
 
     def save_snapshot(self) -> None:
         """Write a snapshot of the ledger so far; a full disk keeps the previous one."""
@@ -274,7 +274,7 @@ class LedgerReader:
         self.read_new_records()
         attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest_opening
         if latest is None:
-            raise ConfigError([Problem("run", str(self._run_dir), "holds no ledger; name the directory of a run")])
+            raise ConfigError([Problem("RUN", str(self._run_dir), "holds no ledger; name the directory of a run")])
         held, spent = _attempt_usages(attempts, read_heartbeat(self._run_dir))
         by_phase: Counter[str] = Counter()
         for attempt, launch in zip(attempts, held, strict=True):

@@ -36,8 +36,8 @@ LEDGER_BUCKETS: Mapping[str, str] = MappingProxyType(
         "initialization": "from the launch to the first step",
         **CHARGED_BUCKETS,
         "skipped": "steps dropped because loss or gradient was NaN/Inf",
-        "hang": "from a crashed attempt's last heartbeat until it was detected",
-        "restart": "from crash to first step of the next attempt",
+        "hang": "from rank 0's last record before a crash to the crash record, its next start or the last heartbeat",
+        "restart": "from the crash record, or without one from rank 0's next start, to the first step after it",
         "idle": "processes still up after training ended",
     }
 )

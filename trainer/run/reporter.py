@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import __version__
 from ...comm.traffic import TrafficKind
 from ...parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER
 from ..checkpoint.saver import SaveResult
@@ -22,7 +23,7 @@ from ..ledger.meter import CostMeter
 from ..ledger.work_journal import WorkJournal
 from ..structured_config import restore_interpolations
 from ..telemetry.alerts import AlertMonitor
-from ..telemetry.events import JSON, Event, EventStream
+from ..telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
 from ..telemetry.sinks import open_event_stream
 from .exit import RankFailed
 from .step import StepResult, StepSettings
@@ -119,6 +120,8 @@ class Reporter:
             "cluster.peak_tflops" if self._config.cluster.peak_tflops else "matrix product measured at the start"
         )
         values: dict[str, Any] = {
+            "format": METRICS_FORMAT,
+            "version": __version__,
             "config": restore_interpolations(asdict(self._config)),
             "ranks": self._ranks,
             "device": device,

@@ -21,6 +21,8 @@ from ...comm.files.line_writer import MAX_BACKLOG_BYTES, LineWriter
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 METRICS_FILE = "metrics.jsonl"
+METRICS_FORMAT = 2
+"""Number in each `run` event; without it, the format is 1, whose keys had other names."""
 _RESERVED_KEYS = ("time", "kind", "step")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -29,9 +31,10 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 class Event:
     """One event.
 
-    Kinds of the training loop: `run` (configuration and model size), `start` (checkpoint of the initial weights),
-    `resume` (step of the checkpoint), `step`, `evaluation`, `sample` (generated text), `checkpoint`, `memory` (of every
-    rank, at a sampled step), `trace` (timeline written), `budget` (final summary), `stop`, and `warning`.
+    Kinds of the training loop: `run` (format, version, configuration and model size), `start` (checkpoint of the
+    initial weights), `resume` (step of the checkpoint), `step`, `evaluation`, `sample` (generated text), `checkpoint`,
+    `memory` (of every rank, at a sampled step), `trace` (timeline written), `budget` (final summary), `stop`, and
+    `warning`.
     """
 
     kind: str

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.line_reader import LineReader, read_complete_lines
-from ...comm.files.strict_json import MalformedFileError, parse_json
-from .events import Event
+from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
+from .events import METRICS_FORMAT, Event
 
 _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 
@@ -50,7 +52,7 @@ class MetricsHistory:
 def read_metrics(path: Path) -> list[Event]:
     """Return the retained events of the `metrics.jsonl` at `path`, in order (see `MetricsHistory`).
 
-    A last line still being written is ignored. Raises `ConfigError` for a missing file or a broken line.
+    Ignores a last line still being written. Raises `ConfigError` for a missing file, a broken line or another format.
     """
     return MetricsHistory(read_all_metrics(path)).events
 
@@ -61,6 +63,21 @@ def read_all_metrics(path: Path) -> list[Event]:
         raise ConfigError([Problem(str(path), None, "no such file; name the metrics.jsonl of a run")])
     with config_error_context(path, "restore it"):
         return [parse_event(path, number, line) for number, line in read_complete_lines(path)]
+
+
+_HEAD_LINES = 100
+"""Lines searched for the first `run` event. It is the first line, unless the file was deleted during the run."""
+
+
+def check_metrics_format(path: Path) -> None:
+    """Raise `UnsupportedFormatConfigError` if the first `run` event at `path` has another format than `METRICS_FORMAT`.
+
+    A file without a `run` event is accepted, and so is a missing file. For readers that begin in the middle.
+    """
+    with config_error_context(path, "restore it"), suppress(FileNotFoundError):
+        for number, line in islice(read_complete_lines(path), _HEAD_LINES):
+            if parse_event(path, number, line).kind == "run":
+                return
 
 
 class MetricsReader:
@@ -88,7 +105,10 @@ _LAST_STEP = 2**53
 
 
 def parse_event(path: Path, number: int, line: str) -> Event:
-    """Parse line `number` of the file at `path`. Raises `ConfigError` for a broken line."""
+    """Parse line `number` of the file at `path`.
+
+    Raises `ConfigError` for a broken line, and `UnsupportedFormatConfigError` for a `run` event of another format.
+    """
     try:
         item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
         kind, step, time = (
@@ -96,8 +116,18 @@ def parse_event(path: Path, number: int, line: str) -> Event:
             item["step"].as_integer(0, _LAST_STEP),
             item["time"].as_number(0, _LAST_SECOND),
         )
+        if kind == "run":
+            _check_format(item)
         values = {key: value for key, value in item.as_mapping().items() if key not in ("kind", "step", "time")}
         return Event(kind=kind, step=step, time=time, values=values)
+    except UnsupportedFormatError as error:
+        raise error.to_config_error(f"{path}:{number}") from error
     except MalformedFileError as error:
         hint = f"not an event ({error}); restore or delete this line"
         raise ConfigError([Problem(f"{path}:{number}", line[:80], hint)]) from error
+
+
+def _check_format(run: JsonValue) -> None:
+    found = run.value.get("format", 1)
+    if found != METRICS_FORMAT or type(found) is not int:
+        raise UnsupportedFormatError("metrics", found, METRICS_FORMAT, run.value.get("version"))

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
+from shoestring import __version__
 from shoestring.comm.trace import OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
@@ -24,7 +25,7 @@ from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
 from shoestring.trainer.ledger.work_journal import WorkJournal
-from shoestring.trainer.telemetry.events import JSON, Event, EventStream
+from shoestring.trainer.telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
 from shoestring.trainer.telemetry.memory_usage import RESIDENT_LABEL
 from shoestring.trainer.telemetry.trace import Span, merge_rank_traces, write_rank_trace
 
@@ -97,7 +98,8 @@ def write_events(run_dir: Path) -> None:
 
 
 def events(run_dir: Path) -> Iterator[Event]:
-    run: dict[str, JSON] = {"config": asdict(config(run_dir)), "ranks": 2, "device": "cpu", "linear": "native"}
+    run: dict[str, JSON] = {"format": METRICS_FORMAT, "version": __version__, "config": asdict(config(run_dir))}
+    run |= {"ranks": 2, "device": "cpu", "linear": "native"}
     run |= {"parameters": 3_500_000, "active_parameters": 1_700_000, "compute_dtype": "float32", "total_steps": STEPS}
     yield Event("run", 0, run, BEGAN)
     for number in range(1, 7):

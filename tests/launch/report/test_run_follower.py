@@ -5,10 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
+from shoestring.comm.errors import ConfigError
 from shoestring.launch.report.run_follower import RunFollower
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import events, record_run, step
+from shoestring.tests.trainer.telemetry.written_events import RUN_OF_FORMAT_1
+from shoestring.trainer.telemetry.downsample import open_tail_reader
 
 
 def test_a_run_is_followed_from_before_its_first_step(tmp_path: Path) -> None:
@@ -35,6 +40,17 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
     assert "none yet" in shown(follower)
     (tmp_path / "metrics.jsonl").open("a").write(line[40:])
     assert "7.500" in shown(follower)
+
+
+def test_the_format_is_read_even_if_a_run_is_followed_from_its_last_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_run_dir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(RUN_OF_FORMAT_1)
+    append(tmp_path, *(step(number, loss=7.5) for number in range(1, 9)))
+    monkeypatch.setattr(open_tail_reader, "__defaults__", (1000,))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: format = 1: .* reads metrics format 2"):
+        RunFollower(tmp_path)
 
 
 def test_a_run_that_begins_anew_is_read_anew(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from shoestring import __version__
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.page import html_report
 from shoestring.launch.report.run_record import read_run_record
@@ -97,6 +99,15 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return run_dir
 
 
+def test_the_files_of_a_run_hold_their_formats_and_the_version(finished: Path) -> None:
+    directory = max((finished / "checkpoints").glob("step_*"))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert (manifest["format"], manifest["metadata"]["version"]) == (4, __version__)
+    for file in ("ledger/allocation.jsonl", "ledger/work.jsonl", "metrics.jsonl"):
+        opening = json.loads((finished / file).read_text().splitlines()[0])
+        assert (opening["format"], opening["version"]) == (2, __version__), file
+
+
 def test_a_finished_run_has_everything(finished: Path) -> None:
     events = read_metrics(finished / "metrics.jsonl")
     assert str(events[0].values["attention"]).startswith("blocks (blocks of plain products")
@@ -131,7 +142,7 @@ def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
     assert evaluation is not None
     loss: Any = evaluation.values["loss"]
     page = Reader(html_report(read_run_record(finished)))
-    assert f"validation loss {loss:.3f} nats per token" in page.words()
+    assert f"validation loss {loss:.3f} nats/token" in page.words()
     assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
     assert f"time in the {STEPS} steps kept" in page.words("budget")
     assert "rank 1" in page.words("memory")

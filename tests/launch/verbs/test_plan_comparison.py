@@ -20,6 +20,7 @@ from shoestring.launch.verbs.plan_comparison import PlanComparison, PlannedVsMea
 from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes
+from shoestring.tests.trainer.telemetry.written_events import RUN_OF_FORMAT_1
 from shoestring.trainer.build import build_stage_layout
 from shoestring.trainer.ledger.summary import AttemptUsage, summarize_ledger
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours
@@ -237,6 +238,13 @@ def test_what_cannot_be_compared_is_refused(
         ConfigError, match=r"config.yaml = None: cannot be used: No such file .*it holds the run's configuration"
     ):
         compare_with_plan(tmp_path, summarize_ledger(run_dir), plan)
+    metrics = run_dir / "metrics.jsonl"
+    told = metrics.read_text()
+    metrics.write_text(RUN_OF_FORMAT_1)
+    try:
+        assert "reads metrics format 2; use the version" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
+    finally:
+        metrics.write_text(told)
     plan.write_text("[]")
     assert "is not a plan" in answer(capsys, "budget", run_dir, "--against", plan, code=2)
     assert "cannot be read" in answer(capsys, "budget", run_dir, "--against", tmp_path / "absent", code=2)

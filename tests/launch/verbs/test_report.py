@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.tests.launch.command_line import exit_code
+from shoestring.tests.launch.command_line import exit_code, shoestring
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import STEPS, record_run
+from shoestring.tests.trainer.ledger.small_ledger import OPENING_OF_FORMAT_1
+from shoestring.tests.trainer.telemetry.written_events import RUN_OF_FORMAT_1
 
 
 def test_the_command_writes_to_the_given_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +35,27 @@ def test_what_is_no_run_or_cannot_be_written_is_refused(tmp_path: Path, capsys: 
         assert exit_code(*arguments) == 2
         assert field in capsys.readouterr().err
     assert not list((tmp_path / "other").iterdir())
+
+
+@pytest.mark.parametrize("verb", [["report"], ["watch", "--once"]])
+@pytest.mark.parametrize(
+    ("file", "text", "kind"),
+    [("ledger/allocation.jsonl", OPENING_OF_FORMAT_1, "ledger"), ("metrics.jsonl", RUN_OF_FORMAT_1, "metrics")],
+)
+def test_a_run_of_another_format_is_refused_and_nothing_is_written(
+    file: str, text: str, kind: str, verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    record_run(run_dir)
+    (run_dir / file).write_text(text)
+    code, output, errors = shoestring(capsys, *verb, run_dir)
+    assert (code, output) == (2, "")
+    assert f"{run_dir / file}:1: format" in errors
+    assert f"reads {kind} format 2; use the version that wrote it, or start a new run in another directory" in errors
+    assert not (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize("verb", ["report", "watch", "budget"])
+def test_a_missing_run_has_one_name_in_every_command(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = shoestring(capsys, verb, "nothere")[2]
+    assert "RUN = 'nothere': " in errors

@@ -52,3 +52,11 @@ def everything(summary: LedgerSummary) -> int:
         + sum(summary.gpu_ms_by_bucket.values())
         + summary.unattributed_ms
     )
+
+
+OPENING_OF_FORMAT_1 = (
+    '{"attempt":"20260801-0900","boot":"b1","budget_gpu_hours":0.5,"hash":'
+    '"667352fc3c634e09c32a00618b0384fc7ff475e7d86f299151f016b6df258e6f",'
+    '"kind":"open","monotonic_ns":1,"phase":"pre_train","ranks":4,"wall_ns":1790000000000000000}\n'
+)
+"""Ledger as version 0.1.0 wrote it, before ledgers had a format number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,21 @@ from rich.console import Console
 from shoestring import __version__
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.refusals import refused
-from shoestring.tests.trainer.ledger.small_ledger import BUDGET, RANKS, Time, begin, do_steps, everything, launch
+from shoestring.tests.trainer.ledger.small_ledger import (
+    BUDGET,
+    OPENING_OF_FORMAT_1,
+    RANKS,
+    Time,
+    begin,
+    do_steps,
+    everything,
+    launch,
+)
+from shoestring.tests.tree import ROOT
 from shoestring.trainer.ledger.journal import JournalWriter, read_journal
 from shoestring.trainer.ledger.render import render_ledger
-from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
-from shoestring.trainer.ledger.terms import ALLOCATION_FILE, SNAPSHOT_FILE, WORK_FILE
+from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize_ledger, summarize_verified_ledger
+from shoestring.trainer.ledger.terms import ALLOCATION_FILE, LEDGER_BUCKETS, SNAPSHOT_FILE, WORK_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal
 
 
@@ -75,6 +86,45 @@ def test_steps_undone_by_a_crash_are_priced_again(tmp_path: Path, time: Time) ->
     assert summary.num_attempts == 1
 
 
+def test_a_crash_record_divides_hang_from_restart(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    work = begin(tmp_path, "a")
+    work.record_ready()
+    do_steps(work, time, 1, 2)
+    time.pass_ms(700)
+    work.close(clean=False)
+    time.pass_ms(30)
+    work = begin(tmp_path, "a")
+    time.pass_ms(5)
+    work.record_ready()
+    do_steps(work, time, 1, 2)
+    work.close()
+    allocation.close("done")
+    spent = summarize_ledger(tmp_path).gpu_ms_by_bucket
+    assert (spent["hang"], spent["restart"]) == (RANKS * 700, RANKS * 35)
+    LedgerReader(tmp_path).save_snapshot()
+    (attempt,) = json.loads((tmp_path / SNAPSHOT_FILE).read_text())["totals"]["ledger"]["attempts"]
+    assert attempt["rank0_starts"] == 2
+
+
+def test_a_crash_that_nothing_follows_is_a_hang_up_to_the_end_of_the_launcher(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    work = begin(tmp_path, "a")
+    work.record_ready()
+    do_steps(work, time, 1, 2)
+    work._journal.close()
+    time.pass_ms(900)
+    allocation.close("a rank died")
+    spent = summarize_ledger(tmp_path).gpu_ms_by_bucket
+    assert (spent["hang"], spent["restart"]) == (RANKS * 900, 0)
+
+
+def test_the_documented_buckets_are_those_of_the_bill() -> None:
+    text = (ROOT / "docs" / "ledger.md").read_text()
+    for bucket in ("initialization", "hang", "restart", "skipped", "idle"):
+        assert f"| {bucket} | {LEDGER_BUCKETS[bucket]} |" in text
+
+
 def test_a_step_done_again_is_rolled_back_even_without_a_resume(tmp_path: Path, time: Time) -> None:
     work = begin(tmp_path, "a")
     do_steps(work, time, 1, 3)
@@ -131,14 +181,6 @@ def test_another_number_of_ranks_closes_a_segment(tmp_path: Path, time: Time) ->
     text = io.StringIO()
     Console(file=text, width=120).print(render_ledger(summary))
     assert "1 attempt, 2 segments" in text.getvalue()
-
-
-OPENING_OF_FORMAT_1 = (
-    '{"attempt":"20260801-0900","boot":"b1","budget_gpu_hours":0.5,"hash":'
-    '"667352fc3c634e09c32a00618b0384fc7ff475e7d86f299151f016b6df258e6f",'
-    '"kind":"open","monotonic_ns":1,"phase":"pre_train","ranks":4,"wall_ns":1790000000000000000}\n'
-)
-"""Ledger as version 0.1.0 wrote it, before ledgers had a format number."""
 
 
 @pytest.mark.parametrize("summarize", [summarize_ledger, summarize_verified_ledger])

@@ -13,7 +13,7 @@ from shoestring.comm.errors import ConfigError
 from shoestring.comm.files.line_reader import count_lines, truncate_partial_line
 from shoestring.trainer.telemetry import downsample as sampled
 from shoestring.trainer.telemetry.downsample import open_tail_reader, read_downsampled_metrics
-from shoestring.trainer.telemetry.events import Event, EventStream
+from shoestring.trainer.telemetry.events import METRICS_FORMAT, Event, EventStream
 from shoestring.trainer.telemetry.history import MetricsHistory, MetricsReader, read_metrics
 
 
@@ -31,14 +31,16 @@ def step(number: int, loss: float = 5.0) -> Event:
 
 def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
     others = [Event("warning", 7, {"about": "spike", "message": "up"}), Event("resume", 5, {})]
-    path = write(tmp_path, Event("run", 0, {}), *map(step, range(1, 9)), *others, *map(step, range(6, 9)))
+    path = write(
+        tmp_path, Event("run", 0, {"format": METRICS_FORMAT}), *map(step, range(1, 9)), *others, *map(step, range(6, 9))
+    )
     assert read_downsampled_metrics(path) == read_metrics(path)
 
 
 def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled, "MAX_STEPS_KEPT", 64)
     monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (64, 10**9))
-    events = [Event("run", 0, {})]
+    events = [Event("run", 0, {"format": METRICS_FORMAT})]
     for number in range(1, 5001):
         events.append(step(number, {777: 99.0, 4242: float("nan"), 3333: -1.0}.get(number, 5 - number / 5000)))
         if number % 500 == 0:

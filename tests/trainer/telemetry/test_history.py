@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from shoestring import __version__
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.report.recorded import record_run
 from shoestring.tests.launch.small_checkpoint import fifo, folder
-from shoestring.tests.trainer.telemetry.written_events import step, write
+from shoestring.tests.trainer.telemetry.written_events import RUN_OF_FORMAT_1, run, step, write
+from shoestring.trainer.telemetry.downsample import read_downsampled_metrics
 from shoestring.trainer.telemetry.events import Event
-from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
+from shoestring.trainer.telemetry.history import MetricsReader, check_metrics_format, read_all_metrics, read_metrics
 
 
 def test_a_number_of_metrics_without_end_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,10 +54,8 @@ def test_metrics_of_wrong_values_are_refused_by_line(
 
 
 def test_after_a_resume_the_history_is_that_of_the_weights(tmp_path: Path) -> None:
-    write(
-        tmp_path, Event("run", 0, {}), *(step(n, 10.0 - n) for n in range(1, 6)), Event("evaluation", 4, {"loss": 1.0})
-    )
-    write(tmp_path, Event("run", 2, {}), Event("resume", 2, {}), step(3, 0.3), step(4, 0.4))
+    write(tmp_path, run(), *(step(n, 10.0 - n) for n in range(1, 6)), Event("evaluation", 4, {"loss": 1.0}))
+    write(tmp_path, run(2), Event("resume", 2, {}), step(3, 0.3), step(4, 0.4))
     history = read_metrics(tmp_path / "metrics.jsonl")
     assert [(event.step, event.values["loss"]) for event in history if event.kind == "step"] == [
         (1, 9.0),
@@ -77,3 +78,42 @@ def test_a_broken_line_and_a_missing_file_are_refused_by_name(tmp_path: Path) ->
         read_metrics(tmp_path / "metrics.jsonl")
     with pytest.raises(ConfigError, match="no such file"):
         read_metrics(tmp_path / "absent.jsonl")
+
+
+READERS: list[Callable[[Path], object]] = [
+    read_metrics,
+    read_all_metrics,
+    read_downsampled_metrics,
+    check_metrics_format,
+    lambda path: MetricsReader(path).new_events(),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_metrics_without_a_format_are_refused_in_one_sentence(read: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(RUN_OF_FORMAT_1)
+    write(tmp_path, step(1, 3.0))
+    assert refused(read, path) == {
+        f"{path}:1: format": f"1: Shoestring {__version__} reads metrics format 2; "
+        "use the version that wrote it, or start a new run in another directory"
+    }
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_metrics_of_a_later_format_name_the_version_that_wrote_them(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    write(tmp_path, Event("run", 0, {"format": 3, "version": "0.9.0"}), step(1, 3.0))
+    with pytest.raises(ConfigError, match=r"jsonl:1: format = 3: .* use Shoestring 0\.9\.0 that wrote it"):
+        read(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_metrics_of_a_run_that_has_just_begun_are_read(read: Callable[[Path], object], tmp_path: Path) -> None:
+    """The file is empty, or its first event is still being written, or it was deleted and begun again in mid-run."""
+    path = tmp_path / "metrics.jsonl"
+    for text in ("", RUN_OF_FORMAT_1[:40], step(7, 3.0).to_json_line() + "\n"):
+        path.write_text(text)
+        read(path)
+    check_metrics_format(tmp_path / "absent.jsonl")

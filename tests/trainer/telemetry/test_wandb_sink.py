@@ -17,7 +17,7 @@ from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.machines import alive, wait_until
 from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offline_run
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
-from shoestring.trainer.telemetry.events import JSON, Event, EventStream
+from shoestring.trainer.telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
 from shoestring.trainer.telemetry.history import read_all_metrics
 from shoestring.trainer.telemetry.sinks import open_event_stream
 from shoestring.trainer.telemetry.wandb_sink import WandbSink, _run_id
@@ -50,7 +50,7 @@ def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) 
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir, 0)])
-    stream.emit(Event("run", 0, {"config": {"model": {"layers": 4}}, "parameters": 12}))
+    stream.emit(Event("run", 0, {"format": METRICS_FORMAT, "config": {"model": {"layers": 4}}, "parameters": 12}))
     for number in range(1, 301):  # more than one block of 32 KiB
         stream.emit(step(number))
     stream.emit(Event("evaluation", 300, {"loss": 2.0}))
