@@ -54,13 +54,16 @@ def target_ratios(wide: dict[str, Any], narrow: dict[str, Any]) -> dict[str, flo
     overlaps = [row["overlap"] for row in narrow["rows"]]
     return {
         "payload between nodes, two_hop / flat (at most 0.30)": two_hop / flat,
-        "payload between nodes, two_hop / a row a rank (less than 0.60)": two_hop / wide["needed"]["bf16"]["rank"],
-        "payload between nodes, two_hop / least (1)": two_hop / wide["needed"]["bf16"]["node"],
+        "payload between nodes, two_hop / a row a rank (less than 0.60)": two_hop
+        / wide["minimum_inter_node_bytes"]["bf16"]["once_per_rank"],
+        "payload between nodes, two_hop / least (1)": two_hop
+        / wide["minimum_inter_node_bytes"]["bf16"]["once_per_node"],
         "dispatch payload, fp8 / bf16 (at most 0.53)": payload("two_hop", "fp8") / two_hop,
         "time, flat / two_hop, bf16 (at least 2)": seconds("flat", "bf16") / seconds("two_hop", "bf16"),
-        "on the wires / counted (within 10 %)": wide["sent_by_interfaces"] / wide["sent_between_nodes"],
+        "on the wires / counted (within 10 %)": wide["inter_node_bytes_on_interfaces"]
+        / wide["inter_node_bytes_counted"],
         "computing and exchanging / longer alone, worst (at most 1.25)": max(
-            o["both"] / max(o["exchange"], o["compute"]) for o in overlaps
+            o["overlapped_seconds"] / max(o["exchange_seconds"], o["compute_seconds"]) for o in overlaps
         ),
     }
 

@@ -24,6 +24,7 @@ from ..comm.files.file_io import config_error_context, os_error_to_problem
 from ..comm.files.strict_json import MalformedFileError, shorten_for_message
 from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
 from ..trainer.config import RunConfig
+from ..trainer.huggingface.config import remove_released_keys
 from ..trainer.structured_config import InterpolatedText, build_dataclass, parse_dataclass
 from .interpolations import resolve_interpolations
 
@@ -53,6 +54,8 @@ def compose_run_config(
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
     problems += _nul_problems(tree)
+    if isinstance(model := tree.get("model"), dict):
+        problems += remove_released_keys(model)
     config, doubtful = parse_dataclass(RunConfig, tree, problems)
     unreadable_fields = UnreadableFields(
         doubtful | unread, frozenset(_key(text) for text, read_as in parsed if read_as)
@@ -108,7 +111,7 @@ def escape_interpolations(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, problems: list[Problem]) -> object:
+def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, problems: list[Problem]) -> dict[str, Any]:
     """Compose override lines that Hydra accepts into a tree of plain values."""
     searchpath = []
     if config_dir is not None and config_dir.is_dir():

@@ -156,10 +156,28 @@ class _Reader:
 
     def _unknown(self, path: str, key: str, item: object, known: Iterable[str], prefix: str) -> None:
         """Record an unknown key, and the known fields that it may have been meant for."""
-        close = difflib.get_close_matches(key, known)
-        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
+        close = _close_names(key, known)
+        names = sorted(known)
+        listed = f"there are: {', '.join(names)}" if len(names) <= _MAX_LISTED else "see docs/configuration.md"
+        hint = f"did you mean {close[0]}?" if close else listed
         self.problems.append(Problem(path, item, f"no such key; {hint}"))
         self.doubtful.update(f"{prefix}{name}" for name in close or known)
+
+
+_MAX_LISTED = 8
+"""Largest number of names that an error about an unknown key lists."""
+
+
+def _close_names(key: str, names: Iterable[str]) -> list[str]:
+    """Return the names that resemble `key` as a whole or in some of their consecutive words, the closest first."""
+    found = []
+    for name in names:
+        words = name.split("_")
+        parts = ["_".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+        best = max(difflib.SequenceMatcher(None, part, key).ratio() for part in parts)
+        if best >= 0.75:  # at 0.6, difflib's default, `ramp_from` resembles `sample_prompt`
+            found.append((best, difflib.SequenceMatcher(None, name, key).ratio(), name))
+    return [name for *_, name in sorted(found, reverse=True)[:3]]
 
 
 def _is_finite(value: int | float) -> bool:

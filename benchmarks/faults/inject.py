@@ -146,7 +146,7 @@ def torn_inputs(bench: Bench, row: Row, place: Path) -> None:
     cluster.parent.mkdir(parents=True)
     for how in ("empty", "torn", "noise"):
         plan = place / f"plan_{how}.json"
-        plan.write_bytes(harmed(b'{"layouts": [{"pp": 1, "terms": {"F": 1', how))
+        plan.write_bytes(harmed(b'{"format": 2, "layouts": [{"pp": 1, "time_terms": {"F": 1', how))
         row.check_launch(_cli("budget", str(bench.undisturbed), "--against", str(plan)), 2, plan.name)
         cluster.write_bytes(harmed(b"name: measured\npeak_tflops: {a: [1", how) if how != "empty" else b"name: [\n")
         row.check_launch(_cli("simulate", "--config-dir", str(place / "conf"), "cluster=measured"), 2, "measured")

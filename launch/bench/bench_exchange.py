@@ -39,7 +39,7 @@ def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str,
         else:
             interfaces = run_ranks_on_simulated_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
         result: dict[str, Any] = json.loads(output.read_text())
-    return result | {"uplink": uplink, "sent_by_interfaces": interfaces}
+    return result | {"uplink": uplink, "inter_node_bytes_on_interfaces": interfaces}
 
 
 def run_ranks_on_simulated_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
@@ -72,9 +72,9 @@ def benchmark_tables(result: Mapping[str, Any]) -> RenderableType:
     """Return the result as tables for the terminal."""
     spec, rows = result["spec"], result["rows"]
     parts: list[RenderableType] = [_headline(result), _bytes_table(rows), _time_table(result)]
-    parts.append(_needed_table(result))
-    if result["sent_by_interfaces"] is not None:
-        counted, seen = result["sent_between_nodes"], result["sent_by_interfaces"]
+    parts.append(_minimum_table(result))
+    if result["inter_node_bytes_on_interfaces"] is not None:
+        counted, seen = result["inter_node_bytes_counted"], result["inter_node_bytes_on_interfaces"]
         ratio = f"{seen / counted:.3f}" if counted else "-"
         total = f"{_mb(counted)} MB counted between nodes, {_mb(seen)} MB on the interfaces"
         parts.append(f"All passes: {total} (ratio {ratio})")
@@ -124,22 +124,22 @@ def _time_table(result: Mapping[str, Any]) -> Table:
     nodes = result["spec"]["nodes"]
     for row in result["rows"]:
         seconds = [row["seconds"][name] for name in OPERATIONS]
-        minimum = result["needed"][row["format"]]["node"] / nodes
+        minimum = result["minimum_inter_node_bytes"][row["format"]]["once_per_node"] / nodes
         speed = f"{minimum / seconds[0] / 1e9:.4f}" if minimum else "-"
         table.add_row(_name(row), *(f"{1e3 * s:.1f}" for s in (*seconds, sum(seconds))), speed)
     return table
 
 
-def _needed_table(result: Mapping[str, Any]) -> Table:
+def _minimum_table(result: Mapping[str, Any]) -> Table:
     table = _table(
         "MB of payload between nodes, dispatch",
         "sent", "once per node (minimum)", "once per rank", "once per expert", "sent / minimum",
     )  # fmt: skip
     for row in result["rows"]:
-        needed = result["needed"][row["format"]]
+        minimum = result["minimum_inter_node_bytes"][row["format"]]
         measured = row["bytes"]["dispatch"]["payload"][LinkType.INFINIBAND]
-        ratio = f"{measured / needed['node']:.3f}" if needed["node"] else "-"
-        bounds = [needed[target] for target in ("node", "rank", "expert")]
+        ratio = f"{measured / minimum['once_per_node']:.3f}" if minimum["once_per_node"] else "-"
+        bounds = [minimum[way] for way in ("once_per_node", "once_per_rank", "once_per_expert")]
         table.add_row(_name(row), *(_mb(size) for size in (measured, *bounds)), ratio)
     return table
 
@@ -150,7 +150,9 @@ def _overlap_table(rows: list[Any]) -> Table:
         "dispatch only", "computation only", "overlapped", "overlapped / longer",
     )  # fmt: skip
     for row in rows:
-        alone, computing, both = (row["overlap"][key] for key in ("exchange", "compute", "both"))
+        alone, computing, both = (
+            row["overlap"][key] for key in ("exchange_seconds", "compute_seconds", "overlapped_seconds")
+        )
         times = (f"{1e3 * s:.1f}" for s in (alone, computing, both))
         table.add_row(_name(row), *times, f"{both / max(alone, computing):.2f}")
     return table

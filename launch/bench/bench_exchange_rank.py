@@ -196,7 +196,7 @@ class ExchangeBenchmark:
         count = max(1, round(1000 * alone / thousand / _IN_FLIGHT))
         _, computing = self._timed(lambda: products(count * _IN_FLIGHT))
         _, together = self._timed(lambda: both(count))
-        return {"exchange": alone, "compute": computing, "both": together}
+        return {"exchange_seconds": alone, "compute_seconds": computing, "overlapped_seconds": together}
 
     def total_inter_node_bytes(self) -> int:
         """Return the bytes that all ranks have sent between nodes in all passes."""
@@ -235,7 +235,10 @@ def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups)
         form: RowCodec(WireFormat(form), spec.hidden, torch.bfloat16).payload_bytes_per_row for form in spec.formats
     }
     return {
-        form: {way: count * size for way, count in zip(("node", "rank", "expert"), per_way, strict=True)}
+        form: {
+            way: count * size
+            for way, count in zip(("once_per_node", "once_per_rank", "once_per_expert"), per_way, strict=True)
+        }
         for form, size in sizes.items()
     }
 
@@ -268,8 +271,8 @@ def run_exchange_benchmarks(
         "spec": asdict(spec),
         "device": str(device),
         "rows": rows,
-        "needed": minimum_inter_node_bytes(spec, groups),
-        "sent_between_nodes": sum(bench.total_inter_node_bytes() for bench in benches.values()),
+        "minimum_inter_node_bytes": minimum_inter_node_bytes(spec, groups),
+        "inter_node_bytes_counted": sum(bench.total_inter_node_bytes() for bench in benches.values()),
     }
 
 

@@ -93,7 +93,7 @@ def _add_rehearse(verbs: Subparsers) -> None:
     text = "micro-batches per rank in the step (default: those of the run's first step)"
     rehearse.add_argument("--micro-batches", type=int, metavar="N", help=text)
     text = "list the N operations of an MoE layer that move the most bytes (default 0)"
-    rehearse.add_argument("--passes", type=int, default=0, metavar="N", help=text)
+    rehearse.add_argument("--top-operations", type=int, default=0, metavar="N", help=text)
     add_format_option(rehearse)
     rehearse.set_defaults(run=_rehearse)
 
@@ -101,8 +101,8 @@ def _add_rehearse(verbs: Subparsers) -> None:
 def _rehearse(options: argparse.Namespace) -> int:
     from ..console import print_to_stderr
 
-    if options.passes < 0:
-        raise ConfigError([Problem("--passes", options.passes, "must be at least 0")])
+    if options.top_operations < 0:
+        raise ConfigError([Problem("--top-operations", options.top_operations, "must be at least 0")])
     print_to_stderr("reading the configuration")  # before torch is loaded, which takes seconds
     from ..rehearsal.tables import rehearsal_tables, rehearsal_to_dict
     from ..run.launcher import StoppedBySignal
@@ -113,7 +113,7 @@ def _rehearse(options: argparse.Namespace) -> int:
     except StoppedBySignal as stop:
         print_to_stderr(f"shoestring rehearse: {stop}")
         return stop.exit_code
-    print_result(options, lambda: rehearsal_tables(result, options.passes), lambda: rehearsal_to_dict(result))
+    print_result(options, lambda: rehearsal_tables(result, options.top_operations), lambda: rehearsal_to_dict(result))
     return result.exit_code
 
 

@@ -187,7 +187,7 @@ def bytes_with_fragmentation(memory: MemoryForecast, recipe: ForecastRecipe) -> 
     """Return the bytes that a rank needs, fragmentation included."""
     # Weights, gradients and optimizer state are flat buffers allocated once; only memory that is allocated and freed
     # within a step leaves gaps.
-    return memory.total + recipe.fragmentation * (memory.activations + memory.deferred + memory.working)
+    return memory.total + recipe.fragmentation * (memory.activations + memory.delayed_wgrad + memory.temporary)
 
 
 @dataclass

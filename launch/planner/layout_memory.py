@@ -44,15 +44,19 @@ class MemoryForecast:
     """BF16 weights; in FP8 training also both layouts that the GEMMs read."""
     gradients: float
     """FP32 gradients."""
-    optimizer: float
+    optimizer_states: float
     """FP32 master weights and Adam moments, sharded."""
     activations: float
     """Activations of micro-batches in flight."""
-    deferred: float
+    delayed_wgrad: float
     """Tensors held for delayed weight gradients."""
-    working: float
-    """Temporary tensors of layers, losses, exchanges and P2P messages."""
-    fixed: float
+    p2p_messages: float
+    """P2P messages between stages."""
+    exchange_buffers: float
+    """Buffers of token exchanges in flight, inside torch's allocator."""
+    workspace: float
+    """Temporary tensors of layers and losses."""
+    outside_allocator: float
     """Exchange buffers and other memory outside torch's allocator."""
 
     @staticmethod
@@ -62,11 +66,13 @@ class MemoryForecast:
         return MemoryForecast(
             weights=state.weights + state.fp8_weights,
             gradients=state.gradients,
-            optimizer=state.masters + state.moments,
+            optimizer_states=state.masters + state.moments,
             activations=coming[MemoryKind.ACTIVATIONS],
-            deferred=coming[MemoryKind.DEFERRED],
-            working=coming[MemoryKind.WORKING] + coming[MemoryKind.EXCHANGE] + coming[MemoryKind.MESSAGES],
-            fixed=memory.non_allocator_bytes,
+            delayed_wgrad=coming[MemoryKind.DELAYED_WGRAD],
+            p2p_messages=coming[MemoryKind.P2P_MESSAGES],
+            exchange_buffers=coming[MemoryKind.EXCHANGE_BUFFERS],
+            workspace=coming[MemoryKind.WORKSPACE],
+            outside_allocator=memory.non_allocator_bytes,
         )
 
     @property
@@ -78,7 +84,12 @@ class MemoryForecast:
     @property
     def allocated(self) -> float:
         """Bytes in torch's allocator."""
-        return self.total - self.fixed
+        return self.total - self.outside_allocator
+
+    @property
+    def temporary(self) -> float:
+        """Bytes of one chunk's temporary tensors, exchanges and P2P messages."""
+        return self.p2p_messages + self.exchange_buffers + self.workspace
 
 
 def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> WorkspaceBytes:

@@ -8,20 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import read_json
-from ...comm.files.strict_json import JsonValue, MalformedFileError
+from ...comm.files.strict_json import JsonValue, MalformedFileError, shorten_for_message
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.ledger.terms import STEP_TIME_TERMS
-from ..verbs.simulate import run_description
+from ..verbs.simulate import PLAN_FORMAT, run_description
 from .config_adapter import configured_recipe
 
 _OPTION = "--against"
-_MOST_BYTES = 2**28
+_COMMAND = "write one with `shoestring plan … --format json > FILE`, or with simulate"
+_MAX_BYTES = 2**28
+_MAX_COUNT = 2**31
+_MAX_NUMBER = 1e30
+"""Limits of a plan's numbers: more than any run has, and products of them do not overflow."""
 _SAME = ("model", "sequence_length", "global_batch_size")
-"""Facts of a plan that a run must share: with others its steps are different work."""
-_LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers")
+"""Values of a plan that a run must share: with others its steps are different work."""
+_PRICE = ("rampup_start_batch_size", "rampup_batch_size_increment", "rampup_tokens", "tokens", "cluster")
+"""Values of a plan that change a run's price but not its steps."""
+_LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers_per_stage")
 
 
 @dataclass(frozen=True)
@@ -53,34 +60,66 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     """
     tree = _read(path)
     wanted = _layout_of(config)
-    try:
-        raise_if_any(_other_run(path, tree["of"], _facts(config)))
-        rows = dict(_rows(tree))
-        same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
-        if not same:
-            raise ConfigError([_no_such_layout(path, rows, wanted)])
-        # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
-        # and the file lists the fastest first.
-        name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
-        return _planned(
-            name, same[name], [*_other_facts(tree["of"], config), *_other_recipe(same[name], config, precision)]
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ConfigError([_no_plan(path)]) from error
+    raise_if_any(_other_run(path, tree["run"], _run_description(config)))
+    rows = dict(_rows(tree))
+    same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
+    if not same:
+        raise ConfigError([_no_such_layout(path, rows, wanted)])
+    # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
+    # and the file lists the fastest first.
+    name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
+    row = same[name]
+    return _planned(name, row, [*_other_price(tree["run"], config), *_other_recipe(row, config, precision)])
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read the file. Raises `ConfigError` unless it is a plan of this format with all keys that are read here."""
     try:
-        return read_json(path, _MOST_BYTES).as_mapping()
+        tree = read_json(path, _MAX_BYTES)
+        tree.as_mapping()
+        found = tree.get("format")
+        if found is None or found.value != PLAN_FORMAT:
+            raise ConfigError([_other_format(path, tree)])
+        _check_keys(tree)
+        return tree.as_mapping()
     except OSError as error:
         raise ConfigError([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
     except MalformedFileError as error:
-        raise ConfigError([_no_plan(path)]) from error
+        reason = f"{error.location} {error.hint}".lstrip()
+        raise ConfigError([Problem(_OPTION, str(path), f"is not a plan: {reason}; {_COMMAND}")]) from error
 
 
-def _no_plan(path: Path) -> Problem:
-    command = "`shoestring plan … --format json > FILE`, or with simulate"
-    return Problem(_OPTION, str(path), f"is not a plan of this version of Shoestring; write one with {command}")
+def _other_format(path: Path, tree: JsonValue) -> Problem:
+    found, version = tree.get("format"), tree.get("version")
+    if found is None and "layout" not in tree and "layouts" not in tree:
+        return Problem(_OPTION, str(path), f"is not a plan; {_COMMAND}")
+    number = 1 if found is None else shorten_for_message(found.value)
+    by = f"Shoestring {shorten_for_message(version.value)}" if version is not None else "Shoestring 0.1 or earlier"
+    hint = f"is a plan of format {number}, written by {by}; Shoestring {__version__} reads format {PLAN_FORMAT}"
+    return Problem(_OPTION, str(path), f"{hint}; {_COMMAND}")
+
+
+def _check_keys(tree: JsonValue) -> None:
+    """Raise `MalformedFileError` for a missing key or a value of another type, among those that are read here."""
+    run = tree["run"]
+    run["model"].as_mapping()
+    for key in (*_SAME, *_PRICE):
+        run[key]  # raises if it is missing
+    rows = [*tree["layouts"].as_list(), tree["configured"]] if "layouts" in tree else [tree["layout"]]
+    for row in rows:
+        for key in ("pp", "edp", "ep", "micro_batch", "moment_bytes"):
+            row[key].as_integer(1, _MAX_COUNT)
+        for key in ("schedule", "precision", "exchange"):
+            row[key].as_string()
+        for layers in row["layers_per_stage"].as_list():
+            layers.as_integer(0, _MAX_COUNT)
+        for part in row["recompute"].as_list():
+            part.as_string()
+        row["overlap"].as_boolean()
+        for key in ("step_seconds", "tokens_per_second_per_gpu", "gpu_hours", "memory_bytes"):
+            row[key].as_number(0, _MAX_NUMBER)
+        for term in STEP_TIME_TERMS:
+            row["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
 
 
 def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -97,19 +136,19 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> PlanEntry:
     return PlanEntry(
         layout_name=name,
-        time_terms={term: JsonValue(row["terms"][term]).as_number() for term in STEP_TIME_TERMS},
-        step_seconds=JsonValue(row["step_seconds"]).as_number(0),
-        tokens_per_second=JsonValue(row["tokens_per_second_and_gpu"]).as_number(0) * row["pp"] * row["edp"] * row["ep"],
-        gpu_hours=JsonValue(row["gpu_hours"]).as_number(0),
-        memory_bytes=JsonValue(row["memory_bytes"]).as_number(0),
+        time_terms={term: float(row["time_terms"][term]) for term in STEP_TIME_TERMS},
+        step_seconds=float(row["step_seconds"]),
+        tokens_per_second=float(row["tokens_per_second_per_gpu"]) * row["pp"] * row["edp"] * row["ep"],
+        gpu_hours=float(row["gpu_hours"]),
+        memory_bytes=float(row["memory_bytes"]),
         deviations=deviations,
     )
 
 
-def _facts(config: RunConfig) -> dict[str, Any]:
-    """Return the run's facts as JSON gives them back: tuples are lists, for example."""
-    facts: dict[str, Any] = json.loads(json.dumps(run_description(config)))
-    return facts
+def _run_description(config: RunConfig) -> dict[str, Any]:
+    """Return `run_description` as JSON gives it back: tuples are lists, for example."""
+    description: dict[str, Any] = json.loads(json.dumps(run_description(config)))
+    return description
 
 
 def _layout_of(config: RunConfig) -> dict[str, Any]:
@@ -120,12 +159,12 @@ def _layout_of(config: RunConfig) -> dict[str, Any]:
         "ep": topology.ep,
         "schedule": schedule.name,
         "micro_batch": schedule.micro_batch_size,
-        "layers": [len(layers) for layers in build_stage_layout(config).stage_layers],
+        "layers_per_stage": [len(layers) for layers in build_stage_layout(config).stage_layers],
     }
 
 
 def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem per fact in which the plan is not for this run."""
+    """Yield a problem per value in which the plan is not for this run."""
     for key in _SAME:
         both = (planned[key], run[key])
         pairs = (
@@ -133,8 +172,8 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
         )
         for name, theirs, ours in pairs:
             if theirs != ours:
-                hint = f"is a plan for {key}{name}={theirs!r}, but the run has {ours!r}; make a plan for this run"
-                yield Problem(_OPTION, str(path), hint)
+                plan = f"is a plan for {key}{name}={shorten_for_message(theirs)!r}"
+                yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
 
 
 def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> Problem:
@@ -145,14 +184,16 @@ def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: M
 
 def _words(row: Mapping[str, Any]) -> str:
     grid = f"pp{row['pp']} edp{row['edp']} ep{row['ep']}"
-    return f"{grid} {row['schedule']} micro-batch {row['micro_batch']} layers {'+'.join(map(str, row['layers']))}"
+    layers = "+".join(map(str, row["layers_per_stage"]))
+    return f"{grid} {row['schedule']} micro-batch {row['micro_batch']} layers {layers}"
 
 
-def _other_facts(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
+def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield differences that change a run's cost but not its steps."""
-    for key, ours in _facts(config).items():
-        if key not in _SAME and planned[key] != ours:
-            yield f"{key}: {_word(planned[key])} planned, {_word(ours)} run"
+    ours = _run_description(config)
+    for key in _PRICE:
+        if planned[key] != ours[key]:
+            yield f"{key}: {_word(planned[key])} planned, {_word(ours[key])} run"
 
 
 def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | None) -> Iterator[str]:
@@ -174,4 +215,4 @@ def _parts(names: Sequence[str]) -> str:
 
 
 def _word(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(shorten_for_message(value))

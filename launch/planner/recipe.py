@@ -112,10 +112,13 @@ class ForecastRecipe:
 
     @property
     def exchange_name(self) -> str:
-        """Name of the token dispatcher, and the wire formats of its four operations."""
+        """Name of the token dispatcher, and the wire format of each of its four operations."""
         exchange = self.exchange
-        formats = exchange.dispatch, exchange.combine, exchange.combine_backward, exchange.dispatch_backward
-        return " ".join((exchange.name, *formats))
+        operations = ("dispatch", "combine", "combine_backward", "dispatch_backward")
+        formats = {name: getattr(exchange, name) for name in operations}
+        if len(set(formats.values())) == 1:
+            return f"{exchange.name} (all {exchange.dispatch})"
+        return f"{exchange.name} ({', '.join(f'{name} {form}' for name, form in formats.items())})"
 
     def problems(self, sms: int | None, expert_ranks: int) -> Iterator[Problem]:
         """Yield the values that a GPU with `sms` SMs and `expert_ranks` expert-parallel ranks cannot have."""

@@ -168,8 +168,8 @@ def find_memory_problem(
     if bytes_with_fragmentation(worst, recipe) <= limit:
         return None
     parts = {
-        "weights, gradients and optimizer": worst.weights + worst.gradients + worst.optimizer,
-        "activations in flight": worst.activations + worst.deferred,
-        "one layer and the logits": worst.working,
+        "weights, gradients and optimizer": worst.weights + worst.gradients + worst.optimizer_states,
+        "activations in flight": worst.activations + worst.delayed_wgrad,
+        "one layer and the logits": worst.temporary,
     }
     return f"mostly {max(parts, key=lambda part: parts[part])}"

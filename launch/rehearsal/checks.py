@@ -66,17 +66,17 @@ def _memory(log: RankLog) -> Iterator[RankFinding]:
         return
     if abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
         text = (
-            f"live tensors peak at {memory.peak / 1e9:.2f} GB, predicted {memory.predicted / 1e9:.2f} GB"
-            f" ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
+            f"live tensors peak at {memory.peak_bytes / 1e9:.2f} GB,"
+            f" predicted {memory.predicted_peak_bytes / 1e9:.2f} GB ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
         )
         yield RankFinding("memory", text, memory.peak_phase)
-    peak = max(memory.peak, memory.building)
+    peak = max(memory.peak_bytes, memory.peak_while_building_bytes)
     is_known = any(finding.kind == "memory" for finding in log.findings)
-    if memory.capacity is not None and peak > memory.capacity and not is_known:
-        text = f"live tensors need {peak / 1e9:.2f} GB, the GPU has {memory.capacity / 1e9:.2f} GB for tensors"
+    if memory.capacity_bytes is not None and peak > memory.capacity_bytes and not is_known:
+        text = f"live tensors need {peak / 1e9:.2f} GB, the GPU has {memory.capacity_bytes / 1e9:.2f} GB for tensors"
         yield RankFinding("memory", text, memory.peak_phase)
 
 
 def peak_memory_relative_error(log: RankLog) -> float:
     """Return the peak of live tensors divided by the prediction of `shoestring memory`, minus 1."""
-    return log.memory.peak / log.memory.predicted - 1
+    return log.memory.peak_bytes / log.memory.predicted_peak_bytes - 1

@@ -20,12 +20,12 @@ class RunFinding:
     kind of a rank's own finding."""
     ranks: tuple[int, ...]
     text: str
-    places: tuple[str, ...] = ()
+    code_locations: tuple[str, ...] = ()
     """Instruction and code line of each of `ranks`, or one that they share."""
 
     def __str__(self) -> str:
-        is_complete = not self.places or "\n" in self.text  # a text of several lines contains the places
-        locations = "" if is_complete else f" [{'; '.join(dict.fromkeys(self.places))}]"
+        is_complete = not self.code_locations or "\n" in self.text  # a text of several lines contains the places
+        locations = "" if is_complete else f" [{'; '.join(dict.fromkeys(self.code_locations))}]"
         return f"{self.kind}, {format_ranks(self.ranks)}: {self.text}{locations}"
 
 

@@ -22,13 +22,13 @@ Key = TypeVar("Key", bound=Hashable)
 class MeanKernelLaunches:
     """Mean over layers, micro-batches and ranks; for launches that belong to no layer, of a whole step over ranks."""
 
-    of: str
+    owner: str
     """`MoE layer`, `dense layer`, `MTP module` or `step`."""
     phase: str
     stream: str
     operation: str
     """Empty for the sum over all operations."""
-    place: str
+    code_location: str
     launches: float
     bytes: float
 
@@ -36,7 +36,7 @@ class MeanKernelLaunches:
 def mean_launches_by_phase(config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> list[MeanKernelLaunches]:
     """Return the means by phase and stream, in the order of the first launch."""
     found = _means(config, stages, logs, lambda row: (row.phase, row.stream))
-    return [MeanKernelLaunches(of, phase, stream, "", "", *mean) for (of, (phase, stream)), mean in found.items()]
+    return [MeanKernelLaunches(owner, phase, stream, "", "", *mean) for (owner, (phase, stream)), mean in found.items()]
 
 
 def mean_launches_by_operation(
@@ -44,7 +44,7 @@ def mean_launches_by_operation(
 ) -> list[MeanKernelLaunches]:
     """Return the means by operation and code location, those that move the most bytes first."""
     found = _means(config, stages, logs, lambda row: (row.phase, row.stream, row.operation, row.code_location))
-    counts = [MeanKernelLaunches(of, *key, *mean) for (of, key), mean in found.items()]
+    counts = [MeanKernelLaunches(owner, *key, *mean) for (owner, key), mean in found.items()]
     return sorted(counts, key=lambda count: -count.bytes)
 
 
@@ -52,7 +52,7 @@ def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[fl
     """Return launches and bytes by stream of an MoE layer's forward and backward of one micro-batch."""
     sums: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for count in counts:
-        if count.of == MOE_LAYER:
+        if count.owner == MOE_LAYER:
             launches, size = sums[count.stream]
             sums[count.stream] = launches + count.launches, size + count.bytes
     return dict(sums)
@@ -61,7 +61,7 @@ def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[fl
 def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
     """Return whether an MoE layer's counts include its weight gradients."""
     # Their spans name no layer, so they are known only from a rank that holds nothing but MoE layers.
-    return any(count.of == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
+    return any(count.owner == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
 
 
 class _Owners:

@@ -123,15 +123,15 @@ class RankFinding:
 class DeviceMemoryRecord:
     """Bytes of live tensors on the device, and the prediction of `shoestring memory` without the fixed reserve."""
 
-    state: int
-    building: int
+    state_bytes: int
+    peak_while_building_bytes: int
     """Peak while model and optimizer were built."""
-    peak: int
+    peak_bytes: int
     peak_phase: str
-    by_phase: dict[str, int]
+    peak_bytes_by_phase: dict[str, int]
     """Peak during each phase."""
-    predicted: float
-    capacity: float | None
+    predicted_peak_bytes: float
+    capacity_bytes: float | None
     """Memory of the GPU without the fixed reserve; None if the cluster configuration has none."""
 
 

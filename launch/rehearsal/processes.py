@@ -133,6 +133,6 @@ def _read_log(ended: _Running) -> RankLog:
 
 
 def _progress(log: RankLog, done: int, total: int) -> str:
-    peak = f"{log.memory.peak / 1e9:.2f} GB" if log.memory.peak else "0 GB"
+    peak = f"{log.memory.peak_bytes / 1e9:.2f} GB" if log.memory.peak_bytes else "0 GB"
     rank = f"rank {log.rank} (pipeline rank {log.pp_rank})"
     return f"{done}/{total}  {rank}: {log.seconds:.1f} s, peak {peak}, {len(log.findings)} finding(s)"

@@ -163,13 +163,13 @@ class RankRehearsalConfig:
             text = f"live tensors need {peak / 1e9:.1f} GB in {phase}, the GPU has {capacity / 1e9:.1f} GB for tensors"
             recorder.record_finding("memory", text, phase)
         return DeviceMemoryRecord(
-            state=levels.state,
-            building=levels.building,
-            peak=live.peak_bytes,
+            state_bytes=levels.state,
+            peak_while_building_bytes=levels.building,
+            peak_bytes=live.peak_bytes,
             peak_phase=live.peak_phase,
-            by_phase=live.peak_bytes_by_phase,
-            predicted=predicted.allocator_bytes,
-            capacity=capacity,
+            peak_bytes_by_phase=live.peak_bytes_by_phase,
+            predicted_peak_bytes=predicted.allocator_bytes,
+            capacity_bytes=capacity,
         )
 
 

@@ -25,11 +25,11 @@ _FATAL_KINDS = ("error", "device", "hang", "first contact", "collective", "messa
 class HostWaitSummary:
     """Host waits at one code line, over all rehearsed ranks."""
 
-    line: str
+    code_line: str
     reason: str
-    is_inside_pair: bool
-    times: int
-    most: int
+    is_inside_fb: bool
+    count: int
+    max_per_rank: int
     """Maximum over the ranks."""
 
 
@@ -60,7 +60,7 @@ class RehearsalResult:
 
     @property
     def failed_ranks(self) -> tuple[int, ...]:
-        """Ranks whose step raised; with any, the connection model does not run."""
+        """Ranks whose step raised; with any, the deadlock check does not run."""
         return tuple(log.rank for log in self.logs if has_raised(log))
 
     @cached_property
@@ -108,7 +108,7 @@ class RehearsalResult:
         """Peak live bytes of each phase over the ranks, and that rank; the largest first."""
         largest: dict[str, tuple[int, int]] = {}
         for log in self.logs:
-            for phase, size in log.memory.by_phase.items():
+            for phase, size in log.memory.peak_bytes_by_phase.items():
                 largest[phase] = max(largest.get(phase, (-1, -1)), (size, log.rank))
         return dict(sorted(largest.items(), key=lambda item: -item[1][0]))
 

@@ -22,19 +22,19 @@ def rehearsal_to_dict(result: RehearsalResult) -> dict[str, Any]:
     return {
         "findings": [asdict(finding) for finding in result.findings],
         "mismatches": result.mismatch_count,
-        "compared": {"collectives": shared, "messages": messages},
-        "connection_model": "not run" if result.failed_ranks else "run",
+        "compared_counts": {"collectives": shared, "p2p_ops": messages},
+        "deadlock_check": "not run" if result.failed_ranks else "run",
         "assumptions": list(result.assumptions),
-        "limits": {"group_creations": MAX_GROUP_CREATIONS, "world_reductions": MAX_WORLD_COLLECTIVES},
+        "limits": {"max_group_creations": MAX_GROUP_CREATIONS, "max_world_collectives": MAX_WORLD_COLLECTIVES},
         "ranks": _rank_trees(result),
         "host_waits": [asdict(each) for each in result.host_wait_summaries],
         "phases": [_count_tree(count) for count in result.launches_by_phase],
-        "layer_pair": {
+        "moe_layer_totals": {
             stream: {"launches": launches, "bytes": size}
             for stream, (launches, size) in result.moe_layer_totals.items()
         },
-        "layer_pair_has_weight_gradients": has_weight_gradients(result.launches_by_phase),
-        "passes": [asdict(count) for count in result.launches_by_operation],
+        "moe_layer_totals_have_weight_gradients": has_weight_gradients(result.launches_by_phase),
+        "top_operations": [asdict(count) for count in result.launches_by_operation],
     }
 
 
@@ -46,19 +46,19 @@ def _rank_trees(result: RehearsalResult) -> list[dict[str, Any]]:
             "micro_batches": log.micro_batches,
             "operations": log.operations,
             "collectives": count_collectives(log),
-            "batches": count_p2p_batches(log),
+            "p2p_batches": count_p2p_batches(log),
             "host_waits": sum(1 for _ in step_host_waits(log)),
             "group_creations": log.group_creations,
             "memory": asdict(log.memory),
-            "peak_above_prediction": peak_memory_relative_error(log),
-            "seconds": log.seconds,
+            "peak_relative_error": peak_memory_relative_error(log),
+            "rehearsal_seconds": log.seconds,
         }
         for log in result.logs
     ]
 
 
 def _count_tree(count: MeanKernelLaunches) -> dict[str, Any]:
-    names = ("of", "phase", "stream", "launches", "bytes")
+    names = ("owner", "phase", "stream", "launches", "bytes")
     return {name: getattr(count, name) for name in names}
 
 
@@ -82,7 +82,7 @@ def rehearsal_summary_lines(result: RehearsalResult) -> list[str]:
         " rehearsed ranks"
     )
     if result.failed_ranks:
-        lines.append(f"connection model: not run, because the step of {format_ranks(result.failed_ranks)} failed")
+        lines.append(f"deadlock check: not run, because the step of {format_ranks(result.failed_ranks)} failed")
     return lines + [f"assumed: {text}" for text in result.assumptions]
 
 
@@ -108,11 +108,11 @@ def _peak_memory(result: RehearsalResult) -> Table:
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for log in result.logs:
         memory = log.memory
-        room = "-" if memory.capacity is None else _gigabytes(memory.capacity)
+        room = "-" if memory.capacity_bytes is None else _gigabytes(memory.capacity_bytes)
         sizes = (
-            _gigabytes(memory.peak),
+            _gigabytes(memory.peak_bytes),
             memory.peak_phase,
-            _gigabytes(memory.predicted),
+            _gigabytes(memory.predicted_peak_bytes),
             f"{peak_memory_relative_error(log):+.1%}",
             room,
         )
@@ -126,8 +126,8 @@ def _host_waits(result: RehearsalResult) -> Table:
     for heading in ("reason", "in FB", "max per rank", "all ranks"):
         table.add_column(heading, justify="left" if heading in ("reason", "in FB") else "right")
     for each in result.host_wait_summaries:
-        inside = "yes" if each.is_inside_pair else "no"
-        table.add_row(each.line, each.reason, inside, f"{each.most:,}", f"{each.times:,}")
+        inside = "yes" if each.is_inside_fb else "no"
+        table.add_row(each.code_line, each.reason, inside, f"{each.max_per_rank:,}", f"{each.count:,}")
     return table
 
 
@@ -135,8 +135,13 @@ def _memory_by_phase(result: RehearsalResult) -> Table:
     table = _table("Live tensors by phase, GB")
     for heading in ("phase", "peak", "rank"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
-    built = max(result.logs, key=lambda log: log.memory.building)
-    table.add_row("building model and optimizer", _gigabytes(built.memory.building), str(built.rank), end_section=True)
+    built = max(result.logs, key=lambda log: log.memory.peak_while_building_bytes)
+    table.add_row(
+        "building model and optimizer",
+        _gigabytes(built.memory.peak_while_building_bytes),
+        str(built.rank),
+        end_section=True,
+    )
     for phase, (size, rank) in result.peak_bytes_by_phase.items():
         table.add_row(phase, _gigabytes(size), str(rank))
     return table
@@ -146,10 +151,10 @@ def _phases(result: RehearsalResult) -> Table:
     table = _table("Kernel launches and GB moved, per layer and micro-batch or per step")
     for heading in ("module", "phase", "stream", "launches", "GB"):
         table.add_column(heading, justify="left" if heading in ("module", "phase", "stream") else "right")
-    counts = sorted(result.launches_by_phase, key=lambda count: (_ORDER.index(count.of), count.stream, -count.bytes))
-    for _, same in groupby(counts, key=lambda count: (count.of, count.stream)):
+    counts = sorted(result.launches_by_phase, key=lambda count: (_ORDER.index(count.owner), count.stream, -count.bytes))
+    for _, same in groupby(counts, key=lambda count: (count.owner, count.stream)):
         for count in same:
-            _add_count(table, count, (count.of, count.phase, count.stream))
+            _add_count(table, count, (count.owner, count.phase, count.stream))
         table.add_section()
     pair = result.moe_layer_totals
     if len(pair) > 1:
@@ -169,8 +174,8 @@ def _operations(result: RehearsalResult, number: int) -> Table:
     for heading in ("operation", "phase", "stream", "code location", "launches", "GB"):
         justify: JustifyMethod = "right" if heading in ("launches", "GB") else "left"
         table.add_column(heading, justify=justify, overflow="fold")
-    for count in [each for each in result.launches_by_operation if each.of == MOE_LAYER][:number]:
-        _add_count(table, count, (count.operation, count.phase, count.stream, count.place))
+    for count in [each for each in result.launches_by_operation if each.owner == MOE_LAYER][:number]:
+        _add_count(table, count, (count.operation, count.phase, count.stream, count.code_location))
     return table
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
+from ...trainer.ledger.terms import to_label
+from ...trainer.memory.peak import MEMORY_LABELS
 from ..planner.forecast import StepForecast
 from .schedule_svg import svg_timeline
 
@@ -13,24 +15,16 @@ _STYLE = (
     "table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid #d5d9de}"
     "td.n{text-align:right}.wide{overflow-x:auto}"
 )
-MEMORY_LABELS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations",
-    "deferred": "delayed wgrad",
-    "working": "workspace",
-    "fixed": "outside allocator",
-}
-"""Labels of the parts of `MemoryForecast`."""
 _COLORS = {
     "weights": "#4a78b5",
     "gradients": "#2f8f83",
-    "optimizer": "#a38cc6",
+    "optimizer_states": "#a38cc6",
     "activations": "#f0a830",
-    "deferred": "#d9744f",
-    "working": "#8d99a6",
-    "fixed": "#c9ced4",
+    "delayed_wgrad": "#d9744f",
+    "p2p_messages": "#b55a8c",
+    "exchange_buffers": "#6f7f3f",
+    "workspace": "#8d99a6",
+    "outside_allocator": "#c9ced4",
 }
 
 
@@ -46,7 +40,8 @@ def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
     view = "".join(
-        f"<tr><td>{k}</td><td class=n>{v:.3f}</td></tr>" for k, v in forecast.deepseek_report_terms().items()
+        f"<tr><td>{escape(to_label(k))}</td><td class=n>{v:.3f}</td></tr>"
+        for k, v in forecast.deepseek_report_terms().items()
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"

@@ -44,8 +44,8 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     )
     picture = plot.svg()
     if picture is not None:
-        of = str(events[-1].values.get("of"))
-        yield Figure(f"Bytes {of}, over optimizer steps", picture, plot.legend())
+        quantity = str(events[-1].values.get("quantity"))
+        yield Figure(f"Bytes {quantity}, over optimizer steps", picture, plot.legend())
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)

@@ -39,7 +39,7 @@ from ..run.rank_environment import (
 )
 
 NOT_RUN_ON_HARDWARE = "not yet run on hardware"
-AUTO_PROVIDER_NOTE = "selected by precision.fp8_backend=auto"
+AUTO_FP8_NOTE = "selected by precision.fp8_backend=auto"
 AUTO_ATTENTION_NOTE = "selected by training.attention_backend=auto for DeepSeek-V3"
 DEEPSEEK_V3_ATTENTION = AttentionShape(
     batch=1, heads=128, sequence_length=4096, qk_head_dim=192, v_head_dim=128, dtype=torch.bfloat16
@@ -52,8 +52,8 @@ class Implementation:
     """One implementation of one operation."""
 
     operation: str
-    provider: str
-    usable: bool
+    implementation: str
+    available: bool
     """True if it works on this machine."""
     note: str
     """Description, and what is missing."""
@@ -131,15 +131,15 @@ def _fp8() -> Iterator[Implementation]:
     }
     on_gpu = torch.cuda.is_available()
     taken = choose_backend("auto", on_gpu=on_gpu)
-    for provider in BACKEND_NAMES:
-        missing = list(unavailable_reasons(provider, on_gpu=on_gpu))
-        if provider == "reference":
+    for backend in BACKEND_NAMES:
+        missing = list(unavailable_reasons(backend, on_gpu=on_gpu))
+        if backend == "reference":
             note = f"reference implementation, exact sums of 128 products; on a GPU {NOT_RUN_ON_HARDWARE}"
         else:
-            note = "; ".join([descriptions[provider], *missing, NOT_RUN_ON_HARDWARE])
-        if provider == taken:
-            note = f"{AUTO_PROVIDER_NOTE}; {note}"
-        yield Implementation("FP8 GEMM", provider, not missing, note)
+            note = "; ".join([descriptions[backend], *missing, NOT_RUN_ON_HARDWARE])
+        if backend == taken:
+            note = f"{AUTO_FP8_NOTE}; {note}"
+        yield Implementation("FP8 GEMM", backend, not missing, note)
 
 
 def _rehearsal() -> Iterator[Implementation]:
@@ -157,9 +157,9 @@ class EffectiveSetting:
 
     name: str
     value: str
-    whose: str
+    set_by: str
     """Origin of the value: `shoestring`, `environment`, or why it is not set."""
-    why: str
+    reason: str
 
 
 def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSetting]:
@@ -171,7 +171,7 @@ def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSett
     made = {setting.name for setting in applicable_settings(run_dir, on_gpu=on_gpu)}
     made |= {setting.name for setting in local if on_gpu or not setting.gpu_only}
     for setting in (*environment_settings(run_dir), *local):
-        why, users = f"{setting.read_by}: {setting.reason}", setting.user_value(environment)
+        reason, users = f"{setting.read_by}: {setting.reason}", setting.user_value(environment)
         value = setting.value.replace(f"{Path.cwd()}/", "")
         if users is not None:
             same = (
@@ -179,19 +179,19 @@ def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSett
                 if users == (setting.name, setting.value)
                 else f"environment; shoestring: {setting.name}={value}"
             )
-            yield EffectiveSetting(users[0], users[1], same, why)
+            yield EffectiveSetting(users[0], users[1], same, reason)
         elif setting.name in made:
-            yield EffectiveSetting(setting.name, value, "shoestring", why)
+            yield EffectiveSetting(setting.name, value, "shoestring", reason)
         else:
-            yield EffectiveSetting(setting.name, value, "not set: CUDA is too old" if on_gpu else _NO_GPU, why)
+            yield EffectiveSetting(setting.name, value, "not set: CUDA is too old" if on_gpu else _NO_GPU, reason)
     sms = "most thread blocks of NCCL, an option of the group:"
     yield EffectiveSetting(
         "max_ctas of P2P groups", str(P2P_MAX_CTAS), origin, f"{sms} a receive occupies its SMs while it waits"
     )
     yield EffectiveSetting("max_ctas of gradient groups", str(REDUCE_MAX_CTAS), origin, f"{sms} it overlaps GEMMs")
     not_bound = numa_binding_blocker(NumaSupport.detect(), on_gpu=on_gpu)
-    whose = "shoestring" if not_bound is None else f"not set: {not_bound}"
-    yield EffectiveSetting("torchrun", NUMA_BINDING_FLAG, whose, "kernel launches from a distant NUMA node are slower")
+    set_by = "shoestring" if not_bound is None else f"not set: {not_bound}"
+    yield EffectiveSetting("torchrun", NUMA_BINDING_FLAG, set_by, "kernel launches from a distant NUMA node are slower")
     name = "allow_bf16_reduced_precision_reduction"
     yield EffectiveSetting(
         name, "False", origin, "torch.backends.cuda.matmul: split GEMMs would sum their parts in BF16"
@@ -203,7 +203,7 @@ def doctor_as_dict() -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "findings": [asdict(finding) for finding in list_implementations()],
+        "implementations": [asdict(each) for each in list_implementations()],
         "settings": [asdict(setting) for setting in effective_settings(os.environ)],
     }
 
@@ -213,8 +213,8 @@ def doctor_table() -> RenderableType:
     table = Table(title="Which implementation runs each operation on this machine", title_justify="left")
     for heading in ("operation", "implementation", "available", "note"):
         table.add_column(heading)
-    for finding in list_implementations():
-        table.add_row(finding.operation, finding.provider, "yes" if finding.usable else "no", finding.note)
+    for each in list_implementations():
+        table.add_row(each.operation, each.implementation, "yes" if each.available else "no", each.note)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}."
     advice = "`python benchmarks/bring_up.py` runs each of them and reports which work."
     return Group(table, _settings_table(), f"{versions} {advice}")
@@ -225,5 +225,5 @@ def _settings_table() -> Table:
     for heading in ("setting", "value", "set by", "reason"):
         table.add_column(heading)
     for setting in effective_settings(os.environ):
-        table.add_row(*map(escape, (setting.name, setting.value, setting.whose, setting.why)))
+        table.add_row(*map(escape, (setting.name, setting.value, setting.set_by, setting.reason)))
     return table

@@ -18,7 +18,7 @@ from ...comm.errors import raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
 from ...trainer.memory.measured import MeasuredMemory
-from ...trainer.memory.peak import RankMemory
+from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
 from ..compose import compose_run_config
 from ..run.preflight import hardware_problems
 from ..run.torchrun import run_local_ranks
@@ -98,21 +98,21 @@ def memory_as_dict(report: MemoryReport) -> dict[str, object]:
     return {
         "device": report.device,
         "predicted": [_rank_tree(memory) for memory in report.predicted_by_pp_rank],
-        "on_host": [vars(host) for host in report.host_bytes_by_pp_rank],
-        "bound_under_any_routing": [
+        "host_bytes": [vars(host) for host in report.host_bytes_by_pp_rank],
+        "worst_case_routing_bytes": [
             report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank))
         ],
         "measured": [memory.to_dict() for memory in report.measured_by_rank],
-        "routing_measured": "one rank" if report.all_tokens_to_one_rank else "as it falls",
+        "routing_measured": "all_to_one_rank" if report.all_tokens_to_one_rank else "model",
     }
 
 
 def _rank_tree(memory: RankMemory) -> dict[str, Any]:
     return {
         "state": vars(memory.state),
-        "at_worst": {kind.value: size for kind, size in memory.at_peak.items()},
-        "between": memory.between_instructions,
-        "outside_of_allocator": vars(memory.non_allocator),
+        "peak": {kind.value: size for kind, size in memory.at_peak.items()},
+        "between_instructions": memory.between_instructions,
+        "outside_allocator": vars(memory.non_allocator),
         "total": memory.total,
     }
 
@@ -148,13 +148,12 @@ def _predicted(report: MemoryReport) -> Table:
 
 
 def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
-    names = {"fp8_weights": "FP8 weights", "average": "EMA weights"}
     for name, size in vars(memory.state).items():
-        yield names.get(name, name), size
+        yield MEMORY_LABELS[name], size
     for kind, size in memory.at_peak.items():
-        yield kind.value, size
+        yield MEMORY_LABELS[kind.value], size
     yield "CUDA context, libraries (assumed)", memory.non_allocator.context
-    yield "exchange buffers", memory.non_allocator.exchange
+    yield "exchange buffers, outside allocator", memory.non_allocator.exchange
 
 
 def _compared(report: MemoryReport) -> Table:

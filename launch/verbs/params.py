@@ -48,7 +48,10 @@ def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[st
         },
         "convention": FLOP_CONVENTION,
         "activation_bytes": {
-            layer: {"everything": saved_bytes(kept), "recompute": saved_bytes(kept, config.recompute.recompute_modules)}
+            layer: {
+                "no_recompute": saved_bytes(kept),
+                "with_recompute": saved_bytes(kept, config.recompute.recompute_modules),
+            }
             for layer, kept in _layers(config).items()
         },
     }

@@ -91,7 +91,7 @@ def partition_as_dict(model: PartitionedModel) -> dict[str, object]:
             {
                 "ranks": model.stage_ranks(stage),
                 "layers": list(model.partition.layer_ranges[stage]),
-                "extras": model.non_layer_modules(stage),
+                "non_layer_modules": model.non_layer_modules(stage),
                 "parameters": model.stage_parameters(stage),
                 "flops_per_token": model.partition.stage_costs[stage],
             }

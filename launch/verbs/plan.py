@@ -39,7 +39,7 @@ from ..planner.run_cost import (
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
 from ..report.forecast_page import forecast_html
-from .simulate import layout_as_dict, phase_cost_table, run_description
+from .simulate import layout_as_dict, phase_cost_table, plan_header, run_description
 
 _RESOLUTION = 0.01
 """Relative difference below which two forecasts count as equal: they share most of their errors, not all."""
@@ -138,22 +138,22 @@ def plan_as_dict(result: Plan) -> dict[str, object]:
     """Return the plan as plain values, which `shoestring budget --against` reads."""
     found, best = result.search_result, result.best_layout
     gpus = result.config.cluster.total_gpus
-    return {
-        "of": run_description(result.config),
+    return plan_header() | {
+        "run": run_description(result.config),
         "considered": found.considered,
         "illegal": dict(found.illegal),
-        "unfit": dict(found.out_of_memory),
-        "unpriced": dict(found.missing_figures),
+        "out_of_memory": dict(found.out_of_memory),
+        "missing_figures": dict(found.missing_figures),
         "simulated": found.simulated,
-        "excluded": found.pruned,
-        "smallest_excluded_bound_seconds": found.smallest_pruned_bound,
+        "pruned": found.pruned,
+        "smallest_pruned_bound_seconds": found.smallest_pruned_bound,
         "search_seconds": found.search_seconds,
         "layouts": [_row_tree(row, result.config) for row in result.best_layouts],
         "configured": _row_tree(result.configured_layout, result.config),
         "budget_gpu_hours": result.config.budget.gpu_hours,
-        "phases": [] if best is None else [phase.__dict__ for phase in best.phase_costs],
-        "sensitivity": [{"what": w.name, "step_seconds": w.step_seconds} for w in result.what_ifs],
-        "effective_training_time": None if best is None else result.failure_model.effective_training_share(gpus),
+        "phase_costs": [] if best is None else [phase.__dict__ for phase in best.phase_costs],
+        "sensitivity": [{"change": w.name, "step_seconds": w.step_seconds} for w in result.what_ifs],
+        "effective_training_share": None if best is None else result.failure_model.effective_training_share(gpus),
         "checkpoint_interval_seconds": None if best is None else result.failure_model.best_checkpoint_interval(gpus),
     }
 

@@ -105,7 +105,7 @@ def _costs(config: RunConfig, summary: LedgerSummary, planned: PlanEntry) -> Ite
 
 def _allocated(run_dir: Path) -> float | None:
     """Return the peak bytes of the rank that needs most; None on a CPU, whose figures include the interpreter."""
-    samples = [event.values for event in _events(run_dir, "memory") if event.values.get("of") == ALLOCATED_LABEL]
+    samples = [event.values for event in _events(run_dir, "memory") if event.values.get("quantity") == ALLOCATED_LABEL]
     return max((peak for sample in samples for peak in numbers_in_list(sample.get("peak"))), default=None)
 
 

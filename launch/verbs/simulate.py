@@ -10,9 +10,13 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ... import __version__
 from ...comm.errors import ConfigError, Problem
+from ...comm.trace import PIPELINE_WAIT
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION
+from ...trainer.ledger.terms import to_label
+from ...trainer.memory.peak import MEMORY_LABELS
 from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import list_assumptions
@@ -37,7 +41,7 @@ from ..planner.run_cost import (
     pretraining_gpu_hours,
 )
 from ..planner.simulated_trace import write_simulated_trace
-from ..report.forecast_page import MEMORY_LABELS, forecast_html
+from ..report.forecast_page import forecast_html
 
 
 @dataclass(frozen=True)
@@ -109,27 +113,37 @@ def simulation_as_dict(simulation: SimulatedLayout) -> dict[str, object]:
     """Return the whole simulation as plain values."""
     forecast, cluster = simulation.forecast, simulation.config.cluster
     phases = simulation.phase_costs()
-    tree: dict[str, object] = {
-        "of": run_description(simulation.config),
+    return plan_header() | {
+        "run": run_description(simulation.config),
         "layout": layout_as_dict(forecast, pretraining_gpu_hours(phases)),
         "flops_per_token": forecast.flops_per_token.main_model,
         "convention": FLOP_CONVENTION,
-        "terms_by_rank": list(forecast.time_terms_by_rank),
-        "report_view": forecast.deepseek_report_terms(),
+        "time_terms_by_rank": list(forecast.time_terms_by_rank),
+        "deepseek_report_terms": forecast.deepseek_report_terms(),
         "memory_by_rank": [memory.__dict__ | {"total": memory.total} for memory in forecast.memory_by_rank],
         "memory_limit_bytes": None if cluster.memory_gb is None else cluster.memory_gb * 1e9,
-        "transfer_seconds": forecast.p2p_seconds,
-        "evidence": forecast.evidence_coverage.evidence_shares(),
-        "misses": forecast.evidence_coverage.substituted_rows,
+        "p2p_seconds": forecast.p2p_seconds,
+        "evidence_shares": forecast.evidence_coverage.evidence_shares(),
+        "substituted_rows": forecast.evidence_coverage.substituted_rows,
         "assumptions": [list(row) for row in _assumptions(simulation)],
-        "errors": [list(row) for row in published_step_errors(simulation)] if simulation.is_deepseek_v3_layout else [],
-        "phases": [phase.__dict__ for phase in phases],
+        "published_step_errors": (
+            [list(row) for row in published_step_errors(simulation)] if simulation.is_deepseek_v3_layout else []
+        ),
+        "phase_costs": [phase.__dict__ for phase in phases],
     }
-    return tree
+
+
+PLAN_FORMAT = 2
+"""Number in the JSON of `simulate` and `plan`; without it, the format is 1, whose keys had other names."""
+
+
+def plan_header() -> dict[str, object]:
+    """Return the first keys of the JSON of `simulate` and `plan`: its format, and the version that writes it."""
+    return {"format": PLAN_FORMAT, "version": __version__}
 
 
 def run_description(config: RunConfig) -> dict[str, object]:
-    """Return the facts besides the layout that determine the price of a run."""
+    """Return what determines the price of a run besides the layout."""
     names = (
         "sequence_length",
         "global_batch_size",
@@ -151,7 +165,7 @@ def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object
         "ep": topology.ep,
         "schedule": forecast.layout.schedule,
         "micro_batch": forecast.layout.micro_batch_size,
-        "layers": [stage.dense_layers + stage.moe_layers for stage in forecast.stage_shapes],
+        "layers_per_stage": [stage.dense_layers + stage.moe_layers for stage in forecast.stage_shapes],
         "precision": recipe.precision.value,
         "recompute": sorted(recipe.recompute),
         "exchange": recipe.exchange_name,
@@ -159,13 +173,13 @@ def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object
         "moment_bytes": recipe.moment_bytes,
         "comm_sms": recipe.comm_sms,
         "step_seconds": forecast.step_seconds,
-        "tokens_per_second_and_gpu": forecast.tokens_per_second_per_gpu,
+        "tokens_per_second_per_gpu": forecast.tokens_per_second_per_gpu,
         "mfu": forecast.mfu,
         "memory_bytes": forecast.peak_memory.total,
-        "needed_memory_bytes": forecast.peak_bytes_with_fragmentation,
+        "memory_bytes_with_fragmentation": forecast.peak_bytes_with_fragmentation,
         "gpu_hours": gpu_hours,
-        "terms": forecast.mean_time_terms,
-        "limit": forecast.bottleneck,
+        "time_terms": forecast.mean_time_terms,
+        "bottleneck": forecast.bottleneck,
     }
 
 
@@ -262,19 +276,19 @@ def _ramp_reason(simulation: SimulatedLayout) -> str:
 
 
 def _terms(simulation: SimulatedLayout) -> Table:
-    """Return the time terms of the ledger, and those of DeepSeek's report."""
+    """Return the time terms of the ledger, and the two parts of pipeline wait."""
     forecast = simulation.forecast
     table = Table(title="Where a step goes, mean over ranks", title_justify="left")
     for heading in ("term", "seconds", "share"):
         table.add_column(heading, justify="left" if heading == "term" else "right")
-    named = {
-        name: seconds
-        for name, seconds in forecast.deepseek_report_terms().items()
-        if name not in forecast.mean_time_terms
+    # Without the names of DeepSeek's report: `_published_phases` prints those, with all-to-alls inside.
+    waits = {
+        "pipeline wait of the ideal schedule": forecast.bubble_seconds,
+        "pipeline wait from imbalance": forecast.mean_time_terms[PIPELINE_WAIT] - forecast.bubble_seconds,
     }
-    for terms in (forecast.mean_time_terms, named):
+    for terms in (forecast.mean_time_terms, waits):
         for name, seconds in terms.items():
-            table.add_row(name, f"{seconds:.4g}", f"{seconds / forecast.step_seconds:.1%}")
+            table.add_row(to_label(name), f"{seconds:.4g}", f"{seconds / forecast.step_seconds:.1%}")
         table.add_section()
     return table
 
@@ -374,9 +388,9 @@ def _evidence(simulation: SimulatedLayout) -> RenderableType:
         table.add_column(heading)
     for row in _assumptions(simulation):
         table.add_row(*row)
-    misses = Table(title=f"{len(coverage.substituted_rows)} shapes without a measured row", title_justify="left")
-    misses.add_column("operation")
-    misses.add_column("estimated from")
+    substituted = Table(title=f"{len(coverage.substituted_rows)} shapes without a measured row", title_justify="left")
+    substituted.add_column("operation")
+    substituted.add_column("estimated from")
     for operation, taken in coverage.substituted_rows.items():
-        misses.add_row(operation, taken)
-    return Group(table, misses) if coverage.substituted_rows else table
+        substituted.add_row(operation, taken)
+    return Group(table, substituted) if coverage.substituted_rows else table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from shoestring.launch.compose import compose_run_config, config_to_dict, config
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.config import RunConfig
+from shoestring.trainer.huggingface.config import parse_config_json
 from shoestring.trainer.model.config import YarnConfig
 
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -41,6 +43,38 @@ def test_every_file_of_every_group_makes_a_run(group: str, choice: str) -> None:
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     assert isinstance(written, dict)
     assert part == {**part, **written}
+
+
+RELEASED_KEYS = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha": 0.001,
+    "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+    "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1,
+    "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True,
+    "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1", "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+"""The config.json of DeepSeek-V3 on the hub."""
+
+
+def test_a_released_config_json_is_a_model(tmp_path: Path) -> None:
+    own_file(tmp_path, "model/pasted.yaml", json.dumps({"name": "deepseek_v3", **RELEASED_KEYS}, indent=2))
+    pasted = compose_run_config(["model=pasted", "data.vocab_size=129280"], tmp_path).model
+    ours = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
+    assert pasted == replace(ours, rope_scaling=YarnConfig(), initializer_range=0.02)
+    assert pasted == parse_config_json(RELEASED_KEYS, "deepseek_v3")
 
 
 REFUSED = {"deepseek_v3_h800_published"}
@@ -108,6 +142,17 @@ def test_values_of_many_kinds() -> None:
         ("optimizer.learning_rate=1", "optimizer.learning_rate", "did you mean peak_learning_rate?"),
         ("modle=tiny", "modle", "did you mean model?"),
         ("telemetry.wandb.moode=online", "telemetry.wandb.moode", "did you mean mode?"),
+        ("training.ramp_from=8", "training.ramp_from", "no such key; see docs/configuration.md"),
+        ("training.balance_weight=0", "training.balance_weight", "no such key; see docs/configuration.md"),
+        ("model.layers=3", "model.layers", "did you mean num_hidden_layers?"),
+        ("model.hidden_act=gelu", "model.hidden_act", "is not implemented: only 'silu' is supported"),
+        ("model.attention_bias=0", "model.attention_bias", "is not implemented: only False is supported"),
+        ("model.num_key_value_heads=2", "model.num_key_value_heads", "is not implemented: .* as many as query heads"),
+        (
+            "model.rope_scaling={type: linear}",
+            "model.rope_scaling.type",
+            "is not implemented: only 'yarn' is supported",
+        ),
         ("topology.tensor=2", "topology.tensor", "there are: edp, ep, gpus_per_node, pp"),
         ("model.hidden_size.x=3", "model.hidden_size", "must be a whole number"),
         ("training.tokens=1.5", "training.tokens", "must be a whole number"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 
 import pytest
 
@@ -108,6 +108,17 @@ def test_everything_that_is_wrong_is_named_together_by_its_path() -> None:
 
 def test_a_key_like_no_other_is_answered_with_all_there_are() -> None:
     assert refused(build_dataclass, Wheel, {"rim": 1}) == {"rim": "1: no such key; there are: spokes, width"}
+
+
+def test_a_long_list_of_keys_is_not_printed() -> None:
+    many = make_dataclass("Many", [(f"field{i}", int, 0) for i in range(9)])
+    assert refused(build_dataclass, many, {"rim": 1}) == {"rim": "1: no such key; see docs/configuration.md"}
+
+
+def test_a_key_that_resembles_part_of_a_name_is_answered_with_the_name() -> None:
+    made = make_dataclass("Made", [("rampup_start_size", int, 0), ("sample_prompt", str, "")])
+    assert "did you mean rampup_start_size?" in refused(build_dataclass, made, {"start_siz": 1})["start_siz"]
+    assert "there are:" in refused(build_dataclass, made, {"ramp_from": 1})["ramp_from"]
 
 
 def test_problems_found_before_are_refused_also_when_all_fits() -> None:

@@ -20,20 +20,29 @@ _SHARED = (
 )
 """Fields of `ModelConfig` that a `config.json` must have."""
 
-_ONE_WAY: Mapping[str, tuple[object, ...]] = {
-    "model_type": ("deepseek_v3",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
+_CONSTANTS: Mapping[str, object] = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
 }
-"""Keys for which the model supports one value; a missing key has the first value."""
+"""Keys with one supported value, which is also that of a missing key; `ModelConfig` has no field for them."""
+_ONE_WAY: Mapping[str, object] = {**_CONSTANTS, "scoring_func": "sigmoid"}
+"""Keys for which an import supports one value."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CARRIED = (*_TOKENS, "max_position_embeddings")
 """Keys that change no computation here; an import keeps them, and an export writes them back."""
+_WITHOUT_EFFECT = frozenset(
+    {
+        *(*_CARRIED, "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
+        *("quantization_config", "use_cache", "ep_size", "pretraining_tp", "attention_dropout"),
+        *("aux_loss_alpha", "seq_aux"),
+    }
+)
+"""Keys of a released `config.json` that describe files or inference, or that other groups of a run set."""
 _READ = frozenset(
     {
         *("architectures", "num_key_value_heads", "num_nextn_predict_layers", "num_mtp_layers", "rope_theta"),
@@ -82,7 +91,7 @@ def to_config_json(
     """
     raise_if_any(_unknown_there(model))
     tree: dict[str, Any] = {"architectures": [_ARCHITECTURE]}
-    tree |= {key: values[0] for key, values in _ONE_WAY.items()}
+    tree |= _ONE_WAY
     tree |= {key: model.__dict__[key] for key in _SHARED}
     tree |= {
         "num_key_value_heads": model.num_attention_heads,
@@ -132,6 +141,32 @@ def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
     )
     raise_if_any(problem.with_prefix(_FILE) for problem in model.problems())
     return model
+
+
+def remove_released_keys(model: dict[str, Any]) -> list[Problem]:
+    """Remove the keys of a released `config.json` that `ModelConfig` has no field for from a composed `model` group.
+
+    Return a problem for each key whose value is not implemented.
+    """
+    problems = [
+        Problem(f"model.{key}", model[key], f"is not implemented: only {supported!r} is supported")
+        for key, supported in _unsupported(model, _CONSTANTS)
+    ]
+    for key in (*_CONSTANTS, *_WITHOUT_EFFECT):
+        model.pop(key, None)
+    heads = model.get("num_attention_heads")
+    groups = model.pop("num_key_value_heads", heads)
+    if groups != heads:
+        hint = f"is not implemented: latent attention has as many as query heads, {heads}"
+        problems.append(Problem("model.num_key_value_heads", groups, hint))
+    rope = model.get("rope_scaling")
+    if isinstance(rope, dict):
+        for key in ("type", "rope_type"):
+            kind = rope.pop(key, "yarn")
+            if kind != "yarn":
+                hint = "is not implemented: only 'yarn' is supported"
+                problems.append(Problem(f"model.rope_scaling.{key}", kind, hint))
+    return problems
 
 
 def ignored_config_keys(tree: Mapping[str, Any]) -> list[str]:
@@ -289,10 +324,8 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Problem]:
-    for key, allowed in _ONE_WAY.items():
-        found = tree.get(key, allowed[0])
-        if not any(found == each and type(found) is type(each) for each in allowed):  # 0 is not false
-            yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: only {allowed[0]!r} is supported")
+    for key, supported in _unsupported(tree, _ONE_WAY):
+        yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: only {supported!r} is supported")
     for key in _SHARED:
         if key not in tree:  # its writer relied on defaults, which differ between libraries
             yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
@@ -308,6 +341,14 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
         if method != "fp8" or quantization.get("weight_block_size") != [BLOCK_SIZE, BLOCK_SIZE]:
             hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK_SIZE}, {BLOCK_SIZE}] can"
             yield Problem("config.json: quantization_config", quantization, hint)
+
+
+def _unsupported(tree: Mapping[str, Any], constants: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield each key that has another value than its supported one, and the supported one."""
+    for key, supported in constants.items():
+        found = tree.get(key, supported)
+        if found != supported or type(found) is not type(supported):  # 0 is not false
+            yield key, supported
 
 
 def _number_of(rope: Mapping[str, Any], key: str) -> float:

@@ -45,12 +45,12 @@ class MeasuredMemory:
 
     def to_dict(self) -> dict[str, object]:
         """Return the measurement as plain values."""
-        return {"state": vars(self.state), "between": self.between_instructions, "total": self.total}
+        return {"state": vars(self.state), "between_instructions": self.between_instructions, "total": self.total}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> MeasuredMemory:
         """Build the measurement from the values of `to_dict`."""
-        return MeasuredMemory(StateBytes(**tree["state"]), tree["between"], tree["total"])
+        return MeasuredMemory(StateBytes(**tree["state"]), tree["between_instructions"], tree["total"])
 
 
 class AllocationMeter(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...comm.exchange.config import ExchangeConfig
@@ -17,6 +17,22 @@ CUDA_CONTEXT_BYTES = 2.0e9
 """Assumed bytes of CUDA context, libraries and NCCL's communicators (about 12 per rank), without all-to-alls."""
 NCCL_ALL_TO_ALL_BYTES = 1.0e9
 """Assumed bytes of NCCL's buffers for the all-to-alls of `flat` and `two_hop`: one per channel and peer."""
+MEMORY_LABELS: Mapping[str, str] = {
+    "weights": "weights",
+    "fp8_weights": "FP8 weights",
+    "gradients": "gradients",
+    "masters": "masters",
+    "moments": "moments",
+    "average": "EMA weights",
+    "optimizer_states": "optimizer states",
+    "activations": "activations",
+    "delayed_wgrad": "delayed wgrad",
+    "p2p_messages": "P2P messages",
+    "exchange_buffers": "exchange buffers",
+    "workspace": "workspace",
+    "outside_allocator": "outside allocator",
+}
+"""Labels of the kinds of memory in tables and pages: `StateBytes`, `MemoryKind`, and sums of the planner."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +133,9 @@ class RankChunksMemory:
         held, levels = moment.live_counts, dict(self._run(moment.op_and_chunks).at_peak)
         for chunk, alive, waiting in zip(self.chunks, held.awaiting_backward, held.awaiting_weight_grad, strict=True):
             levels[MemoryKind.ACTIVATIONS] += alive * chunk.saved_bytes
-            levels[MemoryKind.DEFERRED] += waiting * chunk.deferred_bytes if waiting else 0.0
-        levels[MemoryKind.MESSAGES] += held.p2p_messages * self.chunks[0].message_bytes
-        levels[MemoryKind.DEFERRED if moment.op is Op.W else MemoryKind.ACTIVATIONS] += self._own(moment)
+            levels[MemoryKind.DELAYED_WGRAD] += waiting * chunk.deferred_bytes if waiting else 0.0
+        levels[MemoryKind.P2P_MESSAGES] += held.p2p_messages * self.chunks[0].message_bytes
+        levels[MemoryKind.DELAYED_WGRAD if moment.op is Op.W else MemoryKind.ACTIVATIONS] += self._own(moment)
         return levels
 
     def _run(self, work: tuple[Op, int | None, int | None]) -> PeakMeter:
@@ -147,7 +163,7 @@ def predict_rank_memory(
     # The optimizer runs when no chunk does and all activations are freed, so the peak is the larger of the two.
     worst = chunks.peak_by_kind(instructions)
     if optimizer_bytes > sum(worst.values()):
-        worst = dict.fromkeys(MemoryKind, 0.0) | {MemoryKind.WORKING: optimizer_bytes}
+        worst = dict.fromkeys(MemoryKind, 0.0) | {MemoryKind.WORKSPACE: optimizer_bytes}
     return RankMemory(
         state, worst, max((chunks.held_bytes(held) for held in between_instructions), default=0.0), non_allocator
     )

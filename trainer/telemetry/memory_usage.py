@@ -39,7 +39,7 @@ def memory_metrics(device: torch.device, ranks: Sequence[tuple[int, int] | None]
         return {}
     on_gpu = device.type == "cuda"
     return {
-        "of": ALLOCATED_LABEL if on_gpu else RESIDENT_LABEL,
+        "quantity": ALLOCATED_LABEL if on_gpu else RESIDENT_LABEL,
         "limit": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
         "now": [now for now, _ in known],
         "peak": [peak for _, peak in known],

@@ -1,1 +1,1 @@
-"""Connection model: a simulation of NCCL that detects hangs in the logs of all rehearsed ranks."""
+"""Deadlock check: a simulation of NCCL that detects hangs in the logs of all rehearsed ranks."""

@@ -1,4 +1,4 @@
-"""Connection model: simulate the logs of the rehearsed ranks on NCCL, without a clock, until they end or hang.
+"""Deadlock check: simulate the logs of the rehearsed ranks on NCCL, without a clock, until they end or hang.
 
 The rules, from NCCL's source (`enqueue.cc`, `group.cc`, `transport.cc`):
 

@@ -12,7 +12,7 @@ from shoestring.tests.launch.verbs.memory_command import SMALL, tree
 def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
     figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
     assert len(figures["measured"]) == 2
-    bound = figures["bound_under_any_routing"][0]
+    bound = figures["worst_case_routing_bytes"][0]
     assert all(found["total"] <= bound for found in figures["measured"])
     if not routing:
         for found in figures["measured"]:

@@ -38,9 +38,9 @@ def judged(*logs: RankLog) -> RehearsalResult:
     return evaluate_rank_logs(CONFIG, logs)
 
 
-def printed(result: RehearsalResult, passes: int = 0) -> str:
+def printed(result: RehearsalResult, operations: int = 0) -> str:
     console = Console(width=110, markup=False)
-    text, tables = rehearsal_tables(result, passes)
+    text, tables = rehearsal_tables(result, operations)
     with console.capture() as capture:
         console.print(tables)
     return f"{text}\n{capture.get()}"

@@ -49,7 +49,7 @@ def test_two_collectives_in_each_others_place() -> None:
     assert "rank 0 has all_to_all (dispatch of layer_01, micro-batch 0)" in fault.text
     assert "rank 1 has all_to_all (dispatch of layer_02, micro-batch 0)" in fault.text
     assert "1 more after it" in fault.text
-    assert fault.places == (DISPATCH[1].code_location, DISPATCH[2].code_location)
+    assert fault.code_locations == (DISPATCH[1].code_location, DISPATCH[2].code_location)
 
 
 def test_operation_shape_and_dtype_count() -> None:
@@ -66,7 +66,7 @@ def test_a_collective_that_one_rank_leaves_out() -> None:
     fault = only(log(0, *DISPATCH), without(log(1, *DISPATCH), 3))
     assert "number 4" in fault.text
     assert "rank 1 has none (its last is number 3)" in fault.text
-    assert fault.places == (DISPATCH[3].code_location,)
+    assert fault.code_locations == (DISPATCH[3].code_location,)
 
 
 def test_a_member_with_no_collective_at_all() -> None:
@@ -101,7 +101,7 @@ def test_a_shape_that_differs_between_neighbors() -> None:
     assert (fault.kind, fault.ranks) == ("message", (0, 1))
     assert "message 1 from rank 0 to rank 1 on `pp next` of ranks 0, 1" in fault.text
     assert "rank 0 sends activation 0, bfloat16 [1, 128, 64]; rank 1 receives activation 0, bfloat16 [2" in fault.text
-    assert fault.places == ("activation 0 in line 9", "activation 0; activation 1 in line 9")
+    assert fault.code_locations == ("activation 0 in line 9", "activation 0; activation 1 in line 9")
 
 
 def test_a_receive_without_a_send() -> None:
@@ -109,7 +109,7 @@ def test_a_receive_without_a_send() -> None:
     fault = only(without(lower, 1), upper)
     assert "message 2 from rank 0 to rank 1" in fault.text
     assert "rank 0 sends none; rank 1 receives activation 1" in fault.text
-    assert fault.places == ("activation 0; activation 1 in line 9",)
+    assert fault.code_locations == ("activation 0; activation 1 in line 9",)
 
 
 def test_messages_of_another_communicator_do_not_match() -> None:

@@ -13,7 +13,7 @@ from shoestring.tests.launch.rehearsal.logs import log
 def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
     """Four micro-batches of three MoE layers: a phase runs 12 times. Weight gradients have no layer and run 8 times."""
     result = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
-    counts = {(each.of, each.phase): (each.launches, each.bytes) for each in result.launches_by_phase}
+    counts = {(each.owner, each.phase): (each.launches, each.bytes) for each in result.launches_by_phase}
     assert counts == {
         ("MoE layer", "attn(F)"): (72 / 12, 2000.0),
         ("MoE layer", "dispatch"): (0.5, 100.0),
@@ -26,7 +26,7 @@ def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
         ("step", "optimizer"): (20.0, 7000.0),
     }
     assert result.moe_layer_totals == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
-    moved = [(each.operation, each.phase) for each in result.launches_by_operation if each.of == "MoE layer"]
+    moved = [(each.operation, each.phase) for each in result.launches_by_operation if each.owner == "MoE layer"]
     assert moved[:3] == [("add", "attn(F)"), ("mm", "attn(F)"), ("mm", "attn(W)")]
 
 

@@ -45,7 +45,7 @@ def test_pipeline_ranks_that_were_not_connected_hang() -> None:
     (found,) = result.findings
     assert (found.kind, found.ranks) == ("hang", (0, 2))
     assert "connects rank 0 to rank 2 on `pp next` of ranks 0, 2 for its first message" in found.text
-    assert all("parallelism/pipeline/executor.py" in place for place in found.places)
+    assert all("parallelism/pipeline/executor.py" in place for place in found.code_locations)
 
 
 def test_a_tensor_of_the_host_is_named() -> None:
@@ -53,7 +53,7 @@ def test_a_tensor_of_the_host_is_named() -> None:
     (found,) = result.findings
     assert (found.kind, found.ranks) == ("device", (2,))
     assert "add takes a float32 host tensor [16]" in found.text
-    assert "trainer/model/router.py" in found.places[0]
+    assert "trainer/model/router.py" in found.code_locations[0]
 
 
 def test_a_shape_that_differs_between_neighbors_is_named() -> None:
@@ -63,7 +63,7 @@ def test_a_shape_that_differs_between_neighbors_is_named() -> None:
     assert set(found.ranks) == {0, 2}
     assert "[1, 32, 128]" in found.text
     assert "[2, 32, 128]" in found.text
-    assert all("parallelism/pipeline/executor.py" in place for place in found.places)
+    assert all("parallelism/pipeline/executor.py" in place for place in found.code_locations)
 
 
 def test_swapped_collectives_are_named() -> None:
@@ -71,7 +71,7 @@ def test_swapped_collectives_are_named() -> None:
     assert result.exit_code == 1
     found = next(fault for fault in of_kind(result, "collective") if "sum of gradients" in fault.text)
     assert found.ranks == (2, 3)
-    assert "parallelism/zero/reduce.py" in found.places[0]
+    assert "parallelism/zero/reduce.py" in found.code_locations[0]
 
 
 def test_a_receive_without_a_send_is_named() -> None:

@@ -21,7 +21,7 @@ def test_nothing_found() -> None:
         "assumed: routing is balanced",
     ]
     assert tree(result)["findings"] == []
-    assert tree(result)["compared"] == {"collectives": 1, "messages": 2}
+    assert tree(result)["compared_counts"] == {"collectives": 1, "p2p_ops": 2}
 
 
 def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> None:
@@ -39,8 +39,10 @@ def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> Non
 
 
 def test_after_an_error_only_the_error_is_reported() -> None:
-    cut = replace(log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak=0))
+    cut = replace(
+        log(1, findings=[RankFinding("error", "shapes", "F: a.py:1 f")]), memory=replace(MEMORY, peak_bytes=0)
+    )
     result = judged(log(0, collective("x")), cut)
     assert [fault.kind for fault in result.findings] == ["error"]
-    assert "connection model: not run, because the step of rank 1 failed" in rehearsal_summary_lines(result)
-    assert tree(result)["connection_model"] == "not run"
+    assert "deadlock check: not run, because the step of rank 1 failed" in rehearsal_summary_lines(result)
+    assert tree(result)["deadlock_check"] == "not run"

@@ -15,16 +15,16 @@ def test_the_tables_say_what_the_tree_says() -> None:
     read = HostWait(None, "compute", "read", "F: comm/exchange/two_hop.py:9 sizes")
     result = judged(replace(log(0, read, collective("x"), batch([message("a", 3)])), launches=ENDS[:1] + MIDDLE[2:3]))
     (rank,) = tree(result)["ranks"]
-    assert (rank["collectives"], rank["batches"], rank["host_waits"], rank["group_creations"]) == (1, 1, 1, 14)
-    assert rank["peak_above_prediction"] == pytest.approx(70 / 71 - 1)
-    text = printed(result, passes=1)
+    assert (rank["collectives"], rank["p2p_batches"], rank["host_waits"], rank["group_creations"]) == (1, 1, 1, 14)
+    assert rank["peak_relative_error"] == pytest.approx(70 / 71 - 1)
+    text = printed(result, operations=1)
     assert "75.16 │ mlp(B) │     76.24 │      -1.4% │        81.60 │" in text
     assert "│ comm/exchange/two_hop.py:9 sizes │ read   │ no" in text
     assert "│ MoE layer, total │ without weight gradients │ exchange │      1.5 │" in text
     assert "│ MoE layer, total │ without weight gradients │ all      │      7.5 │" in text
-    assert not tree(result)["layer_pair_has_weight_gradients"]
+    assert not tree(result)["moe_layer_totals_have_weight_gradients"]
     whole = judged(replace(log(0), launches=ENDS), replace(log(1), launches=MIDDLE))
-    assert "│ MoE layer, total │ forward + backward │ exchange │" in printed(whole, passes=0)
+    assert "│ MoE layer, total │ forward + backward │ exchange │" in printed(whole, operations=0)
     assert "comm/exchange/permutation.py:spread" in text
     assert "attention.py" not in text
     assert "comm/exchange/permutation.py:spread" not in printed(result)

@@ -109,7 +109,7 @@ def events(run_dir: Path) -> Iterator[Event]:
     yield Event("resume", 4, {}, BEGAN + 5001)
     for number in range(5, STEPS + 1):
         yield step(number, loss=LAST + STEPS - number)
-    memory: dict[str, JSON] = {"of": RESIDENT_LABEL, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
+    memory: dict[str, JSON] = {"quantity": RESIDENT_LABEL, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
     yield Event("memory", STEPS, memory, BEGAN + 6000)
     yield Event("evaluation", STEPS, {"loss": 4.5, "targets": 640, "unigram_entropy": 5.83}, BEGAN + 6001)
     yield Event("sample", STEPS, {"text": "BRUTUS\nSpeak, hands & <b>feet</b>"}, BEGAN + 6002)

@@ -11,7 +11,7 @@ import torch
 from shoestring.launch.cli import main
 from shoestring.launch.verbs.doctor import (
     AUTO_ATTENTION_NOTE,
-    AUTO_PROVIDER_NOTE,
+    AUTO_FP8_NOTE,
     NOT_RUN_ON_HARDWARE,
     Implementation,
     effective_settings,
@@ -29,17 +29,17 @@ def test_json_and_table_agree(capsys: pytest.CaptureFixture[str], monkeypatch: p
         assert stop.value.code == 0
         printed = capsys.readouterr().out
         if form == "json":
-            assert [each["provider"] for each in json.loads(printed)["findings"]] == [
-                f.provider for f in list_implementations()
+            assert [each["implementation"] for each in json.loads(printed)["implementations"]] == [
+                f.implementation for f in list_implementations()
             ]
         else:
-            assert all(finding.provider in printed for finding in list_implementations())
+            assert all(finding.implementation in printed for finding in list_implementations())
             assert "pip install transformer-engine[pytorch], 2.20" in printed  # brackets are not markup
 
 
 def test_the_backend_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken() -> list[str]:
-        return [finding.provider for finding in list_implementations() if AUTO_PROVIDER_NOTE in finding.note]
+        return [finding.implementation for finding in list_implementations() if AUTO_FP8_NOTE in finding.note]
 
     assert taken() == ["reference"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -50,11 +50,13 @@ def test_the_backend_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) 
 
 def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def attention() -> dict[str, Implementation]:
-        return {finding.provider: finding for finding in list_implementations() if finding.operation == "attention"}
+        return {
+            finding.implementation: finding for finding in list_implementations() if finding.operation == "attention"
+        }
 
     found = attention()
-    assert found["blocks"].usable
-    assert not found["cudnn"].usable
+    assert found["blocks"].available
+    assert not found["cudnn"].available
     assert "it needs a GPU" in found["cudnn"].note
     assert NOT_RUN_ON_HARDWARE in found["cudnn"].note
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -64,7 +66,7 @@ def test_attention_is_judged_by_the_released_model(monkeypatch: pytest.MonkeyPat
     )
     found = attention()
     assert [name for name, finding in found.items() if AUTO_ATTENTION_NOTE in finding.note] == ["cudnn"]
-    assert {name for name, finding in found.items() if finding.usable} == {"blocks", "cudnn", "efficient"}
+    assert {name for name, finding in found.items() if finding.available} == {"blocks", "cudnn", "efficient"}
     assert "8.6 GB" in found["math"].note
 
 
@@ -72,29 +74,29 @@ def test_every_setting_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     theirs = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
     found = {setting.name: setting for setting in effective_settings(theirs)}
-    assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].whose) == (
+    assert (found["NCCL_DEBUG"].value, found["NCCL_DEBUG"].set_by) == (
         "INFO",
         "environment; shoestring: NCCL_DEBUG=WARN",
     )
-    assert found["OMP_NUM_THREADS"].whose == "environment, same as shoestring"
-    assert found["TORCH_CPP_LOG_LEVEL"].whose == "shoestring"
-    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].whose == "not set: for GPUs"
+    assert found["OMP_NUM_THREADS"].set_by == "environment, same as shoestring"
+    assert found["TORCH_CPP_LOG_LEVEL"].set_by == "shoestring"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"].set_by == "not set: for GPUs"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     found = {setting.name: setting for setting in effective_settings(theirs)}
-    assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].whose) == (
+    assert (found["CUDA_DEVICE_MAX_CONNECTIONS"].value, found["CUDA_DEVICE_MAX_CONNECTIONS"].set_by) == (
         "32",
         "shoestring",
     )
     assert found["max_ctas of P2P groups"].value == "4"
-    assert all(setting.why for setting in found.values())
+    assert all(setting.reason for setting in found.values())
 
 
 def test_what_was_never_run_says_so() -> None:
-    found = {finding.provider: finding for finding in list_implementations()}
+    found = {finding.implementation: finding for finding in list_implementations()}
     assert NOT_RUN_ON_HARDWARE in found["deepep"].note
     assert NOT_RUN_ON_HARDWARE in found["two_hop"].note
-    assert found["gloo"].usable
-    assert found["reference"].usable
+    assert found["gloo"].available
+    assert found["reference"].available
     assert NOT_RUN_ON_HARDWARE in found["triton"].note
     assert NOT_RUN_ON_HARDWARE in found["torch"].note
     assert NOT_RUN_ON_HARDWARE in found["te"].note
@@ -108,5 +110,5 @@ def test_it_looks_before_it_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3 x H800" in list_implementations()[0].note
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     cluster = list_implementations()[-1]
-    assert not cluster.usable
+    assert not cluster.available
     assert "must be root" in cluster.note

@@ -28,14 +28,14 @@ def test_bytes_a_parameter_are_those_of_zero_1(capsys: pytest.CaptureFixture[str
     assert state["masters"] == pytest.approx(state["gradients"] / 2, rel=0.02)
     assert state["moments"] == pytest.approx(state["masters"], rel=0.02)
     assert state["average"] == pytest.approx(state["masters"], rel=0.02)
-    assert rank["total"] == sum(state.values()) + sum(rank["at_worst"].values())
+    assert rank["total"] == sum(state.values()) + sum(rank["peak"].values())
 
 
 def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     arguments = (*SMALL, "topology.pp=2", "topology.ep=2")
     figures, text = tree(capsys, *arguments), memory(capsys, *arguments)
-    for rank, bound in zip(figures["predicted"], figures["bound_under_any_routing"], strict=True):
+    for rank, bound in zip(figures["predicted"], figures["worst_case_routing_bytes"], strict=True):
         assert f"{rank['total'] / 1e6:,.2f}" in text
         assert f"{bound / 1e6:,.2f}" in text
     assert "on a CPU" in text
@@ -49,7 +49,7 @@ def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
     for pp_rank in (0, 1, 7, 15):
         ours, planned = run.predict_rank(pp_rank), forecast.memory_by_rank[pp_rank]
         assert ours.total == pytest.approx(planned.total, rel=0.01)
-        assert ours.non_allocator_bytes == planned.fixed
+        assert ours.non_allocator_bytes == planned.outside_allocator
 
 
 def test_deepeps_buffer_is_counted_by_its_own_formula(
@@ -59,13 +59,17 @@ def test_deepeps_buffer_is_counted_by_its_own_formula(
     monkeypatch.setenv("COLUMNS", "300")
     buffer = deepep_buffer_bytes(DeepEPBufferShape(4096, 7168, 8), 8, 8, fp8_dispatch=True)
     rank = tree(capsys, *DEEPSEEK, "exchange=deepep")["predicted"][7]
-    assert rank["outside_of_allocator"] == {"context": 2e9, "exchange": buffer}
-    assert rank["total"] == sum(rank["state"].values()) + sum(rank["at_worst"].values()) + 2e9 + buffer
-    (line,) = (line for line in memory(capsys, *DEEPSEEK, "exchange=deepep").split("\n") if "exchange buffers" in line)
+    assert rank["outside_allocator"] == {"context": 2e9, "exchange": buffer}
+    assert rank["total"] == sum(rank["state"].values()) + sum(rank["peak"].values()) + 2e9 + buffer
+    (line,) = (
+        line
+        for line in memory(capsys, *DEEPSEEK, "exchange=deepep").split("\n")
+        if "exchange buffers, outside allocator" in line
+    )
     assert line.count("4,884.27") == 16
-    assert tree(capsys, *DEEPSEEK)["predicted"][7]["outside_of_allocator"] == {"context": 2e9, "exchange": 1e9}
+    assert tree(capsys, *DEEPSEEK)["predicted"][7]["outside_allocator"] == {"context": 2e9, "exchange": 1e9}
     on_cpu = tree(capsys, *SMALL, "topology.ep=2")["predicted"][0]
-    assert on_cpu["outside_of_allocator"] == {"context": 0.0, "exchange": 0.0}
+    assert on_cpu["outside_allocator"] == {"context": 0.0, "exchange": 0.0}
 
 
 def test_rows_in_deepeps_buffer_take_none_of_the_allocators_memory() -> None:
@@ -97,7 +101,7 @@ def test_what_the_host_of_a_gpu_holds(capsys: pytest.CaptureFixture[str]) -> Non
         assert averaged.predict_host(0).copy_for_saves == copied + masters
         assert averaged.predict_host(0).average == (masters + 2**26 if device.type == "cuda" else 0)
     arguments = (*SMALL, "optimizer.ema_decay=0.9", "training.device=cuda")
-    host = tree(capsys, *arguments)["on_host"][0]
+    host = tree(capsys, *arguments)["host_bytes"][0]
     text = memory(capsys, *arguments).split("\n")
     for heading, size in (("checkpoint staging", host["copy_for_saves"]), ("EMA", host["average"])):
         assert any(f"host, {heading}" in line and f"{size / 1e6:,.2f}" in line for line in text)

@@ -28,7 +28,7 @@ def test_deepseek_v3_on_sixteen_stages(capsys: pytest.CaptureFixture[str]) -> No
     assert sum(stage["flops_per_token"] for stage in stages) == pytest.approx(260.6e9, rel=5e-4)
     # The main model, the MTP module, and the embedding that the last stage needs for it.
     assert sum(stage["parameters"] for stage in stages) == 671_026_404_352 + 11_610_067_968 + EMBEDDING
-    assert [stage["extras"] for stage in (stages[0], stages[1], stages[15])] == [
+    assert [stage["non_layer_modules"] for stage in (stages[0], stages[1], stages[15])] == [
         ["embedding"],
         [],
         ["head", "MTP", "embedding replica"],
@@ -42,12 +42,12 @@ def test_no_replica_where_first_and_last_stage_share_a_rank(
     split = tree(capsys, "model=deepseek_v3", "--stages", "16", "--schedule", schedule)
     assert sum(stage["parameters"] for stage in split["stages"]) == 671_026_404_352 + 11_610_067_968
     assert split["stages"][-1]["ranks"] == last
-    assert split["stages"][-1]["extras"] == ["head", "MTP"]
+    assert split["stages"][-1]["non_layer_modules"] == ["head", "MTP"]
 
 
 def test_a_model_without_mtp_needs_no_replica(capsys: pytest.CaptureFixture[str]) -> None:
     stages = tree(capsys, "model=v2_lite_16b", "--stages", "4")["stages"]
-    assert stages[-1]["extras"] == ["head"]
+    assert stages[-1]["non_layer_modules"] == ["head"]
 
 
 def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

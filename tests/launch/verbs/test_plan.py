@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from shoestring import __version__
+from shoestring.launch.verbs.simulate import PLAN_FORMAT
 from shoestring.tests.launch.command_line import answer, tree_of
 from shoestring.tests.launch.small_plan import SMALL_PLAN
 
@@ -48,12 +50,15 @@ def test_a_plan_counts_layouts_whose_ramp_is_illegal(capsys: pytest.CaptureFixtu
     found = tree_of(capsys, *SMALL_PLAN, *ramp)
     reasons = [reason for reason in found["illegal"] if reason.startswith("training.rampup_start_batch_size")]
     assert "training.rampup_start_batch_size (dualpipe)" in reasons
-    assert [phase["name"] for phase in found["phases"]] == ["batch ramp", "pre-training"]
+    assert [phase["name"] for phase in found["phase_costs"]] == ["batch ramp", "pre-training"]
 
 
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     found = tree_of(capsys, *SMALL_PLAN)
-    counted = sum(found["illegal"].values()) + sum(found["unfit"].values()) + found["simulated"] + found["excluded"]
+    assert (found["format"], found["version"]) == (PLAN_FORMAT, __version__)
+    counted = (
+        sum(found["illegal"].values()) + sum(found["out_of_memory"].values()) + found["simulated"] + found["pruned"]
+    )
     assert counted == found["considered"]
     steps = [layout["step_seconds"] for layout in found["layouts"]]
     assert steps == sorted(steps)
@@ -61,6 +66,6 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     again = tree_of(capsys, *SMALL_PLAN, *found["layouts"][0]["overrides"])
     assert again["configured"]["step_seconds"] == steps[0]
     assert all(layout["fits"] and layout["comm_sms"] == 20 for layout in found["layouts"])
-    assert [phase["name"] for phase in found["phases"]] == ["pre-training"]  # not DeepSeek's run
-    assert 0.9 < found["effective_training_time"] < 1
-    assert {"what", "step_seconds"} == set(found["sensitivity"][0])
+    assert [phase["name"] for phase in found["phase_costs"]] == ["pre-training"]  # not DeepSeek's run
+    assert 0.9 < found["effective_training_share"] < 1
+    assert {"change", "step_seconds"} == set(found["sensitivity"][0])

@@ -134,7 +134,7 @@ def test_what_is_left_is_priced_at_the_last_steps(run_dir: Path, simulated: Tree
 def test_memory_is_the_allocators_peak_on_the_fullest_rank(run_dir: Path, simulated: Tree, write: Write) -> None:
     summary, metrics = summarize_ledger(run_dir), run_dir / "metrics.jsonl"
     told = metrics.read_text()
-    looks = [{"of": ALLOCATED_LABEL, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
+    looks = [{"quantity": ALLOCATED_LABEL, "limit": 9, "now": [1, 1], "peak": peak} for peak in ([5, 4], [2, 3])]
     events = [{"time": 0.0, "kind": "memory", "step": step, **look} for step, look in enumerate(looks, 1)]
     metrics.write_text(told + "".join(json.dumps(event) + "\n" for event in events))
     try:
@@ -192,13 +192,13 @@ def test_of_a_search_it_is_the_layout_of_the_run(
 @pytest.mark.parametrize(
     ("path", "value", "gist"),
     [
-        (("of", "model", "hidden_size"), 64, "is a plan for model.hidden_size=64, but the run has 32"),
-        (("of", "global_batch_size"), 16, "is a plan for global_batch_size=16, but the run has 8"),
-        (("of", "sequence_length"), 64, "is a plan for sequence_length=64, but the run has 32"),
+        (("run", "model", "hidden_size"), 64, "is a plan for model.hidden_size=64, but the run has 32"),
+        (("run", "global_batch_size"), 16, "is a plan for global_batch_size=16, but the run has 8"),
+        (("run", "sequence_length"), 64, "is a plan for sequence_length=64, but the run has 32"),
         (("layout", "ep"), 1, "does not contain the run's layout"),
         (("layout", "schedule"), "zb_h1", "does not contain the run's layout"),
-        (("layout", "terms"), {}, "is not a plan of this version"),
-        (("of",), None, "is not a plan of this version"),
+        (("layout", "time_terms"), {}, "is not a plan: layout.time_terms.F is missing"),
+        (("run",), None, "is not a plan: run must be a mapping of keys"),
     ],
 )
 def test_a_plan_of_another_run_is_refused(

@@ -30,7 +30,7 @@ def _shim() -> None:
             ("schedule=dualpipev", "training.global_batch_size=8", "--micro-batches", "3"),
             "--micro-batches = 3: dualpipev needs",
         ),
-        (("--passes", "-1"), "--passes = -1: must be at least 0"),
+        (("--top-operations", "-1"), "--top-operations = -1: must be at least 0"),
         (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden_size?"),
         (("exchange=deepep",), "exchange.name = 'deepep': cannot be rehearsed"),
     ],

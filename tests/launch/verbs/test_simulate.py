@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shoestring import __version__
+from shoestring.launch.verbs.simulate import PLAN_FORMAT
 from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.trainer.ledger.terms import STEP_TIME_TERMS, to_label
+from shoestring.trainer.memory.chunk import MemoryKind
 
 V3 = "experiment=deepseek_v3_h800"
 
@@ -16,7 +20,7 @@ V3 = "experiment=deepseek_v3_h800"
 def test_the_published_ramp_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(capsys, "simulate", "experiment=deepseek_v3_h800_published", code=2)
     assert "training.rampup_start_batch_size = 3072: in the first step, 3,072 sequences = 24 micro-batches" in said
-    assert "at least 32" in said
+    assert "dualpipe on 16 ranks needs an even number ≥ 32" in said
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,20 @@ def test_half_a_ramp_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_step_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     said = answer(capsys, "simulate", V3)
+    for name in (*STEP_TIME_TERMS, *MemoryKind):
+        assert name == to_label(name) or name not in said
+    labels = [line.split("│")[1].strip() for line in said.splitlines() if line.count("│") >= 3]
+    for label in ("1F", "bubble", "1B", "opt"):
+        assert labels.count(label) == 1
     for text in (
+        "all-to-all not overlapped",
+        "gradient-sync wait",
+        "pipeline wait from imbalance",
+        "delayed wgrad",
+        "P2P messages",
+        "exchange buffers",
+        "workspace",
+        "two_hop (dispatch fp8, combine bf16, combine_backward fp8, dispatch_backward bf16)",
         "250.4 G",
         "+ both = forecast",
         "what-if:",
@@ -66,8 +83,11 @@ def test_json_trace_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     found = tree_of(capsys, "simulate", V3, "--trace", str(trace), "--html", str(page), "precision=bf16")
     assert found["layout"]["precision"] == "bf16"
-    assert found["errors"] == []  # DeepSeek's figures are of another run
-    assert len(found["terms_by_rank"]) == 16
+    assert (found["format"], found["version"]) == (PLAN_FORMAT, __version__)
+    kinds = {"weights", "gradients", "optimizer_states", *MemoryKind, "outside_allocator", "total"}
+    assert set(found["memory_by_rank"][0]) == kinds
+    assert found["published_step_errors"] == []  # DeepSeek's figures are of another run
+    assert len(found["time_terms_by_rank"]) == 16
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in events} == set(range(16))
     names = {event["name"] for event in events}
@@ -101,6 +121,6 @@ def test_json_and_table_stand_on_the_same_evidence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    shares = tree_of(capsys, "simulate", V3)["evidence"]
+    shares = tree_of(capsys, "simulate", V3)["evidence_shares"]
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     assert f"by time of distinct operations: {words}" in answer(capsys, "simulate", V3)

@@ -37,7 +37,7 @@ def test_what_is_allocated_is_seen() -> None:
 
 def test_memory_of_all_ranks_is_shown_or_of_none() -> None:
     values = memory_metrics(CPU, [(10, 20), (30, 40)])
-    assert values == {"of": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
+    assert values == {"quantity": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
     assert memory_metrics(CPU, [(10, 20), None]) == {}
 
 

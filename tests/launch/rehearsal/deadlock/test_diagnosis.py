@@ -30,7 +30,7 @@ def test_a_host_that_waits_for_a_stream_that_needs_it() -> None:
     fault = only(
         log(0, *warm, first, wait, second), log(1, *warm, second, HostWait(None, "reduce", "read", "b"), first)
     )
-    assert fault.places == ("route.py:7", "b")
+    assert fault.code_locations == ("route.py:7", "b")
     assert "waits (read) for stream exchange" in fault.text
     assert not list(find_hangs([log(0, *warm, first, second, wait), log(1, *warm, second, first)]))
 

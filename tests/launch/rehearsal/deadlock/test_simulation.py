@@ -1,4 +1,4 @@
-"""The connection model: what hangs on NCCL hangs here, with hand-made logs and those of every schedule."""
+"""The deadlock check: what hangs on NCCL hangs here, with hand-made logs and those of every schedule."""
 
 from __future__ import annotations
 
