@@ -1,3 +1,3 @@
 """Pretrain a frontier mixture-of-experts model inside a GPU-hour budget."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

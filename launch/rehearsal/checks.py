@@ -67,7 +67,8 @@ def _memory(log: RankLog) -> Iterator[RankFinding]:
     if abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
         text = (
             f"live tensors peak at {memory.peak_bytes / 1e9:.2f} GB,"
-            f" predicted {memory.predicted_peak_bytes / 1e9:.2f} GB ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
+            f" predicted {memory.predicted_peak_bytes / 1e9:.2f} GB"
+            f" ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
         )
         yield RankFinding("memory", text, memory.peak_phase)
     peak = max(memory.peak_bytes, memory.peak_while_building_bytes)
