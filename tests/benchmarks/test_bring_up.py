@@ -128,7 +128,7 @@ def test_a_row_without_end_is_killed_and_the_next_one_runs(capsys: pytest.Captur
     assert lines[2].endswith("still running after 0.2 s")
     assert lines[3].endswith("its process ended with exit code -9")
     assert lines[0].split()[-1] == lines[1].split()[-1] != lines[5].split()[-1]
-    assert lines[-1].endswith("mandatory and failed: hangs")
+    assert lines[-1].endswith("mandatory rows failed: hangs")
 
 
 @pytest.mark.parametrize("mandatory", [True, False])
@@ -137,7 +137,7 @@ def test_a_mandatory_failure_fails_the_script_after_all_rows(
 ) -> None:
     checks = (Check("first", endless.broken, mandatory), Check("second", endless.fine, mandatory=True))
     assert bring_up.bring_up(checks, None) == int(mandatory)
-    assert ("mandatory and failed: first" in capsys.readouterr().out) == mandatory
+    assert ("mandatory rows failed: first" in capsys.readouterr().out) == mandatory
 
 
 def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 READERS = (
-    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/access.comm/files/file_io.py"),
+    *("comm/files/strict_json.py", "comm/files/strict_yaml.py", "comm/files/file_io.py"),
     *(
         "trainer/checkpoint/tensor_file.py",
         "trainer/checkpoint/manifest.py",
-        "trainer/checkpoint/opened.trainer/checkpoint/checkpoint.py",
+        "trainer/checkpoint/checkpoint.py",
     ),
     *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *(

@@ -66,9 +66,9 @@ def test_what_is_refused() -> None:
     faults = [("--cut-link", "1"), ("--kill-node", "2@5"), ("--cut-link", "0@4"), ("--kill-node", "0@5")]
     found = refused(run_on_simulated_cluster, replace(TWO_NODES, overrides=contrary, uplink_rate="fast", faults=faults))
     assert "2 x 2 = 4 ranks, and the topology needs 8" in found["--gpus-per-node"]
-    assert "--gpus-per-node says 2" in found["topology.gpus_per_node"]
+    assert "--gpus-per-node is 2" in found["topology.gpus_per_node"]
     assert "write cpu" in found["training.device"]
-    assert "no way out" in found["telemetry.wandb.mode"]
+    assert "no network access" in found["telemetry.wandb.mode"]
     assert "from 1mbit" in found["uplink"]
     assert "such as 0@20" in found["--cut-link"]
     assert "from 0 to 1" in found["--kill-node"]
@@ -98,7 +98,7 @@ def test_how_nodes_end(
     output = capfd.readouterr()
     assert f"I am {behaviors[0]}\n" in output.out
     assert (f"node 1 | I am {behaviors[1]}\n" in output.err) == shown
-    assert "uplink (100mbit)" in output.out
+    assert "uplink of each node (100mbit)" in output.out
 
 
 @needs_machines
