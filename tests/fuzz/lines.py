@@ -23,14 +23,14 @@ READERS = (
     *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *(
         "trainer/huggingface/config.py",
-        "trainer/huggingface/importing.trainer/huggingface/import_weights.py",
+        "trainer/huggingface/import_weights.py",
         "trainer/huggingface/tokenizer.py",
     ),
     *("trainer/ledger/records.py", "trainer/ledger/journal.py"),
     *(
-        "comm/files/lines.comm/files/line_reader.py",
+        "comm/files/line_reader.py",
         "trainer/telemetry/history.py",
-        "trainer/typed.trainer/structured_config.py",
+        "trainer/structured_config.py",
     ),
 )
 """Files that read what others may have written."""

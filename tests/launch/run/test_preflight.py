@@ -207,7 +207,10 @@ def test_a_directory_that_no_run_has_made(fresh: bool, config: RunConfig, tmp_pa
         create_run_dir(foreign)
     with pytest.raises(ConfigError, match="was not created by a run"):
         run_preflight_checks(in_directory(config, foreign), 4, fresh=fresh)
-    with pytest.raises(ConfigError, match="was not created by a run"), lock_run_dir(foreign / "thesis.tex", fresh=fresh):
+    with (
+        pytest.raises(ConfigError, match="was not created by a run"),
+        lock_run_dir(foreign / "thesis.tex", fresh=fresh),
+    ):
         pass
     assert contents(foreign) == before
 
