@@ -72,7 +72,7 @@ def test_what_is_refused() -> None:
     assert "from 1mbit" in found["uplink"]
     assert "such as 0@20" in found["--cut-link"]
     assert "from 0 to 1" in found["--kill-node"]
-    assert "once" in found["--cut-link, --kill-node"]
+    assert "one fault" in found["--cut-link, --kill-node"]
 
 
 @needs_machines
