@@ -26,12 +26,12 @@ def test_memory_is_what_is_predicted(log: RankLog) -> None:
     biases = 4 * config.model.n_routed_experts * routers  # of routers; the prediction leaves them out
     # Rotary angles, complex64: a chunk keeps them from its first forward on.
     angles = 8 * len(chunks) * config.training.sequence_length * config.model.qk_rope_head_dim // 2
-    beyond = live.state - (predicted.state.total - predicted.state.fp8_weights) - biases - angles
+    beyond = live.state_bytes - (predicted.state.total - predicted.state.fp8_weights) - biases - angles
     assert 0 <= beyond <= 16  # the P2P channels connect with messages of one element
-    assert live.predicted == predicted.allocator_bytes
-    assert abs(live.peak / live.predicted - 1) < PREDICTION_MARGIN
-    assert live.building >= live.state
-    assert live.by_phase[live.peak_phase] == live.peak == max(live.by_phase.values())
+    assert live.predicted_peak_bytes == predicted.allocator_bytes
+    assert abs(live.peak_bytes / live.predicted_peak_bytes - 1) < PREDICTION_MARGIN
+    assert live.peak_while_building_bytes >= live.state_bytes
+    assert live.peak_bytes_by_phase[live.peak_phase] == live.peak_bytes == max(live.peak_bytes_by_phase.values())
 
 
 def test_the_host_waits_for_sizes_and_for_the_sums_of_the_step(log: RankLog) -> None:
