@@ -53,7 +53,7 @@ def test_a_cluster_is_read_back_from_wherever_it_lies(tmp_path: Path, name: str)
     assert read_kernel_table(str(cluster.tables)).measured_recipe == {
         "precision": "fp32",
         "recompute": "nothing",
-        "exchange": "flat native native native native",
+        "exchange": "flat (all native)",
         "optimizer.moments": "4 bytes per parameter",
     }
 

@@ -25,10 +25,10 @@ def _shim() -> None:
     ("arguments", "said"),
     [
         (("--ranks", "0,4"), "--ranks = 4: the run has 4 ranks; write numbers from 0 to 3"),
-        (("--micro-batches", "0"), "--micro-batches = 0: 1f1b needs at least 1"),
+        (("--micro-batches", "0"), "--micro-batches = 0: 1f1b on 2 ranks needs at least 1"),
         (
             ("schedule=dualpipev", "training.global_batch_size=8", "--micro-batches", "3"),
-            "--micro-batches = 3: dualpipev needs",
+            "--micro-batches = 3: dualpipev on 2 ranks needs",
         ),
         (("--top-operations", "-1"), "--top-operations = -1: must be at least 0"),
         (("model.hiden=3",), "model.hiden = 3: no such key; did you mean hidden_size?"),
