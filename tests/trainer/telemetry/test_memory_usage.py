@@ -28,7 +28,7 @@ def test_the_kernels_memory_figures_are_read() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
 def test_what_is_allocated_is_seen() -> None:
     before, size = measure_memory(CPU), 50_000_000
-    # Pages from the kernel: torch's allocator may hand out memory that an earlier test has freed.
+    # Pages from the kernel: torch's allocator may reuse memory that an earlier test has freed.
     with mmap.mmap(-1, size) as block:
         block.write(b"\1" * size)
         after = measure_memory(CPU)
