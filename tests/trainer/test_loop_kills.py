@@ -61,7 +61,7 @@ def train_until_killed(world: World, tree: dict[str, Any], attempt: int) -> None
     """Train; even attempts die after a step, odd ones in a save: while ranks write, or while the first one commits."""
     moments = random.Random(attempt)
     target: Any = [loop, saver, loop, CheckpointStore][attempt % 4]
-    name = ["poll_save", "write_share", "poll_save", "commit"][attempt % 4]
+    name = ["poll_save", "write_rank_file", "poll_save", "commit_save"][attempt % 4]
     # An attempt then advances by two or four steps.
     call = 2 if attempt % 2 else moments.randint(EVERY + 1, 2 * EVERY + 1)
     with patch.object(target, name, dying(getattr(target, name), call, moments.uniform(0, 0.02))):
