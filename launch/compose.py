@@ -26,6 +26,7 @@ from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
 from ..trainer.config import RunConfig
 from ..trainer.huggingface.config import remove_released_keys
 from ..trainer.structured_config import InterpolatedText, build_dataclass, parse_dataclass
+from .console import print_to_stderr
 from .interpolations import resolve_interpolations
 
 _RESOLVER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OSError)
@@ -55,7 +56,10 @@ def compose_run_config(
         unread.add("")  # their files could have set anything
     problems += _nul_problems(tree)
     if isinstance(model := tree.get("model"), dict):
-        problems += remove_released_keys(model)
+        found, ignored = remove_released_keys(model)
+        problems += found
+        if ignored:
+            print_to_stderr(f"model: keys of config.json without effect here (see docs/model.md): {', '.join(ignored)}")
     config, doubtful = parse_dataclass(RunConfig, tree, problems)
     unreadable_fields = UnreadableFields(
         doubtful | unread, frozenset(_key(text) for text, read_as in parsed if read_as)

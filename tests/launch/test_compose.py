@@ -69,10 +69,14 @@ RELEASED_KEYS = {
 """The config.json of DeepSeek-V3 on the hub."""
 
 
-def test_a_released_config_json_is_a_model(tmp_path: Path) -> None:
+def test_a_released_config_json_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_file(tmp_path, "model/pasted.yaml", json.dumps({"name": "deepseek_v3", **RELEASED_KEYS}, indent=2))
     pasted = compose_run_config(["model=pasted", "data.vocab_size=129280"], tmp_path).model
+    said = capsys.readouterr().err
+    assert said.startswith("model: keys of config.json without effect here")
+    assert all(key in said for key in ("aux_loss_alpha", "quantization_config", "torch_dtype"))
     ours = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
+    assert capsys.readouterr().err == ""
     assert pasted == replace(ours, rope_scaling=YarnConfig(), initializer_range=0.02)
     assert pasted == parse_config_json(RELEASED_KEYS, "deepseek_v3")
 
@@ -146,6 +150,7 @@ def test_values_of_many_kinds() -> None:
         ("training.balance_weight=0", "training.balance_weight", "no such key; see docs/configuration.md"),
         ("model.layers=3", "model.layers", "did you mean num_hidden_layers?"),
         ("model.hidden_act=gelu", "model.hidden_act", "is not implemented: only 'silu' is supported"),
+        ("model.attention_dropout=0.1", "model.attention_dropout", "is not implemented: only 0 is supported"),
         ("model.attention_bias=0", "model.attention_bias", "is not implemented: only False is supported"),
         ("model.num_key_value_heads=2", "model.num_key_value_heads", "is not implemented: .* as many as query heads"),
         (

@@ -38,7 +38,7 @@ _CARRIED = (*_TOKENS, "max_position_embeddings")
 _WITHOUT_EFFECT = frozenset(
     {
         *(*_CARRIED, "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"),
-        *("quantization_config", "use_cache", "ep_size", "pretraining_tp", "attention_dropout"),
+        *("quantization_config", "use_cache", "ep_size", "pretraining_tp"),
         *("aux_loss_alpha", "seq_aux"),
     }
 )
@@ -143,16 +143,19 @@ def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
     return model
 
 
-def remove_released_keys(model: dict[str, Any]) -> list[Problem]:
+def remove_released_keys(model: dict[str, Any]) -> tuple[list[Problem], list[str]]:
     """Remove the keys of a released `config.json` that `ModelConfig` has no field for from a composed `model` group.
 
-    Return a problem for each key whose value is not implemented.
+    Return a problem for each key whose value is not implemented, and the keys that have no effect.
     """
     problems = [
         Problem(f"model.{key}", model[key], f"is not implemented: only {supported!r} is supported")
         for key, supported in _unsupported(model, _CONSTANTS)
     ]
-    for key in (*_CONSTANTS, *_WITHOUT_EFFECT):
+    if dropout := model.pop("attention_dropout", 0):
+        problems.append(Problem("model.attention_dropout", dropout, "is not implemented: only 0 is supported"))
+    ignored = sorted(_WITHOUT_EFFECT.intersection(model))
+    for key in (*_CONSTANTS, *ignored):
         model.pop(key, None)
     heads = model.get("num_attention_heads")
     groups = model.pop("num_key_value_heads", heads)
@@ -166,7 +169,7 @@ def remove_released_keys(model: dict[str, Any]) -> list[Problem]:
             if kind != "yarn":
                 hint = "is not implemented: only 'yarn' is supported"
                 problems.append(Problem(f"model.rope_scaling.{key}", kind, hint))
-    return problems
+    return problems, ignored
 
 
 def ignored_config_keys(tree: Mapping[str, Any]) -> list[str]:
