@@ -18,6 +18,7 @@ from pathlib import Path
 from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.data.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
+from shoestring.trainer.run.reporter import RECORDS_WAIT
 
 from .bench import CLI, STEPS, Bench, Launch, LaunchResult, Row
 
@@ -177,10 +178,10 @@ def full_for_a_while(bench: Bench, row: Row, place: Path) -> None:
         launch = bench.start(disk / "run")
         launch.reaches(8)
         fill(
-            disk / "filler", lambda: launch.says("wait in memory")
+            disk / "filler", lambda: launch.says(RECORDS_WAIT)
         )  # with a fixed time, a fast run would end before the fault
         (disk / "filler").unlink()
-        row.check_launch(launch.wait(), 0, "wait in memory")
+        row.check_launch(launch.wait(), 0, RECORDS_WAIT)
         bench.compare(row, disk / "run")
 
 
@@ -516,16 +517,16 @@ INJECTIONS = (
         "H3",
         "EDQUOT for a while",
         "continues; written later",
-        writes_fail_for_a_while("EDQUOT", RECORDS, "wait in memory"),
+        writes_fail_for_a_while("EDQUOT", RECORDS, RECORDS_WAIT),
     ),
     Injection(
-        "H3", "EIO for a while", "continues; written later", writes_fail_for_a_while("EIO", RECORDS, "wait in memory")
+        "H3", "EIO for a while", "continues; written later", writes_fail_for_a_while("EIO", RECORDS, RECORDS_WAIT)
     ),
     Injection(
         "H3",
         "EROFS for a while",
         "continues; written later",
-        writes_fail_for_a_while("EROFS", RECORDS, "wait in memory"),
+        writes_fail_for_a_while("EROFS", RECORDS, RECORDS_WAIT),
         ep=2,
     ),
     Injection(

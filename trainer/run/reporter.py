@@ -41,6 +41,8 @@ class MfuInputs:
     peak_tflops: float
 
 
+RECORDS_WAIT = "they stay in memory until there is space"
+"""Words of the warning that a disk does not take the run's records; `benchmarks/faults/` waits for them."""
 STALL_THRESHOLD_SECONDS = 0.5
 """Longest time between two steps that is not charged to `stall`; the loop itself takes milliseconds."""
 _ROUNDING_SECONDS = 0.005
@@ -329,7 +331,7 @@ class Reporter:
             reason = self._work.write_error or self._stream.write_error
             self._disk_is_full = True
             words = f"records of {self._run_dir} cannot be written ({reason})"
-            self.warn(step, f"{words}; they stay in memory until there is space, and training continues", about="disk")
+            self.warn(step, f"{words}; {RECORDS_WAIT}, and training continues", about="disk")
         elif not waiting and self._disk_is_full:
             self._disk_is_full = False
             self.warn(step, "there is disk space again: the waiting records were written", about="disk")
