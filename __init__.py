@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from .launch.verbs.plan import Plan
-    from .trainer.generation.loaded_model import LoadedModel
+    from .trainer.generation.load import LoadedModel
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "load", "metrics", "plan"]
@@ -31,7 +31,7 @@ def load(
 
     Raises `ConfigError`.
     """
-    from .trainer.generation.loaded_model import load_model
+    from .trainer.generation.load import load_model
 
     return load_model(Path(directory), step=step, ema_weights=ema_weights, device=device, dtype=dtype)
 

@@ -46,15 +46,17 @@ class Group:
     ) -> Group:
         """Return the group of torch's `process_group` (None: the default one), such as `mesh.get_group("ep")`.
 
-        Not collective. `timeout` is that of gloo's messages; NCCL keeps the process group's own.
+        Not collective. A group with NCCL is for tensors on a GPU. `timeout` is that of gloo's messages; NCCL keeps the
+        process group's own.
         """
         adopted = dist.group.WORLD if process_group is None else process_group
         assert adopted is not None, "call torch.distributed.init_process_group first"
         ranks, rank = tuple(dist.get_process_group_ranks(adopted)), dist.get_rank()
         communicator: Collectives | None = None
         if len(ranks) > 1:
-            on_gloo = dist.get_backend(adopted) == dist.Backend.GLOO
-            communicator = GlooCollectives(adopted, ranks, rank, timeout) if on_gloo else NcclCollectives(adopted)
+            # Not `get_backend`: it says "undefined" where `init_process_group` was called without a backend.
+            on_nccl = "nccl" in dist.get_backend_config(adopted)
+            communicator = NcclCollectives(adopted) if on_nccl else GlooCollectives(adopted, ranks, rank, timeout)
         return Group(ranks, communicator, rank, timeout)
 
     @property

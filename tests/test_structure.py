@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import configparser
 import re
-import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -15,14 +13,15 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from shoestring.tests.installed import install_wheel, run
 from shoestring.tests.tree import ROOT, imports, tree_files
 
 # A folder may import from itself and from those before it.
 LAYERS = ("comm", "parallelism", "trainer", "launch")
 # Folders no part of the package may import from. conf holds YAML, which is read and not imported.
-OUTSIDE = ("conf", "tests", "benchmarks", "docs")
+OUTSIDE = ("conf", "tests", "benchmarks", "docs", "examples")
 # Folders outside the package whose Python files import it.
-SCRIPTS = ("tests", "benchmarks", "docs")
+SCRIPTS = ("tests", "benchmarks", "docs", "examples")
 # Folders and files of the package that hold data.
 DATA = (
     ("py.typed",),
@@ -150,20 +149,8 @@ def test_no_file_names_a_machine_or_a_package_index() -> None:
     assert not found, "\n".join(found)
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command; return its standard output. A failure shows all its output."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
-    copy, wheels, site = tmp_path / "copy", tmp_path / "wheels", tmp_path / "site"
-    for path in tree_files():
-        (copy / path.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / path, copy / path)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, cwd=copy)
-    (wheel,) = wheels.glob("shoestring-*.whl")
+    wheel, site = install_wheel(tmp_path)
 
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("shoestring/")}
     shipped = [
@@ -174,8 +161,6 @@ def test_an_installed_wheel_is_whole(tmp_path: Path) -> None:
     ]
     assert held == {f"shoestring/{path.as_posix()}" for path in shipped}
 
-    pip = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-index", "--no-deps")
-    run(*pip, "--target", site, wheel, cwd=tmp_path)
     # The path goes first: the checkout, which is installed editable in this environment, must not answer instead.
     code = f"""
 import sys

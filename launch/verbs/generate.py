@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
 
 from ...comm.errors import raise_if_any
-from ...trainer.generation.loaded_model import generation_problems, load_model
+from ...trainer.generation.load import generation_problems, load_model
 from ...trainer.generation.speculative_decoding import Continuation
+from ..console import print_or_raise, print_to_stderr
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """Options of the verb."""
-
-    checkpoint_path: Path
-    """Run directory or checkpoint."""
-    step: int | None
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    use_mtp_draft: bool
-    ema_weights: bool
-    """True: use the EMA of the weights."""
-
-
-def generate_text(request: GenerationRequest) -> tuple[str, Continuation]:
-    """Return the continuation of the prompt as text, with its counts. Raises `ConfigError`."""
-    raise_if_any(generation_problems(request.prompt, request.max_new_tokens, request.temperature))
-    model = load_model(request.checkpoint_path, step=request.step, ema_weights=request.ema_weights)
+def run(options: argparse.Namespace) -> int:
+    """Print the prompt with its continuation, and the counts; return the exit code. Raises `ConfigError`."""
+    prompt, tokens, temperature = options.prompt, options.tokens, options.temperature
+    raise_if_any(generation_problems(prompt, tokens, temperature))  # before the weights are read
+    model = load_model(options.path, step=options.step, ema_weights=options.average)
     found = model.generate(
-        request.prompt,
-        request.max_new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-        use_mtp_draft=request.use_mtp_draft,
+        prompt, tokens, temperature=temperature, seed=options.seed, use_mtp_draft=not options.no_draft
     )
-    return model.decode(found.tokens), found
+    print_or_raise(prompt + model.decode(found.tokens))
+    print_to_stderr(describe_acceptance(found))
+    return 0
 
 
 def describe_acceptance(found: Continuation) -> str:
