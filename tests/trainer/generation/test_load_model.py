@@ -16,6 +16,8 @@ from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import is_trained, logits, losses
 from shoestring.tests.trainer.checkpoint.saved import save_model, save_params
 from shoestring.trainer.data.tokenizer import train_tokenizer
+from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
+from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
 
 TOKENS_BS = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(7))
 
@@ -75,11 +77,15 @@ def test_a_second_backward_and_missing_mtp_are_errors(tmp_path: Path) -> None:
 
 def test_a_run_and_its_import_give_the_same_text(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([TEXT], SHAPE.vocab_size).to_json().encode()
-    save_model(model(1), tmp_path / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer})
+    saved = save_model(model(1), tmp_path / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer})
     loaded = shoestring.load(tmp_path / "run")
     found = loaded.generate("word1 word2", 8, temperature=0)
     assert len(found.tokens) == 8
     assert loaded.encode(loaded.decode(found.tokens))
+    export_checkpoint(saved, tmp_path / "hf", ExportOptions(dtype="fp32"), lambda line: None)
+    import_huggingface_weights(tmp_path / "hf", tmp_path / "imported", lambda line: None)
+    imported = shoestring.load(tmp_path / "imported")
+    assert imported.generate("word1 word2", 8, temperature=0).tokens == found.tokens
     plain = loaded.generate("word1 word2", 8, temperature=0, use_mtp_draft=False)
     assert plain.tokens == found.tokens
     with pytest.raises(ConfigError, match="--temperature = -1: must be finite"):
