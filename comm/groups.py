@@ -14,13 +14,14 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import Collectives, PeerTensors
+from .communicator import Collectives, GlooCollectives, NcclCollectives, PeerTensors
 from .errors import collective_error_context
 from .group_factory import GlooGroupFactory, GroupFactory
 from .topology import Topology
 from .watchdog import Watchdog
 
 T = TypeVar("T")
+_ADOPTED_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,25 @@ class Group:
     """Longest time that a collective may take."""
     watchdog: Watchdog | None = None
     """Watchdog of each call into the communication library; None for gloo, whose calls end at their timeout."""
+
+    @staticmethod
+    def from_process_group(
+        process_group: dist.ProcessGroup | None = None, timeout: timedelta = _ADOPTED_TIMEOUT
+    ) -> Group:
+        """Return the group of torch's `process_group` (None: the default one), such as `mesh.get_group("ep")`.
+
+        Not collective. A group with NCCL is for tensors on a GPU. `timeout` is that of gloo's messages; NCCL keeps the
+        process group's own.
+        """
+        adopted = dist.group.WORLD if process_group is None else process_group
+        assert adopted is not None, "call torch.distributed.init_process_group first"
+        ranks, rank = tuple(dist.get_process_group_ranks(adopted)), dist.get_rank()
+        communicator: Collectives | None = None
+        if len(ranks) > 1:
+            # Not `get_backend`: it says "undefined" where `init_process_group` was called without a backend.
+            on_nccl = "nccl" in dist.get_backend_config(adopted)
+            communicator = NcclCollectives(adopted) if on_nccl else GlooCollectives(adopted, ranks, rank, timeout)
+        return Group(ranks, communicator, rank, timeout)
 
     @property
     def is_first_rank(self) -> bool:
@@ -133,7 +153,42 @@ class Group:
 
 
 @dataclass(frozen=True)
-class ProcessGroups:
+class ExpertGroups:
+    """Process groups that a token exchange uses."""
+
+    ep: Group
+    """Expert-parallel ranks: the all-to-alls of tokens run here."""
+    ep_inter_node: Group
+    """Ranks of `ep` with the same local rank, one per node: the inter-node all-to-all runs here."""
+    ep_intra_node: Group
+    """Ranks of `ep` in this node."""
+
+    @staticmethod
+    def from_process_groups(
+        ep: dist.ProcessGroup | None = None,
+        inter_node: dist.ProcessGroup | None = None,
+        intra_node: dist.ProcessGroup | None = None,
+        timeout: timedelta = _ADOPTED_TIMEOUT,
+    ) -> ExpertGroups:
+        """Adopt torch's process groups; without the last two, `ep` (None: the default group) counts as one node.
+
+        On a DeviceMesh of nodes by ranks they are `mesh.get_group("node")` and `mesh.get_group("rank")`. Raises
+        `ValueError` unless the position in `ep` is that of the node times the ranks of a node plus the local rank.
+        """
+        whole = Group.from_process_group(ep, timeout)
+        if inter_node is None or intra_node is None:
+            return ExpertGroups(whole, Group((whole.rank,), None, whole.rank, timeout), whole)
+        between, inside = Group.from_process_group(inter_node, timeout), Group.from_process_group(intra_node, timeout)
+        first = between.group_rank * inside.size
+        rail = whole.ranks[inside.group_rank :: inside.size]
+        if inside.ranks != whole.ranks[first : first + inside.size] or between.ranks != rail:
+            parts = f"intra-node {list(inside.ranks)}, inter-node {list(between.ranks)}"
+            raise ValueError(f"rank {whole.rank}: {parts} do not divide {list(whole.ranks)} into consecutive nodes")
+        return ExpertGroups(whole, between, inside)
+
+
+@dataclass(frozen=True)
+class ProcessGroups(ExpertGroups):
     """All process groups of one rank."""
 
     topology: Topology
@@ -142,12 +197,6 @@ class ProcessGroups:
     """All ranks, for tensors on the device that the run computes on."""
     world_cpu: Group
     """All ranks, for tensors on the host: checkpoints, measurements. On a GPU no training step uses it."""
-    ep: Group
-    """Expert-parallel ranks: the all-to-alls of tokens run here."""
-    ep_inter_node: Group
-    """Ranks of `ep` with the same local rank, one per node: the inter-node all-to-all runs here."""
-    ep_intra_node: Group
-    """Ranks of `ep` in this node."""
     pp_next: Group
     """Pipeline ranks, for messages to the next rank."""
     pp_prev: Group

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .groups import Group
+from .groups import ExpertGroups, Group
 from .topology import LinkType, Topology
 
 
@@ -24,6 +24,11 @@ class TrafficCounter:
     topology: Topology
     rank: int
     bytes_sent: dict[tuple[str, TrafficKind, LinkType], int] = field(default_factory=dict)
+
+    @staticmethod
+    def by_nodes(groups: ExpertGroups) -> TrafficCounter:
+        """Return a counter for nodes of as many consecutive ranks as `groups` has in this node."""
+        return TrafficCounter(Topology(gpus_per_node=groups.ep_intra_node.size), groups.ep.rank)
 
     def count_payload(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
         """Add the payload that `operation` sends from this rank to each rank of `group`, in the group's order."""

@@ -221,6 +221,6 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_paths_that_are_named_exist(page: str) -> None:
     """The paths lie below the tree's own folders. `CHANGELOG.md` is exempt: it also names places of the past."""
     text = "" if page == "CHANGELOG.md" else (ROOT / page).read_text()
-    folders = "launch|trainer|parallelism|comm|conf|tests|benchmarks|docs"
+    folders = "launch|trainer|parallelism|comm|conf|tests|benchmarks|docs|examples"
     named = set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text))
     assert not [path for path in named if not (ROOT / path).exists()]

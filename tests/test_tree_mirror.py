@@ -11,7 +11,7 @@ import pytest
 from shoestring.tests.tree import ROOT, imports, tree_files
 
 PACKAGE = ("comm", "parallelism", "trainer", "launch")
-MIRRORED = (*PACKAGE, "benchmarks", "docs")
+MIRRORED = (*PACKAGE, "benchmarks", "docs", "examples")
 # Folders of tests that cut across the tree.
 ACROSS = ("parity", "reference", "fuzz")
 MOST_FILES = 18

@@ -144,7 +144,7 @@ class PipelineRuntime:
         streams: DeviceStreams | None = None,
     ) -> PipelineRuntime:
         """Open the P2P channels to the neighboring pipeline ranks."""
-        channels = build_p2p_channels(groups, device, recorder, streams)
+        channels = build_p2p_channels(groups.pp_next, groups.pp_prev, device, recorder, streams)
         return PipelineRuntime(stages, groups, channels, overlap, recorder, recompute, streams)
 
     def build_executor(self, program: PipelineProgram) -> PipelineExecutor:

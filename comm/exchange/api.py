@@ -16,6 +16,8 @@ from ..trace import ExchangeLabel
 from .permutation import TokenCounts
 
 Layout = TypeVar("Layout")
+UNLABELED = ExchangeLabel("layer", 0)
+"""Label of an exchange whose caller gives none: timelines and errors name every layer alike."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TokenExchange(Protocol[Layout]):
         tokens_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        label: ExchangeLabel,
+        label: ExchangeLabel = UNLABELED,
         *,
         keep_quantized: bool = False,
     ) -> TwoPartWork[DispatchedTokens[Layout]]:

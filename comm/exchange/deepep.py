@@ -31,10 +31,10 @@ from torch import Tensor
 from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
 from ..errors import Problem
 from ..fp8 import QuantizedRows, dequantize, nan_placeholder, quantize, tiles_per_row
-from ..groups import ProcessGroups
+from ..groups import ExpertGroups
 from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
-from .api import DispatchedTokens
+from .api import UNLABELED, DispatchedTokens
 from .config import ExchangeConfig
 from .deepep_buffer import DeepEPBufferShape
 from .deepep_probe import probe_deepep_import
@@ -76,7 +76,7 @@ class DeepEPExchange:
 
     def __init__(
         self,
-        groups: ProcessGroups,
+        groups: ExpertGroups,
         num_experts: int,
         async_communicator: AsyncCommunicator,
         config: ExchangeConfig,
@@ -84,12 +84,12 @@ class DeepEPExchange:
     ) -> None:
         """Allocate DeepEP's buffers on the communicator of the group. Collective over it."""
         self._group = groups.ep
-        self._node_size = groups.topology.ep_ranks_per_node
+        self._node_size = groups.ep_intra_node.size
         self._experts = num_experts
         self._worker = async_communicator
         self._config = config
         self._shape = shape
-        self._sms = 0 if groups.topology.nodes_per_ep_group == 1 else INTER_NODE_SMS  # 0: DeepEP decides
+        self._sms = 0 if groups.ep_inter_node.size == 1 else INTER_NODE_SMS  # 0: DeepEP decides
         # NCCL may create a communicator only at its first collective, and DeepEP needs an existing one.
         self._group.barrier("opening DeepEP")
         library = importlib.import_module("deep_ep")
@@ -113,7 +113,7 @@ class DeepEPExchange:
         tokens_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        label: ExchangeLabel,
+        label: ExchangeLabel = UNLABELED,
         *,
         keep_quantized: bool = False,
     ) -> TwoPartWork[DispatchedTokens[DeepEPLayout]]:

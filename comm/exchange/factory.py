@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..async_comm import AsyncCommunicator
-from ..groups import ProcessGroups
+from ..groups import ExpertGroups
 from ..traffic import TrafficCounter
 from .api import TokenExchange
 from .config import ExchangeConfig
@@ -17,7 +17,7 @@ from .two_hop import TwoHopExchange
 
 def build_token_exchange(
     config: ExchangeConfig,
-    groups: ProcessGroups,
+    groups: ExpertGroups,
     num_experts: int,
     async_communicator: AsyncCommunicator,
     traffic: TrafficCounter,

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
+from ..async_comm import AsyncCommunicator, AsyncWork, InlineCommunicator, TwoPartWork
 from ..fp8 import QuantizedRows, nan_placeholder
-from ..groups import ProcessGroups
+from ..groups import ExpertGroups
 from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from ..traffic import TrafficCounter
-from .api import DispatchedTokens
+from .api import UNLABELED, DispatchedTokens
 from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
@@ -44,25 +44,29 @@ class FlatExchange:
 
     def __init__(
         self,
-        groups: ProcessGroups,
+        groups: ExpertGroups,
         num_experts: int,
-        async_communicator: AsyncCommunicator,
-        traffic: TrafficCounter,
-        config: ExchangeConfig,
+        async_communicator: AsyncCommunicator | None = None,
+        traffic: TrafficCounter | None = None,
+        config: ExchangeConfig | None = None,
     ) -> None:
+        """Take by default a communicator that runs in the calling thread, and the configuration's defaults.
+
+        `num_experts` is their number over all ranks, a multiple of the ranks.
+        """
         self._group = groups.ep
-        self._node_size = groups.topology.ep_ranks_per_node
+        self._node_size = groups.ep_intra_node.size
         self._experts = num_experts
-        self._worker = async_communicator
-        self._traffic = traffic
-        self._config = config
+        self._worker = async_communicator or InlineCommunicator()
+        self.traffic = traffic or TrafficCounter.by_nodes(groups)
+        self._config = config or ExchangeConfig()
 
     def dispatch(
         self,
         tokens_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        label: ExchangeLabel,
+        label: ExchangeLabel = UNLABELED,
         *,
         keep_quantized: bool = False,
     ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:
@@ -129,7 +133,7 @@ class FlatExchange:
         sent_PL = bincount_on_device(experts_TK, self._experts).view(ranks, -1)
         received_PL = torch.empty_like(sent_PL)
         one_each = [1] * ranks
-        self._traffic.count_metadata("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
+        self.traffic.count_metadata("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
         self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
 
         mask_TP = build_destination_mask(experts_TK // sent_PL.shape[1], ranks)
@@ -151,7 +155,7 @@ class FlatExchange:
         wire_of_row_R = _rows_by_expert(received_PL, sum(received_P))
         layout = FlatLayout(
             to_experts=Permutation.from_row_indices(choice_of_copy_N // top_k, experts_TK.new_full((tokens,), top_k)),
-            all_to_all_stage=AllToAllStage(self._group, self._traffic, tuple(sent_P), tuple(received_P)),
+            all_to_all_stage=AllToAllStage(self._group, self.traffic, tuple(sent_P), tuple(received_P)),
             choice_of_copy_N=choice_of_copy_N,
             sort_by_expert=Permutation.from_row_indices(wire_of_row_R, torch.ones_like(wire_of_row_R)),
             top_k=top_k,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
+from ..async_comm import AsyncCommunicator, AsyncWork, InlineCommunicator, TwoPartWork
 from ..fp8 import nan_placeholder
-from ..groups import ProcessGroups
+from ..groups import ExpertGroups
 from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from ..traffic import TrafficCounter
-from .api import DispatchedTokens
+from .api import UNLABELED, DispatchedTokens
 from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
@@ -75,26 +75,30 @@ class TwoHopExchange:
 
     def __init__(
         self,
-        groups: ProcessGroups,
+        groups: ExpertGroups,
         num_experts: int,
-        async_communicator: AsyncCommunicator,
-        traffic: TrafficCounter,
-        config: ExchangeConfig,
+        async_communicator: AsyncCommunicator | None = None,
+        traffic: TrafficCounter | None = None,
+        config: ExchangeConfig | None = None,
     ) -> None:
+        """Take by default a communicator that runs in the calling thread, and the configuration's defaults.
+
+        `num_experts` is their number over all ranks, a multiple of the ranks.
+        """
         self._group = groups.ep
         self._inter_node = groups.ep_inter_node
         self._intra_node = groups.ep_intra_node
         self._local_experts = num_experts // groups.ep.size
-        self._worker = async_communicator
-        self._traffic = traffic
-        self._config = config
+        self._worker = async_communicator or InlineCommunicator()
+        self.traffic = traffic or TrafficCounter.by_nodes(groups)
+        self._config = config or ExchangeConfig()
 
     def dispatch(
         self,
         tokens_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        label: ExchangeLabel,
+        label: ExchangeLabel = UNLABELED,
         *,
         keep_quantized: bool = False,
     ) -> TwoPartWork[DispatchedTokens[TwoHopLayout]]:
@@ -166,14 +170,14 @@ class TwoHopExchange:
         message_TB = pack_columns(wire.encode(tokens_TD), numbers_TK, weights_TK)
 
         to_nodes = Permutation.from_destination_mask(size_exchange.mask_TN, sum(sizes.to_nodes_N))
-        inter_node = AllToAllStage(self._inter_node, self._traffic, sizes.to_nodes_N, sizes.from_nodes_N)
+        inter_node = AllToAllStage(self._inter_node, self.traffic, sizes.to_nodes_N, sizes.from_nodes_N)
         message_VB = inter_node.dispatch(call, to_nodes.permute(message_TB), wire.payload_bytes_per_row)
 
         mask_VG = build_destination_mask(
             self._local_rank_of_choice(unpack_column(message_VB, columns, 1)), self._intra_node.size
         )
         to_ranks = Permutation.from_destination_mask(mask_VG, sum(sizes.to_ranks_G))
-        intra_node = AllToAllStage(self._intra_node, self._traffic, sizes.to_ranks_G, sizes.from_ranks_G)
+        intra_node = AllToAllStage(self._intra_node, self.traffic, sizes.to_ranks_G, sizes.from_ranks_G)
         payload_UB, experts_UK, weights_UK = unpack_columns(
             intra_node.dispatch(call, self._copy_for_ranks(to_ranks, message_VB), wire.payload_bytes_per_row), columns
         )
@@ -236,7 +240,7 @@ class TwoHopExchange:
         )
         received_PS = torch.empty_like(sent_PS)
         one_each = [1] * self._group.size
-        self._traffic.count_metadata("sizes", self._group, [sent_PS[0].numel() * 8] * self._group.size)
+        self.traffic.count_metadata("sizes", self._group, [sent_PS[0].numel() * 8] * self._group.size)
         self._group.all_to_all(received_PS, sent_PS, one_each, one_each, f"sizes of {call}")
 
         received_NGS = received_PS.view(nodes, node_size, -1)

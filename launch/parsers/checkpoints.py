@@ -140,14 +140,9 @@ def _add_generate(verbs: Subparsers) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from ..console import print_or_raise, print_to_stderr
-    from ..verbs.generate import GenerationRequest, describe_acceptance, generate_text
+    from ..verbs.generate import run
 
-    size = options.tokens, options.temperature, options.seed, not options.no_draft, options.average
-    text, found = generate_text(GenerationRequest(options.path, options.step, options.prompt, *size))
-    print_or_raise(options.prompt + text)
-    print_to_stderr(describe_acceptance(found))
-    return 0
+    return run(options)
 
 
 def _named(text: str) -> Path:

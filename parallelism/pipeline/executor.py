@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...comm.async_comm import AsyncWork
 from ...comm.errors import CollectiveError
-from ...comm.groups import ProcessGroups
+from ...comm.groups import Group
 from ...comm.p2p import P2PChannel, P2PReceive, P2PSend, build_p2p_channel
 from ...comm.streams import DeviceStreams
 from ...comm.trace import NULL_RECORDER, PIPELINE_WAIT, SpanRecorder, TimelineTrack
@@ -91,17 +91,21 @@ class InstructionListener(Protocol):
 
 
 def build_p2p_channels(
-    groups: ProcessGroups,
+    next_group: Group,
+    prev_group: Group,
     device: torch.device,
     recorder: SpanRecorder = NULL_RECORDER,
     streams: DeviceStreams | None = None,
 ) -> dict[Direction, P2PChannel]:
-    """Return a channel per direction; none for one pipeline rank. `streams` defaults to those of `device`."""
-    if groups.topology.pp == 1:
+    """Return a channel per direction; none for one pipeline rank. `streams` defaults to those of `device`.
+
+    Both groups are of all pipeline ranks in order, and must be two: `ProcessGroups.create` says why.
+    """
+    if next_group.size == 1:
         return {}
     directions = (
-        (Direction.NEXT, groups.pp_next, TimelineTrack.P2P_NEXT),
-        (Direction.PREV, groups.pp_prev, TimelineTrack.P2P_PREV),
+        (Direction.NEXT, next_group, TimelineTrack.P2P_NEXT),
+        (Direction.PREV, prev_group, TimelineTrack.P2P_PREV),
     )
     return {
         direction: build_p2p_channel(group, device, recorder, track, streams) for direction, group, track in directions

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...comm.async_comm import AsyncWork
-from ...comm.trace import GRADIENT_SYNC_WAIT, SpanRecorder, TimelineTrack
-from .bucket import ParameterShard
+from ...comm.async_comm import AsyncWork, build_async_communicator
+from ...comm.groups import Group
+from ...comm.topology import Topology
+from ...comm.trace import GRADIENT_SYNC_WAIT, NULL_RECORDER, SpanRecorder, TimelineTrack
+from ...comm.traffic import TrafficCounter
+from .bucket import Bucket, BucketParameter, ParameterShard
 from .reduce import ALL_GATHER, GradientReducer, count_shard_traffic
 
 
@@ -46,7 +49,7 @@ class ShardedOptimizer:
         update: OptimizerUpdate,
         first_use: Sequence[int],
         bucket_order: Sequence[int],
-        recorder: SpanRecorder,
+        recorder: SpanRecorder = NULL_RECORDER,
     ) -> None:
         """Take for each bucket this rank's first instruction that uses it (`liveness.first_use`).
 
@@ -60,6 +63,35 @@ class ShardedOptimizer:
         self._order = tuple(bucket_order)
         self._gathering: dict[int, AsyncWork[None]] = {}
         self._recorder = recorder
+
+    @staticmethod
+    def over_parameters(
+        named_parameters: Iterable[tuple[str, Tensor]],
+        group: Group,
+        update: OptimizerUpdate,
+        *,
+        moments_dtype: torch.dtype | None = None,
+        has_weight_decay: Callable[[str, Tensor], bool] = lambda name, parameter: parameter.dim() >= 2,
+    ) -> ShardedOptimizer:
+        """Shard the state of parameters that are equal on all ranks of `group`, one bucket per dtype.
+
+        They and their `.grad` become views of the buckets, so that `reducer.begin_step` takes the place of `zero_grad`.
+        Without a program a step is: `reducer.begin_step`, any number of backwards, `reducer.finish_reduction`, `step`,
+        `wait_for_weights`. Gradients are summed: for a mean, `grad_scale` is 1 / ranks. Masters are FP32 at least;
+        `moments_dtype` is by default theirs.
+        """
+        members: dict[torch.dtype, list[BucketParameter]] = {}
+        for name, parameter in named_parameters:
+            wanted = BucketParameter(name, parameter, has_weight_decay(name, parameter))
+            members.setdefault(parameter.dtype, []).append(wanted)
+        buckets = [
+            Bucket(str(dtype), each, group, moments_dtype or torch.promote_types(dtype, torch.float32), dtype)
+            for dtype, each in members.items()
+        ]
+        worker = build_async_communicator(group, buckets[0].weights_N.device, track=TimelineTrack.REDUCE)
+        unused = [0] * len(buckets)
+        reducer = GradientReducer(buckets, unused, worker, TrafficCounter(Topology(), group.rank))
+        return ShardedOptimizer(reducer, update, unused, range(len(buckets)))
 
     def set_schedule(self, first_use: Sequence[int], last_use: Sequence[int]) -> None:
         """Set the first and last use of each bucket in the program of the next step.

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.line_reader import LineReader, read_complete_lines
 from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
-from .events import METRICS_FORMAT, Event
+from .events import METRICS_FILE, METRICS_FORMAT, Event, parse_number
 
 _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
 
@@ -55,6 +56,22 @@ def read_metrics(path: Path) -> list[Event]:
     Ignores a last line still being written. Raises `ConfigError` for a missing file, a broken line or another format.
     """
     return MetricsHistory(read_all_metrics(path)).events
+
+
+def metrics_table(run: Path, kind: str) -> dict[str, list[Any]]:
+    """Return the retained events of `kind` as columns, None where an event lacks a value.
+
+    `run` is the directory of a run or its `metrics.jsonl`. The first columns are `step` and `time`, in seconds since
+    the epoch. Raises `ConfigError` like `read_metrics`.
+    """
+    path = run / METRICS_FILE if run.is_dir() else run
+    events = [event for event in read_metrics(path) if event.kind == kind]
+    table: dict[str, list[Any]] = {"step": [event.step for event in events], "time": [event.time for event in events]}
+    for key in dict.fromkeys(key for event in events for key in event.values):
+        values = [event.values.get(key) for event in events]
+        # The file holds NaN and infinities as strings.
+        table[key] = [parse_number(value) or value if isinstance(value, str) else value for value in values]
+    return table
 
 
 def read_all_metrics(path: Path) -> list[Event]:

@@ -96,7 +96,7 @@ def open_executor(
 ) -> tuple[PipelineExecutor, list[P2PChannel]]:
     topology = Topology(pp=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=limit))
-    channels = build_p2p_channels(groups, torch.device("cpu"))
+    channels = build_p2p_channels(groups.pp_next, groups.pp_prev, torch.device("cpu"))
     return PipelineExecutor.from_program(program, world.rank, channels, groups.pp_next.ranks), list(channels.values())
 
 

@@ -110,6 +110,48 @@ def test_twenty_steps_are_those_of_the_unsharded_optimizer(ranks: int, dtype: to
             assert float((weight - params[name]).norm() / params[name].norm()) < tolerance
 
 
+def train_module(world: World, dtype: torch.dtype) -> list[Tensor]:
+    """Train a plain module on this rank's rows; the rank with the highest number has no rows."""
+    model, rows = small_module(dtype), drawn_rows(dtype)
+    group = Group.from_process_group(dist.group.WORLD)
+    optimizer = ShardedOptimizer.over_parameters(model.named_parameters(), group, AdamW(CONFIG))
+    for _ in range(3):
+        optimizer.reducer.begin_step()
+        for part in rows.tensor_split(world.size - 1)[world.rank : world.rank + 1]:
+            model(part).square().sum().backward()
+        optimizer.reducer.finish_reduction()
+        optimizer.step(RATE, 1 / world.size)
+        optimizer.wait_for_weights()
+    optimizer.close()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def small_module(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).to(dtype)
+
+
+def drawn_rows(dtype: torch.dtype) -> Tensor:
+    return torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_plain_module_is_trained_as_by_torchs_adamw_in_one_process(ranks: int) -> None:
+    model, rows = small_module(torch.float64), drawn_rows(torch.float64)
+    parts = [
+        {"params": [p for p in model.parameters() if (p.dim() >= 2) == decays], "weight_decay": decay}
+        for decays, decay in ((True, CONFIG.weight_decay), (False, 0.0))
+    ]
+    twin = torch.optim.AdamW(parts, RATE, (CONFIG.beta1, CONFIG.beta2), CONFIG.eps)
+    for _ in range(3):
+        twin.zero_grad()
+        (model(rows).square().sum() / ranks).backward()
+        twin.step()
+    for weights in run_processes(ranks, train_module, torch.float64):
+        for ours, theirs in zip(weights, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bf16_weights_are_the_rounded_masters_on_every_rank(ranks: int) -> None:
     """Rounding changes no master: after twenty steps the weights are those of FP32 weights, rounded."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.async_comm import AsyncWork, InlineCommunicator, TwoPartWork
-from shoestring.comm.exchange.api import DispatchedTokens
+from shoestring.comm.exchange.api import UNLABELED, DispatchedTokens
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
@@ -77,7 +77,7 @@ class WatchedExchange:
         tokens_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        label: ExchangeLabel,
+        label: ExchangeLabel = UNLABELED,
         *,
         keep_quantized: bool = False,
     ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:

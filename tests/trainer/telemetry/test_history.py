@@ -16,7 +16,13 @@ from shoestring.tests.launch.small_checkpoint import fifo, folder
 from shoestring.tests.trainer.telemetry.written_events import RUN_OF_FORMAT_1, run, step, write
 from shoestring.trainer.telemetry.downsample import read_downsampled_metrics
 from shoestring.trainer.telemetry.events import Event
-from shoestring.trainer.telemetry.history import MetricsReader, check_metrics_format, read_all_metrics, read_metrics
+from shoestring.trainer.telemetry.history import (
+    MetricsReader,
+    check_metrics_format,
+    metrics_table,
+    read_all_metrics,
+    read_metrics,
+)
 
 
 def test_a_number_of_metrics_without_end_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,3 +123,24 @@ def test_metrics_of_a_run_that_has_just_begun_are_read(read: Callable[[Path], ob
         path.write_text(text)
         read(path)
     check_metrics_format(tmp_path / "absent.jsonl")
+
+
+def test_a_table_has_a_row_per_retained_step_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    events = [
+        Event("step", 1, {"loss": 2.0, "tokens": 8}, 10.0),
+        Event("step", 2, {"loss": 9.0}, 11.0),
+        Event("resume", 1, {}, 12.0),
+        Event("step", 2, {"loss": float("-inf"), "text": "ok"}, 13.0),
+    ]
+    path.write_text("".join(event.to_json_line() + "\n" for event in events))
+    expected = {
+        "step": [1, 2],
+        "time": [10.0, 13.0],
+        "loss": [2.0, float("-inf")],
+        "tokens": [8, None],
+        "text": [None, "ok"],
+    }
+    assert metrics_table(tmp_path, "step") == metrics_table(path, "step") == expected
+    with pytest.raises(ConfigError, match="no such file; name the metrics"):
+        metrics_table(tmp_path / "none", "step")
