@@ -78,7 +78,7 @@ def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
     """Draw `loads`, one sequence of expert loads per step; neighboring steps are averaged if there are too many.
 
     A cell is blue below the mean, amber above, clear at it. One path per shade draws all of its cells: with half an
-    octave per shade and 120 columns, the 256 experts of a layer of DeepSeek-V3 take 20 to 60 kB.
+    octave per shade and 120 columns, the 256 experts of a layer of DeepSeek-V3 take 20 to 65 kB.
     """
     shades_EN = _shades(_averaged(np.array(loads, dtype=np.float64))).T
     experts, columns = shades_EN.shape
