@@ -14,7 +14,7 @@ from ...trainer.ledger.terms import (
     to_gpu_hours,
     to_label,
 )
-from .blocks import BarSegment, Block, Figure, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
+from .blocks import BarSegment, Block, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
 from .loss import step_annotations
 from .plot import Plot, Series
 from .run_record import RunRecord
@@ -66,7 +66,7 @@ def budget_section(record: RunRecord) -> PageSection:
 def _burn_down(record: RunRecord) -> Iterator[Block]:
     left, total = record.metric_points("budget_left"), record.total_steps
     if not left or total is None:
-        yield MissingDataNotice("No burn-down: no step has logged the budget left.", "")
+        yield MissingDataNotice("No burn-down: no step has logged the budget left.")
         return
     budget = left[0][1]
     if record.summary is not None:  # includes evaluations and waits after the last logged step
@@ -87,10 +87,8 @@ def _burn_down(record: RunRecord) -> Iterator[Block]:
         step_annotations=step_annotations(record),
         format_value=format_gpu_hours,
     )
-    picture = plot.svg()
-    if picture is not None:
-        note = "Above the dashed line the run spends less than its budget, below it more."
-        yield Figure("GPU-hours left of the budget, over optimizer steps", picture, plot.legend(), note)
+    note = "Above the dashed line the run spends less than its budget, below it more."
+    yield from plot.figures("GPU-hours left of the budget, over optimizer steps", note)
 
 
 def _buckets(summary: LedgerSummary) -> Iterator[Block]:

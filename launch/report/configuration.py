@@ -13,9 +13,7 @@ from .run_record import RunRecord
 def configuration_section(record: RunRecord) -> PageSection:
     """Return the section with the configuration of the last attempt, by group."""
     if not record.config:
-        return PageSection(
-            "configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.", "")]
-        )
+        return PageSection("configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.")])
     groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
     return PageSection("configuration", "Configuration", [ConfigurationBlock(groups)])
 

@@ -3,75 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
+from datetime import datetime
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ... import __version__
 from ...trainer.ledger.terms import to_label
 from ...trainer.memory.peak import MEMORY_LABELS
 from ..planner.forecast import StepForecast
-from .schedule_svg import svg_timeline
+from . import svg
+from .blocks import Figure, HeadlineCard, LegendEntry, PageSection, ReportPage, TableBlock, TableRow
+from .timeline import svg_timeline
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#22272e}"
-    "table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid #d5d9de}"
-    "td.n{text-align:right}.wide{overflow-x:auto}"
-)
 _COLORS = {
-    "weights": "#4a78b5",
-    "gradients": "#2f8f83",
-    "optimizer_states": "#a38cc6",
-    "activations": "#f0a830",
-    "delayed_wgrad": "#d9744f",
-    "p2p_messages": "#b55a8c",
-    "exchange_buffers": "#6f7f3f",
-    "workspace": "#8d99a6",
-    "outside_allocator": "#c9ced4",
+    "weights": "i",
+    "gradients": "b",
+    "optimizer_states": "w",
+    "activations": "f",
+    "delayed_wgrad": "k7",
+    "p2p_messages": "k1",
+    "exchange_buffers": "k2",
+    "workspace": "k9",
+    "outside_allocator": "k6",
 }
+_LEFT, _WIDTH, _RIGHT, _ROW = 60.0, 760.0, 80.0, 28.0
 
 
 def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
     """Return the page; `memory_gb` is the capacity of one GPU."""
-    figures = {
-        "step": f"{forecast.step_seconds:.3f} s",
-        "throughput": f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
-        "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, "
-        f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f} with fragmentation, of {memory_gb:g}",
-        "bottleneck": forecast.bottleneck,
-    }
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
-    view = "".join(
-        f"<tr><td>{escape(to_label(k))}</td><td class=n>{v:.3f}</td></tr>"
-        for k, v in forecast.deepseek_report_terms().items()
+    page = ReportPage(
+        title=title,
+        state="forecast",
+        state_style="busy",
+        header_lines=[f"bottleneck: {forecast.bottleneck}"],
+        cards=forecast_cards(forecast, memory_gb),
+        sections=forecast_sections(forecast, memory_gb),
+        created_at=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
+        version=__version__,
     )
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1><table>{rows}</table>"
-        f"<h2>Where a step goes (seconds, mean over ranks)</h2><table>{view}</table>"
-        f"<h2>Timeline</h2><div class=wide>{svg_timeline(forecast.program_times, 'seconds')}</div>"
-        f"<h2>Memory per pipeline rank</h2>{''.join(_memory_plot(forecast, memory_gb))}"
+    loader = PackageLoader(__package__, ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.tests["block"] = lambda block, name: type(block).__name__ == name
+    return environment.get_template("page.html").render(page=page)
 
 
-def _memory_plot(forecast: StepForecast, memory_gb: float) -> Iterator[str]:
-    width, height, step = 900, 22, 28
-    most = max(memory_gb, max(memory.total for memory in forecast.memory_by_rank) / 1e9) * 1.05
-    total = step * len(forecast.memory_by_rank) + 50
-    yield f'<svg viewBox="0 0 {width + 160} {total}" width="100%" font-size="13" font-family="system-ui,sans-serif">'
-    for rank, memory in enumerate(forecast.memory_by_rank):
-        x, y = 60.0, 10 + rank * step
-        yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
-        for part, color in _COLORS.items():
-            size = memory.__dict__[part] / 1e9 / most * width
-            label = f"{MEMORY_LABELS[part]}: {memory.__dict__[part] / 1e9:.1f} GB"
-            box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
-            yield f'<rect {box} fill="{color}"><title>{label}</title></rect>'
-            x += size
-        yield f'<text x="{x + 6:.1f}" y="{y + 16}">{memory.total / 1e9:.1f} GB</text>'
-    limit = 60 + memory_gb / most * width
-    yield f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{total - 40}" stroke="#b3261e" stroke-dasharray="4 3"/>'
-    x = 60
-    for part, color in _COLORS.items():
-        yield f'<rect x="{x}" y="{total - 24}" width="12" height="12" fill="{color}"/>'
-        yield f'<text x="{x + 17}" y="{total - 13}">{MEMORY_LABELS[part]}</text>'
-        x += 115
-    yield "</svg>"
+def forecast_cards(forecast: StepForecast, memory_gb: float) -> list[HeadlineCard]:
+    """Return the forecast's main figures."""
+    fragmented = f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f}"
+    return [
+        HeadlineCard("step", f"{forecast.step_seconds:.3f} s"),
+        HeadlineCard("throughput", f"{forecast.tokens_per_second_per_gpu:,.0f}", "tokens/s/GPU"),
+        HeadlineCard("MFU", f"{forecast.mfu:.2%}", note="causal, without MTP"),
+        HeadlineCard("GPUs", f"{forecast.gpus:,}"),
+        HeadlineCard("peak memory", f"{forecast.peak_memory.total / 1e9:.1f}", "GB"),
+        HeadlineCard("with fragmentation", fragmented, "GB", f"of {memory_gb:g} GB"),
+    ]
+
+
+def forecast_sections(forecast: StepForecast, memory_gb: float) -> list[PageSection]:
+    """Return the sections: where a step goes, timeline of all ranks, memory per rank."""
+    terms = [TableRow((to_label(name), f"{seconds:.3f}")) for name, seconds in forecast.deepseek_report_terms().items()]
+    table = TableBlock(("term", "seconds, mean over ranks"), terms, frozenset({1}))
+    timeline = Figure("", svg_timeline(forecast.program_times, unit="seconds"), is_wide=True)
+    legend = [LegendEntry(MEMORY_LABELS[part], color) for part, color in _COLORS.items()]
+    note = f"Dashed line: {memory_gb:g} GB of one GPU."
+    memory = Figure("GB at the peak, by pipeline rank", _memory_bars(forecast, memory_gb), legend, note, is_wide=True)
+    return [
+        PageSection("step", "Where a step goes", [table]),
+        PageSection("timeline", "Timeline", [timeline]),
+        PageSection("memory", "Memory", [memory]),
+    ]
+
+
+def _memory_bars(forecast: StepForecast, memory_gb: float) -> Markup:
+    capacity = 1e9 * memory_gb
+    scale = _WIDTH / max(capacity, *(memory.total for memory in forecast.memory_by_rank))
+    height = _ROW * len(forecast.memory_by_rank)
+    limit = _LEFT + capacity * scale
+
+    def rows() -> Iterator[Markup]:
+        for rank, memory in enumerate(forecast.memory_by_rank):
+            x, y = _LEFT, _ROW * rank
+            yield svg.text(0, y + 19, f"rank {rank}")
+            for part, color in _COLORS.items():
+                bytes_of_part = vars(memory)[part]
+                title = f"{MEMORY_LABELS[part]}: {bytes_of_part / 1e9:.1f} GB"
+                yield svg.group(title, [svg.rect(x, y + 3, bytes_of_part * scale, 22, color)])
+                x += bytes_of_part * scale
+            yield svg.text(_LEFT + _WIDTH + 12, y + 19, f"{memory.total / 1e9:.1f} GB")
+        yield svg.line(limit, 0, limit, height, "bad", stroke_dasharray="4 3")
+
+    width = "display:block;width:100%;min-width:600px"
+    return svg.page_picture(_LEFT + _WIDTH + _RIGHT, height, rows(), "memory by pipeline rank", style=width)

@@ -37,7 +37,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     found = collect_incidents(record)
     if not found:
         if not record.events and record.summary is None:
-            yield MissingDataNotice("Nothing is recorded yet.", "")
+            yield MissingDataNotice("Nothing is recorded yet.")
         else:
             yield Paragraph("None: no warning, no undone step, no attempt that ended early.")
         return

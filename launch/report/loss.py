@@ -34,38 +34,35 @@ def _curves(record: RunRecord) -> Iterator[Block]:
         Series("validation, EMA weights", record.metric_points("loss/averaged", "evaluation"), "c3"),
     ]
     floor = record.last_value("unigram_entropy", "evaluation")
+    marks = step_annotations(record)
     plot = Plot(
-        [each for each in series if each.points],
+        series,
         height=300,
         reference_lines=[] if floor is None else [("unigram entropy", floor)],
-        step_annotations=step_annotations(record),
+        step_annotations=marks,
         format_value=lambda value: f"{value:.3f}",
     )
-    picture = plot.svg()
-    if picture is None:
+    note = "Dashed vertical lines: a resume or a warning." if marks else ""
+    figures = list(plot.figures("Loss in nats/token, over optimizer steps", note))
+    if not figures:
         why = "no step is logged yet" if not record.step_events else "no logged loss is finite"
         yield MissingDataNotice(f"No curves: {why}.", "A run logs its first step, and every telemetry.log_every steps.")
         return
-    note = "Dashed vertical lines: a resume or a warning." if step_annotations(record) else ""
-    yield Figure("Loss in nats/token, over optimizer steps", picture, plot.legend(), note)
-    yield FigureRow([figure for figure in _small(record) if figure is not None])
+    yield from figures
+    yield FigureRow([*_small_plots(record)])
 
 
-def _small(record: RunRecord) -> Iterator[Figure | None]:
+def _small_plots(record: RunRecord) -> Iterator[Figure]:
+    """Yield plots of a third of the page's width."""
     shown = (
         ("Gradient norm", "grad_norm", "c1"),
         ("Learning rate", "learning_rate", "c3"),
         ("Tokens/s", "tokens_per_second", "c2"),
     )
     for title, key, style in shown:
-        yield small_figure(title, [Series(title.lower(), record.metric_points(key), style)])
-
-
-def small_figure(title: str, series: list[Series]) -> Figure | None:
-    """Return a plot of a third of the page's width, or None if there is nothing to draw."""
-    plot = Plot([each for each in series if each.points], width=300, height=150, y_axis_from_zero=True)
-    picture = plot.svg()
-    return None if picture is None else Figure(title, picture, plot.legend() if len(series) > 1 else ())
+        series = [Series(title.lower(), record.metric_points(key), style)]
+        plot = Plot(series, width=300, height=150, y_axis_from_zero=True, has_legend=False)
+        yield from plot.figures(title)
 
 
 def _sample(record: RunRecord) -> Iterator[Block]:

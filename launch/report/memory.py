@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from ...trainer.telemetry.events import Event, numbers_in_list, parse_number
-from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
+from .blocks import Block, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
 from .run_record import RunRecord
 
@@ -30,7 +30,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         for event in events
     ]
     limit = parse_number(events[-1].values.get("limit"))
-    plot = Plot(
+    yield from Plot(
         [
             Series("largest rank, peak", [(step, max(peak)) for step, _, peak in looks], "c2"),
             Series("largest rank", [(step, max(now)) for step, now, _ in looks], "c1"),
@@ -41,11 +41,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         reference_lines=[] if limit is None else [("capacity", limit)],
         format_value=_size,
         format_tick=_size,
-    )
-    picture = plot.svg()
-    if picture is not None:
-        quantity = str(events[-1].values.get("quantity"))
-        yield Figure(f"Bytes {quantity}, over optimizer steps", picture, plot.legend())
+    ).figures(f"Bytes {events[-1].values.get('quantity')}, over optimizer steps")
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)

@@ -1,19 +1,21 @@
-"""Line plots over steps, as SVG: colors are classes of the page's style sheet; hovering a step shows its values."""
+"""Line plots over steps; hovering a step shows its values."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ...trainer.telemetry.format import format_si
-from .blocks import LegendEntry
+from . import svg
+from .blocks import Figure, LegendEntry
 from .run_record import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
+_NARROW = 600
+"""Least pixels of a plot that spans the page; smaller ones keep their own width."""
 _MOST_POINTS = 800
 _MOST_BANDS = 240
 _LARGEST = 1e150
@@ -60,6 +62,7 @@ class Plot:
     """Formatter of values."""
     format_tick: Callable[[float], str] = format_number
     """Formatter of axis ticks."""
+    has_legend: bool = True
 
     @property
     def finite_points(self) -> list[Point]:
@@ -71,8 +74,15 @@ class Plot:
         return [
             LegendEntry(each.name, each.style, "" if each.is_dashed else self.format_value(each.points[-1][1]))
             for each in self.series
-            if each.points
+            if each.points and self.has_legend
         ]
+
+    def figures(self, title: str, note: str = "") -> Iterator[Figure]:
+        """Yield the plot with its legend; nothing if there is nothing to draw."""
+        picture = self.svg()
+        if picture is not None:
+            # A wide plot keeps its text readable on a narrow page, which scrolls it.
+            yield Figure(title, picture, self.legend(), note, is_wide=self.width > _NARROW)
 
     def svg(self) -> Markup | None:
         """Return the SVG, or None if there is nothing to draw."""
@@ -80,9 +90,9 @@ class Plot:
             return None
         canvas = _Canvas.of(self)
         body = [*_axes(canvas), *_marks(canvas), *_lines(canvas), *_bands(canvas)]
-        names = ", ".join(each.name for each in self.series)
-        head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{} over steps">')
-        return head.format(f"{self.width:g}", f"{self.height:g}", names) + Markup("").join(body) + Markup("</svg>")
+        names = ", ".join(each.name for each in self.series if each.points)
+        width = f"display:block;width:100%;min-width:{min(self.width, _NARROW):g}px"
+        return svg.page_picture(self.width, self.height, body, f"{names} over steps", style=width)
 
 
 @dataclass(frozen=True)
@@ -124,49 +134,39 @@ class _Canvas:
         return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - _TOP)
 
 
-def tick_values(low: float, high: float, most: int) -> list[float]:
-    """Return at most `most` round numbers from `low` to `high`."""
-    least = (high - low) / most
-    magnitude = 10.0 ** math.floor(math.log10(least))
-    step = next(step for base in (1, 2, 2.5, 5, 10, 20) if (step := base * magnitude) >= least)
-    return [step * index for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
 def _axes(canvas: _Canvas) -> Iterator[Markup]:
     plot = canvas.plot
-    for value in tick_values(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
+    for value in svg.tick_values(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
         y = canvas.y(value)
-        yield _line(_LEFT, y, canvas.right, y, "grid")
-        yield _text(_LEFT - 8, y + 4, plot.format_tick(value), "end")
-    for value in tick_values(0.0, canvas.last, 8 if plot.width > 600 else 4):
+        yield svg.line(_LEFT, y, canvas.right, y, "rule")
+        yield svg.text(_LEFT - 8, y + 4, plot.format_tick(value), "faint", text_anchor="end")
+    for value in svg.tick_values(0.0, canvas.last, 8 if plot.width > _NARROW else 4):
         if value == int(value):
-            yield _text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "middle")
+            yield svg.text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "faint", text_anchor="middle")
     for name, value in plot.reference_lines:
-        if not _is_drawn(value):
-            continue
-        y = canvas.y(value)
-        yield _line(_LEFT, y, canvas.right, y, "level")
-        yield _text(canvas.right, y - 5, f"{name} {plot.format_value(value)}", "end")
+        if _is_drawn(value):
+            y = canvas.y(value)
+            yield svg.line(_LEFT, y, canvas.right, y, "faint", stroke_dasharray="2 4")
+            yield svg.text(canvas.right, y - 5, f"{name} {plot.format_value(value)}", "faint", text_anchor="end")
 
 
 def _marks(canvas: _Canvas) -> Iterator[Markup]:
     for step, text in canvas.plot.step_annotations:
         if step <= canvas.last:
             x = canvas.x(step)
-            line = _line(x, _TOP, x, canvas.bottom, "mark")
-            yield Markup("<g><title>{}</title>").format(f"step {step:,.0f}: {text}") + line + Markup("</g>")
+            rule = svg.line(x, _TOP, x, canvas.bottom, "bad", stroke_dasharray="4 3", opacity=0.7)
+            yield svg.group(f"step {step:,.0f}: {text}", [rule])
 
 
 def _lines(canvas: _Canvas) -> Iterator[Markup]:
     for series in canvas.plot.series:
         points = downsample_points(series.points, _MOST_POINTS)
-        dashed = " dashed" if series.is_dashed else ""
-        yield Markup('<path class="line {}{}" d="{}"/>').format(series.style, dashed, _path(canvas, points))
+        shape = {"stroke_linejoin": "round", "stroke_linecap": "round"}
+        if series.is_dashed:
+            shape["stroke_dasharray"] = "1 5"
+        yield svg.path(_path(canvas, points), series.style, stroke_width=1.8, **shape)
         if len(points) <= _MOST_DOTS and not series.is_dashed:
-            for x, y in points:
-                if _is_drawn(y):
-                    place = f"{canvas.x(x):.1f}", f"{canvas.y(y):.1f}"
-                    yield Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.5"/>').format(series.style, *place)
+            yield from (svg.dot(canvas.x(x), canvas.y(y), 2.5, series.style) for x, y in points if _is_drawn(y))
 
 
 def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
@@ -205,15 +205,5 @@ def _bands(canvas: _Canvas) -> Iterator[Markup]:
     edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]
     for step, (left, right) in zip(steps, pairwise(edges), strict=True):
         text = "\n".join([f"step {step:,.0f}", *texts_by_step[step]])
-        size = f"{left:.1f}", f"{_TOP:g}", f"{max(right - left, 0.5):.1f}", f"{canvas.bottom - _TOP:g}"
-        strip = '<rect class="band" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>'
-        yield Markup(strip).format(*size, text)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return Markup(f'<line class="{style}" {ends}/>')
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+        strip = svg.rect(left, _TOP, max(right - left, 0.5), canvas.bottom - _TOP, "hover")
+        yield svg.group(text, [strip])

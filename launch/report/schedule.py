@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from ...comm.errors import ConfigError
 from ...comm.trace import TimelineTrack
-from ...parallelism.pipeline.draw import program_title
 from ...parallelism.pipeline.program import Op, PipelineProgram
 from ...parallelism.pipeline.schedules.registry import build_program
 from ...parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
@@ -20,7 +19,7 @@ from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
 from .blocks import Block, Figure, MissingDataNotice, PageSection, Paragraph
 from .run_record import RunRecord
-from .schedule_svg import SvgStyle, svg_timeline
+from .timeline import program_title, svg_timeline
 from .trace_svg import svg_layer_pair
 
 _RECORDS = "telemetry.trace=true records a timeline of some steps."
@@ -40,7 +39,7 @@ def schedule_section(record: RunRecord) -> PageSection:
 def _blocks(record: RunRecord) -> Iterator[Block]:
     program = _program(record)
     if program is None:
-        yield MissingDataNotice("No timeline: the configuration that names the schedule is not recorded.", "")
+        yield MissingDataNotice("No timeline: the configuration that names the schedule is not recorded.")
         return
     path = record.run_dir / TRACE_FOLDER / TRACE_FILE
     if not path.exists():
@@ -71,14 +70,14 @@ def _program(record: RunRecord) -> PipelineProgram | None:
 def _simulated(program: PipelineProgram) -> Iterator[Block]:
     simulated = simulate_program(program, OpDurations())
     note = "every F, I and W takes 1, FB without overlap"
-    yield _picture(
-        svg_timeline(simulated, note, _svg_style([simulated], f"{program_title(program)}, simulated", "time"))
-    )
+    heading = f"{program_title(program)}, simulated"
+    width, scale = _width_and_scale(simulated)
+    yield _wide(svg_timeline(simulated, note, heading=heading, scale=scale, min_width=width))
 
 
-def _picture(svg: str) -> Figure:
-    """Return an SVG that contains its heading as a figure."""
-    return Figure("", Markup(svg), is_wide=True)
+def _wide(picture: Markup) -> Figure:
+    """Return a picture that contains its heading as a figure."""
+    return Figure("", picture, is_wide=True)
 
 
 def _measured(record: RunRecord, program: PipelineProgram, path: Path) -> Iterator[Block]:
@@ -102,10 +101,11 @@ def _measured(record: RunRecord, program: PipelineProgram, path: Path) -> Iterat
         "the last backward. Simulated, with every instruction at the mean duration of its kind in that step, it takes "
         f"{ideal.makespan:.1f}\u00a0ms. The other {share:.1f}\u00a0% are uneven durations and P2P communication.{of}"
     )
+    width, scale = _width_and_scale(real, ideal)
     for heading, timeline in (("Measured", real), ("Simulated", ideal)):
-        yield _picture(svg_timeline(timeline, style=_svg_style((real, ideal), heading, "ms")))
+        yield _wide(svg_timeline(timeline, heading=heading, unit="ms", scale=scale, min_width=width))
     try:
-        yield _picture(svg_layer_pair(ranks))
+        yield _wide(svg_layer_pair(ranks))
     except ValueError:  # not every schedule overlaps layer pairs
         return
 
@@ -137,18 +137,7 @@ def mean_op_times(real: SimulatedTimes) -> OpDurations:
     return OpDurations(*(times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB)))
 
 
-def _svg_style(timelines: Sequence[SimulatedTimes], heading: str, unit: str) -> SvgStyle:
-    """Return the page's style, with one scale for all `timelines`."""
-    makespan = max(timeline.makespan for timeline in timelines)
+def _width_and_scale(*timelines: SimulatedTimes) -> tuple[float, float]:
+    """Return the pixels of the longest of a program's timelines, and pixels per unit of time for all of them."""
     width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
-    return SvgStyle(
-        text_color="currentColor",
-        muted_color="var(--faint)",
-        bubble_color="var(--bubble)",
-        line_color="var(--rule)",
-        background_color="none",
-        pixels_per_time_unit=width / makespan,
-        min_width=width,
-        time_unit=unit,
-        heading=heading,
-    )
+    return width, width / max(timeline.makespan for timeline in timelines)

@@ -9,11 +9,10 @@ from dataclasses import replace
 
 from ...comm.errors import Problem, raise_if_any
 from ...parallelism.pipeline.check import verify_program
-from ...parallelism.pipeline.draw import draw_ascii_timeline, program_to_json
-from ...parallelism.pipeline.program import Op, PipelineProgram
+from ...parallelism.pipeline.program import Op, PipelineProgram, program_as_dict
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
 from ...parallelism.pipeline.simulate import OpDurations, simulate_program
-from ..report.schedule_svg import svg_timeline
+from ..report.timeline import ascii_timeline, svg_timeline
 
 _OPTIONS = {"schedule": "NAME", "ranks": "--pp", "micro_batches": "--micro-batches", "chunks": "--chunks"}
 
@@ -38,11 +37,11 @@ def draw_schedule(
     program = build_program(name, ranks, micro_batches, chunks)
     verify_program(program)
     if output_format == "json":
-        return json.dumps(program_to_json(program))
+        return json.dumps(program_as_dict(program))
     unit_times = _unit_times(given)
     simulated = simulate_program(program, unit_times)
     if output_format == "ascii":
-        return draw_ascii_timeline(simulated)
+        return ascii_timeline(simulated)
     return svg_timeline(simulated, subtitle=_describe(unit_times, program))
 
 

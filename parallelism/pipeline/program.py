@@ -6,7 +6,7 @@ Schedules write programs with `RankProgramWriter`, which counts micro-batches.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from .placement import Direction, PlacementStyle, StagePlacement
@@ -102,6 +102,23 @@ class PipelineProgram:
         bidirectional = self.placement.style is PlacementStyle.BIDIRECTIONAL
         goes_back = bidirectional and self.placement.direction_of_chunk(work.chunk) is Direction.PREV
         return work.micro_batch + (self.micro_batches_in_chunk(0) if goes_back else 0)
+
+
+def program_as_dict(program: PipelineProgram) -> dict[str, object]:
+    """Return the program as plain values, for JSON. `pp` is the number of pipeline ranks."""
+    return {
+        "schedule": program.schedule,
+        "pp": program.ranks,
+        "micro_batches": program.num_micro_batches,
+        "ranks": [[_instruction_as_dict(instruction) for instruction in row] for row in program.instructions],
+    }
+
+
+def _instruction_as_dict(instruction: Instruction) -> dict[str, object]:
+    forward, backward = instruction.forward, instruction.backward
+    if forward is not None and backward is not None:
+        return {"op": instruction.op.value, "forward": asdict(forward), "backward": asdict(backward)}
+    return {"op": instruction.op.value, **asdict(instruction.chunk_micro_batches[0])}
 
 
 def count_in_flight(program: PipelineProgram) -> tuple[tuple[int, ...], ...]:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from shoestring.launch.report.plot import Plot, Series, downsample_points, tick_values
+from shoestring.launch.report.plot import Plot, Series, downsample_points
 
 
 def drawn(series: Series) -> list[str]:
@@ -39,15 +39,3 @@ def test_a_long_run_keeps_its_spikes_and_a_small_picture() -> None:
     picture = Plot([Series("loss", points)]).svg()
     assert picture is not None
     assert len(picture) < 100_000
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "most", "expected"),
-    [
-        (0.0, 196.0, 8, [0, 25, 50, 75, 100, 125, 150, 175]),
-        (4.1, 7.9, 5, [5, 6, 7]),
-        (-0.02, 0.11, 5, [0, 0.05, 0.1]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, most: int, expected: list[float]) -> None:
-    assert tick_values(low, high, most) == pytest.approx(expected)

@@ -26,7 +26,7 @@ def test_the_picture_is_that_of_median_length_and_to_scale() -> None:
     assert "120.0 ms, 8 % of it waiting" in text
     assert all(part in text for part in (FORWARD, BACKWARD, "rank 1", "of 3 in this trace"))
     boxes = {}
-    for group in root.iter("{http://www.w3.org/2000/svg}g"):
+    for group in root.findall("{http://www.w3.org/2000/svg}g[{http://www.w3.org/2000/svg}title]"):
         title, box = group[0].text, group[1]
         assert title is not None
         boxes[title.partition(":")[0]] = (float(box.attrib["x"]), float(box.attrib["width"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.parallelism.pipeline.draw import program_to_json
+from shoestring.parallelism.pipeline.program import program_as_dict
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.tests.launch.command_line import exit_code
 
@@ -18,7 +18,7 @@ def schedule(*arguments: str) -> int:
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("dualpipe", "--pp", "4", "--micro-batches", "10", "--format", "json") == 0
-    assert json.loads(capsys.readouterr().out) == program_to_json(build_program("dualpipe", 4, 10))
+    assert json.loads(capsys.readouterr().out) == program_as_dict(build_program("dualpipe", 4, 10))
 
 
 def test_ascii_is_the_default_and_times_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,13 @@
-"""A program as an SVG timeline."""
+"""A program as a timeline, in text and as SVG: to scale and complete."""
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
 
-from shoestring.launch.report.schedule_svg import svg_timeline
+from shoestring.launch.report.timeline import ascii_timeline, svg_timeline
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 
@@ -41,3 +42,34 @@ def test_svg_gives_in_flight_and_bubble_a_column() -> None:
     words = [text.text for text in root.iter(f"{SVG}text")]
     assert words[words.index("chunks, peak") + 1 :][:4] == ["4", "3", "2", "1"]
     assert words[words.index("bubble") + 2 :][:4] == ["9"] * 4
+
+
+def test_ascii_is_to_scale() -> None:
+    assert ascii_timeline(simulate_program(build_program("1f1b", 2, 2), OpDurations())).splitlines() == [
+        "1f1b: 2 ranks, 2 micro-batches",
+        "rank 0 |F0 F1 ......B0--- ...B1--- | bubble 3, in flight 2",
+        "rank 1 |...F0 B0--- F1 B1--- ......| bubble 3, in flight 1",
+        "makespan 9, bubble 33.3 % of the ranks' time",
+    ]
+
+
+def test_ascii_distinguishes_chunks() -> None:
+    two = ascii_timeline(simulate_program(build_program("dualpipe", 2, 4), OpDurations()))
+    assert "|F0 f0 F1 b0--- f1B0---- " in two
+    three = ascii_timeline(simulate_program(build_program("interleaved", 1, 1, 3), OpDurations()))
+    assert "|F0a F0b F0c B0c---- B0b---- B0a---- |" in three
+
+
+@pytest.mark.parametrize(
+    "times", [OpDurations(), OpDurations(1, 1.6, 0.8, forward_backward=2.6), OpDurations(0.3, 0.4, 0.1)], ids=str
+)
+@pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
+def test_ascii_rows_are_equally_long_and_name_every_instruction(schedule: str, times: OpDurations) -> None:
+    program = build_program(schedule, 4, 12)
+    rows = [
+        line[line.index("|") : line.rindex("|")]
+        for line in ascii_timeline(simulate_program(program, times)).splitlines()[1:-1]
+    ]
+    assert len({len(row) for row in rows}) == 1
+    for row, instructions in zip(rows, program.instructions, strict=True):
+        assert len(re.findall(r"[FBIWfbiw][0-9Bb]+[-\w]*", row)) == len(instructions)
