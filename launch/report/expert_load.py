@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ...trainer.telemetry.events import numbers_in_list
-from .blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
+from ..answers.blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
 from .heat_map import heat_map
 from .plot import Plot, Series
 from .run_record import RunRecord

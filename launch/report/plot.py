@@ -10,7 +10,7 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 from ...trainer.telemetry.format import format_si
-from .blocks import LegendEntry
+from ..answers.blocks import LegendEntry
 from .run_record import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0
