@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from .blocks import (
@@ -68,7 +67,7 @@ def _parts(block: Block) -> Iterator[RenderableType | PreformattedText]:
 
 
 def _table(block: TableBlock) -> Table:
-    drawn = Table(title=escape(block.title) or None, title_justify="left", show_header=bool(block.headings))
+    drawn = Table(title=block.title or None, title_justify="left", show_header=bool(block.headings))
     columns = len(block.headings) or max((len(row.cells) for row in block.rows), default=0)
     for index in range(columns):
         heading = block.headings[index] if block.headings else ""
@@ -76,5 +75,5 @@ def _table(block: TableBlock) -> Table:
     for row in block.rows:
         if row.is_total:
             drawn.add_section()
-        drawn.add_row(*(escape(str(cell)) for cell in row.cells))
+        drawn.add_row(*(str(cell) for cell in row.cells))
     return drawn
