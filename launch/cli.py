@@ -7,28 +7,46 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 
 from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.file_io import os_error_to_problem
 from .console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
-from .parsers import checkpoints, data, machine, model, planning, runs, training
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
 
 EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
 _VERBS_THAT_START = ("train", "cluster", "rehearse", "calibrate", "bench")
-# In the order of `shoestring -h`.
-_FAMILIES = (
-    training.add_commands,
-    model.add_commands,
-    planning.add_commands,
-    machine.add_commands,
-    runs.add_commands,
-    checkpoints.add_commands,
-    data.add_commands,
-)
+# Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`.
+_VERBS = {
+    "train": ("run.train", "train a model; resumes from the run's last checkpoint if there is one"),
+    "cluster": ("cluster.verb", "train on simulated nodes: network namespaces on this machine"),
+    "params": ("verbs.params", "parameters, FLOPs per token and activations of a model"),
+    "memory": ("verbs.memory", "memory of each rank of a run, by kind"),
+    "schedule": ("verbs.schedule", "check and draw a pipeline program"),
+    "partition": ("verbs.partition", "layers, parameters and FLOPs of each pipeline stage"),
+    "simulate": ("verbs.simulate", "forecast step time, memory and cost of one layout"),
+    "plan": ("verbs.plan", "search the fastest layouts, with their cost against the budget"),
+    "calibrate": ("verbs.calibrate", "measure this machine for the planner, and write it as a cluster"),
+    "rehearse": (
+        "rehearsal.verb",
+        "run one step of a GPU run's real code on fake CUDA tensors; needs no GPU and no data",
+    ),
+    "doctor": ("verbs.doctor", "which implementation runs each operation on this machine"),
+    "bench": ("bench.verb", "benchmark a part of this machine"),
+    "budget": ("verbs.budget", "cost of a run, compared with DeepSeek-V3's 2.788 M GPU-hours"),
+    "report": ("verbs.report", "report of a run: loss, cost, timeline, incidents"),
+    "watch": ("verbs.watch", "live view of a run in the terminal, until it ends or Ctrl-C"),
+    "dashboard": ("verbs.dashboard", "print the wandb workspace for a run's metrics as JSON"),
+    "trace": ("verbs.trace", "time per term of a traced run, and a picture of its timeline"),
+    "checkpoint": ("verbs.checkpoint", "list, verify and compare checkpoints"),
+    "import": ("verbs.import_weights", "create a checkpoint from Hugging Face weights (DeepseekV3ForCausalLM)"),
+    "export": ("verbs.export_weights", "write a checkpoint as a Hugging Face directory (transformers, vLLM)"),
+    "generate": ("verbs.generate", "generate text from a checkpoint, with MTP as draft model"),
+    "data": ("verbs.data", "prepare a corpus, or inspect a prepared one"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides may come before, between and after options."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(next((text for text in arguments if not text.startswith("-")), None))
     # argparse fills a list of positionals once, with those before the next option, and has no intermixed parsing for
     # subcommands: the arguments that it does not know are overrides too.
     options, unknown = parser.parse_known_args(arguments)
@@ -88,14 +107,19 @@ def _error_heading(options: argparse.Namespace) -> str:
     return "error"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """Return the parser of all verbs, with the options of the one that is asked for."""
     parser = argparse.ArgumentParser(
         prog="shoestring", description="Pretrain a mixture-of-experts model inside a GPU-hour budget."
     )
     parser.add_argument("--version", action="version", version=f"shoestring {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add_commands in _FAMILIES:
-        add_commands(verbs)
+    for name, (path, text) in _VERBS.items():
+        verb = verbs.add_parser(name, help=text)
+        if name == asked:
+            module = import_module(f".{path}", __package__)
+            verb.set_defaults(run=module.run)
+            module.add_arguments(verb)
     return parser
 
 

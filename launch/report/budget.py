@@ -14,7 +14,7 @@ from ...trainer.ledger.terms import (
     to_gpu_hours,
     to_label,
 )
-from .blocks import BarSegment, Block, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
+from ..answers.blocks import BarSegment, Block, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
 from .loss import step_annotations
 from .plot import Plot, Series
 from .run_record import RunRecord
@@ -160,7 +160,7 @@ def _comparison(summary: LedgerSummary) -> TableBlock:
     whole = PUBLISHED_TOTAL_GPU_HOURS
     lines.append(("total", format_gpu_hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
     heads, title = ("GPU-hours", "this run", "DeepSeek-V3", "ratio"), "Compared with DeepSeek-V3 on H800"
-    return TableBlock(heads, [TableRow(cells) for cells in lines], frozenset({1, 2, 3}), title)
+    return TableBlock(heads, [TableRow(cells) for cells in lines], title)
 
 
 def _ratio(share: float) -> str:
@@ -181,4 +181,4 @@ def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> Table
 
 def _table(lines: list[TableRow], note: str, *, title: str = "", is_folded: bool = False) -> TableBlock:
     heads = ("category", "GPU-hours", "share", "meaning")
-    return TableBlock(heads, lines, frozenset({1, 2}), title, note, is_folded)
+    return TableBlock(heads, lines, title, note, is_folded)

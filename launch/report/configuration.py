@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .blocks import ConfigurationBlock, MissingDataNotice, PageSection
+from ..answers.blocks import ConfigurationBlock, MissingDataNotice, PageSection
 from .run_record import RunRecord
 
 

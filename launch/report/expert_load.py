@@ -10,8 +10,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from ...trainer.telemetry.events import numbers_in_list
+from ..answers.blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
 from . import svg
-from .blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
 from .plot import Plot, Series
 from .run_record import RunRecord
 

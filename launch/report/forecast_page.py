@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ... import __version__
 from ...trainer.ledger.terms import to_label
 from ...trainer.memory.peak import MEMORY_LABELS
+from ..answers.blocks import Answer, Figure, HeadlineCard, LegendEntry, PageSection, Quantity, table
+from ..answers.page import html_page
 from ..planner.forecast import StepForecast
 from . import svg
-from .blocks import Figure, HeadlineCard, LegendEntry, PageSection, ReportPage, TableBlock, TableRow
 from .timeline import svg_timeline
 
 _COLORS = {
@@ -32,22 +30,16 @@ _LEFT, _WIDTH, _RIGHT, _ROW = 60.0, 760.0, 80.0, 28.0
 
 def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
     """Return the page; `memory_gb` is the capacity of one GPU."""
-    page = ReportPage(
+    answer = Answer(
         title=title,
+        data=None,
         state="forecast",
         state_style="busy",
         header_lines=[f"bottleneck: {forecast.bottleneck}"],
         cards=forecast_cards(forecast, memory_gb),
         sections=forecast_sections(forecast, memory_gb),
-        created_at=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
-        version=__version__,
     )
-    loader = PackageLoader(__package__, ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["block"] = lambda block, name: type(block).__name__ == name
-    return environment.get_template("page.html").render(page=page)
+    return html_page(answer, "shoestring simulate")
 
 
 def forecast_cards(forecast: StepForecast, memory_gb: float) -> list[HeadlineCard]:
@@ -65,14 +57,16 @@ def forecast_cards(forecast: StepForecast, memory_gb: float) -> list[HeadlineCar
 
 def forecast_sections(forecast: StepForecast, memory_gb: float) -> list[PageSection]:
     """Return the sections: where a step goes, timeline of all ranks, memory per rank."""
-    terms = [TableRow((to_label(name), f"{seconds:.3f}")) for name, seconds in forecast.deepseek_report_terms().items()]
-    table = TableBlock(("term", "seconds, mean over ranks"), terms, frozenset({1}))
+    terms = [
+        (to_label(name), Quantity(seconds, f"{seconds:.3f}"))
+        for name, seconds in forecast.deepseek_report_terms().items()
+    ]
     timeline = Figure("", svg_timeline(forecast.program_times, unit="seconds"), is_wide=True)
     legend = [LegendEntry(MEMORY_LABELS[part], color) for part, color in _COLORS.items()]
     note = f"Dashed line: {memory_gb:g} GB of one GPU."
     memory = Figure("GB at the peak, by pipeline rank", _memory_bars(forecast, memory_gb), legend, note, is_wide=True)
     return [
-        PageSection("step", "Where a step goes", [table]),
+        PageSection("step", "Where a step goes", [table("", ("term", "seconds, mean over ranks"), terms)]),
         PageSection("timeline", "Timeline", [timeline]),
         PageSection("memory", "Memory", [memory]),
     ]

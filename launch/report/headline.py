@@ -11,7 +11,7 @@ from ...trainer.ledger.render import format_gpu_hours, format_percent
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.events import parse_number
 from ...trainer.telemetry.format import format_duration, format_si
-from .blocks import HeadlineCard
+from ..answers.blocks import HeadlineCard
 from .run_record import Point, RunRecord
 
 UNKNOWN_VALUE = "–"

@@ -13,7 +13,7 @@ from ...trainer.ledger.journal import Record
 from ...trainer.ledger.records import check_record, read_checked_records
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
-from .blocks import Block, MissingDataNotice, PageSection, Paragraph, TableBlock, TableRow
+from ..answers.blocks import Block, Cell, MissingDataNotice, PageSection, Paragraph, number, table
 from .run_record import RunRecord
 
 
@@ -41,11 +41,10 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         else:
             yield Paragraph("None: no warning, no undone step, no attempt that ended early.")
         return
-    lines = [
-        TableRow((_clock(each.time), "" if each.step is None else f"{each.step:,}", each.category, each.text))
-        for each in found
+    lines: list[tuple[Cell, ...]] = [
+        (_clock(each.time), "" if each.step is None else number(each.step), each.category, each.text) for each in found
     ]
-    yield TableBlock(("time", "step", "category", "message"), lines, frozenset({1}))
+    yield table("", ("time", "step", "category", "message"), lines)
 
 
 def collect_incidents(record: RunRecord) -> list[Incident]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...trainer.telemetry.format import strip_control_codes
-from .blocks import Block, Figure, FigureRow, MissingDataNotice, PageSection, PreformattedText
+from ..answers.blocks import Block, Figure, FigureRow, MissingDataNotice, PageSection, PreformattedText
 from .plot import Plot, Series
 from .run_record import RunRecord
 

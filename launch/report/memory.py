@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from ...trainer.telemetry.events import Event, numbers_in_list, parse_number
-from .blocks import Block, MissingDataNotice, PageSection, TableBlock, TableRow
+from ..answers.blocks import Block, MissingDataNotice, PageSection, Quantity, table
 from .plot import Plot, Series
 from .run_record import RunRecord
 
@@ -45,8 +45,10 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)
-        lines = [TableRow((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
-        yield TableBlock(("", "latest", "peak"), lines, frozenset({1, 2}), "Memory per rank")
+        lines = [
+            (f"rank {rank}", Quantity(held, _size(held)), Quantity(most, _size(most))) for rank, held, most in rows
+        ]
+        yield table("Memory per rank", ("", "latest", "peak"), lines)
 
 
 def _is_whole(event: Event) -> bool:

@@ -1,15 +1,12 @@
-"""Report as one self-contained HTML file."""
+"""Report of a run: its sections in order."""
 
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from ... import __version__
-from .blocks import ReportPage
+from ..answers.blocks import Answer
+from ..answers.page import html_page
 from .budget import budget_section
 from .configuration import configuration_section
 from .expert_load import expert_load_section
@@ -33,20 +30,18 @@ _SECTIONS = (
 
 def html_report(record: RunRecord) -> str:
     """Return the HTML page of one run."""
+    return html_page(report_answer(record), "shoestring report")
+
+
+def report_answer(record: RunRecord) -> Answer:
+    """Return the report of one run: its main figures, then a section for each question."""
     word, style = run_state(record)
-    page = ReportPage(
+    return Answer(
         title=Path(os.path.realpath(record.run_dir)).name,
+        data=None,
+        sections=[section(record) for section in _SECTIONS],
+        cards=headline_cards(record),
+        header_lines=list(header_lines(record)),
         state=word,
         state_style=style,
-        header_lines=list(header_lines(record)),
-        cards=headline_cards(record),
-        sections=[section(record) for section in _SECTIONS],
-        created_at=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
-        version=__version__,
     )
-    loader = PackageLoader(__package__, ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["block"] = lambda block, name: type(block).__name__ == name
-    return environment.get_template("page.html").render(page=page)

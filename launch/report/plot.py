@@ -9,8 +9,8 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from ...trainer.telemetry.format import format_si
+from ..answers.blocks import Figure, LegendEntry
 from . import svg
-from .blocks import Figure, LegendEntry
 from .run_record import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 12.0, 26.0

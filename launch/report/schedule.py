@@ -17,7 +17,7 @@ from ...parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simula
 from ...trainer.ledger.terms import INSTRUCTIONS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
-from .blocks import Block, Figure, MissingDataNotice, PageSection, Paragraph
+from ..answers.blocks import Block, Figure, MissingDataNotice, PageSection, Paragraph
 from .run_record import RunRecord
 from .timeline import program_title, svg_timeline
 from .trace_svg import svg_layer_pair

@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from markupsafe import Markup, escape
 
-_SHEET = (files(__package__) / "style.css").read_text(encoding="utf-8")
+_SHEET = (files("shoestring.launch.answers") / "style.css").read_text(encoding="utf-8")
 _COLOR = re.compile(r"--([\w-]+): (#\w+)")
 _LIGHT_SHEET, _, _DARK_SHEET = _SHEET.partition("prefers-color-scheme: dark")
 LIGHT: Mapping[str, str] = dict(_COLOR.findall(_LIGHT_SHEET))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
@@ -19,27 +18,35 @@ from ...trainer.memory.activations import (
     moe_layer_activations,
     saved_bytes,
 )
+from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, TableBlock, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 
 _PUBLISHED_LENGTH = 4096
 
 
-def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[str, object]:
-    """Return the figures as plain values; FLOPs are per token, forward plus backward."""
-    config = compose_model_config(overrides, config_dir)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    add_answer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the figures of the model that the options describe."""
+    return print_answer(options, params_answer(compose_model_config(options.overrides, options.config_dir)))
+
+
+def params_answer(config: RunConfig) -> Answer:
+    """Return the figures; FLOPs are per token, forward plus backward."""
     count, length = count_parameters(config.model), config.training.sequence_length
-    flops = count_flops(config.model, length)
-    return {
+    flops, policy = count_flops(config.model, length), config.recompute.recompute_modules
+    activations = {
+        layer: {"no_recompute": saved_bytes(kept), "with_recompute": saved_bytes(kept, policy)}
+        for layer, kept in _layers(config).items()
+    }
+    data = {
         "model": config.model.name,
-        "parameters": {
-            "main": count.main,
-            "main_active": count.main_active,
-            "mtp": count.mtp,
-            "mtp_active": count.mtp_active,
-            "embedding": count.embedding,
-            "head": count.head,
-            "routed_experts": count.routed_experts,
-        },
+        "parameters": vars(count) | {"routed_experts_active": _active_experts(config)},
         "sequence_length": length,
         "flops_per_token": {
             "main": flops.main_model,
@@ -47,52 +54,49 @@ def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[st
             "main_full_attention": flops.main_model_full_attention,
         },
         "convention": FLOP_CONVENTION,
-        "activation_bytes": {
-            layer: {
-                "no_recompute": saved_bytes(kept),
-                "with_recompute": saved_bytes(kept, config.recompute.recompute_modules),
-            }
-            for layer, kept in _layers(config).items()
-        },
+        "activation_bytes": activations,
     }
+    return Answer.from_blocks(f"Parameters of {config.model.name}", data, list(_blocks(config, activations)))
 
 
-def params_table(overrides: Sequence[str], config_dir: Path | None) -> RenderableType:
-    """Return the figures as tables."""
-    config = compose_model_config(overrides, config_dir)
-    count, length = count_parameters(config.model), config.training.sequence_length
-    flops = count_flops(config.model, length)
-    parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
-    for heading in ("part", "all", "active per token"):
-        parameters.add_column(heading, justify="left" if heading == "part" else "right")
-    parameters.add_row("main model, embedding and head included", _big(count.main), _big(count.main_active))
-    parameters.add_row("  embedding", _big(count.embedding), _big(count.embedding))
-    parameters.add_row("  head", _big(count.head), _big(count.head))
-    active_experts = count.routed_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
-    parameters.add_row("  routed experts", _big(count.routed_experts), _big(active_experts))
-    if config.model.num_nextn_predict_layers:
-        parameters.add_row("MTP modules, in addition", _big(count.mtp), _big(count.mtp_active))
-    table = Table(title=f"Training FLOPs per token at sequence length {length}", title_justify="left")
-    table.add_column("convention")
-    table.add_column("GFLOP", justify="right")
-    table.add_row("main model, causal attention", _giga(flops.main_model))
-    if config.model.num_nextn_predict_layers:
-        table.add_row("main model and MTP, causal attention", _giga(flops.main_and_mtp))
-    table.add_row("main model, full (non-causal) attention", _giga(flops.main_model_full_attention))
-    return Group(parameters, table, f"Convention: {FLOP_CONVENTION}.\n", _activations(config))
+def _blocks(config: RunConfig, activations: dict[str, dict[str, int]]) -> Iterator[Block]:
+    model, length = config.model, config.training.sequence_length
+    count, flops, has_mtp = count_parameters(model), count_flops(model, length), model.num_nextn_predict_layers > 0
+    rows = {
+        "main model, embedding and head included": (count.main, count.main_active),
+        "  embedding": (count.embedding, count.embedding),
+        "  head": (count.head, count.head),
+        "  routed experts": (count.routed_experts, _active_experts(config)),
+    } | ({"MTP modules, in addition": (count.mtp, count.mtp_active)} if has_mtp else {})
+    cells = [(name, *map(_big, sizes)) for name, sizes in rows.items()]
+    yield table(f"Parameters of {model.name}", ("part", "all", "active per token"), cells)
+    conventions = {"main model, causal attention": flops.main_model}
+    if has_mtp:
+        conventions["main model and MTP, causal attention"] = flops.main_and_mtp
+    conventions["main model, full (non-causal) attention"] = flops.main_model_full_attention
+    title = f"Training FLOPs per token at sequence length {length}"
+    yield table(title, ("convention", "GFLOP"), [(name, _giga(size)) for name, size in conventions.items()])
+    yield Paragraph(f"Convention: {FLOP_CONVENTION}.\n")
+    yield _activations(config, activations)
 
 
-def _activations(config: RunConfig) -> Table:
+def _active_experts(config: RunConfig) -> int:
+    """Return the parameters of the routed experts that one token activates."""
+    all_experts = count_parameters(config.model).routed_experts
+    return all_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
+
+
+def _activations(config: RunConfig, activations: dict[str, dict[str, int]]) -> TableBlock:
     """Return the saved activations per layer, without recompute and with the configured modules."""
     length, policy = config.training.sequence_length, config.recompute.recompute_modules
     title = f"Saved activations per layer, one sequence of {length} tokens, BF16 on a GPU (predicted)"
-    table = Table(title=title, title_justify="left")
-    for heading in ("layer", "no recompute, MiB", *([f"recompute {', '.join(sorted(policy))}"] if policy else [])):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for layer, kept in _layers(config).items():
-        sizes = [saved_bytes(kept)] + ([saved_bytes(kept, policy)] if policy else [])
-        table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in sizes))
-    return table
+    columns = {"no_recompute": "no recompute, MiB"}
+    if policy:
+        columns["with_recompute"] = f"recompute {', '.join(sorted(policy))}"
+    rows: list[Sequence[Cell]] = [
+        (layer, *(number(sizes[key], ",.1f", scale=2**-20) for key in columns)) for layer, sizes in activations.items()
+    ]
+    return table(title, ("layer", *columns.values()), rows)
 
 
 def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
@@ -112,12 +116,12 @@ def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> R
     return compose_run_config([*vocabulary, *([] if given else length), *overrides], config_dir)
 
 
-def _big(count: int) -> str:
+def _big(count: int) -> Quantity:
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,}"
+            return number(count, ".2f", f" {unit}", scale=1 / size)
+    return number(count)
 
 
-def _giga(flops: float) -> str:
-    return f"{flops / 1e9:.1f}" if flops >= 1e9 else f"{flops / 1e9:.4f}"
+def _giga(flops: float) -> Quantity:
+    return number(flops, ".1f" if flops >= 1e9 else ".4f", scale=1e-9)

@@ -8,7 +8,9 @@ import pytest
 
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config
+from shoestring.launch.verbs.params import params_answer
 from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.renderings import check_renderings
 
 # DeepSeek-V3 (report §4.2 and the released configuration).
 VOCABULARY, HIDDEN, LAYERS, DENSE_LAYERS = 129_280, 7_168, 61, 3
@@ -56,6 +58,7 @@ def test_deepseek_v3_has_the_published_parameters(capsys: pytest.CaptureFixture[
         "embedding": EMBEDDING,
         "head": EMBEDDING,
         "routed_experts": MOE_LAYERS * EXPERTS * EXPERT,
+        "routed_experts_active": MOE_LAYERS * TOP_K * EXPERT,
     }
     assert (parameters["main"], parameters["main_active"]) == (671_026_404_352, 37_552_282_624)
     assert parameters["mtp"] == 11_610_067_968
@@ -122,3 +125,8 @@ def test_refused_input_exits_with_2_and_a_line_a_problem(capsys: pytest.CaptureF
     first, *others = output.err.splitlines()
     assert first == "shoestring params: error"
     assert [line.split(" = ")[0].strip() for line in others] == ["model", "trainin"]
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280", "recompute=deepseek_v3"])
+    check_renderings(params_answer(config), smallest_number_of_quantities=14)

@@ -1,0 +1,1 @@
+"""Answer of a verb, and its three renderings: terminal, JSON and HTML."""

@@ -1,0 +1,47 @@
+"""Options of verbs that answer a question, and printing of the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ...comm.errors import ConfigError, Problem
+from ..console import print_or_raise, print_to_stderr
+from .blocks import Answer
+
+
+def add_override_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a verb that composes a configuration."""
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
+    parser.add_argument("--config-dir", type=Path, help="directory with your own configuration groups")
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add --format and --html, which `print_answer` reads."""
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the answer as an HTML page")
+
+
+def print_answer(options: argparse.Namespace, answer: Answer) -> int:
+    """Print the answer as --format says, write the page of --html, and return the verb's exit code."""
+    if options.html is not None:
+        from .page import html_page
+
+        write_output(options.html, html_page(answer, f"shoestring {options.verb}"), "--html")
+        print_to_stderr(f"Wrote {options.html}")
+    if options.format == "json":
+        print_or_raise(json.dumps(answer.data, indent=1))
+    else:
+        from .terminal import terminal_text
+
+        print_or_raise(terminal_text(answer))
+    return answer.exit_code
+
+
+def write_output(path: Path, text: str, option: str) -> None:
+    """Write `text` to the file of `option`. Raises `ConfigError` if it cannot be written."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError([Problem(option, str(path), f"cannot be written: {error.strerror}")]) from None

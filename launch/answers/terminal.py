@@ -1,0 +1,79 @@
+"""Answer as text for a terminal or a pipe."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from .blocks import (
+    Answer,
+    Block,
+    ConfigurationBlock,
+    Figure,
+    FigureRow,
+    MissingDataNotice,
+    Paragraph,
+    PreformattedText,
+    StackedBar,
+    TableBlock,
+)
+
+
+def terminal_text(answer: Answer, *, width: int | None = None, colors: bool | None = None) -> str:
+    """Return the answer as text; the defaults of width and colors are those of standard output."""
+    drawn, terminal = io.StringIO(), sys.stdout.isatty() if colors is None else colors
+    console = Console(file=drawn, force_terminal=terminal or None, markup=False, width=width)
+    for card in answer.cards:
+        console.print(" ".join(filter(None, (f"{card.name}:", card.value, card.unit, card.note and f"({card.note})"))))
+    for section in answer.sections:
+        if section.title:
+            console.print(f"\n{section.title}", style="bold")
+        for block in section.blocks:
+            for part in _parts(block):
+                if isinstance(part, PreformattedText):
+                    drawn.write(f"{part.text}\n")  # rich would wrap its lines
+                else:
+                    console.print(part)
+    return drawn.getvalue().removesuffix("\n")
+
+
+def _parts(block: Block) -> Iterator[RenderableType | PreformattedText]:
+    match block:
+        case TableBlock():
+            yield _table(block)
+            if block.note:
+                yield block.note
+        case Paragraph(text):
+            yield text
+        case MissingDataNotice(text, hint):
+            yield f"{text} {hint}".rstrip()
+        case PreformattedText(title):
+            yield from filter(None, (title,))
+            yield block
+        case StackedBar(title, segments):
+            shares = ", ".join(f"{segment.name} {segment.share:.1%}" for segment in segments)
+            yield f"{title}: {shares}"
+        case Figure():
+            yield from [PreformattedText("", block.text)] * bool(block.text)
+        case FigureRow(figures):
+            for figure in figures:
+                yield from _parts(figure)
+        case ConfigurationBlock(groups):
+            yield from (f"{name}.{key}={value}" for name, values in groups for key, value in values)
+
+
+def _table(block: TableBlock) -> Table:
+    drawn = Table(title=block.title or None, title_justify="left", show_header=bool(block.headings))
+    columns = len(block.headings) or max((len(row.cells) for row in block.rows), default=0)
+    for index in range(columns):
+        heading = block.headings[index] if block.headings else ""
+        drawn.add_column(heading, justify="right" if index in block.right_aligned_columns else "left")
+    for row in block.rows:
+        if row.is_total:
+            drawn.add_section()
+        drawn.add_row(*(str(cell) for cell in row.cells))
+    return drawn

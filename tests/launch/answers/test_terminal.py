@@ -1,0 +1,65 @@
+"""Every kind of block as terminal text."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from shoestring.launch.answers.blocks import (
+    Answer,
+    BarSegment,
+    ConfigurationBlock,
+    Figure,
+    FigureRow,
+    HeadlineCard,
+    MissingDataNotice,
+    PageSection,
+    Paragraph,
+    PreformattedText,
+    StackedBar,
+    TableRow,
+    number,
+    table,
+)
+from shoestring.launch.answers.terminal import terminal_text
+
+
+def test_each_block_is_printed() -> None:
+    long = "x" * 70  # wider than the terminal
+    figure = Figure("timeline", Markup("<svg/>"), text="rank 0 |FB|")
+    blocks = [
+        Paragraph("A sentence [not markup]."),
+        MissingDataNotice("No cost figures.", "Rank 0 writes the ledger."),
+        PreformattedText("Stacks", f"line 1\n{long}"),
+        StackedBar("Time", [BarSegment("productive", 0.75, "k1"), BarSegment("idle", 0.25, "k2")]),
+        FigureRow([figure]),
+        ConfigurationBlock([("training", [("seed", "7")])]),
+        table(
+            "Sizes",
+            ("name", "GB"),
+            [("[state]", number(2e9, ".1f", scale=1e-9)), TableRow(("all", "-"), is_total=True)],
+        ),
+    ]
+    cards = [HeadlineCard("step", "17.848", "s", "forecast")]
+    answer = Answer("Title", {}, [PageSection("cost", "Cost", blocks)], cards)
+    lines = [line.rstrip() for line in terminal_text(answer, width=60, colors=False).splitlines()]
+    assert lines == [
+        "step: 17.848 s (forecast)",
+        "",
+        "Cost",
+        "A sentence [not markup].",
+        "No cost figures. Rank 0 writes the ledger.",
+        "Stacks",
+        "line 1",
+        long,
+        "Time: productive 75.0%, idle 25.0%",
+        "rank 0 |FB|",
+        "training.seed=7",
+        "Sizes",
+        "┏━━━━━━━━━┳━━━━━┓",
+        "┃ name    ┃  GB ┃",
+        "┡━━━━━━━━━╇━━━━━┩",
+        "│ [state] │ 2.0 │",
+        "├─────────┼─────┤",
+        "│ all     │   - │",
+        "└─────────┴─────┘",
+    ]
