@@ -11,6 +11,7 @@ import torch
 from ..comm.errors import Problem, UnreadableFields
 from ..comm.exchange.config import ExchangeConfig
 from ..comm.topology import Topology
+from ..comm.units import ceil_div
 from ..parallelism.pipeline.partition import partition_problems
 from ..parallelism.pipeline.schedules.registry import (
     SCHEDULES,
@@ -205,9 +206,8 @@ class TrainingConfig:
     @property
     def _levels(self) -> int:
         """Number of batch sizes in the ramp."""
-        return -(
-            -(self.global_batch_size - (self.rampup_start_batch_size or 1)) // (self.rampup_batch_size_increment or 1)
-        )
+        growth = self.global_batch_size - (self.rampup_start_batch_size or 1)
+        return ceil_div(growth, self.rampup_batch_size_increment or 1)
 
 
 def _batches_in_words(sequences: int, share: int) -> str:
@@ -274,7 +274,7 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the run."""
-        return self.batch_ramp.steps_for_samples(-(-self.training.tokens // self.training.sequence_length))
+        return self.batch_ramp.steps_for_samples(ceil_div(self.training.tokens, self.training.sequence_length))
 
     def tokens_after(self, steps: int) -> int:
         """Return the input tokens that the first `steps` optimizer steps consume."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
+from ...comm.units import format_giga
 from ...trainer.ledger.terms import to_label
 from ...trainer.memory.peak import MEMORY_LABELS
 from ..planner.forecast import StepForecast
@@ -34,8 +35,8 @@ def forecast_html(forecast: StepForecast, title: str, memory_gb: float) -> str:
         "step": f"{forecast.step_seconds:.3f} s",
         "throughput": f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
         "MFU (causal, without MTP)": f"{forecast.mfu:.2%}",
-        "peak memory": f"{forecast.peak_memory.total / 1e9:.1f} GB, "
-        f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f} with fragmentation, of {memory_gb:g}",
+        "peak memory": f"{format_giga(forecast.peak_memory.total, 1)} GB, "
+        f"{format_giga(forecast.peak_bytes_with_fragmentation, 1)} with fragmentation, of {memory_gb:g}",
         "bottleneck": forecast.bottleneck,
     }
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in figures.items())
@@ -62,11 +63,11 @@ def _memory_plot(forecast: StepForecast, memory_gb: float) -> Iterator[str]:
         yield f'<text x="0" y="{y + 16}">rank {rank}</text>'
         for part, color in _COLORS.items():
             size = memory.__dict__[part] / 1e9 / most * width
-            label = f"{MEMORY_LABELS[part]}: {memory.__dict__[part] / 1e9:.1f} GB"
+            label = f"{MEMORY_LABELS[part]}: {format_giga(memory.__dict__[part], 1)} GB"
             box = f'x="{x:.1f}" y="{y}" width="{size:.1f}" height="{height}"'
             yield f'<rect {box} fill="{color}"><title>{label}</title></rect>'
             x += size
-        yield f'<text x="{x + 6:.1f}" y="{y + 16}">{memory.total / 1e9:.1f} GB</text>'
+        yield f'<text x="{x + 6:.1f}" y="{y + 16}">{format_giga(memory.total, 1)} GB</text>'
     limit = 60 + memory_gb / most * width
     yield f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="4" y2="{total - 40}" stroke="#b3261e" stroke-dasharray="4 3"/>'
     x = 60

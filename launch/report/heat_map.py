@@ -15,6 +15,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from ...comm.units import ceil_div
+
 _OCTAVES = 2
 """Range of colors: from a quarter of the mean to four times the mean."""
 _SHADES = 16
@@ -32,7 +34,7 @@ def heat_map(loads: Sequence[Sequence[float]], label: str) -> Markup:
 
 def _averaged(loads_NE: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of each stretch of neighboring steps."""
-    starts = np.arange(0, len(loads_NE), -(-len(loads_NE) // MAX_COLUMNS))
+    starts = np.arange(0, len(loads_NE), ceil_div(len(loads_NE), MAX_COLUMNS))
     counts = np.diff(np.append(starts, len(loads_NE)))
     means: NDArray[np.float64] = np.add.reduceat(loads_NE, starts, axis=0) / counts[:, None]
     return means

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from ...comm.units import format_bytes
 from ...trainer.telemetry.events import Event, numbers_in_list, parse_number
 from .blocks import Block, Figure, MissingDataNotice, PageSection, TableBlock, TableRow
 from .plot import Plot, Series
@@ -39,8 +40,8 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         height=190,
         y_axis_from_zero=True,
         reference_lines=[] if limit is None else [("capacity", limit)],
-        format_value=_size,
-        format_tick=_size,
+        format_value=format_bytes,
+        format_tick=format_bytes,
     )
     picture = plot.svg()
     if picture is not None:
@@ -49,7 +50,7 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)
-        lines = [TableRow((f"rank {rank}", _size(held), _size(most))) for rank, held, most in rows]
+        lines = [TableRow((f"rank {rank}", format_bytes(held), format_bytes(most))) for rank, held, most in rows]
         yield TableBlock(("", "latest", "peak"), lines, frozenset({1, 2}), "Memory per rank")
 
 
@@ -57,8 +58,3 @@ def _is_whole(event: Event) -> bool:
     """Return whether the event has two finite numbers per rank."""
     now, peak = (numbers_in_list(event.values.get(key)) for key in ("now", "peak"))
     return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
-
-
-def _size(value: float) -> str:
-    """Format bytes as MB or GB."""
-    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"

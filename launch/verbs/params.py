@@ -9,6 +9,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ...comm.units import format_count, format_giga
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
 from ...trainer.costs.parameters import count_parameters
@@ -65,13 +66,13 @@ def params_table(overrides: Sequence[str], config_dir: Path | None) -> Renderabl
     parameters = Table(title=f"Parameters of {config.model.name}", title_justify="left")
     for heading in ("part", "all", "active per token"):
         parameters.add_column(heading, justify="left" if heading == "part" else "right")
-    parameters.add_row("main model, embedding and head included", _big(count.main), _big(count.main_active))
-    parameters.add_row("  embedding", _big(count.embedding), _big(count.embedding))
-    parameters.add_row("  head", _big(count.head), _big(count.head))
+    parameters.add_row("main model, embedding and head included", _count(count.main), _count(count.main_active))
+    parameters.add_row("  embedding", _count(count.embedding), _count(count.embedding))
+    parameters.add_row("  head", _count(count.head), _count(count.head))
     active_experts = count.routed_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
-    parameters.add_row("  routed experts", _big(count.routed_experts), _big(active_experts))
+    parameters.add_row("  routed experts", _count(count.routed_experts), _count(active_experts))
     if config.model.num_nextn_predict_layers:
-        parameters.add_row("MTP modules, in addition", _big(count.mtp), _big(count.mtp_active))
+        parameters.add_row("MTP modules, in addition", _count(count.mtp), _count(count.mtp_active))
     table = Table(title=f"Training FLOPs per token at sequence length {length}", title_justify="left")
     table.add_column("convention")
     table.add_column("GFLOP", justify="right")
@@ -112,12 +113,9 @@ def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> R
     return compose_run_config([*vocabulary, *([] if given else length), *overrides], config_dir)
 
 
-def _big(count: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,}"
-
-
 def _giga(flops: float) -> str:
-    return f"{flops / 1e9:.1f}" if flops >= 1e9 else f"{flops / 1e9:.4f}"
+    return format_giga(flops, 1 if flops >= 1e9 else 4)
+
+
+def _count(parameters: int) -> str:
+    return format_count(parameters, ".2f")
