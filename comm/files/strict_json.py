@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from ... import __version__
 from ..errors import Problem, UnsupportedFormatConfigError, escape_unprintable
+from .ranges import FieldRange, field_range
 
 T = TypeVar("T")
 
@@ -253,16 +254,23 @@ class JsonValue:
         return found
 
     def as_dataclass(self, cls: type[T]) -> T:
-        """Build the dataclass `cls`, reading every field by its type. Only fields with a default may be missing.
+        """Build the dataclass `cls`, reading every field by its type and declared range (`comm/files/ranges.py`).
 
-        Integers are at least 0. Raises `MalformedFileError`, also for a key that is not a field.
+        Only fields with a default may be missing. Integers are at least 0. Raises `MalformedFileError`, also for a key
+        that is not a field.
         """
-        self.reject_unknown_keys(name for name, _, _ in _fields(cls))
+        fields = _json_fields(typing.cast("Any", cls))
+        self.reject_unknown_keys(field.name for field in fields)
         tree = self.as_mapping()
-        values = {
-            name: self[name]._of(kind) for name, kind, has_default in _fields(cls) if name in tree or not has_default
-        }
-        return cls(**values)
+        given = (field for field in fields if field.is_required or field.name in tree)
+        return cls(**{field.name: self[field.name]._of_field(field) for field in given})
+
+    def _of_field(self, field: _JsonField) -> Any:
+        found = self._of(field.kind)
+        hint = None if field.range is None or found is None else field.range.refuse(found)
+        if hint is not None:
+            raise self.malformed_error(hint)
+        return found
 
     def _of(self, kind: Any) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -281,20 +289,23 @@ class JsonValue:
         return f"{self.location}.{shown}" if self.location else str(shown)
 
 
-def _fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Return name, type and whether there is a default, for each field of a dataclass."""
-    return _fields_of(cls)
+class _JsonField(typing.NamedTuple):
+    name: str
+    kind: Any
+    is_required: bool
+    range: FieldRange | None
 
 
 # Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
 @functools.cache
-def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
+def _json_fields(cls: Any) -> tuple[_JsonField, ...]:
     hints = typing.get_type_hints(cls)
     return tuple(
-        (
+        _JsonField(
             field.name,
             hints[field.name],
-            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING,
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+            field_range(field),
         )
         for field in dataclasses.fields(cls)
         if field.init

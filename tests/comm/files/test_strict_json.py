@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shoestring.comm.files.ranges import between, one_of
 from shoestring.comm.files.strict_json import MAX_DEPTH, MAX_INTEGER, JsonValue, MalformedFileError, parse_json
 
 
@@ -113,3 +114,21 @@ def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
     ):
         with pytest.raises(MalformedFileError, match=gist):
             parse_json(text.replace(old, new)).as_dataclass(Outer)
+
+
+@dataclass(frozen=True)
+class Ranged:
+    port: int | None = between(1, 65535, None)
+    mode: str = one_of(("on", "off"), "on")
+
+
+def test_a_dataclass_is_built_within_the_ranges_of_its_fields() -> None:
+    assert parse_json('{"port": 80, "mode": "off"}').as_dataclass(Ranged) == Ranged(80, "off")
+    assert parse_json('{"port": null}').as_dataclass(Ranged) == Ranged()
+    for text, gist in (
+        ('{"port": 0}', "port = 0: must be at least 1, or null"),
+        ('{"port": 70000}', "port = 70000: must be at most 65,535, or null"),
+        ('{"mode": "of"}', "mode = 'of': must be on or off"),
+    ):
+        with pytest.raises(MalformedFileError, match=gist):
+            parse_json(text).as_dataclass(Ranged)
