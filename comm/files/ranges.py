@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import Problem
@@ -29,6 +30,11 @@ class FieldRange:
     """The range in words."""
     refuse: Callable[[Any], str | None]
     """Function that returns what a value must be, or None for a value in the range."""
+
+    @property
+    def metadata(self) -> Mapping[str, FieldRange]:
+        """The range as the `metadata` of `dataclasses.field`, for a field without a default among others."""
+        return {_KEY: self}
 
 
 class _Limit(NamedTuple):
@@ -81,6 +87,30 @@ def not_empty(default: T = REQUIRED, hint: str = "must not be empty") -> T:
     return _declare(default, "not empty", lambda value: None if value else hint)
 
 
+def _refuse_relative_path(name: str) -> str | None:
+    # A file from outside must not make a reader open files elsewhere. Backslashes separate folders on Windows.
+    parts = PurePosixPath(name).parts
+    is_inside = parts and not name.startswith("/") and ".." not in parts and "\0" not in name and "\\" not in name
+    return None if is_inside else "must name a file inside the folder: relative, without .."
+
+
+def _refuse_file_name(name: str) -> str | None:
+    if (hint := _refuse_relative_path(name)) is not None:
+        return hint
+    is_name = "/" not in name and len(name.encode()) <= 255
+    return None if is_name else "must be the name of a file in the same folder, without a path"
+
+
+def _refuse_sha256(digits: str) -> str | None:
+    is_sha256 = len(digits) == 64 and set(digits) <= set("0123456789abcdef")
+    return None if is_sha256 else "must be a SHA-256: 64 hexadecimal digits"
+
+
+RELATIVE_PATH = FieldRange("a path inside the folder of the file", _refuse_relative_path)
+FILE_NAME = FieldRange("the name of a file in the same folder", _refuse_file_name)
+SHA256 = FieldRange("64 hexadecimal digits", _refuse_sha256)
+
+
 def field_range(field: dataclasses.Field[Any]) -> FieldRange | None:
     """Return the declared range of a field."""
     found: FieldRange | None = field.metadata.get(_KEY)
@@ -119,4 +149,4 @@ def _number(default: T, null: str, text: str, *limits: _Limit) -> T:
 
 
 def _declare(default: T, text: str, refuse: Callable[[Any], str | None]) -> T:
-    return dataclasses.field(default=default, metadata={_KEY: FieldRange(text, refuse)})
+    return dataclasses.field(default=default, metadata=FieldRange(text, refuse).metadata)
