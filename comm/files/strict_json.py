@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -327,8 +327,3 @@ def _json_fields(cls: Any) -> tuple[_JsonField, ...]:
         for field in dataclasses.fields(cls)
         if field.init
     )
-
-
-def wrap_mapping(tree: Mapping[str, Any], location: str = "") -> JsonValue:
-    """Wrap a mapping that is already parsed."""
-    return JsonValue(dict(tree), location)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
@@ -51,23 +51,6 @@ class PlanEntry:
     """Differences between plan and run that leave the plan comparable, in words."""
 
 
-class _Grid(NamedTuple):
-    pp: int
-    edp: int
-    ep: int
-    schedule: str
-    micro_batch: int
-    layers_per_stage: tuple[int, ...]
-
-    @property
-    def ranks(self) -> int:
-        return self.pp * self.edp * self.ep
-
-    def __str__(self) -> str:
-        layers = "+".join(map(str, self.layers_per_stage))
-        return f"pp{self.pp} edp{self.edp} ep{self.ep} {self.schedule} micro-batch {self.micro_batch} layers {layers}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class _PlannedLayout:
     """What is read here of one layout in the file."""
@@ -90,9 +73,13 @@ class _PlannedLayout:
     time_terms: dict[str, float]
 
     @property
-    def grid(self) -> _Grid:
-        """The layout without its recipe and figures."""
-        return _Grid(self.pp, self.edp, self.ep, self.schedule, self.micro_batch, self.layers_per_stage)
+    def words(self) -> str:
+        """The layout without its recipe and figures; equal for equal layouts."""
+        return _layout_in_words(self.pp, self.edp, self.ep, self.schedule, self.micro_batch, self.layers_per_stage)
+
+
+def _layout_in_words(pp: int, edp: int, ep: int, schedule: str, micro_batch: int, layers: Iterable[int]) -> str:
+    return f"pp{pp} edp{edp} ep{ep} {schedule} micro-batch {micro_batch} layers {'+'.join(map(str, layers))}"
 
 
 def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> PlanEntry:
@@ -104,8 +91,8 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     """
     run, layouts = _read(path)
     raise_if_any(_other_run(path, run, _run_description(config)))
-    wanted = _grid_of(config)
-    same = {name: layout for name, layout in layouts.items() if layout.grid == wanted}
+    wanted = _run_in_words(config)
+    same = {name: layout for name, layout in layouts.items() if layout.words == wanted}
     if not same:
         raise ConfigError([_no_such_layout(path, layouts.values(), wanted)])
     # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
@@ -116,7 +103,7 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
         layout_name=name,
         time_terms={term: layout.time_terms[term] for term in STEP_TIME_TERMS},
         step_seconds=layout.step_seconds,
-        tokens_per_second=layout.tokens_per_second_per_gpu * layout.grid.ranks,
+        tokens_per_second=layout.tokens_per_second_per_gpu * layout.pp * layout.edp * layout.ep,
         gpu_hours=layout.gpu_hours,
         memory_bytes=layout.memory_bytes,
         deviations=[*_other_price(run, config), *_other_recipe(layout, config, precision)],
@@ -180,10 +167,10 @@ def _run_description(config: RunConfig) -> dict[str, Any]:
     return description
 
 
-def _grid_of(config: RunConfig) -> _Grid:
+def _run_in_words(config: RunConfig) -> str:
     topology, schedule = config.topology, config.schedule
-    layers = tuple(len(layers) for layers in build_stage_layout(config).stage_layers)
-    return _Grid(topology.pp, topology.edp, topology.ep, schedule.name, schedule.micro_batch_size, layers)
+    layers = (len(layers) for layers in build_stage_layout(config).stage_layers)
+    return _layout_in_words(topology.pp, topology.edp, topology.ep, schedule.name, schedule.micro_batch_size, layers)
 
 
 def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Problem]:
@@ -199,8 +186,8 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
                 yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
 
 
-def _no_such_layout(path: Path, layouts: Iterable[_PlannedLayout], wanted: _Grid) -> Problem:
-    listed = list(dict.fromkeys(str(layout.grid) for layout in layouts))
+def _no_such_layout(path: Path, layouts: Iterable[_PlannedLayout], wanted: str) -> Problem:
+    listed = list(dict.fromkeys(layout.words for layout in layouts))
     hint = f"does not contain the run's layout, {wanted}; it contains {'; '.join(listed) or 'none'}"
     return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
 
