@@ -131,9 +131,11 @@ class TrainingConfig(CheckedConfig):
         if start is not None and start > self.global_batch_size:
             hint = f"must be at most global_batch_size = {self.global_batch_size}, or null"
             yield Problem("rampup_start_batch_size", start, hint, ("global_batch_size",))
-        if start is not None and increment is not None and increment > 0 and self._levels > _MOST_LEVELS:
-            hint = f"gives {self._levels} batch sizes, more than {_MOST_LEVELS}; use a larger increment"
-            yield Problem("rampup_batch_size_increment", increment, hint)
+        if start is not None and increment is not None and increment > 0:
+            levels = ceil_div(self.global_batch_size - start, increment)
+            if levels > _MOST_LEVELS:
+                hint = f"gives {levels} batch sizes, more than {_MOST_LEVELS}; use a larger increment"
+                yield Problem("rampup_batch_size_increment", increment, hint)
         for name, missing in (("rampup_batch_size_increment", None), ("rampup_tokens", 0)):
             if (self.__dict__[name] == missing) != (start is None):
                 hint = (
@@ -141,12 +143,6 @@ class TrainingConfig(CheckedConfig):
                     "rampup_batch_size_increment and rampup_tokens, or none (null, null and 0)"
                 )
                 yield Problem(name, self.__dict__[name], hint, ("rampup_start_batch_size",))
-
-    @property
-    def _levels(self) -> int:
-        """Number of batch sizes in the ramp."""
-        growth = self.global_batch_size - (self.rampup_start_batch_size or 1)
-        return ceil_div(growth, self.rampup_batch_size_increment or 1)
 
 
 def _batches_in_words(sequences: int, share: int) -> str:
