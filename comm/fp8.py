@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .units import ceil_div
+
 TILE_WIDTH = 128
 """Neighboring elements of a row that share a scale."""
 
@@ -38,7 +40,7 @@ class QuantizedRows:
 
 def tiles_per_row(width: int) -> int:
     """Return Q, the number of scales of a row; the last tile may be narrower than the others."""
-    return -(-width // TILE_WIDTH)
+    return ceil_div(width, TILE_WIDTH)
 
 
 def quantize(x_XD: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .streams import DeviceStreams, Stream, StreamEvent
+from .units import round_up
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class GrowableHostBuffer:
             return
         self.unpin()
         page = mmap.PAGESIZE
-        whole = -(-size // page) * page
+        whole = round_up(size, page)
         # `fill_`: the kernel allocates pages at their first write, which would else slow the first copy. One page more,
         # so that the buffer can start at a page boundary, as registration needs.
         raw = torch.empty(whole + page, dtype=torch.uint8).fill_(0)

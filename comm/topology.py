@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .errors import Problem
+from typing_extensions import override
 
-_MAX_RANKS, _MAX_PP = 2**20, 1024
+from .errors import Problem
+from .files.ranges import CheckedConfig, between
+
+_NO_CLUSTER = ", more than any cluster has"
 
 
 class LinkType(StrEnum):
@@ -20,19 +23,19 @@ class LinkType(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Topology:
+class Topology(CheckedConfig):
     """The grid of ranks: rank = (pp_rank * edp + edp_rank) * ep + ep_rank."""
 
     # `ep` is innermost, so that an expert-parallel group is on consecutive GPUs and spans as few nodes as possible: its
     # all-to-alls move the most bytes.
 
-    pp: int = 1
+    pp: int = between(1, 1024, 1, most_reason=_NO_CLUSTER)
     """Pipeline-parallel ranks."""
-    edp: int = 1
+    edp: int = between(1, 2**20, 1, most_reason=_NO_CLUSTER)
     """Expert-data-parallel ranks: replicas of each expert."""
-    ep: int = 1
+    ep: int = between(1, 2**20, 1, most_reason=_NO_CLUSTER)
     """Expert-parallel ranks: the ranks that share one replica of the experts."""
-    gpus_per_node: int = 8
+    gpus_per_node: int = between(1, 2**20, 8, most_reason=_NO_CLUSTER)
     """GPUs that share NVLink."""
 
     @property
@@ -110,14 +113,8 @@ class Topology:
         same_node = source // self.gpus_per_node == target // self.gpus_per_node
         return LinkType.NVLINK if same_node else LinkType.INFINIBAND
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
-        for name in ("pp", "edp", "ep", "gpus_per_node"):
-            value: int = self.__dict__[name]
-            if value < 1:
-                yield Problem(name, value, "must be at least 1")
-            elif value > (most := _MAX_PP if name == "pp" else _MAX_RANKS):
-                yield Problem(name, value, f"must be at most {most}, more than any cluster has")
+    @override
+    def rule_problems(self) -> Iterator[Problem]:
         # Uneven nodes would need another local rank on each, and `two_hop` sends along rails of equal local ranks.
         if min(self.ep, self.gpus_per_node) >= 1 and max(self.ep, self.gpus_per_node) % self.ep_ranks_per_node:
             hint = f"must divide gpus_per_node = {self.gpus_per_node} or be a multiple of it, to fill nodes evenly"

@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from shoestring.comm.files.ranges import field_range
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.structured_config import field_default
 
@@ -45,8 +46,9 @@ def configuration_page() -> str:
     for group in fields(RunConfig):
         cls = types[group.name]
         lines = [f"## {group.name}", _first_paragraph(cls.__doc__), *_choices(group.name)]
-        rows = "\n".join(f"| {' | '.join(row)} |" for row in key_rows(cls, f"{group.name}."))
-        sections.append("\n\n".join([*lines, f"| key | type | default | meaning |\n|---|---|---|---|\n{rows}"]))
+        rows = [f"| {' | '.join(row)} |" for row in key_rows(cls, f"{group.name}.")]
+        table = "\n".join(["| key | type | range | default | meaning |", "|---|---|---|---|---|", *rows])
+        sections.append("\n\n".join([*lines, table]))
     return "\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n"
 
 
@@ -62,14 +64,15 @@ def field_docstrings(cls: type) -> Mapping[str, str]:
     }
 
 
-def key_rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield key, type, default and meaning of each field, those of nested dataclasses included."""
+def key_rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield key, type, range, default and meaning of each field, those of nested dataclasses included."""
     types, meanings = typing.get_type_hints(cls), field_docstrings(cls)
     for field in fields(cls):
         name, kind = f"{prefix}{field.name}", types[field.name]
         nested = next((each for each in (kind, *typing.get_args(kind)) if is_dataclass(each)), None)
+        allowed = field_range(field)
         default = "" if nested is kind else _default(field_default(field))
-        yield f"`{name}`", _type_name(kind), default, _cell(meanings[field.name])
+        yield f"`{name}`", _type_name(kind), allowed.text if allowed else "", default, _cell(meanings[field.name])
         if nested is not None:
             yield from key_rows(nested, f"{name}.")
 

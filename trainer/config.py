@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, runtime_checkable
 
 import torch
+from typing_extensions import override
 
 from ..comm.errors import Problem, UnreadableFields
 from ..comm.exchange.config import ExchangeConfig
+from ..comm.files.ranges import CheckedConfig, at_least, between, not_empty, one_of
+from ..comm.files.strict_json import MAX_INTEGER
 from ..comm.topology import Topology
+from ..comm.units import ceil_div
+from ..parallelism.pipeline.config import ScheduleConfig
 from ..parallelism.pipeline.partition import partition_problems
 from ..parallelism.pipeline.schedules.registry import (
-    SCHEDULES,
     build_placement,
     nearest_valid_micro_batches,
     schedule_problems,
@@ -45,39 +48,8 @@ def value_schedule_problems(field: str, schedule: Mapping[int, float]) -> Iterat
             yield Problem(field, {start: value}, "token counts and values must be at least 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Pipeline schedule, micro-batch size, and the split of layers into stages."""
-
-    name: str = "1f1b"
-    """Pipeline schedule: `gpipe`, `1f1b`, `interleaved`, `zb_h1`, `dualpipe` or `dualpipev`; `shoestring schedule`
-    draws them."""
-    micro_batch_size: int = 1
-    """Sequences per micro-batch and rank; 1 to 2^20."""
-    chunks: int | None = None
-    """Stages per rank, for `interleaved`; at most 4096. null: the number that the schedule requires."""
-    layers_per_stage: tuple[int, ...] | None = None
-    """Number of layers of each stage, as a list; null: balanced by FLOPs (see `shoestring partition`)."""
-    overlap: bool = True
-    """Overlap the forward and the backward of an FB instruction: one computes while the other waits for its all-to-all.
-    false: the forward runs first. The results are identical to the last bit."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
-        names = [schedule.name for schedule in SCHEDULES]
-        if self.name not in names:
-            yield Problem("name", self.name, f"no such schedule; there are: {', '.join(names)}")
-        if self.micro_batch_size < 1:
-            yield Problem("micro_batch_size", self.micro_batch_size, "must be at least 1")
-        for name, most in (("micro_batch_size", 2**20), ("chunks", 4096)):
-            if (self.__dict__[name] or 0) > most:
-                yield Problem(name, self.__dict__[name], f"must be at most {most}")
-
-
-_TIMEOUTS = ("collective_timeout_seconds", "start_timeout_seconds", "rendezvous_timeout_seconds", "stop_seconds")
-_MOST = {"tokens": 10**18, "sequence_length": 2**24, "global_batch_size": 2**31} | dict.fromkeys(_TIMEOUTS, 10**7)
-"""Upper limits of training's numbers: 60,000 times DeepSeek-V3's tokens, a context of 16 million, timeouts of four
-months."""
+_TIMEOUT = 10**7
+"""Longest timeout in seconds: four months."""
 _MOST_LEVELS = 100_000
 """Largest number of batch sizes in a ramp."""
 # Each micro-batch is several instructions of a program that is built and checked before the run starts.
@@ -86,128 +58,91 @@ _MOST_MICRO_BATCHES = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(CheckedConfig):
     """Length of training, batch size, loss coefficients, evaluation, checkpoints and timeouts."""
 
-    run_dir: str = "runs/default"
+    run_dir: str = not_empty("runs/default", "must name a directory")
     """Directory of everything that the run writes. A run that finds its checkpoints there resumes from the latest."""
     start_from: str | None = None
     """Directory of a run, of an imported model or of one checkpoint, whose weights and routing biases a new run starts
     with at step 0; null: random weights. Ignored once the run has checkpoints."""
-    device: str = "auto"
+    device: str = one_of(("auto", "cpu", "cuda"), "auto")
     """`cpu`, `cuda` or `auto`: one GPU per process if there are enough, else the CPU."""
-    attention_backend: str = "auto"
+    attention_backend: str = one_of(("auto", *GPU_BACKENDS), "auto")
     """Attention kernel on GPUs: `cudnn`, `flash3`, `efficient`, `math`, or `auto`, the first of them that supports the
     run (see `shoestring doctor`). On CPUs it must be `auto`."""
-    seed: int = 0
-    """Seed of the initial weights and of the sample order; 0 to 2^63 - 1."""
-    tokens: int = 1_000_000
+    seed: int = between(0, MAX_INTEGER, 0, most_reason=", the limit of random generators")
+    """Seed of the initial weights and of the sample order."""
+    tokens: int = between(1, 10**18, 1_000_000)  # at most 60,000 times DeepSeek-V3's
     """Tokens to train on. Steps are whole, so the last step may go beyond this number."""
-    sequence_length: int = 128
+    sequence_length: int = between(1, 2**24, 128)
     """S, input tokens per sample."""
-    global_batch_size: int = 16
+    global_batch_size: int = between(1, 2**31, 16)
     """Sequences per optimizer step over all ranks; a multiple of edp · ep · `schedule.micro_batch_size`."""
-    rampup_start_batch_size: int | None = None
+    rampup_start_batch_size: int | None = at_least(1, None)
     """Sequences of the first step, from which the batch grows to `global_batch_size`; null: no ramp."""
-    rampup_batch_size_increment: int | None = None
+    rampup_batch_size_increment: int | None = at_least(1, None)
     """Sequences by which the batch grows at a time; null: no ramp."""
-    rampup_tokens: int = 0
+    rampup_tokens: int = at_least(0, 0)
     """Consumed tokens over which the batch grows, divided equally among its sizes; 0: no ramp."""
-    seq_aux_loss_coeff: float = 1e-4
-    """Coefficient α of the sequence-wise balance loss (report eq. 17); at least 0."""
+    seq_aux_loss_coeff: float = at_least(0, 1e-4)
+    """Coefficient α of the sequence-wise balance loss (report eq. 17)."""
     mtp_loss_scaling_factor: dict[int, float] = field(default_factory=lambda: {0: 0.3})
     """Weight λ of the MTP loss (report eq. 25), as a mapping from consumed tokens to the value from then on."""
     router_bias_update_rate: dict[int, float] = field(default_factory=lambda: {0: 0.001})
     """Amount γ by which a step changes a routing bias (report §2.1.2), as a mapping from consumed tokens to the value
     from then on."""
-    evaluate_every: int = 100
+    evaluate_every: int = at_least(0, 100)
     """Steps between evaluations on the whole validation split; 0: at the end only."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = at_least(0, 100)
     """Steps between checkpoints; 0: at the end only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = at_least(1, 2)
     """Number of latest checkpoints to keep. If the disk has no room for one more, the oldest is deleted before a save
     instead of after it; the newest is always kept."""
-    max_failed_saves: int = 3
+    max_failed_saves: int = at_least(1, 3)
     """Number of consecutive failed saves after which the run ends. A full disk is given at least ten seconds."""
     sample_prompt: str = "ROMEO"
     """Prompt of the text that is generated at the end of the run."""
-    sample_tokens: int = 100
+    sample_tokens: int = at_least(0, 100)
     """Tokens of that text; 0: none is generated."""
-    collective_timeout_seconds: int = 300
+    collective_timeout_seconds: int = between(1, _TIMEOUT, 300)
     """Seconds that a collective may wait before the run ends with an error."""
-    start_timeout_seconds: int = 1800
+    start_timeout_seconds: int = between(1, _TIMEOUT, 1800)
     """Seconds that all ranks may take to find each other and to connect at the start of a run."""
-    rendezvous_timeout_seconds: int = 300
+    rendezvous_timeout_seconds: int = between(1, _TIMEOUT, 300)
     """Seconds that the nodes of a launch wait for each other before any of them starts a rank."""
-    stop_seconds: int = 300
+    stop_seconds: int = between(1, _TIMEOUT, 300)
     """Seconds after SIGTERM or SIGUSR1 for the current step and a checkpoint; a run that needs longer is killed."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
-        values = self.__dict__
-        if self.device not in ("auto", "cpu", "cuda"):
-            yield Problem("device", self.device, "must be auto, cpu or cuda")
-        if self.attention_backend != "auto" and self.attention_backend not in GPU_BACKENDS:
-            yield Problem("attention_backend", self.attention_backend, f"must be auto, {', '.join(GPU_BACKENDS)}")
-        elif self.attention_backend != "auto" and self.device == "cpu":
-            yield Problem(
-                "attention_backend",
-                self.attention_backend,
-                "is a GPU backend: set it to auto, or set training.device=cuda",
-                ("device",),
-            )
-        at_least_one = ["tokens", "sequence_length", "global_batch_size", "keep_checkpoints", "max_failed_saves"]
-        for name in (*at_least_one, *_TIMEOUTS):
-            if values[name] < 1:
-                yield Problem(name, values[name], "must be at least 1")
-        for name, most in _MOST.items():
-            if values[name] > most:
-                yield Problem(name, values[name], f"must be at most {most:,}")
-        if self.rampup_start_batch_size is not None and not 1 <= self.rampup_start_batch_size <= self.global_batch_size:
-            hint = f"must be from 1 to global_batch_size = {self.global_batch_size}, or null"
-            yield Problem("rampup_start_batch_size", self.rampup_start_batch_size, hint, ("global_batch_size",))
-        if self.rampup_batch_size_increment is not None and self.rampup_batch_size_increment < 1:
-            yield Problem(
-                "rampup_batch_size_increment", self.rampup_batch_size_increment, "must be at least 1, or null"
-            )
-        elif (
-            None not in (self.rampup_start_batch_size, self.rampup_batch_size_increment) and self._levels > _MOST_LEVELS
-        ):
-            hint = f"gives {self._levels} batch sizes, more than {_MOST_LEVELS}; use a larger increment"
-            yield Problem("rampup_batch_size_increment", self.rampup_batch_size_increment, hint)
-        for name, missing in (("rampup_batch_size_increment", None), ("rampup_tokens", 0)):
-            if (values[name] == missing) != (self.rampup_start_batch_size is None):
-                hint = (
-                    "must be set together with rampup_start_batch_size: set all of rampup_start_batch_size, "
-                    "rampup_batch_size_increment and rampup_tokens, or none (null, null and 0)"
-                )
-                yield Problem(name, values[name], hint, ("rampup_start_batch_size",))
-        for name in (
-            "seq_aux_loss_coeff",
-            "evaluate_every",
-            "checkpoint_every",
-            "sample_tokens",
-            "seed",
-            "rampup_tokens",
-        ):
-            if values[name] < 0:
-                yield Problem(name, values[name], "must be at least 0")
-        if self.seed >= 2**63:
-            yield Problem("seed", self.seed, "must be less than 2**63, the limit of random generators")
-        if not self.run_dir:
-            yield Problem("run_dir", self.run_dir, "must name a directory")
+    @override
+    def rule_problems(self) -> Iterator[Problem]:
+        if self.attention_backend != "auto" and self.device == "cpu":
+            hint = "is a GPU backend: set it to auto, or set training.device=cuda"
+            yield Problem("attention_backend", self.attention_backend, hint, ("device",))
+        yield from self._ramp_problems()
         if self.sample_tokens > 0 and not self.sample_prompt:
             hint = "must not be empty; to generate no sample, set training.sample_tokens=0"
             yield Problem("sample_prompt", self.sample_prompt, hint, ("sample_tokens",))
         yield from value_schedule_problems("mtp_loss_scaling_factor", self.mtp_loss_scaling_factor)
         yield from value_schedule_problems("router_bias_update_rate", self.router_bias_update_rate)
 
-    @property
-    def _levels(self) -> int:
-        """Number of batch sizes in the ramp."""
-        return -(
-            -(self.global_batch_size - (self.rampup_start_batch_size or 1)) // (self.rampup_batch_size_increment or 1)
-        )
+    def _ramp_problems(self) -> Iterator[Problem]:
+        start, increment = self.rampup_start_batch_size, self.rampup_batch_size_increment
+        if start is not None and start > self.global_batch_size:
+            hint = f"must be at most global_batch_size = {self.global_batch_size}, or null"
+            yield Problem("rampup_start_batch_size", start, hint, ("global_batch_size",))
+        if start is not None and increment is not None and increment > 0:
+            levels = ceil_div(self.global_batch_size - start, increment)
+            if levels > _MOST_LEVELS:
+                hint = f"gives {levels} batch sizes, more than {_MOST_LEVELS}; use a larger increment"
+                yield Problem("rampup_batch_size_increment", increment, hint)
+        for name, missing in (("rampup_batch_size_increment", None), ("rampup_tokens", 0)):
+            if (self.__dict__[name] == missing) != (start is None):
+                hint = (
+                    "must be set together with rampup_start_batch_size: set all of rampup_start_batch_size, "
+                    "rampup_batch_size_increment and rampup_tokens, or none (null, null and 0)"
+                )
+                yield Problem(name, self.__dict__[name], hint, ("rampup_start_batch_size",))
 
 
 def _batches_in_words(sequences: int, share: int) -> str:
@@ -226,11 +161,6 @@ _RAMP = (
     "training.rampup_tokens",
     "training.global_batch_size",
 )
-
-
-@runtime_checkable
-class _Checked(Protocol):
-    def problems(self) -> Iterator[Problem]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +204,7 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the run."""
-        return self.batch_ramp.steps_for_samples(-(-self.training.tokens // self.training.sequence_length))
+        return self.batch_ramp.steps_for_samples(ceil_div(self.training.tokens, self.training.sequence_length))
 
     def tokens_after(self, steps: int) -> int:
         """Return the input tokens that the first `steps` optimizer steps consume."""
@@ -333,7 +263,7 @@ class RunConfig:
     def _part_problems(self) -> Iterator[Problem]:
         for part in fields(self):
             value = self.__dict__[part.name]
-            assert isinstance(value, _Checked)
+            assert isinstance(value, CheckedConfig)
             yield from (problem.with_prefix(part.name) for problem in value.problems())
 
     def _cross_problems(self) -> Iterator[Problem]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..units import ceil_div, round_up
+
 _ROW_STEP = 32
 """Alignment of each part of a row in bytes, for TMA."""
 _BUFFER_STEP = 2**21
@@ -50,20 +52,20 @@ def deepep_buffer_bytes(shape: DeepEPBufferShape, nodes: int, ranks_per_node: in
             + nodes_reduced * shape.max_tokens_per_rank
             + nodes * (shape.max_tokens_per_rank + _CHANNELS)
         ) * combined
-    return _round_up(max(dispatch, combine), _BUFFER_STEP) + _round_up(_workspace(), _BUFFER_STEP)
+    return round_up(max(dispatch, combine), _BUFFER_STEP) + round_up(_workspace(), _BUFFER_STEP)
 
 
 def _dispatched_row(shape: DeepEPBufferShape, *, fp8: bool) -> int:
     """Return the bytes of a dispatched row: values, scales, the index, gate and slot of each expert, the source."""
     # DeepEP reserves an FP32 scale for each 32 values; ours are one byte for each 128.
     values = shape.hidden_size * (1 if fp8 else 2)
-    scales = -(-shape.hidden_size // 32) * 4 if fp8 else 0
-    return _round_up(values, _ROW_STEP) + _round_up(scales, _ROW_STEP) + _round_up(shape.top_k * 12 + 4, _ROW_STEP)
+    scales = ceil_div(shape.hidden_size, 32) * 4 if fp8 else 0
+    return round_up(values, _ROW_STEP) + round_up(scales, _ROW_STEP) + round_up(shape.top_k * 12 + 4, _ROW_STEP)
 
 
 def _combined_row(shape: DeepEPBufferShape) -> int:
     """Return the bytes of a combined row: BF16 values, and index and gate of each expert."""
-    return _round_up(shape.hidden_size * 2, _ROW_STEP) + _round_up(shape.top_k * 8, _ROW_STEP)
+    return round_up(shape.hidden_size * 2, _ROW_STEP) + round_up(shape.top_k * 8, _ROW_STEP)
 
 
 def _workspace() -> int:
@@ -71,7 +73,3 @@ def _workspace() -> int:
     both = _RANKS + _EXPERTS
     counts = both * 8 + 2 * both * 8 + _RANKS * 4 + 2 * both * 4
     return 16 + counts + _RANKS * _CHANNELS * (8 + 4) + 32 + _SESSIONS * _RANKS * 4
-
-
-def _round_up(size: int, step: int) -> int:
-    return -(-size // step) * step

@@ -1,1 +1,1 @@
-"""Files: bounded reads of what others have written, strict JSON and YAML, durable writes."""
+"""Files: bounded reads of what others have written, strict JSON and YAML, ranges of fields, durable writes."""

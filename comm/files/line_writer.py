@@ -34,11 +34,6 @@ class LineWriter:
         return self._file.fileno()
 
     @property
-    def bytes_written(self) -> int:
-        """Bytes of whole lines in the file."""
-        return self._end
-
-    @property
     def pending_lines(self) -> int:
         """Number of lines that are not in the file yet."""
         return len(self._backlog)

@@ -6,19 +6,21 @@ raises `MalformedFileError` with the location, the value and what it must be.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ... import __version__
 from ..errors import Problem, UnsupportedFormatConfigError, escape_unprintable
+from .ranges import FILE_NAME, RELATIVE_PATH, SHA256, FieldRange, field_range
 
 T = TypeVar("T")
 
@@ -26,7 +28,6 @@ MAX_INTEGER = 2**63 - 1
 """Largest integer: JSON readers, numpy and torch hold it without loss."""
 MAX_DEPTH = 64
 """Deepest nesting of lists and mappings. Files of this project have up to 8; Python's recursion ends near 1,000."""
-_HEX = frozenset("0123456789abcdef")
 _SHOWN = 100
 """Most characters of a value in a message."""
 
@@ -231,45 +232,63 @@ class JsonValue:
 
     def as_relative_path(self) -> str:
         """Return a path inside the folder of this file."""
-        name = self.as_string()
-        # A file from outside must not make a reader open files elsewhere. Backslashes separate folders on Windows.
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
-            raise self.malformed_error("must name a file inside the folder: relative, without ..")
-        return name
+        return self._text_in(RELATIVE_PATH)
 
     def as_file_name(self) -> str:
         """Return the name of a file in the folder of this file."""
-        name = self.as_relative_path()
-        if "/" in name or len(name.encode()) > 255:
-            raise self.malformed_error("must be the name of a file in the same folder, without a path")
-        return name
+        return self._text_in(FILE_NAME)
 
     def as_sha256(self) -> str:
         """Return a SHA-256 in hexadecimal digits."""
-        found = self.as_string()
-        if len(found) != 64 or not set(found) <= _HEX:
-            raise self.malformed_error("must be a SHA-256: 64 hexadecimal digits")
-        return found
+        return self._text_in(SHA256)
 
-    def as_dataclass(self, cls: type[T]) -> T:
-        """Build the dataclass `cls`, reading every field by its type. Only fields with a default may be missing.
+    def _text_in(self, allowed: FieldRange) -> str:
+        if (hint := allowed.refuse(self.as_string())) is not None:
+            raise self.malformed_error(hint)
+        return self.as_string()
 
-        Integers are at least 0. Raises `MalformedFileError`, also for a key that is not a field.
+    def as_dataclass(self, cls: type[T], *, other_keys: bool = False) -> T:
+        """Build the dataclass `cls`, reading every field by its type and declared range (`comm/files/ranges.py`).
+
+        Only fields with a default may be missing. Integers are at least 0. Raises `MalformedFileError`, also for a key
+        that is not a field unless `other_keys`. A union of dataclasses is read by `as_one_of`.
         """
-        self.reject_unknown_keys(name for name, _, _ in _fields(cls))
+        fields = _json_fields(typing.cast("Any", cls))
         tree = self.as_mapping()
-        values = {
-            name: self[name]._of(kind) for name, kind, has_default in _fields(cls) if name in tree or not has_default
-        }
-        return cls(**values)
+        if not other_keys:
+            self.reject_unknown_keys(field.name for field in fields)
+        given = (field for field in fields if field.is_required or field.name in tree)
+        return cls(**{field.name: self[field.name]._of_field(field) for field in given})
+
+    def as_one_of(self, classes: Iterable[type[T]], tag: str = "kind") -> T:
+        """Build the one of several dataclasses whose name the key `tag` holds, like `as_dataclass`."""
+        known = {cls.__name__: cls for cls in classes}
+        name = self[tag].as_string()
+        if name not in known:
+            raise self[tag].malformed_error(f"must be one of {', '.join(known)}")
+        rest = {key: value for key, value in self.as_mapping().items() if key != tag}
+        return JsonValue(rest, self.location).as_dataclass(known[name])
+
+    def _of_field(self, field: _JsonField) -> Any:
+        found = self._of(field.kind)
+        hint = None if field.range is None or found is None else field.range.refuse(found)
+        if hint is not None:
+            raise self.malformed_error(hint)
+        return found
 
     def _of(self, kind: Any) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if origin in (typing.Union, types.UnionType):
-            return None if self.value is None else self._of(next(each for each in arguments if each is not type(None)))
-        if origin is tuple:
+            if self.value is None and type(None) in arguments:
+                return None
+            kinds = [each for each in arguments if each is not type(None)]
+            return self._of(kinds[0]) if len(kinds) == 1 else self.as_one_of(kinds)
+        if origin in (tuple, collections.abc.Sequence):
+            if arguments[0] is int and _is_integer_list(self.value):
+                return tuple(self.value)
             return tuple(item._of(arguments[0]) for item in self.as_list())
+        if origin in (dict, collections.abc.Mapping):
+            return {key: item._of(arguments[1]) for key, item in self.items()}
         if dataclasses.is_dataclass(kind):
             return self.as_dataclass(typing.cast("type[Any]", kind))
         read: dict[Any, Callable[[], Any]]
@@ -281,26 +300,30 @@ class JsonValue:
         return f"{self.location}.{shown}" if self.location else str(shown)
 
 
-def _fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Return name, type and whether there is a default, for each field of a dataclass."""
-    return _fields_of(cls)
+def _is_integer_list(value: object) -> bool:
+    # A short path: logs hold millions of integers in lists, and an object with a location for each takes 28 times as
+    # long.
+    return type(value) is list and all(type(item) is int and 0 <= item <= MAX_INTEGER for item in value)
+
+
+class _JsonField(typing.NamedTuple):
+    name: str
+    kind: Any
+    is_required: bool
+    range: FieldRange | None
 
 
 # Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
 @functools.cache
-def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
+def _json_fields(cls: Any) -> tuple[_JsonField, ...]:
     hints = typing.get_type_hints(cls)
     return tuple(
-        (
+        _JsonField(
             field.name,
             hints[field.name],
-            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING,
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+            field_range(field),
         )
         for field in dataclasses.fields(cls)
         if field.init
     )
-
-
-def wrap_mapping(tree: Mapping[str, Any], location: str = "") -> JsonValue:
-    """Wrap a mapping that is already parsed."""
-    return JsonValue(dict(tree), location)

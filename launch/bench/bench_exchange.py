@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.topology import LinkType
+from ...comm.units import format_mega
 from ..cluster.simulated_cluster import SimulatedCluster
 from ..run.rank_environment import build_rank_environment
 from ..run.torchrun import TORCHRUN_COMMAND, run_local_ranks, wait_for_torchruns
@@ -76,7 +77,7 @@ def benchmark_tables(result: Mapping[str, Any]) -> RenderableType:
     if result["inter_node_bytes_on_interfaces"] is not None:
         counted, seen = result["inter_node_bytes_counted"], result["inter_node_bytes_on_interfaces"]
         ratio = f"{seen / counted:.3f}" if counted else "-"
-        total = f"{_mb(counted)} MB counted between nodes, {_mb(seen)} MB on the interfaces"
+        total = f"{format_mega(counted, 3)} MB counted between nodes, {format_mega(seen, 3)} MB on the interfaces"
         parts.append(f"All passes: {total} (ratio {ratio})")
     if spec["overlap"]:
         parts.append(_overlap_table(rows))
@@ -112,7 +113,7 @@ def _bytes_table(rows: list[Any]) -> Table:
         payload = [sum(row["bytes"][op]["payload"][link] for op in OPERATIONS) for link in LinkType]
         metadata = sum(sum(row["bytes"][op]["metadata"].values()) for op in OPERATIONS)
         sizes = sum(row["bytes"]["sizes"]["metadata"].values())
-        table.add_row(_name(row), *(_mb(size) for size in (*payload, metadata, sizes)))
+        table.add_row(_name(row), *(format_mega(size, 3) for size in (*payload, metadata, sizes)))
     return table
 
 
@@ -140,7 +141,7 @@ def _minimum_table(result: Mapping[str, Any]) -> Table:
         measured = row["bytes"]["dispatch"]["payload"][LinkType.INFINIBAND]
         ratio = f"{measured / minimum['once_per_node']:.3f}" if minimum["once_per_node"] else "-"
         bounds = [minimum[way] for way in ("once_per_node", "once_per_rank", "once_per_expert")]
-        table.add_row(_name(row), *(_mb(size) for size in (measured, *bounds)), ratio)
+        table.add_row(_name(row), *(format_mega(size, 3) for size in (measured, *bounds)), ratio)
     return table
 
 
@@ -160,7 +161,3 @@ def _overlap_table(rows: list[Any]) -> Table:
 
 def _name(row: Mapping[str, Any]) -> str:
     return f"{row['exchange']} {row['format']}"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.3f}"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.exchange.permutation import build_destination_mask
 from ...comm.exchange.wire_format import RowCodec, WireFormat
+from ...comm.files.strict_json import parse_json
 from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
 from ...comm.topology import LinkType, Topology
@@ -280,9 +281,7 @@ def main(spec_text: str, output: str) -> None:
     """Run one rank under torchrun; rank 0 writes the result to the file `output`."""
     worker = TorchrunEnvironment.read()
     assert worker is not None
-    values: dict[str, Any] = json.loads(spec_text)
-    values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
-    spec = ExchangeBenchmarkSpec(**values)
+    spec = parse_json(spec_text).as_dataclass(ExchangeBenchmarkSpec)
     # Nodes that are only processes share this machine, so each of their ranks needs one of its GPUs.
     has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
     device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -120,21 +120,31 @@ def read_kernel_table(name: str) -> KernelTable:
         raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is not a line of a table: {error}")]) from error
 
 
-def _checked(name: str, number: int, line: dict[str, str]) -> KernelMeasurement:
+def _checked(name: str, number: int, line: Mapping[str | None, str | None]) -> KernelMeasurement:
     """Parse one line of a table. Raises `ConfigError` for a malformed one."""
     try:
-        row = _row(line)
-        if min(row.tokens, row.inputs, row.outputs) < 0 or not 0 <= row.value < math.inf:
-            raise ValueError("a number that is negative or not finite")
-        if row.unit in _RATES and row.value == 0:
-            raise ValueError("a rate of 0")
-        if row.unit not in _UNITS or row.evidence not in EVIDENCE_CLASSES:
-            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
-    except (ValueError, TypeError, AttributeError) as error:
+        return _parse_row(line)
+    except ValueError as error:
         hint = f"is not a row of the table ({error}); write the table again with `shoestring calibrate`"
         raise ConfigError(
             [Problem(f"{name}:{number}", shorten_for_message(",".join(map(str, line.values()))), hint)]
         ) from error
+
+
+def _parse_row(line: Mapping[str | None, str | None]) -> KernelMeasurement:
+    """Parse one line as `csv.DictReader` gives it. Raises `ValueError` with the reason."""
+    cells = [cell for column, cell in line.items() if column is not None and cell is not None]
+    if len(cells) < len(_COLUMNS) or None in line:
+        raise ValueError(f"it must have {len(_COLUMNS)} columns")
+    kind, name, role, dtype, *shape, value, unit, evidence, source = cells
+    tokens, inputs, outputs = (int(cell or 0) for cell in shape)
+    row = KernelMeasurement(kind, name, role, dtype, tokens, inputs, outputs, float(value), unit, evidence, source)
+    if min(tokens, inputs, outputs) < 0 or not 0 <= row.value < math.inf:
+        raise ValueError("a number that is negative or not finite")
+    if unit in _RATES and row.value == 0:
+        raise ValueError("a rate of 0")
+    if unit not in _UNITS or evidence not in EVIDENCE_CLASSES:
+        raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
     return row
 
 
@@ -144,14 +154,6 @@ def write_kernel_table(path: Path, rows: Sequence[KernelMeasurement]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
-
-
-def _row(line: dict[str, str]) -> KernelMeasurement:
-    shape = [int(line[column] or 0) for column in ("tokens", "inputs", "outputs")]
-    words = line["kind"], line["name"], line["role"], line["dtype"]
-    return KernelMeasurement(
-        *words, shape[0], shape[1], shape[2], float(line["value"]), line["unit"], line["evidence"], line["source"]
-    )
 
 
 EVIDENCE_CLASSES = ("measured", "published", "assumed")

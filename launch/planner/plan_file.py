@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import read_json
+from ...comm.files.ranges import between
 from ...comm.files.strict_json import JsonValue, MalformedFileError, shorten_for_message
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
@@ -22,13 +23,12 @@ _OPTION = "--against"
 _COMMAND = "write one with `shoestring plan … --format json > FILE`, or with simulate"
 _MAX_BYTES = 2**28
 _MAX_COUNT = 2**31
-_MAX_NUMBER = 1e30
+_MAX_NUMBER = 10**30
 """Limits of a plan's numbers: more than any run has, and products of them do not overflow."""
 _SAME = ("model", "sequence_length", "global_batch_size")
 """Values of a plan that a run must share: with others its steps are different work."""
 _PRICE = ("rampup_start_batch_size", "rampup_batch_size_increment", "rampup_tokens", "tokens", "cluster")
 """Values of a plan that change a run's price but not its steps."""
-_LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers_per_stage")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,37 @@ class PlanEntry:
     """Differences between plan and run that leave the plan comparable, in words."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _PlannedLayout:
+    """What is read here of one layout in the file."""
+
+    pp: int = between(1, _MAX_COUNT)
+    edp: int = between(1, _MAX_COUNT)
+    ep: int = between(1, _MAX_COUNT)
+    schedule: str
+    micro_batch: int = between(1, _MAX_COUNT)
+    layers_per_stage: tuple[int, ...]
+    precision: str
+    exchange: str
+    recompute: tuple[str, ...]
+    overlap: bool
+    moment_bytes: int = between(1, _MAX_COUNT)
+    step_seconds: float = between(0, _MAX_NUMBER)
+    tokens_per_second_per_gpu: float = between(0, _MAX_NUMBER)
+    gpu_hours: float = between(0, _MAX_NUMBER)
+    memory_bytes: float = between(0, _MAX_NUMBER)
+    time_terms: dict[str, float]
+
+    @property
+    def words(self) -> str:
+        """The layout without its recipe and figures; equal for equal layouts."""
+        return _layout_in_words(self.pp, self.edp, self.ep, self.schedule, self.micro_batch, self.layers_per_stage)
+
+
+def _layout_in_words(pp: int, edp: int, ep: int, schedule: str, micro_batch: int, layers: Iterable[int]) -> str:
+    return f"pp{pp} edp{edp} ep{ep} {schedule} micro-batch {micro_batch} layers {'+'.join(map(str, layers))}"
+
+
 def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> PlanEntry:
     """Read the planned figures of the layout of `config`; `precision` is that of the run's GEMMs, None if unknown.
 
@@ -58,30 +89,43 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     fastest. Raises `ConfigError` for a file that is not a plan, and for a plan of another model, sequence length,
     batch or layout.
     """
-    tree = _read(path)
-    wanted = _layout_of(config)
-    raise_if_any(_other_run(path, tree["run"], _run_description(config)))
-    rows = dict(_rows(tree))
-    same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
+    run, layouts = _read(path)
+    raise_if_any(_other_run(path, run, _run_description(config)))
+    wanted = _run_in_words(config)
+    same = {name: layout for name, layout in layouts.items() if layout.words == wanted}
     if not same:
-        raise ConfigError([_no_such_layout(path, rows, wanted)])
+        raise ConfigError([_no_such_layout(path, layouts.values(), wanted)])
     # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
     # and the file lists the fastest first.
     name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
-    row = same[name]
-    return _planned(name, row, [*_other_price(tree["run"], config), *_other_recipe(row, config, precision)])
+    layout = same[name]
+    return PlanEntry(
+        layout_name=name,
+        time_terms={term: layout.time_terms[term] for term in STEP_TIME_TERMS},
+        step_seconds=layout.step_seconds,
+        tokens_per_second=layout.tokens_per_second_per_gpu * layout.pp * layout.edp * layout.ep,
+        gpu_hours=layout.gpu_hours,
+        memory_bytes=layout.memory_bytes,
+        deviations=[*_other_price(run, config), *_other_recipe(layout, config, precision)],
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read the file. Raises `ConfigError` unless it is a plan of this format with all keys that are read here."""
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, _PlannedLayout]]:
+    """Read the description of the planned run, and every layout by its name, the fastest first.
+
+    Raises `ConfigError` unless the file is a plan of this format with all keys that are read here.
+    """
     try:
         tree = read_json(path, _MAX_BYTES)
         tree.as_mapping()
         found = tree.get("format")
         if found is None or found.value != PLAN_FORMAT:
             raise ConfigError([_other_format(path, tree)])
-        _check_keys(tree)
-        return tree.as_mapping()
+        run = tree["run"]
+        run["model"].as_mapping()
+        for key in (*_SAME, *_PRICE):
+            run[key]  # raises if it is missing
+        return run.as_mapping(), dict(_read_layouts(tree))
     except OSError as error:
         raise ConfigError([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
     except MalformedFileError as error:
@@ -99,50 +143,22 @@ def _other_format(path: Path, tree: JsonValue) -> Problem:
     return Problem(_OPTION, str(path), f"{hint}; {_COMMAND}")
 
 
-def _check_keys(tree: JsonValue) -> None:
-    """Raise `MalformedFileError` for a missing key or a value of another type, among those that are read here."""
-    run = tree["run"]
-    run["model"].as_mapping()
-    for key in (*_SAME, *_PRICE):
-        run[key]  # raises if it is missing
-    rows = [*tree["layouts"].as_list(), tree["configured"]] if "layouts" in tree else [tree["layout"]]
-    for row in rows:
-        for key in ("pp", "edp", "ep", "micro_batch", "moment_bytes"):
-            row[key].as_integer(1, _MAX_COUNT)
-        for key in ("schedule", "precision", "exchange"):
-            row[key].as_string()
-        for layers in row["layers_per_stage"].as_list():
-            layers.as_integer(0, _MAX_COUNT)
-        for part in row["recompute"].as_list():
-            part.as_string()
-        row["overlap"].as_boolean()
-        for key in ("step_seconds", "tokens_per_second_per_gpu", "gpu_hours", "memory_bytes"):
-            row[key].as_number(0, _MAX_NUMBER)
-        for term in STEP_TIME_TERMS:
-            row["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
-
-
-def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name, layout) of every layout of the file, the fastest first."""
+def _read_layouts(tree: JsonValue) -> Iterator[tuple[str, _PlannedLayout]]:
+    """Yield (name, layout) of every layout of the file, the fastest first. Raises `MalformedFileError`."""
     if "layouts" not in tree:
-        yield "the simulated layout", tree["layout"]
+        yield "the simulated layout", _read_layout(tree["layout"])
         return
-    count = len(tree["layouts"])
-    for place, row in enumerate(tree["layouts"], 1):
-        yield f"layout {place} of {count}", row
-    yield "the configured layout", tree["configured"]
+    items = tree["layouts"].as_list()
+    for place, item in enumerate(items, 1):
+        yield f"layout {place} of {len(items)}", _read_layout(item)
+    yield "the configured layout", _read_layout(tree["configured"])
 
 
-def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> PlanEntry:
-    return PlanEntry(
-        layout_name=name,
-        time_terms={term: float(row["time_terms"][term]) for term in STEP_TIME_TERMS},
-        step_seconds=float(row["step_seconds"]),
-        tokens_per_second=float(row["tokens_per_second_per_gpu"]) * row["pp"] * row["edp"] * row["ep"],
-        gpu_hours=float(row["gpu_hours"]),
-        memory_bytes=float(row["memory_bytes"]),
-        deviations=deviations,
-    )
+def _read_layout(item: JsonValue) -> _PlannedLayout:
+    layout = item.as_dataclass(_PlannedLayout, other_keys=True)
+    for term in STEP_TIME_TERMS:
+        item["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
+    return layout
 
 
 def _run_description(config: RunConfig) -> dict[str, Any]:
@@ -151,16 +167,10 @@ def _run_description(config: RunConfig) -> dict[str, Any]:
     return description
 
 
-def _layout_of(config: RunConfig) -> dict[str, Any]:
+def _run_in_words(config: RunConfig) -> str:
     topology, schedule = config.topology, config.schedule
-    return {
-        "pp": topology.pp,
-        "edp": topology.edp,
-        "ep": topology.ep,
-        "schedule": schedule.name,
-        "micro_batch": schedule.micro_batch_size,
-        "layers_per_stage": [len(layers) for layers in build_stage_layout(config).stage_layers],
-    }
+    layers = (len(layers) for layers in build_stage_layout(config).stage_layers)
+    return _layout_in_words(topology.pp, topology.edp, topology.ep, schedule.name, schedule.micro_batch_size, layers)
 
 
 def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Problem]:
@@ -176,16 +186,10 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
                 yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
 
 
-def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> Problem:
-    listed = list(dict.fromkeys(map(_words, rows.values())))
-    hint = f"does not contain the run's layout, {_words(wanted)}; it contains {'; '.join(listed) or 'none'}"
+def _no_such_layout(path: Path, layouts: Iterable[_PlannedLayout], wanted: str) -> Problem:
+    listed = list(dict.fromkeys(layout.words for layout in layouts))
+    hint = f"does not contain the run's layout, {wanted}; it contains {'; '.join(listed) or 'none'}"
     return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
-
-
-def _words(row: Mapping[str, Any]) -> str:
-    grid = f"pp{row['pp']} edp{row['edp']} ep{row['ep']}"
-    layers = "+".join(map(str, row["layers_per_stage"]))
-    return f"{grid} {row['schedule']} micro-batch {row['micro_batch']} layers {layers}"
 
 
 def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
@@ -196,18 +200,19 @@ def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]
             yield f"{key}: {_word(planned[key])} planned, {_word(ours[key])} run"
 
 
-def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | None) -> Iterator[str]:
+def _other_recipe(layout: _PlannedLayout, config: RunConfig, precision: str | None) -> Iterator[str]:
     """Yield differences that change the time of a step."""
-    if precision is not None and row["precision"] != precision:
-        yield f"precision: {row['precision']} planned, {precision} run"
     run = configured_recipe(config)
-    planned, parts = _parts(row["recompute"]), _parts(sorted(run.recompute))
-    if planned != parts:
-        yield f"recompute: {planned} planned, {parts} run"
-    ours = {"exchange": run.exchange_name, "overlap": run.overlap, "moment_bytes": run.moment_bytes}
-    for key, value in ours.items():
-        if row[key] != value and (key != "exchange" or row["ep"] > 1):
-            yield f"{key}: {row[key]} planned, {value} run"
+    pairs: dict[str, tuple[object, object]] = {
+        "precision": (layout.precision, layout.precision if precision is None else precision),
+        "recompute": (_parts(layout.recompute), _parts(sorted(run.recompute))),
+        "exchange": (layout.exchange, run.exchange_name if layout.ep > 1 else layout.exchange),
+        "overlap": (layout.overlap, run.overlap),
+        "moment_bytes": (layout.moment_bytes, run.moment_bytes),
+    }
+    for key, (planned, ours) in pairs.items():
+        if planned != ours:
+            yield f"{key}: {planned} planned, {ours} run"
 
 
 def _parts(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ...comm.errors import ConfigError, Problem
+from ...comm.units import format_count
 from ...parallelism.pipeline.schedules.registry import nearest_valid_micro_batches, schedule_problems
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS
 from ...trainer.run.batch_ramp import BatchRamp
@@ -72,7 +73,7 @@ def estimate_phase_costs(
         dearer = f"{hours / forecast.gpu_hours(ramp) - 1:+.1%} over the full batch"
         note = f"from {batch_ramp.levels[0].batch_size:,} to {full.batch_size:,} sequences; {dearer}"
         phases.append(RunPhaseCost("batch ramp", hours, SIMULATED, note))
-    note = f"{_scaled(tokens - ramp)} tokens at full batch"
+    note = f"{format_count(tokens - ramp)} tokens at full batch"
     phases.append(RunPhaseCost("pre-training", forecast.gpu_hours(tokens - ramp), SIMULATED, note))
     return [*phases, *_published(layout)] if include_published_phases else phases
 
@@ -96,18 +97,6 @@ def _published(layout: ParallelLayout) -> Iterator[RunPhaseCost]:
 def pretraining_gpu_hours(phases: Iterable[RunPhaseCost]) -> float:
     """Return the GPU-hours of the simulated phases: pre-training with its batch ramp."""
     return sum(phase.gpu_hours for phase in phases if phase.evidence == SIMULATED)
-
-
-def format_significant(number: float) -> str:
-    """Format a number with three significant digits, or as an integer from 100 on."""
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-def _scaled(tokens: float) -> str:
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if tokens >= unit:
-            return f"{tokens / unit:.4g} {letter}"
-    return f"{tokens:,.0f}"
 
 
 def _ramp_hours(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...comm.units import format_giga
 from ...trainer.memory.forecast import PREDICTION_MARGIN
 from .deadlock.waits import CONTROL_GROUP
 from .findings import has_raised
@@ -66,15 +67,17 @@ def _memory(log: RankLog) -> Iterator[RankFinding]:
         return
     if abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
         text = (
-            f"live tensors peak at {memory.peak_bytes / 1e9:.2f} GB,"
-            f" predicted {memory.predicted_peak_bytes / 1e9:.2f} GB"
+            f"live tensors peak at {format_giga(memory.peak_bytes)} GB,"
+            f" predicted {format_giga(memory.predicted_peak_bytes)} GB"
             f" ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
         )
         yield RankFinding("memory", text, memory.peak_phase)
     peak = max(memory.peak_bytes, memory.peak_while_building_bytes)
     is_known = any(finding.kind == "memory" for finding in log.findings)
     if memory.capacity_bytes is not None and peak > memory.capacity_bytes and not is_known:
-        text = f"live tensors need {peak / 1e9:.2f} GB, the GPU has {memory.capacity_bytes / 1e9:.2f} GB for tensors"
+        text = (
+            f"live tensors need {format_giga(peak)} GB, the GPU has {format_giga(memory.capacity_bytes)} GB for tensors"
+        )
         yield RankFinding("memory", text, memory.peak_phase)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+from ...comm.files.file_io import read_json
 
 
 @dataclass(frozen=True)
@@ -163,32 +165,4 @@ class RankLog:
     @staticmethod
     def read(path: Path) -> RankLog:
         """Read a log that `write` has written."""
-        tree = json.loads(path.read_text())
-        events = tuple(_event(dict(each)) for each in tree.pop("events"))
-        launches = tuple(KernelLaunches(**each) for each in tree.pop("launches"))
-        findings = tuple(RankFinding(**each) for each in tree.pop("findings"))
-        memory, assumptions = DeviceMemoryRecord(**tree.pop("memory")), tuple(tree.pop("assumptions"))
-        return RankLog(
-            events=events, launches=launches, findings=findings, memory=memory, assumptions=assumptions, **tree
-        )
-
-
-_EVENTS = {kind.__name__: kind for kind in (CollectiveRecord, P2PBatchRecord, EventRecord, StreamWait, HostWait)}
-
-
-def _event(values: dict[str, Any]) -> LogEvent:
-    kind = _EVENTS[values.pop("kind")]
-    for name in ("sends", "receives"):
-        if kind is P2PBatchRecord:
-            values[name] = tuple(_message(each) for each in values[name])
-        elif name in values:
-            values[name] = tuple(values[name])
-    for name in ("ranks", "shape"):
-        if name in values:
-            values[name] = tuple(values[name])
-    event: LogEvent = kind(**values)
-    return event
-
-
-def _message(values: dict[str, Any]) -> P2POpRecord:
-    return P2POpRecord(**{**values, "shape": tuple(values["shape"])})
+        return read_json(path).as_dataclass(RankLog)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen
 
+from ...comm.units import format_giga
 from ..run.launcher import raise_on_stop_signals
 from ..run.rank_environment import build_rank_environment
 from ..run.signals import die_with_parent
@@ -133,6 +134,6 @@ def _read_log(ended: _Running) -> RankLog:
 
 
 def _progress(log: RankLog, done: int, total: int) -> str:
-    peak = f"{log.memory.peak_bytes / 1e9:.2f} GB" if log.memory.peak_bytes else "0 GB"
+    peak = f"{format_giga(log.memory.peak_bytes)} GB" if log.memory.peak_bytes else "0 GB"
     rank = f"rank {log.rank} (pipeline rank {log.pp_rank})"
     return f"{done}/{total}  {rank}: {log.seconds:.1f} s, peak {peak}, {len(log.findings)} finding(s)"

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.groups import ProcessGroups
+from ...comm.units import format_giga
 from ...trainer.build import TrainingEngine, build_engine, build_stage_layout
 from ...trainer.config import RunConfig, scheduled_value
 from ...trainer.data.samples import TokenBatch
@@ -160,7 +161,8 @@ class RankRehearsalConfig:
         if capacity is not None and max(live.peak_bytes, levels.building) > capacity:
             peak = max(live.peak_bytes, levels.building)
             phase = live.peak_phase if live.peak_bytes >= levels.building else "building"
-            text = f"live tensors need {peak / 1e9:.1f} GB in {phase}, the GPU has {capacity / 1e9:.1f} GB for tensors"
+            needs, has = format_giga(peak, 1), format_giga(capacity, 1)
+            text = f"live tensors need {needs} GB in {phase}, the GPU has {has} GB for tensors"
             recorder.record_finding("memory", text, phase)
         return DeviceMemoryRecord(
             state_bytes=levels.state,

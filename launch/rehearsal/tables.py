@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 
+from ...comm.units import format_giga
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
 from .findings import format_ranks
 from .launch_counts import DENSE_LAYER, MOE_LAYER, MTP_MODULE, WHOLE_STEP, MeanKernelLaunches, has_weight_gradients
@@ -188,4 +189,4 @@ def _table(title: str) -> Table:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.3f}" if size < 1e9 else f"{size / 1e9:,.2f}"
+    return format_giga(size, 3 if size < 1e9 else 2)

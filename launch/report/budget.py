@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ...trainer.ledger.render import PAPER_TERM_MEANINGS, TERM_MEANINGS, format_gpu_hours, format_percent
+from ...comm.units import format_gpu_hours, format_percent
+from ...trainer.ledger.render import PAPER_TERM_MEANINGS, TERM_MEANINGS
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import (
     LEDGER_BUCKETS,

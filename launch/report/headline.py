@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from statistics import median
 
-from ...trainer.ledger.render import format_gpu_hours, format_percent
+from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.events import parse_number
-from ...trainer.telemetry.format import format_duration, format_si
 from ..answers.blocks import HeadlineCard
 from .run_record import Point, RunRecord
 

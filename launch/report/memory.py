@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from ...comm.units import format_bytes
 from ...trainer.telemetry.events import Event, numbers_in_list, parse_number
 from ..answers.blocks import Block, MissingDataNotice, PageSection, Quantity, table
 from .plot import Plot, Series
@@ -39,14 +40,15 @@ def _blocks(record: RunRecord) -> Iterator[Block]:
         height=190,
         y_axis_from_zero=True,
         reference_lines=[] if limit is None else [("capacity", limit)],
-        format_value=_size,
-        format_tick=_size,
+        format_value=format_bytes,
+        format_tick=format_bytes,
     ).figures(f"Bytes {events[-1].values.get('quantity')}, over optimizer steps")
     _, now, peak = looks[-1]
     if len(now) <= _MOST_ROWS:
         rows = zip(range(len(now)), now, peak, strict=True)
         lines = [
-            (f"rank {rank}", Quantity(held, _size(held)), Quantity(most, _size(most))) for rank, held, most in rows
+            (f"rank {rank}", Quantity(held, format_bytes(held)), Quantity(most, format_bytes(most)))
+            for rank, held, most in rows
         ]
         yield table("Memory per rank", ("", "latest", "peak"), lines)
 
@@ -55,8 +57,3 @@ def _is_whole(event: Event) -> bool:
     """Return whether the event has two finite numbers per rank."""
     now, peak = (numbers_in_list(event.values.get(key)) for key in ("now", "peak"))
     return len(now) == len(peak) > 0 and all(map(math.isfinite, [*now, *peak]))
-
-
-def _size(value: float) -> str:
-    """Format bytes as MB or GB."""
-    return f"{value / 1e9:.4g} GB" if value >= 1e9 else f"{value / 1e6:.4g} MB"

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from ...trainer.telemetry.format import format_si
+from ...comm.units import ceil_div, format_number
 from ..answers.blocks import Figure, LegendEntry
 from . import svg
 from .run_record import Point
@@ -39,11 +39,6 @@ class Series:
 def _is_drawn(value: float) -> bool:
     """Return whether a value can be drawn: not NaN, and not beyond 1e150."""
     return abs(value) < _LARGEST
-
-
-def format_number(value: float) -> str:
-    """Format a number with four digits, or with an SI letter from ten thousand on."""
-    return format_si(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,7 @@ def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
     """Return at most `most` points that look the same: the lowest and the highest of each stretch."""
     if len(points) <= most:
         return list(points)
-    size = -(-2 * len(points) // most)
+    size = ceil_div(2 * len(points), most)
     kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -201,7 +196,7 @@ def _bands(canvas: _Canvas) -> Iterator[Markup]:
             for x, y in series.points:
                 texts_by_step.setdefault(x, []).append(f"{series.name} {plot.format_value(y)}")
     steps = sorted(texts_by_step)
-    steps = steps[:: -(-len(steps) // _MOST_BANDS)]
+    steps = steps[:: ceil_div(len(steps), _MOST_BANDS)]
     edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]
     for step, (left, right) in zip(steps, pairwise(edges), strict=True):
         text = "\n".join([f"step {step:,.0f}", *texts_by_step[step]])

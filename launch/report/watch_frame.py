@@ -11,11 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ...trainer.ledger.render import format_gpu_hours, format_percent
+from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ...trainer.telemetry.events import Event, parse_number
-from ...trainer.telemetry.format import describe_event, format_duration, format_si, strip_control_codes
+from ...trainer.telemetry.format import describe_event, strip_control_codes
 from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0

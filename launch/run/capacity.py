@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ...comm.errors import Problem
+from ...comm.units import format_giga
 from ...trainer.config import RunConfig
 from ...trainer.model.config import ModelConfig
 
@@ -67,9 +68,9 @@ def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapa
         )
         yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more nodes")
     elif local_ranks * MIN_PROCESS_BYTES > capacity.host_bytes:
-        needs = f"{local_ranks * MIN_PROCESS_BYTES / 1e9:,.0f} GB for their processes alone"
+        needs = f"{format_giga(local_ranks * MIN_PROCESS_BYTES, 0)} GB for their processes alone"
         yield Problem(
-            "topology", _grid(config), f"asks for {grid}, {needs}; it has {capacity.host_bytes / 1e9:,.1f} GB"
+            "topology", _grid(config), f"asks for {grid}, {needs}; it has {format_giga(capacity.host_bytes, 1)} GB"
         )
     elif capacity.max_tasks is not None and local_ranks * _THREADS_PER_RANK > capacity.max_tasks:
         yield Problem(
@@ -80,7 +81,7 @@ def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapa
         has = capacity.host_bytes / local_ranks if capacity.gpu_bytes is None else capacity.gpu_bytes
         if size > has:
             kind = "of this machine's memory" if capacity.gpu_bytes is None else "of GPU memory"
-            hint = f"a rank needs {size / 1e9:,.0f} GB for {name} alone, and has {has / 1e9:,.1f} GB {kind}"
+            hint = f"a rank needs {format_giga(size, 0)} GB for {name} alone, and has {format_giga(has, 1)} GB {kind}"
             yield Problem(*key, f"{hint}; see `shoestring memory`")
             return
 

@@ -393,7 +393,7 @@ def _register_node(
         item = message.get("refused")
         its_error = None if item is None else item.as_string()
         theirs = {} if its_error is not None else fingerprints_from_json(message["fingerprints"].as_string())
-    except (ValueError, KeyError):
+    except ValueError:
         peer.close()
         return
     if number in nodes:

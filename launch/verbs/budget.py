@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.units import parse_token_count
 from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
@@ -29,8 +30,6 @@ from ...trainer.ledger.snapshot import snapshot_problem
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
 from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, SNAPSHOT_FILE, to_gpu_hours
 from ..console import print_to_stderr
-
-_SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,6 @@ class BudgetQuery:
             yield Problem("--usd-per-gpu-hour", self.price_per_gpu_hour, "must be at least 0 and finite")
 
 
-def parse_token_count(text: str) -> float:
-    """Convert 14.8T, 300B or 2e6 to a number of tokens. Raises `ConfigError`."""
-    scale = text[-1:].upper() if text[-1:].isalpha() else ""
-    try:
-        value = float(text[: len(text) - len(scale)]) * _SCALES[scale]
-    except (ValueError, KeyError):
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError([Problem("--tokens", text, "must be a number of tokens such as 14.8T, 300B or 2e6")])
-    return value
-
-
 def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
     """Yield the answer as tables. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
     question.validate()
@@ -117,7 +104,8 @@ def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
     if plan is not None:
         yield plan
     if question.tokens is not None and question.gpus is not None:
-        yield render_what_if(summary, parse_token_count(question.tokens), question.gpus, question.price_per_gpu_hour)
+        tokens = parse_token_count(question.tokens, "--tokens")
+        yield render_what_if(summary, tokens, question.gpus, question.price_per_gpu_hour)
     for title, lines in comparisons.items():
         yield render_reconciliation(title, lines)
     if invoice is not None:
@@ -132,7 +120,7 @@ def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
     summary = _summary(question)
     tree = summary.to_json() | {"version": __version__, "usd": summary.gpu_hours * question.price_per_gpu_hour}
     if question.tokens is not None and question.gpus is not None:
-        needed = what_if_gpu_hours(summary, parse_token_count(question.tokens))
+        needed = what_if_gpu_hours(summary, parse_token_count(question.tokens, "--tokens"))
         tree["what_if"] = {
             name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price_per_gpu_hour}
             for name, hours in needed.items()

@@ -12,6 +12,7 @@ from rich.table import Table
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
+from ...comm.units import format_mega
 from ...trainer.checkpoint.checkpoint import Checkpoint
 from ...trainer.checkpoint.find import (
     find_checkpoint,
@@ -102,7 +103,7 @@ def checkpoints_table(listed: list[CheckpointListing]) -> tuple[Table | str, ...
     for heading in ("checkpoint", "tensors", "MB", "saved with layout", "state"):
         table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
     for each in listed:
-        numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", f"{each.bytes / 1e6:,.1f}", each.layout)
+        numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", format_mega(each.bytes, 1), each.layout)
         table.add_row(each.name, *(number or "" for number in numbers), each.state)
     # Not in a column: there a reason breaks over many lines.
     return table, *(f"{each.name}: {each.reason}" for each in listed if each.reason)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.units import parse_byte_size
 from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.huggingface.export import ExportOptions, export_checkpoint
 from ...trainer.huggingface.import_weights import import_huggingface_weights
 from ..console import print_to_stdout
 from ..signal_cleanup import clean_up_on_signal
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
 
 def export_command(
     path: Path, step: int | None, directory: Path, dtype: str, rope: str, shard: str, *, ema_weights: bool
 ) -> Path:
     """Export the weights of one checkpoint, or their EMA; return its path. Raises `ConfigError`."""
-    options = ExportOptions(dtype, rope == "pairs", parse_byte_size(shard))
+    options = ExportOptions(dtype, rope == "pairs", parse_byte_size(shard, "--max-shard"))
     checkpoint = find_checkpoint(path, step)
     with clean_up_on_signal("export"):
         export_checkpoint(
@@ -31,14 +29,3 @@ def import_command(source: Path, target: Path) -> Path:
     """Import a directory; return the path of the checkpoint. Raises `ConfigError`."""
     with clean_up_on_signal("import"):
         return import_huggingface_weights(source, target, print_to_stdout)
-
-
-def parse_byte_size(text: str) -> int:
-    """Convert `5GB`, `500MB` or `64KB` to bytes. Raises `ConfigError`."""
-    try:
-        number, factor = float(text[:-2]), _UNITS[text[-2:].upper()]
-        if number > 0:
-            return round(number * factor)
-    except (ValueError, KeyError):
-        pass
-    raise ConfigError([Problem("--max-shard", text, "must be a size such as 5GB, 500MB or 64KB")])

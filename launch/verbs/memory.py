@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...comm.errors import raise_if_any
+from ...comm.units import format_mega
 from ...trainer.config import RunConfig
 from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
 from ...trainer.memory.measured import MeasuredMemory
@@ -135,15 +136,17 @@ def _predicted(report: MemoryReport) -> Table:
     rows = [dict(_kinds(memory)) for memory in report.predicted_by_pp_rank]
     for kind in rows[0]:
         if any(row[kind] for row in rows):
-            table.add_row(kind, *(_mega(row[kind]) for row in rows))
+            table.add_row(kind, *(format_mega(row[kind]) for row in rows))
     table.add_section()
-    table.add_row(_PEAK, *(_mega(memory.total) for memory in report.predicted_by_pp_rank))
+    table.add_row(_PEAK, *(format_mega(memory.total) for memory in report.predicted_by_pp_rank))
     bounds = (report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank)))
-    table.add_row("worst-case routing", *(_mega(bound) for bound in bounds))
+    table.add_row("worst-case routing", *(format_mega(bound) for bound in bounds))
     table.add_section()
-    table.add_row("host, checkpoint staging", *(_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank))
+    table.add_row(
+        "host, checkpoint staging", *(format_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank)
+    )
     if any(host.average for host in report.host_bytes_by_pp_rank):
-        table.add_row("host, EMA", *(_mega(host.average) for host in report.host_bytes_by_pp_rank))
+        table.add_row("host, EMA", *(format_mega(host.average) for host in report.host_bytes_by_pp_rank))
     return table
 
 
@@ -169,7 +172,7 @@ def _compared(report: MemoryReport) -> Table:
             _PEAK: (predicted.allocator_bytes, measured.total),
         }
         for name, (expected, found) in rows.items():
-            cells = _mega(expected), _mega(found), f"{expected / found - 1:+.1%}"
+            cells = format_mega(expected), format_mega(found), f"{expected / found - 1:+.1%}"
             table.add_row(str(rank) if name == _STATE else "", name, *cells, end_section=name == _PEAK)
     return table
 
@@ -179,7 +182,3 @@ _MEASUREMENT_NOTES = {
     "and of math libraries, and without the interpreter.",
     "cuda": "Measured: the peak of torch's caching allocator; without the CUDA context and NCCL.",
 }
-
-
-def _mega(size: float) -> str:
-    return f"{size / 1e6:,.2f}"

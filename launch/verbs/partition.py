@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.units import format_giga
 from ...parallelism.pipeline.partition import LayerPartition, partition_problems
 from ...parallelism.pipeline.placement import StagePlacement
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
@@ -117,7 +118,7 @@ def partition_table(model: PartitionedModel) -> RenderableType:
             ", ".join(map(str, model.stage_ranks(stage))),
             f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0]),
             ", ".join(kinds + model.non_layer_modules(stage)),
-            f"{model.stage_parameters(stage) / 1e9:.3f} B",
+            f"{format_giga(model.stage_parameters(stage), 3)} B",
             f"{costs[stage] / 1e9:.4g}",
             f"{100 * costs[stage] / mean:.1f}",
         )

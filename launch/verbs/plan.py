@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
+from ...comm.units import format_giga, format_significant
 from ...trainer.config import RunConfig
 from ..compose import compose_run_config
 from ..planner.compute_time import ComputeTimeModel
@@ -33,7 +34,6 @@ from ..planner.run_cost import (
     RunPhaseCost,
     WhatIfStep,
     estimate_phase_costs,
-    format_significant,
     pretraining_gpu_hours,
     sensitivity_analysis,
 )
@@ -254,7 +254,7 @@ def _cells(forecast: StepForecast) -> list[str]:
         f"{forecast.step_seconds:.3f}",
         f"{forecast.tokens_per_second_per_gpu:,.0f}",
         f"{forecast.mfu:.1%}",
-        f"{forecast.peak_bytes_with_fragmentation / 1e9:.1f}",
+        format_giga(forecast.peak_bytes_with_fragmentation, 1),
     ]
 
 

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
+from ...comm.units import format_giga, format_gpu_hours
 from ...trainer.config import RunConfig
 from ...trainer.ledger.budget_guard import project_gpu_hours
-from ...trainer.ledger.render import format_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
 from ...trainer.telemetry.events import Event, numbers_in_list
@@ -188,7 +188,7 @@ _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "tokens_per_second": ("tokens/s", lambda figure: f"{figure:,.0f}"),
     "gpu_hours_of_steps": ("GPU-hours, steps only", format_gpu_hours),
     "gpu_hours": ("GPU-hours, total", format_gpu_hours),
-    "memory_bytes": ("peak GB per rank", lambda figure: f"{figure / 1e9:.2f}"),
+    "memory_bytes": ("peak GB per rank", format_giga),
 }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from ... import __version__
 from ...comm.errors import ConfigError, Problem
 from ...comm.trace import PIPELINE_WAIT
+from ...comm.units import format_giga, format_significant
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION
 from ...trainer.ledger.terms import to_label
@@ -37,7 +38,6 @@ from ..planner.run_cost import (
     RunPhaseCost,
     batch_size_problem,
     estimate_phase_costs,
-    format_significant,
     pretraining_gpu_hours,
 )
 from ..planner.simulated_trace import write_simulated_trace
@@ -319,12 +319,12 @@ def _memory(simulation: SimulatedLayout) -> Table:
     table.add_column("GB", justify="right")
     peak = simulation.forecast.peak_memory
     for name, size in peak.__dict__.items():
-        table.add_row(MEMORY_LABELS[name], f"{size / 1e9:.2f}")
+        table.add_row(MEMORY_LABELS[name], format_giga(size))
     table.add_section()
-    table.add_row("total", f"{peak.total / 1e9:.2f}")
+    table.add_row("total", format_giga(peak.total))
     if simulation.forecast.recipe.recompute == RECOMPUTE_DEEPSEEK_V3:
         without = simulation.forecast_with(replace(simulation.forecast.recipe, recompute=RECOMPUTE_NOTHING))
-        table.add_row("without DeepSeek's memory savings (no recompute)", f"{without.peak_memory.total / 1e9:.2f}")
+        table.add_row("without DeepSeek's memory savings (no recompute)", format_giga(without.peak_memory.total))
     return table
 
 

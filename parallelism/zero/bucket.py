@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...comm.groups import Group
+from ...comm.units import round_up
 
 _ALIGNMENT = 64  # elements: 128 bytes in BF16, so that a weight may be the operand of any kernel
 
@@ -161,7 +162,7 @@ def padded_bucket_length(parameters: Sequence[BucketParameter], ranks: int) -> i
     """Return N, the elements of a bucket of these parameters over `ranks` ranks, with padding."""
     # Every shard is a multiple of the alignment, so that its tensors can be operands of any kernel too.
     *_, last = _parameter_ranges(_weight_decay_first(parameters))
-    return _rounded_up(last.end, _ALIGNMENT * ranks)
+    return round_up(last.end, _ALIGNMENT * ranks)
 
 
 def _weight_decay_first(parameters: Sequence[BucketParameter]) -> list[BucketParameter]:
@@ -174,8 +175,4 @@ def _parameter_ranges(parameters: Sequence[BucketParameter]) -> Iterator[Paramet
     for parameter in parameters:
         end = begin + parameter.parameter.numel()
         yield ParameterRange(parameter.name, parameter.parameter, begin, end)
-        begin = _rounded_up(end, _ALIGNMENT)
-
-
-def _rounded_up(length: int, step: int) -> int:
-    return -(-length // step) * step
+        begin = round_up(end, _ALIGNMENT)

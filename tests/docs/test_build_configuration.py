@@ -15,9 +15,10 @@ def test_every_choice_has_a_comment_at_its_head() -> None:
 
 def test_nested_keys_optional_values_and_required_ones() -> None:
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in PAGE.read_text().splitlines()]
-    rows = {row[1]: row[2:4] for row in cells if len(row) > 3}
-    assert rows["model.rope_scaling"] == ["group or null", "null"]
-    assert rows["model.rope_scaling.factor"] == ["float", "40.0"]
-    assert rows["schedule.layers_per_stage"] == ["list[int] or null", "null"]
-    assert rows["training.mtp_loss_scaling_factor"] == ["dict[int, float]", "{0: 0.3}"]
-    assert rows["data.corpus"] == ["str", "required"]
+    rows = {row[1]: row[2:5] for row in cells if len(row) > 4}
+    assert rows["model.rope_scaling"] == ["group or null", "", "null"]
+    assert rows["model.rope_scaling.factor"] == ["float", "at least 1", "40.0"]
+    assert rows["schedule.layers_per_stage"] == ["list[int] or null", "", "null"]
+    assert rows["training.mtp_loss_scaling_factor"] == ["dict[int, float]", "", "{0: 0.3}"]
+    assert rows["data.corpus"] == ["str", "not empty", "required"]
+    assert rows["telemetry.prometheus.port"] == ["int or null", "1 to 65,535", "null"]

@@ -37,7 +37,7 @@ READERS = (
 _NO_READERS = (
     # These write, for runs that resume.
     *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
-    *("make_rank_record", "merge_rank_records", "wrap_mapping", "TensorFileWriter.", "SplitWriter."),
+    *("make_rank_record", "merge_rank_records", "TensorFileWriter.", "SplitWriter."),
     *("_header", "_check_whole", "_tensor_tree", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
     *("train_tokenizer", "source_fingerprint", "to_config_json", "_unknown_there"),
 )

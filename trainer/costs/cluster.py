@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from ...comm.errors import Problem
+from ...comm.files.ranges import CheckedConfig, above, at_least
 from ...comm.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(CheckedConfig):
     """GPUs of the cluster and their links. On a CPU one process counts as one GPU.
 
     A figure that is neither published nor measured is null; the planner then refuses predictions that need it.
@@ -21,26 +20,26 @@ class ClusterConfig:
 
     name: str = "local"
     """Name of the cluster in logs."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = above(0, None, null="to measure it at the start")
     """Dense peak TFLOPS per GPU, in the format that MFU is quoted in (BF16 for H800); null: measured at the start by a
     matrix product."""
-    peak_fp8_tflops: float | None = None
+    peak_fp8_tflops: float | None = above(0, None, null="if unknown")
     """Dense peak TFLOPS per GPU in FP8; null: no FP8."""
-    memory_gb: float | None = None
+    memory_gb: float | None = above(0, None, null="if unknown")
     """Memory per GPU in GB (10^9 bytes)."""
-    memory_gb_per_second: float | None = None
+    memory_gb_per_second: float | None = above(0, None, null="if unknown")
     """Memory bandwidth per GPU in GB/s."""
-    sm_count: int | None = None
+    sm_count: int | None = above(0, None, null="if unknown")
     """Streaming multiprocessors per GPU, which compute and communication kernels share."""
-    nodes: int = 1
+    nodes: int = at_least(1, 1)
     """Number of nodes."""
-    gpus_per_node: int = 8
+    gpus_per_node: int = at_least(1, 8)
     """GPUs per node."""
-    nvlink_gb_per_second: float | None = None
+    nvlink_gb_per_second: float | None = above(0, None, null="if unknown")
     """Bandwidth from one GPU to the others of its node, in GB/s per direction, as kernels reach it."""
-    infiniband_gb_per_second: float | None = None
+    infiniband_gb_per_second: float | None = above(0, None, null="if unknown")
     """Bandwidth from one GPU to other nodes, in GB/s per direction, as kernels reach it."""
-    price_per_gpu_hour: float | None = None
+    price_per_gpu_hour: float | None = at_least(0, None)
     """Price in US dollars per GPU-hour."""
     tables: str | None = None
     """Measured kernel times: the name of a table of the planner, or a CSV file written by `shoestring calibrate`."""
@@ -51,27 +50,6 @@ class ClusterConfig:
     def total_gpus(self) -> int:
         """GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            yield Problem("peak_tflops", self.peak_tflops, "must be greater than 0, or null to measure it at the start")
-        values = self.__dict__
-        for name in (
-            "peak_fp8_tflops",
-            "memory_gb",
-            "memory_gb_per_second",
-            "sm_count",
-            "nvlink_gb_per_second",
-            "infiniband_gb_per_second",
-        ):
-            if values[name] is not None and not values[name] > 0:
-                yield Problem(name, values[name], "must be greater than 0, or null if unknown")
-        if self.price_per_gpu_hour is not None and self.price_per_gpu_hour < 0:
-            yield Problem("price_per_gpu_hour", self.price_per_gpu_hour, "must be at least 0, or null")
-        for name in ("nodes", "gpus_per_node"):
-            if values[name] < 1:
-                yield Problem(name, values[name], "must be at least 1")
 
 
 def measure_peak_tflops(device: torch.device, dtype: torch.dtype, group: Group) -> float:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text
-from .render import format_gpu_hours
+from ...comm.units import format_gpu_hours
 from .summary import LedgerSummary
 from .terms import to_gpu_hours
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..telemetry.format import format_si
+from ...comm.units import format_gpu_hours, format_percent, format_si, format_usd
 from .project import Project, ProjectTotals
 from .summary import LedgerSummary
 from .terms import (
@@ -244,23 +244,6 @@ def _run_cells(summary: LedgerSummary) -> tuple[str, str, str, str]:
     run_tokens = sum(summary.tokens_by_phase.values())
     spent = format_gpu_hours(to_gpu_hours(summary.allocated_ms))
     return to_label(summary.phase), spent, format_percent(summary.goodput), f"{run_tokens:,}"
-
-
-def format_gpu_hours(value: float) -> str:
-    """Format GPU-hours with digits that fit their size; the fourth decimal is a third of a GPU-second."""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
-
-
-def format_usd(spent: float, usd_per_gpu_hour: float) -> str:
-    """Format the cost of GPU-hours in USD."""
-    cost = spent * usd_per_gpu_hour
-    shown = f"{cost:,.0f}" if cost >= 10_000 else f"{cost:,.2f}" if cost >= 1 else f"{cost:.4f}"
-    return f"${shown} at ${usd_per_gpu_hour:g} per GPU-hour"
-
-
-def format_percent(share: float) -> str:
-    """Format a share of 1 in percent, with two or three significant digits if it is small."""
-    return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else f"{100 * share:.2g} %"
 
 
 def _plural(count: int, one: str, many: str) -> str:

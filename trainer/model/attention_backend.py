@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem
+from ...comm.units import format_giga
 from .cpu_attention import causal_attention
 
 # Why not `F.scaled_dot_product_attention`: it selects a kernel in every call and does not report which. With an older
@@ -182,7 +183,7 @@ def unsupported_shape_reasons(name: str, case: AttentionShape) -> Iterator[str]:
     if name == "math" and case.score_bytes > MATH_MAX_SCORE_BYTES:
         shape = f"{case.batch} x {case.heads} heads x {case.sequence_length}²"
         yield (
-            f"the scores of a layer ({shape}) take {case.score_bytes / 1e9:.1f} GB, "
+            f"the scores of a layer ({shape}) take {format_giga(case.score_bytes, 1)} GB, "
             f"more than {MATH_MAX_SCORE_BYTES / 1e9:g} GB; set training.attention_backend=auto, "
             "whose other backends keep no scores, or a shorter training.sequence_length"
         )

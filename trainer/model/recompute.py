@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
 
 from ...comm.errors import Problem
+from ...comm.files.ranges import CheckedConfig
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
@@ -39,7 +41,7 @@ class RecomputeModule(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecomputeConfig:
+class RecomputeConfig(CheckedConfig):
     """Activations that are recomputed in the backward instead of saved, and the row blocks of experts."""
 
     modules: tuple[str, ...] = ()
@@ -50,8 +52,8 @@ class RecomputeConfig:
     average. A rank that receives more computes them in blocks and recomputes everything but the rows, so that uneven
     routing makes it slower instead of running out of memory (`shoestring memory` prints the worst case)."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
+    @override
+    def rule_problems(self) -> Iterator[Problem]:
         known = [part.value for part in RecomputeModule]
         for index, part in enumerate(self.modules):
             if part not in known:

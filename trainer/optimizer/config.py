@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from ...comm.errors import Problem
+from ...comm.files.ranges import CheckedConfig, above, at_least, fraction, one_of
 
 _MOMENTS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 # BF16's spacing is up to 2^-7 of a number: a moving average that changes by less than half of that per step is rounded
@@ -18,52 +20,38 @@ _LARGEST_BETA2_IN_BF16 = 1 - 2**-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(CheckedConfig):
     """AdamW and learning-rate schedule. Defaults are those of report §4.2, except for the schedule's lengths."""
 
-    peak_learning_rate: float = 2.2e-4
-    """Learning rate at the end of the warm-up; above 0."""
-    final_learning_rate: float = 2.2e-5
-    """Learning rate from the end of the decay on; 0 to `peak_learning_rate`."""
-    warmup_tokens: int = 0
+    peak_learning_rate: float = above(0, 2.2e-4)
+    """Learning rate at the end of the warm-up."""
+    final_learning_rate: float = at_least(0, 2.2e-5)
+    """Learning rate from the end of the decay on; at most `peak_learning_rate`."""
+    warmup_tokens: int = at_least(0, 0)
     """Tokens over which the rate grows linearly from 0 to the peak."""
-    constant_tokens: int | None = None
+    constant_tokens: int | None = at_least(0, None)
     """Tokens after the warm-up at the peak rate; null: the rest of the run."""
-    decay_tokens: int = 0
+    decay_tokens: int = at_least(0, 0)
     """Tokens after that over which the rate falls from peak to final along a cosine; 0: it falls in one step."""
-    beta1: float = 0.9
-    """Decay of the first moment; 0 to 1, exclusive of 1."""
-    beta2: float = 0.95
-    """Decay of the second moment; 0 to 1, exclusive of 1."""
-    eps: float = 1e-8
+    beta1: float = fraction(0.9)
+    """Decay of the first moment."""
+    beta2: float = fraction(0.95)
+    """Decay of the second moment."""
+    eps: float = above(0, 1e-8)
     """Term that keeps Adam's denominator from 0. The report gives no value; this is the usual one."""
-    weight_decay: float = 0.1
+    weight_decay: float = at_least(0, 0.1)
     """Decoupled weight decay of weight matrices; norms have none."""
-    clip_norm: float = 1.0
+    clip_norm: float = above(0, 1.0)
     """Largest global gradient norm; longer gradients are scaled down to it."""
-    moments: str = "auto"
+    moments: str = one_of(("auto", *_MOMENTS), "auto")
     """Dtype of both moments: `bfloat16` (report §3.3.2), `float32`, `float64`, or `auto`: BF16, and FP64 in a run that
     computes in FP64. Updates are computed in the dtype of the master weights."""
-    ema_decay: float | None = None
-    """Share of the weights' moving average that a step keeps (report §3.2.3, which gives no value); between 0 and 1.
+    ema_decay: float | None = fraction(None, zero=False)
+    """Share of the weights' moving average that a step keeps (report §3.2.3, which gives no value);
     null: no average. Evaluations report the average's loss in addition to that of the weights."""
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each invalid value."""
-        values = self.__dict__
-        for name in ("peak_learning_rate", "eps", "clip_norm"):
-            if not values[name] > 0:
-                yield Problem(name, values[name], "must be greater than 0")
-        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "decay_tokens", "weight_decay"):
-            if values[name] is not None and values[name] < 0:
-                yield Problem(name, values[name], "must be at least 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= values[name] < 1:
-                yield Problem(name, values[name], "must be at least 0 and less than 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            yield Problem("ema_decay", self.ema_decay, "must be more than 0 and less than 1, or null")
-        if self.moments != "auto" and self.moments not in _MOMENTS:
-            yield Problem("moments", self.moments, f"must be auto, {', '.join(_MOMENTS)}")
+    @override
+    def rule_problems(self) -> Iterator[Problem]:
         if self.moments in ("auto", "bfloat16") and _LARGEST_BETA2_IN_BF16 < self.beta2 < 1:
             hint = (
                 f"must be at most {_LARGEST_BETA2_IN_BF16} with BF16 moments, which do not move above it; "

@@ -145,11 +145,6 @@ def _to_e4m3(scaled: Tensor) -> Tensor:
     return scaled.to(torch.float8_e4m3fn).contiguous()
 
 
-def round_up_to_multiple(size: int, step: int) -> int:
-    """Return the smallest multiple of `step` that is at least `size`."""
-    return -(-size // step) * step
-
-
 def zero_pad(x: Tensor, rows: int, columns: int) -> Tensor:
     """Pad `x` with zeros to [rows, columns], contiguous."""
     if x.shape == (rows, columns):

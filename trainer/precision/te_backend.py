@@ -19,12 +19,12 @@ from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from ...comm.units import round_up
 from .fp8_tensors import (
     ColumnwiseFp8Tensor,
     Fp8Weight,
     RowwiseFp8Tensor,
     gemm_output_dtype,
-    round_up_to_multiple,
     zero_pad,
 )
 from .reference import ReferenceBackend, split_by_expert
@@ -64,21 +64,19 @@ def _product(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
 
 def _of_tiles(tiles: RowwiseFp8Tensor) -> Any:
     values = _whole(tiles.values_XD)
-    scales_QX = zero_pad(tiles.scales_XQ.T, tiles.scales_XQ.shape[1], round_up_to_multiple(len(values), _FOURS))
+    scales_QX = zero_pad(tiles.scales_XQ.T, tiles.scales_XQ.shape[1], round_up(len(values), _FOURS))
     return _storage(values, scales_QX, is_2D_scaled=False)
 
 
 def _of_blocks(blocks: Fp8Weight) -> Any:
     values = _whole(blocks.values_NK)
-    scales_PQ = zero_pad(
-        blocks.scales_PQ, tiles_per_row(len(values)), round_up_to_multiple(blocks.scales_PQ.shape[1], _FOURS)
-    )
+    scales_PQ = zero_pad(blocks.scales_PQ, tiles_per_row(len(values)), round_up(blocks.scales_PQ.shape[1], _FOURS))
     return _storage(values, scales_PQ, is_2D_scaled=True)
 
 
 def _whole(values: Tensor) -> Tensor:
     """Zero-pad both sides to multiples of 128, as Transformer Engine requires of what it quantizes."""
-    return zero_pad(values, *(round_up_to_multiple(side, TILE_WIDTH) for side in values.shape))
+    return zero_pad(values, *(round_up(side, TILE_WIDTH) for side in values.shape))
 
 
 def _storage(values: Tensor, scales: Tensor, *, is_2D_scaled: bool) -> Any:

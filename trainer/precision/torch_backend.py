@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
+from ...comm.units import round_up
 from .fp8_tensors import (
     ColumnwiseFp8Tensor,
     Fp8Weight,
     RowwiseFp8Tensor,
     gemm_output_dtype,
-    round_up_to_multiple,
     zero_pad,
 )
 from .reference import ReferenceBackend, split_by_expert
@@ -37,7 +37,7 @@ class TorchBackend(ReferenceBackend):
         rows, columns = len(x.values_XD), len(weight.values_NK)
         if not rows:
             return x.scales_XQ.new_empty((0, columns), dtype=dtype)
-        blocks_down = tiles_per_row(round_up_to_multiple(columns, _SIDE))
+        blocks_down = tiles_per_row(round_up(columns, _SIDE))
         second = _filled(weight.values_NK), _filled_scales(weight.scales_PQ, blocks_down)
         return _multiply(x, second, ScalingType.BlockWise128x128, gemm_output_dtype(dtype))[:rows, :columns].to(dtype)
 
@@ -49,7 +49,7 @@ class TorchBackend(ReferenceBackend):
             if not ours.values_XD.shape[1]:
                 products.append(ours.scales_XQ.new_zeros((rows, columns)))
                 continue
-            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, round_up_to_multiple(columns, _SIDE))
+            second = _filled(theirs.values_XD), _filled_scales(theirs.scales_XQ, round_up(columns, _SIDE))
             product = _multiply(ours, second, ScalingType.BlockWise1x128, torch.float32)
             products.append(product[:rows, :columns])
         return torch.stack(products)
@@ -72,10 +72,8 @@ def _multiply(a: RowwiseFp8Tensor, b: tuple[Tensor, Tensor], of_b: ScalingType, 
 
 def _filled(values: Tensor) -> Tensor:
     """Zero-pad both sides of [M, K]."""
-    return zero_pad(
-        values, round_up_to_multiple(values.shape[0], _SIDE), round_up_to_multiple(values.shape[1], _TILES * TILE_WIDTH)
-    )
+    return zero_pad(values, round_up(values.shape[0], _SIDE), round_up(values.shape[1], _TILES * TILE_WIDTH))
 
 
 def _filled_scales(scales: Tensor, rows: int) -> Tensor:
-    return zero_pad(scales, rows, round_up_to_multiple(scales.shape[1], _TILES))
+    return zero_pad(scales, rows, round_up(scales.shape[1], _TILES))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 from ...comm.host_transfer import to_device
+from ...comm.units import ceil_div
 from . import kernels
 from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, gemm_output_dtype
 from .swiglu import swiglu_forward
@@ -97,7 +98,7 @@ class TritonBackend:
         spans = _spans(rows_L, _ROWS)
         if spans:
             first, last, expert = index_tensors(out_RN.device, zip(*spans, strict=True))
-            kernels.grouped_gemm[(len(spans) * -(-columns // _COLUMNS),)](
+            kernels.grouped_gemm[(len(spans) * ceil_div(columns, _COLUMNS),)](
                 x.values_XD, x.scales_XQ, weight.values_NK, weight.scales_PQ, out_RN, first, last, expert,
                 columns, k, tiles_per_row(columns), tiles_per_row(k), _ROWS, _COLUMNS, num_warps=8, num_stages=3,
             )  # fmt: skip
@@ -117,7 +118,7 @@ class TritonBackend:
             return
         (experts, rows, columns), a, b = sum_LNK.shape, grad.tiles, x.tiles
         (first,) = index_tensors(sum_LNK.device, [list(accumulate(grad.tiles_per_expert_L, initial=0))])
-        kernels.grouped_wgrad_gemm[(-(-rows // _ROWS) * -(-columns // _COLUMNS), experts)](
+        kernels.grouped_wgrad_gemm[(ceil_div(rows, _ROWS) * ceil_div(columns, _COLUMNS), experts)](
             a.values_XD, a.scales_XQ, b.values_XD, b.scales_XQ, sum_LNK, first,
             rows, columns, a.scales_XQ.shape[1], _ROWS, _COLUMNS, num_warps=8, num_stages=3,
         )  # fmt: skip
@@ -128,7 +129,7 @@ class TritonBackend:
             self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_per_row(width))
         )
         if rows:
-            kernel[(-(-rows // _ROWS_TO_QUANTIZE), tiles_per_row(width))](
+            kernel[(ceil_div(rows, _ROWS_TO_QUANTIZE), tiles_per_row(width))](
                 *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_per_row(width),
                 scales is ScaleFormat.POWER_OF_TWO, _ROWS_TO_QUANTIZE, num_warps=4,
             )  # fmt: skip
@@ -143,7 +144,7 @@ class TritonBackend:
         )
         if spans:
             first, last, _ = index_tensors(like.device, zip(*spans, strict=True))
-            kernel[(len(spans), -(-width // _COLUMNS_TO_QUANTIZE))](
+            kernel[(len(spans), ceil_div(width, _COLUMNS_TO_QUANTIZE))](
                 *inputs, first, last, tiles.values_XD, tiles.scales_XQ, width, len(spans),
                 scales is ScaleFormat.POWER_OF_TWO, _COLUMNS_TO_QUANTIZE, num_warps=8,
             )  # fmt: skip

@@ -10,6 +10,8 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cache
 
+from ...comm.units import ceil_div
+
 
 @dataclass(frozen=True)
 class BatchSizeLevel:
@@ -50,7 +52,7 @@ class BatchRamp:
         if samples <= 0:
             return 0
         level = self.levels[bisect_left(self.levels, samples, key=lambda level: level.samples_before) - 1]
-        return level.steps_before + _ceil_div(samples - level.samples_before, level.batch_size)
+        return level.steps_before + ceil_div(samples - level.samples_before, level.batch_size)
 
 
 @cache  # RunConfig.batch_ramp builds it at each use, several times per step
@@ -61,17 +63,12 @@ def make_batch_ramp(first: int, increment: int, last: int, tokens: int, sequence
     sequences late.
     """
     # Equal shares: the batch grows evenly with the tokens. The report (§4.2) does not say how its batch grew.
-    shares = _ceil_div(last - first, increment)
+    shares = ceil_div(last - first, increment)
     levels, steps, consumed = [], 0, 0
     for number in range(shares):
-        size, end = first + number * increment, _ceil_div((number + 1) * tokens, shares * sequence_length)
-        taken = _ceil_div(end - consumed, size)
+        size, end = first + number * increment, ceil_div((number + 1) * tokens, shares * sequence_length)
+        taken = ceil_div(end - consumed, size)
         if taken > 0:  # else the last step of a larger share has jumped over this one
             levels.append(BatchSizeLevel(steps, consumed, size))
             steps, consumed = steps + taken, consumed + taken * size
     return BatchRamp((*levels, BatchSizeLevel(steps, consumed, last)))
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    """Return `numerator / denominator`, rounded up."""
-    return -(-numerator // denominator)

@@ -16,6 +16,7 @@ from ...comm.files.file_io import read_text
 from ...comm.files.strict_json import MalformedFileError
 from ...comm.groups import ProcessGroups
 from ...comm.host_transfer import to_device, to_host
+from ...comm.units import ceil_div
 from ...parallelism.pipeline.executor import PipelineExecutor
 from ..data.samples import SampleDataset, TokenBatch
 from ..model.chunk import Chunk
@@ -44,7 +45,7 @@ def evaluate_validation_loss(
     # collective of the expert-parallel group, and hangs if a member is missing.
     topology = groups.topology
     share = topology.dp * micro_batch
-    rounds = -(-len(samples) // share)
+    rounds = ceil_div(len(samples), share)
     first = topology.dp_rank(groups.rank) * micro_batch
     starts = [index * share + first for index in range(rounds)]
     depth = chunks[0].model.config.num_nextn_predict_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from ...comm.units import format_bytes, format_duration, format_si, format_significant
 from .events import JSON, Event, numbers_in_list, parse_number
 
 
@@ -64,9 +65,8 @@ def _run(event: Event) -> str:
 def _budget(event: Event) -> str:
     values = event.values
     hours, percent = _number(values, "gpu_hours"), 100 * _number(values, "budget_share")
-    spent = f"{hours:,.0f}" if hours >= 1000 else f"{hours:.3g}"
     share = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
-    line = f"{spent} GPU-hours so far ({share} % of budget)"
+    line = f"{format_significant(hours)} GPU-hours so far ({share} % of budget)"
     if values["gpu_hours_per_trillion_tokens"] is None:
         return line
     rate = float(str(values["gpu_hours_per_trillion_tokens"]))
@@ -85,7 +85,7 @@ def _evaluation(event: Event) -> str:
 
 
 def _memory(event: Event) -> str:
-    now, peak = (_format_bytes(max(numbers_in_list(event.values[key]))) for key in ("now", "peak"))
+    now, peak = (format_bytes(max(numbers_in_list(event.values[key]))) for key in ("now", "peak"))
     return f"step {event.step}: memory: {now} on the largest rank (peak {peak})"
 
 
@@ -101,30 +101,6 @@ def _number(values: Mapping[str, JSON], key: str) -> float:
     if number is None:
         raise TypeError(f"{key} must be a number, not {values[key]!r}")
     return number
-
-
-def format_si(value: float) -> str:
-    """Return `value` with one decimal and an SI prefix: 6104 is 6.1k."""
-    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.1f}{letter}"
-    return f"{value:.0f}"
-
-
-def _format_bytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def format_duration(seconds: float) -> str:
-    """Return `seconds` as m:ss or h:mm:ss or, beyond a day, as d days h:mm:ss."""
-    if not seconds < float("inf"):
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days} d {hour}:{minute:02}:{second:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def _short(value: bool | int | float | str) -> str:

@@ -23,6 +23,7 @@ from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import read_text, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
+from ...comm.units import ceil_div
 from .config import WandbConfig
 from .events import JSON, Event
 
@@ -219,5 +220,5 @@ def _shown(kind: str, value: JSON) -> object:
 def _bars(load_E: Sequence[JSON]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return a histogram whose bar e is the load of expert e; beyond 512 experts, neighbors share a bar."""
     counts_E = np.array(load_E, dtype=np.float64)
-    edges = np.append(np.arange(0, len(counts_E), -(-len(counts_E) // _MOST_BINS)), len(counts_E))
+    edges = np.append(np.arange(0, len(counts_E), ceil_div(len(counts_E), _MOST_BINS)), len(counts_E))
     return np.add.reduceat(counts_E, edges[:-1]), edges.astype(np.float64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from ....comm.errors import Problem, raise_if_any
+from ....comm.units import round_up
 from ..placement import PlacementStyle, StagePlacement
 from ..program import PipelineProgram, RankProgramWriter
 from .dualpipe import dualpipe, dualpipev
@@ -162,6 +163,6 @@ def _find(schedule: str) -> PipelineSchedule | None:
 
 
 def _nearest(value: int, least: int, step: int) -> str:
-    below, above = value // step * step, -(-value // step) * step
+    below, above = value // step * step, round_up(value, step)
     legal = [number for number in dict.fromkeys((below, above)) if number >= least]
     return "nearest " + " or ".join(map(str, legal or [least]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from shoestring.comm.files.ranges import FILE_NAME, between, one_of
 from shoestring.comm.files.strict_json import MAX_DEPTH, MAX_INTEGER, JsonValue, MalformedFileError, parse_json
 
 
@@ -113,3 +115,55 @@ def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
     ):
         with pytest.raises(MalformedFileError, match=gist):
             parse_json(text.replace(old, new)).as_dataclass(Outer)
+
+
+@dataclass(frozen=True)
+class Ranged:
+    port: int | None = between(1, 65535, None)
+    mode: str = one_of(("on", "off"), "on")
+
+
+def test_a_dataclass_is_built_within_the_ranges_of_its_fields() -> None:
+    assert parse_json('{"port": 80, "mode": "off"}').as_dataclass(Ranged) == Ranged(80, "off")
+    assert parse_json('{"port": null}').as_dataclass(Ranged) == Ranged()
+    for text, gist in (
+        ('{"port": 0}', "port = 0: must be at least 1, or null"),
+        ('{"port": 70000}', "port = 70000: must be at most 65,535, or null"),
+        ('{"mode": "of"}', "mode = 'of': must be on or off"),
+    ):
+        with pytest.raises(MalformedFileError, match=gist):
+            parse_json(text).as_dataclass(Ranged)
+
+
+@dataclass(frozen=True)
+class Circle:
+    radius: float
+
+
+@dataclass(frozen=True)
+class Square:
+    side: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shapes: tuple[Circle | Square, ...]
+    layers: dict[str, int]
+    file: str = dataclasses.field(metadata=FILE_NAME.metadata)
+
+
+def test_unions_mappings_and_names_of_files_are_read_by_their_fields() -> None:
+    shapes = '[{"kind": "Square", "side": 2}, {"kind": "Circle", "radius": 1}]'
+    text = f'{{"shapes": {shapes}, "layers": {{"top": 3}}, "file": "a"}}'
+    drawing = Drawing((Square(2.0), Circle(1.0)), {"top": 3}, "a")
+    assert parse_json(text).as_dataclass(Drawing) == drawing
+    assert parse_json(text.replace('"file"', '"more": 1, "file"')).as_dataclass(Drawing, other_keys=True) == drawing
+    for old, new, gist in (
+        ("Square", "Cube", r"shapes\[0\]\.kind = 'Cube': must be one of Circle, Square"),
+        ('"kind": "Square", ', "", r"shapes\[0\]\.kind = None: is missing"),
+        ("side", "radius", r"shapes\[0\]\.radius = 2: is not a key"),
+        ("3", "0.5", r"layers\.top = 0\.5: must be a whole number"),
+        ('"a"', '"../a"', r"file = '\.\./a': must name a file inside the folder"),
+    ):
+        with pytest.raises(MalformedFileError, match=gist):
+            parse_json(text.replace(old, new)).as_dataclass(Drawing)

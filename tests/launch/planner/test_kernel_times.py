@@ -64,3 +64,23 @@ def test_coverage_is_by_time() -> None:
     coverage.add_seconds("measured", 3.0)
     coverage.add_seconds("assumed", 1.0)
     assert coverage.evidence_shares() == {"assumed": 0.25, "measured": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ("gemm,a,forward", "it must have 11 columns"),
+        ("gemm,a,forward,bf16,1,2,3,4.0,us,measured,a test,more", "it must have 11 columns"),
+        ("gemm,a,forward,bf16,1,2.5,3,4.0,us,measured,a test", "invalid literal for int"),
+        ("gemm,a,forward,bf16,1,2,-3,4.0,us,measured,a test", "a number that is negative or not finite"),
+        ("gemm,a,forward,bf16,1,2,3,nan,us,measured,a test", "a number that is negative or not finite"),
+        ("gemm,a,forward,bf16,1,2,3,0,share,measured,a test", "a rate of 0"),
+        ("gemm,a,forward,bf16,1,2,3,4.0,ms,measured,a test", "units are us, GB/s"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused(cells: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_kernel_table(path, [row("a", 1.5)])
+    path.write_text(f"{path.read_text()}{cells}\n")
+    with pytest.raises(ConfigError, match=rf"table\.csv:3 = .*is not a row of the table \({reason}"):
+        read_kernel_table(str(path))

@@ -12,7 +12,6 @@ from shoestring.launch.planner.run_cost import (
     FailureModel,
     context_extension_problem,
     estimate_phase_costs,
-    format_significant,
     pretraining_gpu_hours,
     sensitivity_analysis,
 )
@@ -58,13 +57,6 @@ def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> No
             batch_ramp=batches,
             include_published_phases=False,
         )
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0.1616, "0.162"), (0.0, "0"), (12.345, "12.3"), (100.4, "100"), (2_393_815.2, "2,393,815")]
-)
-def test_numbers_say_something_whatever_their_size(number: float, text: str) -> None:
-    assert format_significant(number) == text
 
 
 def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from shoestring import __version__
-from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
-from shoestring.launch.verbs.budget import parse_token_count
 from shoestring.tests.launch.command_line import answer, exit_code
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
@@ -86,12 +84,6 @@ def test_questions_that_make_no_sense_are_refused(
 ) -> None:
     assert exit_code("budget", run_dir, *options) == 2
     assert gist in capsys.readouterr().err
-
-
-def test_numbers_of_tokens_are_read_with_their_letters() -> None:
-    assert [parse_token_count(text) for text in ("14.8T", "300b", "2e6", "12")] == [14.8e12, 3e11, 2e6, 12]
-    with pytest.raises(ConfigError):
-        parse_token_count("")
 
 
 def test_a_project_is_summed_up(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,5 +82,5 @@ def test_the_guard_holds_a_run_to_what_others_have_left(tmp_path: Path, time: Ti
 def test_the_configuration_of_the_guard_is_checked() -> None:
     wrong = BudgetConfig(gpu_hours=1, warn_at=0, stop_at=-1, planned_gpu_hours=0, project="")
     fields = [problem.field for problem in wrong.problems()]
-    assert fields == ["warn_at", "stop_at", "planned_gpu_hours", "project"]
+    assert fields == ["project", "warn_at", "stop_at", "planned_gpu_hours"]
     assert set(PUBLISHED_GPU_HOURS) == {"pre_train", "context_extension", "post_training"}

@@ -97,7 +97,7 @@ def test_math_is_refused_from_a_gigabyte_of_scores_on() -> None:
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient, math"),
+        (["training.attention_backend=fused"], "must be auto, cudnn, flash3, efficient or math"),
         (
             ["training.attention_backend=cudnn", "training.device=cpu"],
             "is a GPU backend: set it to auto, or set training.device=cuda",

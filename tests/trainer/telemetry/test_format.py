@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP
 from shoestring.trainer.telemetry.events import JSON, Event
-from shoestring.trainer.telemetry.format import describe_event, format_duration, format_si
+from shoestring.trainer.telemetry.format import describe_event
 
 
 def test_a_step_is_one_line_with_its_figures() -> None:
@@ -82,14 +82,3 @@ def test_other_events_name_their_facts(event: Event, line: str) -> None:
 def test_a_sample_cannot_steer_the_terminal() -> None:
     text = describe_event(Event("sample", 7, {"prompt": "To be", "text": "or \x1b[2Jnot\nto be"}))
     assert text == "sample at step 7\n  | To be\n  | or �[2Jnot\n  | to be"
-
-
-def test_durations_and_rates_read_well() -> None:
-    assert [format_duration(seconds) for seconds in (5, 83.2, 3661, 90061, float("inf"))] == [
-        "0:05",
-        "1:23",
-        "1:01:01",
-        "1 d 1:01:01",
-        "?",
-    ]
-    assert [format_si(rate) for rate in (12.0, 6104.0, 2.5e6, 3e9)] == ["12", "6.1k", "2.5M", "3.0G"]

@@ -47,4 +47,4 @@ def test_memory_of_all_ranks_is_shown_or_of_none() -> None:
 def test_the_terminal_names_the_fullest_rank() -> None:
     values = memory_metrics(CPU, [(10_000_000, 420_000_000), (31_400_000, 40_000_000)])
     line = describe_event(Event("memory", 50, values))
-    assert line == "step 50: memory: 31 MB on the largest rank (peak 420 MB)"
+    assert line == "step 50: memory: 31.4 MB on the largest rank (peak 420 MB)"
