@@ -14,9 +14,8 @@ from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
 from ...parallelism.pipeline.placement import StageLocation, StagePlacement
 from ...parallelism.pipeline.program import Op, PipelineProgram
-from ...parallelism.pipeline.program_simulator import ProgramSimulator
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
-from ...parallelism.pipeline.simulate import SimulatedTimes, ideal_bubble_time
+from ...parallelism.pipeline.simulate import ProgramSimulator, SimulatedTimes, ideal_bubble_time
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
