@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ...parallelism.pipeline.executor import interleave
+from ...parallelism.pipeline.instruction import interleave
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
 from ...trainer.memory.chunk import StageShape

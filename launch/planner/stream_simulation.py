@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ...comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
-from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from ...parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from ...trainer.memory.chunk import StageShape
 from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeOperation, ExchangeTime, ExchangeTimeModel

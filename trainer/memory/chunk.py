@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from ...parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from ...parallelism.pipeline.program import Op
 from ..model.config import ModelConfig
 from .workspace import PartMemory, StagePartsMemory, WorkspaceBytes

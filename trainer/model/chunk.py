@@ -23,7 +23,7 @@ from torch import Tensor
 from ...comm.async_comm import AsyncWork
 from ...comm.exchange.api import TokenExchange
 from ...comm.trace import EXPOSED_ALL_TO_ALL, NULL_RECORDER, ExchangeLabel, SpanRecorder, TimelineTrack
-from ...parallelism.pipeline.executor import Resumable
+from ...parallelism.pipeline.instruction import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
 from .forward_context import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
 from .layer import DenseLayer, LayerContext, MoELayer

@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.launch.planner.layout_memory import workspace_from_shape
 from shoestring.launch.planner.stream_simulation import SimulatedChunk, SimulatedStreams
-from shoestring.parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from shoestring.parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
 from shoestring.trainer.memory.chunk import ChunkMemorySimulator, PeakMeter, StageShape

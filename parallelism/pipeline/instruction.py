@@ -1,0 +1,89 @@
+"""What an instruction runs: a forward, a backward or both, as generators that run alone or interleaved.
+
+One definition for three users: the executor runs instructions on tensors, `trainer/memory/chunk.py` counts their bytes,
+and the planner their seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Protocol, TypeVar
+
+from .program import Op
+
+Result = TypeVar("Result")
+Other = TypeVar("Other")
+Work = TypeVar("Work", contravariant=True)
+Resumable = Generator[None, bool | None, Result]
+"""Generator that yields after each launch of a communication. A yield returns True while another is interleaved."""
+
+
+class InstructionInterpreter(Protocol[Work]):
+    """What F, B, I, W and FB mean for a piece of work: the micro-batch of a chunk, or the chunk alone."""
+
+    def forward(self, work: Work) -> Resumable[None]:
+        """Run the forward."""
+        ...
+
+    def backward(self, work: Work, *, deferred: bool) -> Resumable[None]:
+        """Run the backward; if `deferred`, leave its weight gradients to `weight_gradients`."""
+        ...
+
+    def weight_gradients(self, work: Work) -> None:
+        """Compute the weight gradients that a deferred backward left."""
+        ...
+
+
+def run_instruction(
+    op: Op,
+    forward: Work | None,
+    backward: Work | None,
+    interpreter: InstructionInterpreter[Work],
+    *,
+    overlap: bool = True,
+) -> None:
+    """Run one instruction: F and FB have `forward`, all but F have `backward`.
+
+    `overlap` interleaves the two halves of an FB; otherwise the forward runs first. The results are equal.
+    """
+    if op is Op.W:
+        assert backward is not None
+        interpreter.weight_gradients(backward)
+        return
+    ahead = None if forward is None else interpreter.forward(forward)
+    back = None if backward is None else interpreter.backward(backward, deferred=op is Op.I)
+    if ahead is not None and back is not None and overlap:
+        interleave(back, ahead)
+        return
+    for half in (ahead, back):
+        if half is not None:
+            run_to_completion(half)
+
+
+def run_to_completion(computation: Resumable[Result]) -> Result:
+    """Run a generator to its end; it waits for each communication where it needs the result."""
+    while True:
+        try:
+            next(computation)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+
+def interleave(first: Resumable[Result], second: Resumable[Other]) -> tuple[Result, Other]:
+    """Run two generators alternately to their ends: one computes while the exchange of the other is in flight."""
+    # With the backward first this is the order of the report (§3.2.1, figure 4): each generator launches an exchange at
+    # the end of a step and waits for it at the beginning of its next one. While both run, each has three steps per
+    # layer: see `trainer/model/chunk_walk.py`.
+    results: list[Any] = [None, None]
+    running = {0: first, 1: second}
+    started = False  # Python allows only None to be sent to a generator before its first yield
+    while running:
+        for number, computation in list(running.items()):
+            try:
+                computation.send(len(running) == 2 if started else None)
+            except StopIteration as stop:
+                results[number] = stop.value
+                del running[number]
+        started = True
+    return results[0], results[1]
