@@ -10,6 +10,7 @@ from functools import cached_property
 
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
 from ...parallelism.pipeline.placement import StageLocation, StagePlacement
@@ -19,7 +20,6 @@ from ...parallelism.pipeline.simulate import ProgramSimulator, SimulatedTimes, i
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
-from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import split_layers
 from .compute_time import ComputeTimeModel

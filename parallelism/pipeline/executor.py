@@ -187,10 +187,13 @@ class _Run:
     def instruction(self, index: int, instruction: Instruction) -> None:
         """Wait for the inputs of an instruction, then compute it."""
         overlap, recorder = self._executor.overlap, self._executor.recorder
+        forward, backward = (
+            None if work is None else _ChunkRun(self, work) for work in (instruction.forward, instruction.backward)
+        )
         try:
             self._wait_for_inputs(instruction)
             with recorder.span(TimelineTrack.INSTRUCTION, instruction.op, instruction):
-                run_instruction(instruction.op, instruction.forward, instruction.backward, self, overlap=overlap)
+                run_instruction(instruction.op, forward, backward, overlap=overlap)
         except CollectiveError as failure:
             raise CollectiveError(f"{describe_instruction(self._rank, index, instruction)}: {failure}") from failure
 
@@ -225,23 +228,24 @@ class _Run:
 
     def forward(self, work: ChunkMicroBatch) -> Resumable[None]:
         """Run the forward of a micro-batch and keep its output for the next stage."""
-        here, micro_batch = StageLocation(self._rank, work.chunk), self._program.global_micro_batch_index(work)
-        placement = self._program.placement
-        # No variable may hold the input: the stage frees it.
+        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
+        # No variable here may hold the input: it is freed when the stage has used it.
         output = yield from self._stages[work.chunk].forward(
-            micro_batch, self._take_input(P2PTensorKind.ACTIVATION, work, placement.previous_location(here))
+            self._program.global_micro_batch_index(work),
+            self._take_input(P2PTensorKind.ACTIVATION, work, placement.previous_location(here)),
         )
         self._deliver(P2PTensorKind.ACTIVATION, work, output, placement.next_location(here))
 
     def backward(self, work: ChunkMicroBatch, *, deferred: bool) -> Resumable[None]:
         """Run the backward of a micro-batch and keep the gradient of its input for the previous stage."""
-        here, micro_batch = StageLocation(self._rank, work.chunk), self._program.global_micro_batch_index(work)
-        placement = self._program.placement
+        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
         weights = DelayedWeightGradients(deferred=deferred)
         if deferred:
             self._pending_weights[work] = weights
         grad = yield from self._stages[work.chunk].backward(
-            micro_batch, self._take_input(P2PTensorKind.GRADIENT, work, placement.next_location(here)), weights
+            self._program.global_micro_batch_index(work),
+            self._take_input(P2PTensorKind.GRADIENT, work, placement.next_location(here)),
+            weights,
         )
         self._deliver(P2PTensorKind.GRADIENT, work, grad, placement.previous_location(here))
 
@@ -274,3 +278,20 @@ class _Run:
 
     def _global(self, place: StageLocation) -> int:
         return self._executor.global_ranks[place.rank]
+
+
+@dataclass(frozen=True)
+class _ChunkRun:
+    """One micro-batch in one chunk of a run, as `run_instruction` needs it."""
+
+    run: _Run
+    work: ChunkMicroBatch
+
+    def forward(self) -> Resumable[None]:
+        return self.run.forward(self.work)
+
+    def backward(self, *, deferred: bool) -> Resumable[None]:
+        return self.run.backward(self.work, deferred=deferred)
+
+    def weight_gradients(self) -> None:
+        self.run.weight_gradients(self.work)

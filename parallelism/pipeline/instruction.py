@@ -13,51 +13,40 @@ from .program import Op
 
 Result = TypeVar("Result")
 Other = TypeVar("Other")
-Work = TypeVar("Work", contravariant=True)
 Resumable = Generator[None, bool | None, Result]
 """Generator that yields after each launch of a communication. A yield returns True while another is interleaved."""
 
 
-class InstructionInterpreter(Protocol[Work]):
-    """What F, B, I, W and FB mean for a piece of work: the micro-batch of a chunk, or the chunk alone."""
+class ChunkWork(Protocol):
+    """One micro-batch in one chunk, as instructions run it."""
 
-    def forward(self, work: Work) -> Resumable[None]:
+    def forward(self) -> Resumable[object]:
         """Run the forward."""
         ...
 
-    def backward(self, work: Work, *, deferred: bool) -> Resumable[None]:
+    def backward(self, *, deferred: bool) -> Resumable[object]:
         """Run the backward; if `deferred`, leave its weight gradients to `weight_gradients`."""
         ...
 
-    def weight_gradients(self, work: Work) -> None:
+    def weight_gradients(self) -> None:
         """Compute the weight gradients that a deferred backward left."""
         ...
 
 
-def run_instruction(
-    op: Op,
-    forward: Work | None,
-    backward: Work | None,
-    interpreter: InstructionInterpreter[Work],
-    *,
-    overlap: bool = True,
-) -> None:
+def run_instruction(op: Op, forward: ChunkWork | None, backward: ChunkWork | None, *, overlap: bool = True) -> None:
     """Run one instruction: F and FB have `forward`, all but F have `backward`.
 
     `overlap` interleaves the two halves of an FB; otherwise the forward runs first. The results are equal.
     """
-    if op is Op.W:
-        assert backward is not None
-        interpreter.weight_gradients(backward)
-        return
-    ahead = None if forward is None else interpreter.forward(forward)
-    back = None if backward is None else interpreter.backward(backward, deferred=op is Op.I)
-    if ahead is not None and back is not None and overlap:
-        interleave(back, ahead)
-        return
-    for half in (ahead, back):
-        if half is not None:
-            run_to_completion(half)
+    if backward is not None and op is Op.W:
+        backward.weight_gradients()
+    elif forward is not None and backward is not None and overlap:
+        interleave(backward.backward(deferred=False), forward.forward())
+    else:
+        if forward is not None:
+            run_to_completion(forward.forward())
+        if backward is not None:
+            run_to_completion(backward.backward(deferred=op is Op.I))
 
 
 def run_to_completion(computation: Resumable[Result]) -> Result:
@@ -74,7 +63,7 @@ def interleave(first: Resumable[Result], second: Resumable[Other]) -> tuple[Resu
     """Run two generators alternately to their ends: one computes while the exchange of the other is in flight."""
     # With the backward first this is the order of the report (§3.2.1, figure 4): each generator launches an exchange at
     # the end of a step and waits for it at the beginning of its next one. While both run, each has three steps per
-    # layer: see `trainer/model/chunk_walk.py`.
+    # layer: see `parallelism/pipeline/chunk_walk.py`.
     results: list[Any] = [None, None]
     running = {0: first, 1: second}
     started = False  # Python allows only None to be sent to a generator before its first yield
