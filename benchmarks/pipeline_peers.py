@@ -17,7 +17,8 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleDualPip
 
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import PipelineExecutor, Resumable, build_p2p_channels
+from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels
+from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear

@@ -29,6 +29,7 @@ from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
 from ...comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, OPTIMIZER, ExchangeLabel, TimelineTrack
 from ...comm.traffic import TrafficCounter
+from ...parallelism.pipeline.chunk_walk import ExchangeOperation
 from ...trainer.build import PipelineRuntime, build_stepper
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
@@ -38,7 +39,6 @@ from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
 from ..compose import compose_run_config
-from ..planner.exchange_time import ExchangeOperation
 from ..planner.kernel_times import KernelMeasurement
 from ..planner.operations import ComputePhase
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cache
 from math import comb
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.exchange.wire_format import WireFormat
+from ...parallelism.pipeline.chunk_walk import ExchangeOperation
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
 from .kernel_times import EvidenceCoverage, KernelMeasurement, KernelTable, weakest_evidence
@@ -37,20 +37,6 @@ def bytes_per_second(cluster: ClusterConfig, name: str, gigabytes: float | None,
 def cluster_evidence_class(cluster: ClusterConfig, name: str) -> str:
     """Return the evidence class that a figure's source states; `assumed` if it has no source."""
     return cluster.sources.get(name, "assumed").partition(":")[0]
-
-
-class ExchangeOperation(StrEnum):
-    """The four operations of `comm.exchange.api.TokenExchange`."""
-
-    DISPATCH = "dispatch"
-    COMBINE = "combine"
-    COMBINE_BACKWARD = "combine_backward"  # a dispatch of gradients along the cached layout
-    DISPATCH_BACKWARD = "dispatch_backward"  # a combine
-
-    @property
-    def sends_to_experts(self) -> bool:
-        """True if rows go to the experts, false if their sums come back."""
-        return self in (ExchangeOperation.DISPATCH, ExchangeOperation.COMBINE_BACKWARD)
 
 
 @cache

@@ -10,17 +10,16 @@ from functools import cached_property
 
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
 from ...parallelism.pipeline.placement import StageLocation, StagePlacement
 from ...parallelism.pipeline.program import Op, PipelineProgram
-from ...parallelism.pipeline.program_simulator import ProgramSimulator
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
-from ...parallelism.pipeline.simulate import SimulatedTimes, ideal_bubble_time
+from ...parallelism.pipeline.simulate import ProgramSimulator, SimulatedTimes, ideal_bubble_time
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
-from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import split_layers
 from .compute_time import ComputeTimeModel

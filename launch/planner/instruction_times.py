@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ...comm.trace import EXPOSED_ALL_TO_ALL
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
-from ...trainer.memory.chunk import StageShape
 from .recipe import ForecastRecipe
 from .stream_simulation import ChunkTimeModel, SimulatedStreams
 

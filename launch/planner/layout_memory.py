@@ -10,9 +10,10 @@ import torch
 from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.fp8 import TILE_WIDTH
 from ...comm.topology import Topology
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.liveness import LiveInstruction
 from ...trainer.memory.activations import MicroBatchShape
-from ...trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, StageShape
+from ...trainer.memory.chunk import ChunkMemorySimulator, MemoryKind
 from ...trainer.memory.exchange_buffers import ExchangeFormats
 from ...trainer.memory.peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from ...trainer.memory.state import ParameterGroup, StateBytes

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ...parallelism.pipeline.chunk_walk import LayerPart, phase_name
+from ...parallelism.pipeline.program import Op
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.loss import tokens_per_logit_block
 from ...trainer.model.recompute import RecomputeModule
@@ -17,25 +19,25 @@ from .recipe import ForecastRecipe, GemmPrecision
 
 
 class ComputePhase(StrEnum):
-    """Compute phases, named as in the runtime's trace; B computes input gradients, W weight gradients."""
+    """Compute phases that take time, named as in timelines; B computes input gradients, W weight gradients."""
 
-    ATTENTION_F = "attn(F)"
-    ATTENTION_B = "attn(B)"
-    ATTENTION_W = "attn(W)"
-    SHARED_EXPERTS_F = "shared(F)"
-    SHARED_EXPERTS_B = "shared(B)"
-    ROUTED_EXPERTS_F = "mlp(F)"
-    ROUTED_EXPERTS_B = "mlp(B)"
-    EXPERTS_W = "mlp(W)"
-    DENSE_LAYER_F = "dense(F)"
-    DENSE_LAYER_B = "dense(B)"
-    DENSE_LAYER_W = "dense(W)"
-    HEAD_F = "loss(F)"
-    HEAD_B = "loss(B)"
-    HEAD_W = "loss(W)"
-    MTP_MERGE_F = "mtp(F)"
-    MTP_MERGE_B = "mtp(B)"
-    MTP_MERGE_W = "mtp(W)"
+    ATTENTION_F = phase_name(LayerPart.ATTENTION, Op.F)
+    ATTENTION_B = phase_name(LayerPart.ATTENTION, Op.B)
+    ATTENTION_W = phase_name(LayerPart.ATTENTION, Op.W)
+    SHARED_EXPERTS_F = phase_name(LayerPart.SHARED_EXPERTS, Op.F)
+    SHARED_EXPERTS_B = phase_name(LayerPart.SHARED_EXPERTS, Op.B)
+    ROUTED_EXPERTS_F = phase_name(LayerPart.ROUTED_EXPERTS, Op.F)
+    ROUTED_EXPERTS_B = phase_name(LayerPart.ROUTED_EXPERTS, Op.B)
+    EXPERTS_W = phase_name(LayerPart.ROUTED_EXPERTS, Op.W)  # of shared and routed experts
+    DENSE_LAYER_F = phase_name(LayerPart.DENSE_LAYER, Op.F)
+    DENSE_LAYER_B = phase_name(LayerPart.DENSE_LAYER, Op.B)
+    DENSE_LAYER_W = phase_name(LayerPart.DENSE_LAYER, Op.W)
+    HEAD_F = phase_name(LayerPart.LOSS, Op.F)
+    HEAD_B = phase_name(LayerPart.LOSS, Op.B)
+    HEAD_W = phase_name(LayerPart.LOSS, Op.W)
+    MTP_MERGE_F = phase_name(LayerPart.MTP_MERGE, Op.F)
+    MTP_MERGE_B = phase_name(LayerPart.MTP_MERGE, Op.B)
+    MTP_MERGE_W = phase_name(LayerPart.MTP_MERGE, Op.W)
 
 
 class GemmRole(StrEnum):

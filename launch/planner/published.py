@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ...parallelism.pipeline.executor import interleave
+from ...parallelism.pipeline.chunk_walk import StageShape
+from ...parallelism.pipeline.instruction import run_instruction
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
-from ...trainer.memory.chunk import StageShape
 from ...trainer.model.config import ModelConfig
 from .forecast import ParallelLayout, StepForecast
 from .recipe import ForecastRecipe
@@ -94,10 +94,8 @@ def simulate_traced_chunk_pair(costs: ChunkTimeModel, *, use_traced_rows: bool =
     # The comparison must not count in the forecast's evidence shares.
     streams, costs = SimulatedStreams(), costs.with_separate_coverage()
     parts = costs.shape, costs.compute_model, costs.exchange_model, streams, True
-    interleave(
-        SimulatedChunk(TRACED_STAGE, *parts, backward_rows).backward(with_weight_gradients=True),
-        SimulatedChunk(TRACED_STAGE, *parts, forward_rows).forward(),
-    )
+    forward, backward = (SimulatedChunk(TRACED_STAGE, *parts, rows) for rows in (forward_rows, backward_rows))
+    run_instruction(Op.FB, forward, backward)
     return streams
 
 

@@ -1,20 +1,31 @@
-"""Simulation of one rank's compute and exchange streams, and the five-phase chunks that run on them.
+"""Simulation of one rank's compute and exchange streams, and the chunks that run on them.
 
-The chunks are generators that yield where the runtime's do (`trainer/model/chunk.py`), and the runtime's `interleave`
-schedules them. They advance a clock instead of computing.
+The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk.py`) and run as its instructions do
+(`run_instruction`). They advance a clock instead of computing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from typing_extensions import override
+
 from ...comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
-from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
-from ...trainer.memory.chunk import StageShape
+from ...parallelism.pipeline.chunk_walk import (
+    ChunkInterpreter,
+    ExchangeOperation,
+    LayerPart,
+    MoELayerInterpreter,
+    StageShape,
+    phase_name,
+    walk_backward,
+    walk_forward,
+)
+from ...parallelism.pipeline.instruction import Resumable, run_instruction, run_to_completion
+from ...parallelism.pipeline.program import Op
 from .compute_time import ComputeTimeModel
-from .exchange_time import ExchangeOperation, ExchangeTime, ExchangeTimeModel
+from .exchange_time import ExchangeTime, ExchangeTimeModel
 from .kernel_times import EvidenceCoverage
 from .operations import ComputePhase, LayerWorkload
 from .recipe import PeerWaits
@@ -127,106 +138,104 @@ class SimulatedChunk:
 
     def forward(self) -> Resumable[None]:
         """Run all layers; the last stage adds the MTP modules and the losses."""
-        for _ in range(self.stage.dense_layers):
-            self._compute(ComputePhase.DENSE_LAYER_F)
-        for layer in range(self.stage.moe_layers):
-            yield from self._moe_forward(layer)
-        if self.stage.is_last:
-            self._compute(ComputePhase.HEAD_F)
-            for depth in range(self.shape.model.num_nextn_predict_layers):
-                self._compute(ComputePhase.MTP_MERGE_F)
-                yield from self._moe_forward(self.stage.moe_layers + depth)
-                self._compute(ComputePhase.HEAD_F)
+        return walk_forward(self.stage, self._mtp_modules, _TimedWalk(self, Op.F))
 
-    def backward(self, with_weight_gradients: bool) -> Resumable[None]:
-        """Run the layers in reverse order."""
-        # As in the runtime, attention's weight gradients (2.4 ms per layer in the trace) run during the next layer's
-        # exchange, which would otherwise be exposed.
-        delayed: list[ComputePhase] = []
-
-        def flush(layer: int | None = None) -> None:
-            if with_weight_gradients:
-                for phase in delayed:
-                    self._compute(phase)
-                if layer is not None:
-                    self._compute(ComputePhase.EXPERTS_W, layer)
-            delayed.clear()
-
-        if self.stage.is_last:
-            for _ in range(self.shape.model.num_nextn_predict_layers + 1):
-                self._compute(ComputePhase.HEAD_B)
-                delayed.append(ComputePhase.HEAD_W)
-            for depth in range(self.shape.model.num_nextn_predict_layers):
-                yield from self._moe_backward(depth, delayed, flush)
-                self._compute(ComputePhase.MTP_MERGE_B)
-                delayed.append(ComputePhase.MTP_MERGE_W)
-        first = self.shape.model.num_nextn_predict_layers if self.stage.is_last else 0
-        for layer in range(first, first + self.stage.moe_layers):
-            yield from self._moe_backward(layer, delayed, flush)
-        for _ in range(self.stage.dense_layers):
-            self._compute(ComputePhase.DENSE_LAYER_B)
-            delayed.append(ComputePhase.DENSE_LAYER_W)
-        flush()
+    def backward(self, *, deferred: bool) -> Resumable[None]:
+        """Run the layers in reverse order, with their weight gradients unless these are `deferred`."""
+        return walk_backward(self.stage, self._mtp_modules, _TimedWalk(self, Op.B, deferred=deferred))
 
     def weight_gradients(self) -> None:
-        """Compute the weight gradients that an I instruction delays to its W."""
-        depth = self.shape.model.num_nextn_predict_layers if self.stage.is_last else 0
-        for phase, times in (
-            (ComputePhase.EXPERTS_W, self.stage.moe_layers + depth),
-            (ComputePhase.ATTENTION_W, self.stage.moe_layers + depth),
-            (ComputePhase.DENSE_LAYER_W, self.stage.dense_layers),
-            (ComputePhase.HEAD_W, depth + 1 if self.stage.is_last else 0),
-            (ComputePhase.MTP_MERGE_W, depth),
-        ):
-            for _ in range(times):
-                self._compute(phase)
+        """Compute the weight gradients that a deferred backward leaves."""
+        left = _TimedWalk(replace(self, streams=SimulatedStreams()), Op.B, deferred=True)
+        run_to_completion(walk_backward(self.stage, self._mtp_modules, left))
+        for phase, turn in left.pending:
+            self.run_compute(phase, turn)
 
-    def _moe_forward(self, layer: int) -> Resumable[None]:
-        self._compute(ComputePhase.ATTENTION_F)
-        dispatched = self._launch(ExchangeOperation.DISPATCH, layer)
-        overlapped = yield
-        # The published trace's order: dispatch(F) hides behind mlp(B), and combine(F) behind attn(B).
-        if overlapped:  # the second part of the dispatch is launched, behind the first without a gap
-            yield
-        self._compute(ComputePhase.SHARED_EXPERTS_F)
-        self.streams.wait_for_exchange(dispatched)
-        self._compute(ComputePhase.ROUTED_EXPERTS_F, layer)
-        combined = self._launch(ExchangeOperation.COMBINE, layer)
-        yield
-        self.streams.wait_for_exchange(combined)
+    @property
+    def moe_layers(self) -> int:
+        """Number of MoE layers, those of the MTP modules included."""
+        return self.stage.moe_layers + (self._mtp_modules if self.stage.is_last else 0)
 
-    def _moe_backward(self, layer: int, delayed: list[ComputePhase], flush: Callable[..., None]) -> Resumable[None]:
-        uncombined = self._launch(ExchangeOperation.COMBINE_BACKWARD, layer)
-        flush()
-        overlapped = yield
-        self._compute(ComputePhase.SHARED_EXPERTS_B)
-        self.streams.wait_for_exchange(uncombined)
-        self._compute(ComputePhase.ROUTED_EXPERTS_B, layer)
-        if overlapped:
-            yield
-        undispatched = self._launch(ExchangeOperation.DISPATCH_BACKWARD, layer)
-        flush(layer)
-        yield
-        self.streams.wait_for_exchange(undispatched)
-        self._compute(ComputePhase.ATTENTION_B)
-        delayed.append(ComputePhase.ATTENTION_W)
+    @property
+    def _mtp_modules(self) -> int:
+        return self.shape.model.num_nextn_predict_layers
 
-    def _compute(self, phase: ComputePhase, layer: int | None = None) -> None:
+    def run_compute(self, phase: ComputePhase, turn: int | None) -> None:
+        """Compute a phase; `turn` is the number of a phase of routed experts, whose rows may differ by layer."""
         shape = self.shape
-        if layer is not None and self.routed_rows_by_layer:
-            shape = replace(shape, traced_rows=self.routed_rows_by_layer[layer % len(self.routed_rows_by_layer)])
+        if turn is not None and self.routed_rows_by_layer:
+            shape = replace(shape, traced_rows=self.routed_rows_by_layer[turn % len(self.routed_rows_by_layer)])
         self.streams.run_compute(
             phase, self.compute_model.phase_seconds(shape, phase), self.compute_model.gap_seconds(phase)
         )
 
-    def _launch(self, exchange: ExchangeOperation, layer: int) -> _InFlightExchange:
+    def launch(self, exchange: ExchangeOperation, turn: int) -> _InFlightExchange:
+        """Launch an exchange of the MoE layer that has this number in execution order."""
         travel = self.exchange_model.exchange_time(self.shape, exchange)
-        return self.streams.launch_exchange(
-            travel,
-            travel.peer_wait_seconds_by_layer[layer % len(travel.peer_wait_seconds_by_layer)]
-            if self.wait_for_peers
-            else 0.0,
-        )
+        waits = travel.peer_wait_seconds_by_layer
+        return self.streams.launch_exchange(travel, waits[turn % len(waits)] if self.wait_for_peers else 0.0)
+
+
+_PHASES = {phase.value: phase for phase in ComputePhase}
+"""Phases that take time; embedding, final norm and merge take none, and routed experts' W includes the shared one's."""
+
+
+class _TimedWalk(ChunkInterpreter):
+    """One direction of a chunk, `op` F or B, in seconds."""
+
+    def __init__(self, chunk: SimulatedChunk, op: Op, *, deferred: bool = False) -> None:
+        self.chunk, self._op, self._deferred = chunk, op, deferred
+        self.pending: list[tuple[ComputePhase, int | None]] = []
+        """Weight gradients that are not computed yet."""
+
+    @override
+    def compute(self, part: LayerPart, index: int) -> None:
+        self.run(part, None)
+
+    def run(self, part: LayerPart, turn: int | None) -> None:
+        """Compute a part; `turn` as for `SimulatedChunk.run_compute`."""
+        if (phase := _PHASES.get(phase_name(part, self._op))) is not None:
+            self.chunk.run_compute(phase, turn)
+        if self._op is Op.B and (weights := _PHASES.get(phase_name(part, Op.W))) is not None:
+            self.pending.append((weights, turn))
+
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        turn = place - self.chunk.stage.dense_layers
+        return _TimedLayer(self, turn if self._op is Op.F else self.chunk.moe_layers - 1 - turn)
+
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        if not self._deferred:
+            for phase, turn in self.pending:
+                self.chunk.run_compute(phase, turn)
+            self.pending.clear()
+
+
+class _TimedLayer(MoELayerInterpreter):
+    """One MoE layer in seconds; `turn` is its number in execution order."""
+
+    # The second part of a dispatch follows the first without a gap: here they are one exchange, launched as one.
+
+    def __init__(self, walk: _TimedWalk, turn: int) -> None:
+        self._walk, self._turn = walk, turn
+        self._in_flight: dict[ExchangeOperation, _InFlightExchange] = {}
+
+    @override
+    def compute(self, part: LayerPart) -> None:
+        self._walk.run(part, self._turn if part is LayerPart.ROUTED_EXPERTS else None)
+
+    @override
+    def launch(self, exchange: ExchangeOperation) -> None:
+        self._in_flight[exchange] = self._walk.chunk.launch(exchange, self._turn)
+
+    @override
+    def wait(self, exchange: ExchangeOperation) -> None:
+        self._walk.chunk.streams.wait_for_exchange(self._in_flight.pop(exchange))
+
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        self._walk.flush_weight_gradients(part)
 
 
 @dataclass(frozen=True)
@@ -262,29 +271,21 @@ class ChunkTimeModel:
         return self._simulated[key]
 
     def _run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> SimulatedStreams:
-        streams = SimulatedStreams()
-        sync = self.compute_model.recipe.peer_waits
-        overlapped = op == "FB" and self.compute_model.recipe.overlap
+        streams, recipe = SimulatedStreams(), self.compute_model.recipe
         # Waits for peers are 28 % of the exchange stream in the trace (32.6 of 114.5 ms). The trace holds overlapped
         # pairs only, so nothing is known about waits of a lone F or B.
-        waits = sync is PeerWaits.EVERYWHERE or (sync is PeerWaits.OVERLAPPED_PAIRS and overlapped)
-        ahead = None if forward is None else self._chunk(forward, streams, waits).forward()
-        if backward is None:
-            assert ahead is not None
-            run_to_completion(ahead)
-        elif op == "W":
-            self._chunk(backward, streams, waits).weight_gradients()
-        elif ahead is None:
-            run_to_completion(self._chunk(backward, streams, waits).backward(op == "B"))
-        elif overlapped:
-            interleave(self._chunk(backward, streams, waits).backward(True), ahead)
-        else:  # the executor's order without `schedule.overlap`
-            run_to_completion(ahead)
-            run_to_completion(self._chunk(backward, streams, waits).backward(True))
+        overlapped = op == Op.FB and recipe.overlap
+        waits = recipe.peer_waits is PeerWaits.EVERYWHERE or (
+            recipe.peer_waits is PeerWaits.OVERLAPPED_PAIRS and overlapped
+        )
+        ahead, back = (
+            None
+            if stage is None
+            else SimulatedChunk(stage, self.shape, self.compute_model, self.exchange_model, streams, waits)
+            for stage in (forward, backward)
+        )
+        run_instruction(Op(op), ahead, back, overlap=recipe.overlap)
         return streams
-
-    def _chunk(self, stage: StageShape, streams: SimulatedStreams, waits: bool) -> SimulatedChunk:
-        return SimulatedChunk(stage, self.shape, self.compute_model, self.exchange_model, streams, waits)
 
     def compute_seconds(self, stage: StageShape) -> float:
         """Seconds of forward and full backward of one micro-batch without waiting, a lower bound of every schedule."""

@@ -6,9 +6,9 @@ which run to completion alone or interleaved in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,43 +21,9 @@ from ...comm.streams import DeviceStreams
 from ...comm.trace import NULL_RECORDER, PIPELINE_WAIT, SpanRecorder, TimelineTrack
 from ..weight_grad import DelayedWeightGradients
 from .communication import P2PBatch, P2POp, P2PTensorKind, derive_p2p_batches
+from .instruction import Resumable, run_instruction
 from .placement import Direction, StageLocation
 from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram, describe_instruction
-
-Result = TypeVar("Result")
-Other = TypeVar("Other")
-Resumable = Generator[None, bool | None, Result]
-"""Generator that yields after each launch of a communication. A yield returns True while another is interleaved."""
-
-
-def run_to_completion(computation: Resumable[Result]) -> Result:
-    """Run a generator to its end; it waits for each communication where it needs the result."""
-    while True:
-        try:
-            next(computation)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-
-
-def interleave(first: Resumable[Result], second: Resumable[Other]) -> tuple[Result, Other]:
-    """Run two generators alternately to their ends: one computes while the exchange of the other is in flight."""
-    # With the backward first this is the order of the report (§3.2.1, figure 4): each generator launches an exchange at
-    # the end of a step and waits for it at the beginning of its next one. While both run, each has three steps per
-    # layer: the forward launches the second part of its dispatch between the backward's mlp(B) and its next exchange,
-    # so that mlp(B) hides it. That exchange waits for mlp(B), and nothing would hide a dispatch queued behind it.
-    results: list[Any] = [None, None]
-    running = {0: first, 1: second}
-    started = False  # Python allows only None to be sent to a generator before its first yield
-    while running:
-        for number, computation in list(running.items()):
-            try:
-                computation.send(len(running) == 2 if started else None)
-            except StopIteration as stop:
-                results[number] = stop.value
-                del running[number]
-        started = True
-    return results[0], results[1]
 
 
 class PipelineStage(Protocol):
@@ -224,11 +190,14 @@ class _Run:
 
     def instruction(self, index: int, instruction: Instruction) -> None:
         """Wait for the inputs of an instruction, then compute it."""
-        forward, backward = instruction.forward, instruction.backward
+        overlap, recorder = self._executor.overlap, self._executor.recorder
+        forward, backward = (
+            None if work is None else _ChunkRun(self, work) for work in (instruction.forward, instruction.backward)
+        )
         try:
             self._wait_for_inputs(instruction)
-            with self._executor.recorder.span(TimelineTrack.INSTRUCTION, instruction.op, instruction):
-                self._compute(instruction.op, forward, backward)
+            with recorder.span(TimelineTrack.INSTRUCTION, instruction.op, instruction):
+                run_instruction(instruction.op, forward, backward, overlap=overlap)
         except CollectiveError as failure:
             raise CollectiveError(f"{describe_instruction(self._rank, index, instruction)}: {failure}") from failure
 
@@ -236,16 +205,6 @@ class _Run:
         """Wait until every send has finished."""
         for channel in self._executor.channels.values():
             channel.wait_for_sends()
-
-    def _compute(self, op: Op, forward: ChunkMicroBatch | None, backward: ChunkMicroBatch | None) -> None:
-        if forward is not None and backward is not None:
-            self._pair(forward, backward)
-        elif forward is not None:
-            self._deliver_output(forward, run_to_completion(self._forward(forward)))
-        elif backward is not None and op is Op.W:
-            self._pending_weights.pop(backward).flush()
-        elif backward is not None:
-            self._deliver_gradient(backward, run_to_completion(self._backward(backward, deferred=op is Op.I)))
 
     def _wait_for_inputs(self, instruction: Instruction) -> None:
         """Wait for the messages that the instruction needs."""
@@ -271,36 +230,32 @@ class _Run:
         except CollectiveError as failure:
             raise CollectiveError(f"waiting for the {p2p_op}: {failure}") from failure
 
-    def _pair(self, forward: ChunkMicroBatch, backward: ChunkMicroBatch) -> None:
-        if self._executor.overlap:
-            grad, output = interleave(self._backward(backward, deferred=False), self._forward(forward))
-        else:
-            output = run_to_completion(self._forward(forward))
-            grad = run_to_completion(self._backward(backward, deferred=False))
-        # Both results are delivered after the pair, in one batch per direction.
-        self._deliver_output(forward, output)
-        self._deliver_gradient(backward, grad)
+    def forward(self, work: ChunkMicroBatch) -> Resumable[None]:
+        """Run the forward of a micro-batch and keep its output for the next stage."""
+        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
+        # No variable here may hold the input: it is freed when the stage has used it.
+        output = yield from self._stages[work.chunk].forward(
+            self._program.global_micro_batch_index(work),
+            self._take_input(P2PTensorKind.ACTIVATION, work, placement.previous_location(here)),
+        )
+        self._deliver(P2PTensorKind.ACTIVATION, work, output, placement.next_location(here))
 
-    def _forward(self, work: ChunkMicroBatch) -> Resumable[Tensor | None]:
-        source = self._program.placement.previous_location(StageLocation(self._rank, work.chunk))
-        received = self._take_input(P2PTensorKind.ACTIVATION, work, source)
-        return self._stages[work.chunk].forward(self._program.global_micro_batch_index(work), received)
-
-    def _backward(self, work: ChunkMicroBatch, *, deferred: bool) -> Resumable[Tensor | None]:
-        source = self._program.placement.next_location(StageLocation(self._rank, work.chunk))
-        received = self._take_input(P2PTensorKind.GRADIENT, work, source)
+    def backward(self, work: ChunkMicroBatch, *, deferred: bool) -> Resumable[None]:
+        """Run the backward of a micro-batch and keep the gradient of its input for the previous stage."""
+        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
         weights = DelayedWeightGradients(deferred=deferred)
         if deferred:
             self._pending_weights[work] = weights
-        return self._stages[work.chunk].backward(self._program.global_micro_batch_index(work), received, weights)
+        grad = yield from self._stages[work.chunk].backward(
+            self._program.global_micro_batch_index(work),
+            self._take_input(P2PTensorKind.GRADIENT, work, placement.next_location(here)),
+            weights,
+        )
+        self._deliver(P2PTensorKind.GRADIENT, work, grad, placement.previous_location(here))
 
-    def _deliver_output(self, work: ChunkMicroBatch, output: Tensor | None) -> None:
-        target = self._program.placement.next_location(StageLocation(self._rank, work.chunk))
-        self._deliver(P2PTensorKind.ACTIVATION, work, output, target)
-
-    def _deliver_gradient(self, work: ChunkMicroBatch, grad: Tensor | None) -> None:
-        target = self._program.placement.previous_location(StageLocation(self._rank, work.chunk))
-        self._deliver(P2PTensorKind.GRADIENT, work, grad, target)
+    def weight_gradients(self, work: ChunkMicroBatch) -> None:
+        """Compute the weight gradients that an I left."""
+        self._pending_weights.pop(work).flush()
 
     def _take_input(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> Tensor | None:
         """Return the input of `work`, which has arrived; None in the first stage of its direction."""
@@ -327,3 +282,20 @@ class _Run:
 
     def _global(self, place: StageLocation) -> int:
         return self._executor.global_ranks[place.rank]
+
+
+@dataclass(frozen=True)
+class _ChunkRun:
+    """One micro-batch in one chunk of a run, as `run_instruction` needs it."""
+
+    run: _Run
+    work: ChunkMicroBatch
+
+    def forward(self) -> Resumable[None]:
+        return self.run.forward(self.work)
+
+    def backward(self, *, deferred: bool) -> Resumable[None]:
+        return self.run.backward(self.work, deferred=deferred)
+
+    def weight_gradients(self) -> None:
+        self.run.weight_gradients(self.work)

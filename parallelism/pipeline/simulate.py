@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from .communication import P2POp, derive_p2p_batches
+from .communication import P2PBatch, P2POp, derive_p2p_batches
 from .placement import Direction
 from .program import Instruction, InvalidProgramError, Op, PipelineProgram, describe_instruction
 
@@ -84,16 +85,62 @@ class SimulatedTimes:
         return sum(self.bubble_time_per_rank) / total if total else 0.0
 
 
+class _Node(NamedTuple):
+    """An instruction, or the opening or the completion of a batch of messages."""
+
+    after: tuple[int, ...]
+    """Nodes whose end it waits for."""
+    rank: int = -1
+    place: int = -1
+    """Index of the instruction in its rank's list; `rank` and `place` are -1 for a batch."""
+    travels: bool = False
+    """True for the completion of a batch, which takes the transfer time."""
+
+
+@dataclass(frozen=True)
+class ProgramSimulator:
+    """Instructions and batches of one program in topological order, for any number of durations.
+
+    The rendezvous model of `derive_p2p_batches`: a batch opens when the previous batch in its direction is complete and
+    the instruction before it has ended. It completes `transfer_time` after it and the batches at the other ends of its
+    messages are open.
+    """
+
+    # No global clock: every time is a maximum of earlier ones, so one pass over the sorted nodes times a program.
+
+    program: PipelineProgram
+    _nodes: tuple[_Node, ...]
+
+    @staticmethod
+    def from_program(program: PipelineProgram) -> ProgramSimulator:
+        """Sort a complete program (`verify_program`). Raises `InvalidProgramError` for a deadlock."""
+        return ProgramSimulator(program, _Dependencies(program).sorted_nodes())
+
+    def simulate(self, duration: InstructionDuration, transfer_time: float = 0.0) -> SimulatedTimes:
+        """Return the times of all instructions; a batch takes `transfer_time` once both ends are open."""
+        instructions = self.program.instructions
+        starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
+        ends: list[list[float]] = [[0.0] * len(row) for row in instructions]
+        times: list[float] = []
+        # Bound methods: the loop below runs once per node and is what a simulation costs.
+        time_of, append_time = times.__getitem__, times.append
+        for after, rank, index, travels in self._nodes:
+            time = max(map(time_of, after)) if after else 0.0
+            if rank >= 0:
+                starts[rank][index] = time
+                time += duration(rank, instructions[rank][index])
+                ends[rank][index] = time
+            elif travels:
+                time += transfer_time
+            append_time(time)
+        return SimulatedTimes(self.program, tuple(map(tuple, starts)), tuple(map(tuple, ends)))
+
+
 def simulate_program(
     program: PipelineProgram, duration: InstructionDuration, transfer_time: float = 0.0
 ) -> SimulatedTimes:
-    """Simulate a complete program (`verify_program`) under the rendezvous model of `derive_p2p_batches`.
-
-    A batch of messages takes `transfer_time` once both ends are open. Raises `InvalidProgramError` for a deadlock.
-    """
-    run = _Run(program, duration, transfer_time)
-    run.to_the_end()
-    return SimulatedTimes(program, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
+    """Simulate a complete program once. Raises `InvalidProgramError` for a deadlock."""
+    return ProgramSimulator.from_program(program).simulate(duration, transfer_time)
 
 
 def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, float]) -> float:
@@ -106,105 +153,98 @@ def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, floa
     return sum(ends[-1] - busy for ends, busy in zip(ideal.end_times, ideal.busy_time_per_rank, strict=True) if ends)
 
 
-@dataclass
-class _Channel:
-    """Queue of one rank's batches in one direction."""
+class _Dependencies:
+    """What each node waits for. Numbers the nodes: all instructions, the openings of all batches, their completions."""
 
-    rank: int
-    batches: list[tuple[int, list[P2POp], list[P2POp]]] = field(default_factory=list)
-    """(batch number, sends, receives); batches without messages are left out."""
-    front: int = 0
-    is_open: bool = False
-    unmet: int = 0
-    """Number of messages of the open batch whose other end is not open yet."""
-    time: float = 0.0
-    """Completion of the last batch; for an open one, the latest time so far."""
-
-
-class _Run:
-    """State of a simulation."""
-
-    def __init__(self, program: PipelineProgram, duration: InstructionDuration, transfer: float) -> None:
-        # No global clock: every time is a maximum of earlier times, so ranks may advance in any order.
-        self.starts: list[list[float]] = [[] for _ in program.instructions]
-        self.ends: list[list[float]] = [[] for _ in program.instructions]
-        self._program, self._duration, self._transfer = program, duration, transfer
+    def __init__(self, program: PipelineProgram) -> None:
+        self._program = program
         self._p2p_batches = derive_p2p_batches(program)
-        self._arrived: dict[P2POp, float] = {}
-        self._waiting: dict[P2POp, tuple[_Channel, float]] = {}
-        """Messages with one end open, with its channel and opening time."""
-        self._channels: defaultdict[int, list[_Channel]] = defaultdict(list)
-        for rank, p2p_batches in enumerate(self._p2p_batches):
+        self._first_of_rank: list[int] = []
+        """Number of each rank's first instruction."""
+        self._opening = 0
+        """Number of the first opening, which is the number of instructions."""
+        for row in program.instructions:
+            self._first_of_rank.append(self._opening)
+            self._opening += len(row)
+        self._completion: dict[P2POp, int] = {}
+        """Number of the completion at which a message has arrived."""
+        self._nodes = self._all_nodes()
+
+    def sorted_nodes(self) -> tuple[_Node, ...]:
+        """Return each node after those that it waits for, whose numbers become those of the new order."""
+        waiting = [len(node.after) for node in self._nodes]
+        followers: list[list[int]] = [[] for _ in self._nodes]
+        for number, node in enumerate(self._nodes):
+            for other in node.after:
+                followers[other].append(number)
+        ready = deque(number for number, count in enumerate(waiting) if count == 0)
+        place: dict[int, int] = {}
+        while ready:
+            number = ready.popleft()
+            place[number] = len(place)
+            for follower in followers[number]:
+                waiting[follower] -= 1
+                if waiting[follower] == 0:
+                    ready.append(follower)
+        if len(place) < len(self._nodes):
+            raise InvalidProgramError("deadlock: " + "; ".join(self._stuck(place)))
+        return tuple(
+            self._nodes[number]._replace(after=tuple(place[other] for other in self._nodes[number].after))
+            for number in place
+        )
+
+    def _all_nodes(self) -> list[_Node]:
+        opened: dict[P2POp, list[int]] = {}
+        batches: list[tuple[tuple[int, ...], list[P2POp]]] = []
+        complete = self._opening + sum(
+            1 for row in self._p2p_batches for direction in Direction for _ in _batches(row, direction)
+        )
+        for rank, row in enumerate(self._p2p_batches):
             for direction in Direction:
-                channel = _Channel(rank)
-                for index, p2p_batch in enumerate(p2p_batches):
-                    sends = [p2p_op for p2p_op in p2p_batch.sends if p2p_op.direction is direction]
-                    receives = [p2p_op for p2p_op in p2p_batch.receives if p2p_op.direction is direction]
-                    if sends or receives:
-                        channel.batches.append((index, sends, receives))
-                self._channels[rank].append(channel)
-        self._ready: deque[int] = deque(range(program.ranks))
-        """Ranks that may be able to advance."""
+                previous: tuple[int, ...] = ()
+                for index, messages in _batches(row, direction):
+                    number = len(batches)
+                    before = (self._first_of_rank[rank] + index - 1,) if index else ()
+                    batches.append(((*before, *previous), messages))
+                    previous = (complete + number,)
+                    for p2p_op in messages:
+                        opened.setdefault(p2p_op, []).append(self._opening + number)
+                    self._completion.update(
+                        (p2p_op, complete + number) for p2p_op in row[index].receives if p2p_op.direction is direction
+                    )
+        return [
+            *self._instructions(),
+            *(_Node(after) for after, _ in batches),
+            *(
+                _Node(tuple({end for p2p_op in messages for end in opened[p2p_op]}), travels=True)
+                for _, messages in batches
+            ),
+        ]
 
-    def to_the_end(self) -> None:
-        """Advance until no rank can. Raise `InvalidProgramError` if instructions are left."""
-        while self._ready:
-            rank = self._ready.popleft()
-            for channel in self._channels[rank]:
-                self._advance(channel)
-            self._compute(rank)
-        if stuck := list(self._stuck()):
-            raise InvalidProgramError("deadlock: " + "; ".join(stuck))
+    def _instructions(self) -> Iterator[_Node]:
+        for rank, row in enumerate(self._program.instructions):
+            for index in range(len(row)):
+                own = [self._first_of_rank[rank] + index - 1] if index else []
+                needs = [self._completion[p2p_op] for p2p_op in self._p2p_batches[rank][index].required_receives]
+                yield _Node((*own, *needs), rank, index)
 
-    def _advance(self, channel: _Channel) -> None:
-        """Open and complete batches of a channel until one has to wait."""
-        while channel.front < len(channel.batches):
-            number, sends, receives = channel.batches[channel.front]
-            ends = self.ends[channel.rank]
-            if not channel.is_open:
-                if number > len(ends):
-                    return
-                channel.is_open = True
-                channel.time = max(channel.time, ends[number - 1] if number else 0.0)
-                self._match(channel, [*sends, *receives])
-            if channel.unmet:
-                return
-            self._arrived.update(dict.fromkeys(receives, channel.time))
-            channel.is_open = False
-            channel.front += 1
-
-    def _match(self, channel: _Channel, messages: list[P2POp]) -> None:
-        opened = channel.time
-        for p2p_op in messages:
-            if p2p_op not in self._waiting:
-                self._waiting[p2p_op] = channel, opened
-                channel.unmet += 1
-                continue
-            other, since = self._waiting.pop(p2p_op)
-            done = max(opened, since) + self._transfer
-            channel.time = max(channel.time, done)
-            other.time = max(other.time, done)
-            other.unmet -= 1
-            self._ready.append(other.rank)
-
-    def _compute(self, rank: int) -> None:
-        """Run the next instruction of `rank` if its inputs have arrived."""
-        instructions, ends = self._program.instructions[rank], self.ends[rank]
-        if len(ends) == len(instructions):
-            return
-        needs = self._p2p_batches[rank][len(ends)].required_receives
-        if any(p2p_op not in self._arrived for p2p_op in needs):
-            return
-        start = max([ends[-1] if ends else 0.0, *(self._arrived[p2p_op] for p2p_op in needs)])
-        self.starts[rank].append(start)
-        ends.append(start + self._duration(rank, instructions[len(ends)]))
-        self._ready.append(rank)
-
-    def _stuck(self) -> Iterator[str]:
-        for rank, instructions in enumerate(self._program.instructions):
-            index = len(self.ends[rank])
-            if index < len(instructions):
+    def _stuck(self, placed: Mapping[int, int]) -> Iterator[str]:
+        """Describe the first instruction of each rank that never runs, with a message that it waits for."""
+        for rank, row in enumerate(self._program.instructions):
+            first = self._first_of_rank[rank]
+            index = next((index for index in range(len(row)) if first + index not in placed), None)
+            if index is not None:
                 missing = next(
-                    p2p_op for p2p_op in self._p2p_batches[rank][index].required_receives if p2p_op not in self._arrived
+                    p2p_op
+                    for p2p_op in self._p2p_batches[rank][index].required_receives
+                    if self._completion[p2p_op] not in placed
                 )
-                yield f"{describe_instruction(rank, index, instructions[index])} waits for the {missing}"
+                yield f"{describe_instruction(rank, index, row[index])} waits for the {missing}"
+
+
+def _batches(p2p_batches: Sequence[P2PBatch], direction: Direction) -> Iterator[tuple[int, list[P2POp]]]:
+    """Yield one rank's batches in one direction that contain messages, with their numbers."""
+    for index, p2p_batch in enumerate(p2p_batches):
+        messages = [p2p_op for p2p_op in (*p2p_batch.sends, *p2p_batch.receives) if p2p_op.direction is direction]
+        if messages:
+            yield index, messages

@@ -21,7 +21,7 @@ import shoestring.trainer.build as rank_module
 import shoestring.trainer.run.step as step_module
 from shoestring.comm.async_comm import CompletedWork
 from shoestring.comm.groups import Group
-from shoestring.parallelism.pipeline.executor import Resumable
+from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.zero.bucket import Bucket

@@ -15,7 +15,7 @@ from torch import Tensor
 from shoestring.comm.async_comm import build_async_communicator
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.trace import NullRecorder, TimelineTrack
-from shoestring.parallelism.pipeline.executor import Resumable
+from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.parallelism.pipeline.program import Op, count_in_flight
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement
 from shoestring.tests.parity.layouts import REPORT, Layout

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.executor import run_to_completion
+from ...parallelism.pipeline.instruction import run_to_completion
 from ..model.chunk import Chunk
 
 

@@ -1,7 +1,7 @@
 """Simulated memory of one chunk: bytes that its forward saves, its backward frees, and both need at their peak.
 
-The generators yield where those of `trainer/model/chunk.py` do, so that the forward and backward of an FB interleave as
-at run time. They change the levels of a `PeakMeter` and compute no tensor.
+The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk.py`), so that the forward and backward
+of an FB interleave as at run time. They change the levels of a `PeakMeter` and compute no tensor.
 """
 
 from __future__ import annotations
@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from ...parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from typing_extensions import override
+
+from ...parallelism.pipeline.chunk_walk import (
+    ChunkInterpreter,
+    ExchangeOperation,
+    LayerPart,
+    MoELayerInterpreter,
+    StageShape,
+    walk_backward,
+    walk_forward,
+)
+from ...parallelism.pipeline.instruction import Resumable, run_instruction, run_to_completion
 from ...parallelism.pipeline.program import Op
-from ..model.config import ModelConfig
-from .workspace import PartMemory, StagePartsMemory, WorkspaceBytes
+from .workspace import PartMemory, WorkspaceBytes
 
 
 class MemoryKind(StrEnum):
@@ -62,213 +72,259 @@ class PeakMeter:
 
 
 @dataclass(frozen=True)
-class StageShape:
-    """Numbers of layers of a stage, and the position of the stage; they determine its time and memory."""
-
-    dense_layers: int
-    moe_layers: int
-    is_first: bool
-    is_last: bool
-
-
-@dataclass(frozen=True)
 class ChunkMemorySimulator:
     """Simulator of the memory of a stage's chunk."""
 
     stage: StageShape
     workspace: WorkspaceBytes
 
-    def simulate(self, op: Op, other: ChunkMemorySimulator | None = None) -> PeakMeter:
-        """Simulate one instruction from level 0; FB interleaves this chunk's backward and the forward of `other`."""
-        meter = PeakMeter()
-        if op is Op.F:
-            run_to_completion(self.forward(meter))
-        elif op is Op.W:
-            self.backward_weights(meter)
-        elif op is Op.FB:
-            assert other is not None
-            interleave(self.backward(meter, deferred=False), other.forward(meter))
-        else:
-            run_to_completion(self.backward(meter, deferred=op is Op.I))
-        return meter
-
     @cached_property
     def saved_bytes(self) -> float:
         """Bytes that a forward saves for its backward."""
-        return self.simulate(Op.F).current[MemoryKind.ACTIVATIONS]
+        return simulate_instruction(Op.F, self, None).current[MemoryKind.ACTIVATIONS]
 
     @cached_property
     def deferred_bytes(self) -> float:
         """Bytes that are held between I and W."""
-        return self.simulate(Op.I).current[MemoryKind.DELAYED_WGRAD]
+        return simulate_instruction(Op.I, None, self).current[MemoryKind.DELAYED_WGRAD]
 
     @property
     def message_bytes(self) -> float:
         """Bytes of one message between stages."""
         return self.workspace.hidden_state_bytes
 
-    def forward(self, meter: PeakMeter) -> Resumable[None]:
+    @property
+    def mtp_modules(self) -> int:
+        """MTP modules of the model, which the last stage runs."""
+        return self.workspace.config.num_nextn_predict_layers
+
+
+def simulate_instruction(
+    op: Op, forward: ChunkMemorySimulator | None, backward: ChunkMemorySimulator | None
+) -> PeakMeter:
+    """Simulate one instruction from level 0, an FB interleaved."""
+    meter = PeakMeter()
+    ahead, back = (None if chunk is None else MeteredChunk(chunk, meter) for chunk in (forward, backward))
+    run_instruction(op, ahead, back)
+    return meter
+
+
+@dataclass(frozen=True)
+class MeteredChunk:
+    """Chunk whose forward and backward change the levels of `meter`."""
+
+    chunk: ChunkMemorySimulator
+    meter: PeakMeter
+
+    def forward(self) -> Resumable[None]:
         """Simulate the forward of all layers, and on the last stage of losses and MTP modules."""
-        meter.allocate(MemoryKind.ACTIVATIONS, self.message_bytes)
-        for _ in range(self.stage.dense_layers):
-            self._dense_forward(meter)
-        for _ in range(self.stage.moe_layers):
-            yield from self._moe_forward(meter)
-        if not self.stage.is_last:
-            # The output is counted among the messages from here on.
-            meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
-            return
-        for depth in range(self.config.num_nextn_predict_layers + 1):
-            if depth:
-                meter.allocate(MemoryKind.ACTIVATIONS, self._parts.mtp_merge.saved_bytes + self.message_bytes)
-                meter.free(MemoryKind.WORKSPACE, self.message_bytes)  # the hidden state is kept
-                yield from self._moe_forward(meter)
-            self._loss_forward(meter)
-        meter.free(MemoryKind.WORKSPACE, self.message_bytes)
+        chunk, meter = self.chunk, self.meter
+        meter.allocate(MemoryKind.ACTIVATIONS, chunk.message_bytes)
+        yield from walk_forward(chunk.stage, chunk.mtp_modules, _ForwardBytes(chunk, meter))
+        # Counted among the messages from here on; on the last stage the normed hidden state, which nobody needs.
+        kind = MemoryKind.WORKSPACE if chunk.stage.is_last else MemoryKind.ACTIVATIONS
+        meter.free(kind, chunk.message_bytes)
 
-    def backward(self, meter: PeakMeter, *, deferred: bool) -> Resumable[None]:
+    def backward(self, *, deferred: bool) -> Resumable[None]:
         """Simulate the backward of all layers, including weight gradients unless they are `deferred` to W."""
-        left, parts = _Left(meter, deferred), self._parts
-        meter.allocate(MemoryKind.WORKSPACE, self.message_bytes)  # the gradient that it begins with
-        if self.stage.is_last:
-            for _ in range(self.config.num_nextn_predict_layers + 1):
-                left.finish(parts.loss)
-            # The backward of every loss runs first, so the input gradients of all MTP losses wait here.
-            meter.allocate(MemoryKind.WORKSPACE, self.config.num_nextn_predict_layers * self.message_bytes)
-            for _ in range(self.config.num_nextn_predict_layers):
-                left.finish(parts.final_norm)
-                yield from self._moe_backward(meter, left)
-                left.finish(parts.mtp_merge)
-                meter.free(MemoryKind.WORKSPACE, self.message_bytes)
-            left.finish(parts.final_norm)
-        for _ in range(self.stage.moe_layers):
-            yield from self._moe_backward(meter, left)
-        for _ in range(self.stage.dense_layers):
-            self._dense_backward(meter, left)
-        if self.stage.is_first:
-            left.finish(parts.embedding)
-        left.flush()
-        meter.free(MemoryKind.WORKSPACE, self.message_bytes)
+        chunk, meter = self.chunk, self.meter
+        meter.allocate(MemoryKind.WORKSPACE, chunk.message_bytes)  # the gradient that it begins with
+        yield from walk_backward(chunk.stage, chunk.mtp_modules, _BackwardBytes(chunk, meter, deferred))
+        meter.free(MemoryKind.WORKSPACE, chunk.message_bytes)
 
-    def backward_weights(self, meter: PeakMeter) -> None:
+    def weight_gradients(self) -> None:
         """Simulate W, the weight gradients that an I deferred."""
+        chunk = self.chunk
+        left = _BackwardBytes(chunk, PeakMeter(), deferred=True)
+        run_to_completion(walk_backward(chunk.stage, chunk.mtp_modules, left))
         # They are computed one at a time, so only the largest product counts; the saved inputs are freed at the end.
-        parts = self._parts
-        here = [parts.embedding] * self.stage.is_first + [parts.dense_layer] * bool(self.stage.dense_layers)
-        here += [parts.attention, parts.routed_experts] * bool(
-            self.stage.moe_layers or self.config.num_nextn_predict_layers * self.stage.is_last
-        )
-        meter.allocate_temporarily(max(part.wgrad_bytes for part in here))
-        meter.free(MemoryKind.DELAYED_WGRAD, self.deferred_bytes)
+        self.meter.allocate_temporarily(left.product)
+        self.meter.free(MemoryKind.DELAYED_WGRAD, left.held)
 
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        return self.workspace.config
 
-    @property
-    def _parts(self) -> StagePartsMemory:
-        return self.workspace.parts_memory
+class _ForwardBytes(ChunkInterpreter):
+    """Forward of a chunk."""
 
-    def _moe_forward(self, meter: PeakMeter) -> Resumable[None]:
-        """Simulate the forward of an MoE layer; see `Chunk._moe`."""
-        # The generator's local variables hold the results of all phases until the layer is done, also those that no
-        # backward needs.
-        working, parts = self.workspace, self._parts
-        begun = meter.current[MemoryKind.WORKSPACE]
-        meter.allocate(MemoryKind.ACTIVATIONS, parts.attention.saved_bytes)
-        meter.allocate_temporarily(working.attention_forward)
-        meter.allocate(MemoryKind.WORKSPACE, 0.0 if working.saves_expert_input else self.message_bytes)
-        is_interleaved = yield  # only the sizes are in flight
-        if is_interleaved:
-            meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
-            yield
-        if self.config.n_shared_experts:
-            meter.allocate(MemoryKind.ACTIVATIONS, parts.shared_experts.saved_bytes)
-            meter.allocate(MemoryKind.WORKSPACE, self.message_bytes)  # their result
-            meter.allocate_temporarily(working.shared_experts_forward)
-        if not is_interleaved:
-            meter.run_exchange(working.exchange_buffers.dispatch, working.exchange_buffers.dispatched_row_bytes)
-        meter.free(MemoryKind.EXCHANGE_BUFFERS, working.exchange_buffers.dispatched_row_bytes)
-        if working.batch.fp8 and not working.exchange_buffers.keeps_rows_in_fp8:
+    def __init__(self, chunk: ChunkMemorySimulator, meter: PeakMeter) -> None:
+        self._working, self._meter = chunk.workspace, meter
+
+    @override
+    def compute(self, part: LayerPart, index: int) -> None:
+        working, meter, parts = self._working, self._meter, self._working.parts_memory
+        message = working.hidden_state_bytes
+        match part:
+            case LayerPart.DENSE_LAYER:
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.dense_layer.saved_bytes + message)
+                meter.allocate_temporarily(max(working.dense_attention_forward, working.dense_ffn_forward + message))
+            case LayerPart.FINAL_NORM:
+                # The normed hidden state stays, as input of the next MTP module.
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.final_norm.saved_bytes - message)
+                meter.allocate(MemoryKind.WORKSPACE, message)
+            case LayerPart.LOSS:
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.loss.saved_bytes)
+                meter.allocate_temporarily(working.loss_logits)
+            case LayerPart.MTP_MERGE:
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.mtp_merge.saved_bytes + message)
+                meter.free(MemoryKind.WORKSPACE, message)  # the hidden state is kept
+
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        return _MoEForwardBytes(self._working, self._meter)
+
+
+class _MoEForwardBytes(MoELayerInterpreter):
+    """Forward of an MoE layer; see `_MoEForward` of `trainer/model/chunk.py`."""
+
+    # As there, the results of all phases stay until the layer is done, also those that no backward needs.
+
+    def __init__(self, working: WorkspaceBytes, meter: PeakMeter) -> None:
+        self._working, self._meter = working, meter
+        self._begun = meter.current[MemoryKind.WORKSPACE]
+        self._rows_sent = False
+
+    @override
+    def compute(self, part: LayerPart) -> None:
+        working, meter, parts = self._working, self._meter, self._working.parts_memory
+        message = working.hidden_state_bytes
+        match part:
+            case LayerPart.ATTENTION:
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.attention.saved_bytes)
+                meter.allocate_temporarily(working.attention_forward)
+                meter.allocate(MemoryKind.WORKSPACE, 0.0 if working.saves_expert_input else message)
+            case LayerPart.SHARED_EXPERTS if working.config.n_shared_experts:
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.shared_experts.saved_bytes)
+                meter.allocate(MemoryKind.WORKSPACE, message)  # their result
+                meter.allocate_temporarily(working.shared_experts_forward)
+            case LayerPart.ROUTED_EXPERTS:
+                meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)  # results
+                meter.allocate(MemoryKind.ACTIVATIONS, parts.routed_experts.saved_bytes)
+                meter.allocate_temporarily(working.routed_experts_forward)
+            case LayerPart.MERGE:
+                meter.allocate_temporarily(2 * message)  # sums, and with the shared experts'
+                meter.allocate(MemoryKind.ACTIVATIONS, message)  # the output: the next layer's input
+                meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - self._begun)
+
+    @override
+    def launch(self, exchange: ExchangeOperation) -> None:
+        # Of a dispatch only the sizes are in flight until its second part is launched.
+        if exchange is ExchangeOperation.COMBINE:
+            self._meter.run_exchange(self._working.exchange_buffers.combine, self._working.hidden_state_bytes)
+
+    @override
+    def launch_second_part(self) -> None:
+        buffers = self._working.exchange_buffers
+        self._meter.run_exchange(buffers.dispatch, buffers.dispatched_row_bytes)
+        self._rows_sent = True
+
+    @override
+    def wait(self, exchange: ExchangeOperation) -> None:
+        meter, buffers = self._meter, self._working.exchange_buffers
+        if exchange is ExchangeOperation.COMBINE:
+            meter.free(MemoryKind.EXCHANGE_BUFFERS, self._working.hidden_state_bytes)
+            return
+        if not self._rows_sent:
+            self.launch_second_part()
+        meter.free(MemoryKind.EXCHANGE_BUFFERS, buffers.dispatched_row_bytes)
+        if self._working.batch.fp8 and not buffers.keeps_rows_in_fp8:
             # Rows dispatched in a wide format stay allocated next to the FP8 copy that is saved of them.
-            meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)
-        meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)  # results
-        meter.allocate(MemoryKind.ACTIVATIONS, parts.routed_experts.saved_bytes)
-        meter.allocate_temporarily(working.routed_experts_forward)
-        meter.run_exchange(working.exchange_buffers.combine, self.message_bytes)
-        yield
-        meter.free(MemoryKind.EXCHANGE_BUFFERS, self.message_bytes)
-        meter.allocate_temporarily(2 * self.message_bytes)  # sums, and with the shared experts'
-        meter.allocate(MemoryKind.ACTIVATIONS, self.message_bytes)  # the output: the next layer's input
-        meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - begun)
-
-    def _dense_forward(self, meter: PeakMeter) -> None:
-        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.dense_layer.saved_bytes + self.message_bytes)
-        meter.allocate_temporarily(
-            max(self.workspace.dense_attention_forward, self.workspace.dense_ffn_forward + self.message_bytes)
-        )
-
-    def _loss_forward(self, meter: PeakMeter) -> None:
-        """Simulate final norm and loss; the normed hidden state stays, as input of the next MTP module."""
-        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.final_norm.saved_bytes - self.message_bytes)
-        meter.allocate(MemoryKind.WORKSPACE, self.message_bytes)
-        meter.allocate(MemoryKind.ACTIVATIONS, self._parts.loss.saved_bytes)
-        meter.allocate_temporarily(self.workspace.loss_logits)
-
-    def _moe_backward(self, meter: PeakMeter, left: _Left) -> Resumable[None]:
-        """Simulate the backward of an MoE layer; see `Chunk._moe`."""
-        # As in the forward, results of exchanges stay until the layer is done.
-        working, parts = self.workspace, self._parts
-        begun = meter.current[MemoryKind.WORKSPACE]
-        meter.run_exchange(working.exchange_buffers.combine_backward, working.exchange_buffers.expert_row_bytes)
-        left.flush()
-        is_interleaved = yield
-        if self.config.n_shared_experts:
-            meter.allocate_temporarily(working.shared_experts_backward)
-            left.finish(parts.shared_experts)
-            meter.allocate(MemoryKind.WORKSPACE, self.message_bytes)
-        meter.free(MemoryKind.EXCHANGE_BUFFERS, working.exchange_buffers.expert_row_bytes)
-        meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)
-        meter.allocate_temporarily(working.routed_experts_backward)
-        left.finish(parts.routed_experts)
-        meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)
-        if is_interleaved:
-            yield
-        meter.run_exchange(working.exchange_buffers.dispatch_backward, self.message_bytes)
-        left.flush()
-        yield
-        meter.free(MemoryKind.EXCHANGE_BUFFERS, self.message_bytes)
-        meter.allocate(MemoryKind.WORKSPACE, 2 * self.message_bytes)
-        meter.allocate_temporarily(working.attention_backward)
-        left.finish(parts.attention)
-        meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
-        meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - begun)
-
-    def _dense_backward(self, meter: PeakMeter, left: _Left) -> None:
-        meter.allocate_temporarily(max(self.workspace.dense_ffn_backward, self.workspace.dense_attention_backward))
-        left.finish(self._parts.dense_layer)
-        meter.free(MemoryKind.ACTIVATIONS, self.message_bytes)
+            meter.allocate(MemoryKind.WORKSPACE, buffers.expert_row_bytes)
 
 
-class _Left:
-    """Delayed weight gradients of a backward, until its next flush or until W."""
+class _BackwardBytes(ChunkInterpreter):
+    """Backward of a chunk, with the weight gradients that it delays until its next flush or until W."""
 
-    def __init__(self, meter: PeakMeter, deferred: bool) -> None:
-        self._meter, self._deferred = meter, deferred
-        self._held = self._product = 0.0
+    def __init__(self, chunk: ChunkMemorySimulator, meter: PeakMeter, deferred: bool) -> None:
+        self.working, self.meter, self._deferred = chunk.workspace, meter, deferred
+        self._mtp_modules = chunk.mtp_modules
+        self.held = 0.0
+        """Bytes of the inputs of delayed weight gradients."""
+        self.product = 0.0
+        """Bytes of the largest of these gradients."""
+
+    @override
+    def compute(self, part: LayerPart, index: int) -> None:
+        working, meter, parts = self.working, self.meter, self.working.parts_memory
+        message = working.hidden_state_bytes
+        match part:
+            case LayerPart.LOSS:
+                self.finish(parts.loss)
+                # The backward of every loss runs first, so the input gradients of all but the deepest wait here.
+                meter.allocate(MemoryKind.WORKSPACE, message if index < self._mtp_modules else 0.0)
+            case LayerPart.FINAL_NORM:
+                self.finish(parts.final_norm)
+            case LayerPart.MTP_MERGE:
+                self.finish(parts.mtp_merge)
+                meter.free(MemoryKind.WORKSPACE, message)
+            case LayerPart.DENSE_LAYER:
+                meter.allocate_temporarily(max(working.dense_ffn_backward, working.dense_attention_backward))
+                self.finish(parts.dense_layer)
+                meter.free(MemoryKind.ACTIVATIONS, message)
+            case LayerPart.EMBEDDING:
+                self.finish(parts.embedding)
+
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        return _MoEBackwardBytes(self)
+
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        if not self._deferred:
+            self.meter.allocate_temporarily(self.product)
+            self.meter.free(MemoryKind.DELAYED_WGRAD, self.held)
+            self.held = self.product = 0.0
 
     def finish(self, part: PartMemory) -> None:
         """Finish a part's backward of inputs: free its saved activations but for the inputs of weight gradients."""
-        self._meter.free(MemoryKind.ACTIVATIONS, part.saved_bytes)
-        self._meter.allocate(MemoryKind.DELAYED_WGRAD, part.deferred_bytes)
-        self._held += part.deferred_bytes
-        self._product = max(self._product, part.wgrad_bytes)
+        self.meter.free(MemoryKind.ACTIVATIONS, part.saved_bytes)
+        self.meter.allocate(MemoryKind.DELAYED_WGRAD, part.deferred_bytes)
+        self.held += part.deferred_bytes
+        self.product = max(self.product, part.wgrad_bytes)
 
-    def flush(self) -> None:
-        """Compute the delayed weight gradients, unless they are deferred to W."""
-        if self._deferred:
-            return
-        self._meter.allocate_temporarily(self._product)
-        self._meter.free(MemoryKind.DELAYED_WGRAD, self._held)
-        self._held = self._product = 0.0
+
+class _MoEBackwardBytes(MoELayerInterpreter):
+    """Backward of an MoE layer; as in its forward, the results of exchanges stay until the layer is done."""
+
+    def __init__(self, chunk: _BackwardBytes) -> None:
+        self._chunk, self._working, self._meter = chunk, chunk.working, chunk.meter
+        self._begun = self._meter.current[MemoryKind.WORKSPACE]
+
+    @override
+    def compute(self, part: LayerPart) -> None:
+        working, meter, parts = self._working, self._meter, self._working.parts_memory
+        message = working.hidden_state_bytes
+        match part:
+            case LayerPart.SHARED_EXPERTS if working.config.n_shared_experts:
+                meter.allocate_temporarily(working.shared_experts_backward)
+                self._chunk.finish(parts.shared_experts)
+                meter.allocate(MemoryKind.WORKSPACE, message)
+            case LayerPart.ROUTED_EXPERTS:
+                meter.allocate_temporarily(working.routed_experts_backward)
+                self._chunk.finish(parts.routed_experts)
+                meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)
+            case LayerPart.ATTENTION:
+                meter.allocate(MemoryKind.WORKSPACE, 2 * message)
+                meter.allocate_temporarily(working.attention_backward)
+                self._chunk.finish(parts.attention)
+                meter.free(MemoryKind.ACTIVATIONS, message)
+                meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - self._begun)
+
+    @override
+    def launch(self, exchange: ExchangeOperation) -> None:
+        buffers = self._working.exchange_buffers
+        if exchange is ExchangeOperation.COMBINE_BACKWARD:
+            self._meter.run_exchange(buffers.combine_backward, buffers.expert_row_bytes)
+        else:
+            self._meter.run_exchange(buffers.dispatch_backward, self._working.hidden_state_bytes)
+
+    @override
+    def wait(self, exchange: ExchangeOperation) -> None:
+        rows = self._working.exchange_buffers.expert_row_bytes
+        if exchange is ExchangeOperation.COMBINE_BACKWARD:
+            self._meter.free(MemoryKind.EXCHANGE_BUFFERS, rows)
+            self._meter.allocate(MemoryKind.WORKSPACE, rows)
+        else:
+            self._meter.free(MemoryKind.EXCHANGE_BUFFERS, self._working.hidden_state_bytes)
+
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        self._chunk.flush_weight_gradients(part)

@@ -10,6 +10,7 @@ import torch
 
 from ...comm.communicator import REDUCE_STAGING_ELEMENTS
 from ...comm.host_transfer import STAGING_BYTES
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.communication import P2PBatch, derive_p2p_batches
 from ...parallelism.pipeline.liveness import peak_counts_between_instructions, peak_instructions
 from ...parallelism.pipeline.program import PipelineProgram
@@ -24,7 +25,7 @@ from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
 from ..precision.weight_cache import fp8_weight_bytes
 from ..run.bucket_plan import BucketPlan, plan_buckets
 from .activations import MicroBatchShape
-from .chunk import ChunkMemorySimulator, StageShape
+from .chunk import ChunkMemorySimulator
 from .exchange_buffers import ExchangeFormats
 from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from .state import ParameterGroup, StateBytes

@@ -10,7 +10,7 @@ from ...comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_byte
 from ...comm.exchange.wire_format import WireFormat
 from ...parallelism.pipeline.liveness import LiveCounts, LiveInstruction
 from ...parallelism.pipeline.program import Op
-from .chunk import ChunkMemorySimulator, MemoryKind, PeakMeter
+from .chunk import ChunkMemorySimulator, MemoryKind, PeakMeter, simulate_instruction
 from .state import StateBytes
 
 CUDA_CONTEXT_BYTES = 2.0e9
@@ -141,13 +141,9 @@ class RankChunksMemory:
     def _run(self, work: tuple[Op, int | None, int | None]) -> PeakMeter:
         if work not in self._runs:
             op, forward, backward = work
-            forward_chunk = None if forward is None else self.chunks[forward]
-            backward_chunk = None if backward is None else self.chunks[backward]
-            if backward_chunk is None:
-                assert forward_chunk is not None
-                self._runs[work] = forward_chunk.simulate(op)
-            else:
-                self._runs[work] = backward_chunk.simulate(op, forward_chunk)
+            self._runs[work] = simulate_instruction(
+                op, *(None if chunk is None else self.chunks[chunk] for chunk in (forward, backward))
+            )
         return self._runs[work]
 
 

@@ -1,11 +1,7 @@
-"""Layers of one pipeline stage, run as generators that yield after each communication they launch.
+"""Layers of one pipeline stage on tensors: what each step of `parallelism/pipeline/chunk_walk.py` computes.
 
-`run_to_completion` runs a generator alone. `interleave` runs two, a forward and a backward: one computes while the
-exchange of the other is in flight. Interleaved, each yields once more per layer: the forward after it launches the
-second part of its dispatch, the backward after it queues mlp(B), which hides that part.
-
-Each layer's forward returns its output and its backward, a function that starts another generator. A backward computes
-the gradients of inputs, launches the exchange that needs them, and then flushes delayed weight gradients.
+The walk gives the order, the classes here the meaning. A forward keeps each part's phase (`SplitBackward`), from which
+the backward computes the gradients of the part's inputs; weight gradients are delayed until the walk flushes them.
 
 Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of the last, and one more per MTP depth),
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
@@ -14,30 +10,39 @@ D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L expe
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
-from ...comm.async_comm import AsyncWork
 from ...comm.exchange.api import TokenExchange
-from ...comm.trace import EXPOSED_ALL_TO_ALL, NULL_RECORDER, ExchangeLabel, SpanRecorder, TimelineTrack
-from ...parallelism.pipeline.executor import Resumable
+from ...comm.trace import NULL_RECORDER, SpanRecorder
+from ...parallelism.pipeline.chunk_walk import (
+    ChunkInterpreter,
+    LayerPart,
+    MoELayerInterpreter,
+    StageShape,
+    phase_name,
+    walk_backward,
+    walk_forward,
+    walk_main_forward,
+    walk_mtp_forward,
+)
+from ...parallelism.pipeline.instruction import Resumable
+from ...parallelism.pipeline.program import Op
 from ...parallelism.weight_grad import DelayedWeightGradients
 from .forward_context import ForwardContext, ForwardOutput, LossNormalizers, StageSpec
 from .layer import DenseLayer, LayerContext, MoELayer
 from .loss import IGNORE_INDEX, linear_cross_entropy
 from .model import Model, MTPModule, layer_name, mtp_layer_name
+from .moe_phases import MoEBackward, MoEForward, PhaseRunner, SavedMoELayer
 from .recompute import RecomputeModule, SelectiveRecompute
 from .rope import RotaryEmbedding, build_rotary_embedding
-from .router import RouterOutput
 from .split_backward import SplitBackward
 
 T = TypeVar("T")
-BackwardFunction = Callable[[Tensor, DelayedWeightGradients], Resumable[Tensor]]
-"""Backward of a layer: from the gradient of its output to that of its input; adds delayed weight gradients to the
-second argument."""
 
 
 class Chunk:
@@ -57,10 +62,10 @@ class Chunk:
     ) -> None:
         self.model = model
         self.stage = stage or StageSpec(range(model.config.num_hidden_layers))
-        self._exchange = exchange
+        self.runner = PhaseRunner(exchange, recorder, SelectiveRecompute(recompute))
+        dense = sum(isinstance(self.layer(index), DenseLayer) for index in self.stage.layers)
+        self._shape = StageShape(dense, len(self.stage.layers) - dense, self.stage.is_first, self.stage.is_last)
         self._dtype = dtype
-        self._recorder = recorder
-        self._recompute = SelectiveRecompute(recompute)
         self._rotation: RotaryEmbedding | None = None
         """Rotary embedding of the last sequence length."""
 
@@ -75,9 +80,9 @@ class Chunk:
 
     def compute_hidden_states(self, tokens_BS: Tensor, received_BSD: Tensor | None = None) -> Resumable[Tensor]:
         """Compute the stage's hidden state [B, S, D], after the final norm on the last. Use under `torch.no_grad`."""
-        context = self._new_context(torch.ones_like(tokens_BS, dtype=torch.bool))
-        hidden_BSD, _ = yield from self._main(tokens_BS, received_BSD, context)
-        return hidden_BSD
+        run = _Forward(self, Window(tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool)), received_BSD)
+        yield from walk_main_forward(self._shape, run)
+        return run.hidden_BSD
 
     def compute_mtp_logits(self, hidden_BSD: Tensor, next_BS: Tensor) -> Resumable[Tensor]:
         """Compute logits [B, S, V] of the tokens after the next ones, by the first MTP module (report eq. 21-23).
@@ -85,11 +90,10 @@ class Chunk:
         `hidden_BSD` is the result of `compute_hidden_states`, `next_BS` the token after each position. Use under
         `torch.no_grad`.
         """
-        module = self.model.mtp[0]
-        assert isinstance(module, MTPModule)
-        context = self._new_context(torch.ones_like(next_BS, dtype=torch.bool))
-        further_BSD, _ = yield from self._mtp_depth(mtp_layer_name(1), module, hidden_BSD, next_BS, context)
-        return self.apply_output_head(further_BSD)
+        window = Window(next_BS, torch.ones_like(next_BS, dtype=torch.bool), first=1)
+        run = _Forward(self, window, hidden_BSD)
+        yield from walk_mtp_forward(self._shape, 1, run)
+        return self.apply_output_head(run.hidden_BSD)
 
     def apply_output_head(self, hidden_BSD: Tensor) -> Tensor:
         """Compute logits [..., V] from the hidden state [..., D]."""
@@ -111,38 +115,60 @@ class Chunk:
         load counts every valid input. Without `normalizers` there is no backward, and no MTP, whose loss is only for
         training. `micro_batch` is its number, for error messages.
         """
-        length = tokens_BW.shape[1] - 1 - self.model.config.num_nextn_predict_layers
-        context = self._new_context(valid_BW[:, :length], micro_batch, normalizers)
-        hidden_BSD, main_backward = yield from self._main(tokens_BW[:, :length], received_BSD, context)
-        losses: list[tuple[SplitBackward, Tensor]] = []
-        depth_backwards: list[BackwardFunction] = []
-        if self.stage.is_last:
-            losses, depth_backwards = yield from self._losses(tokens_BW, valid_BW, hidden_BSD, context)
+        window = Window(tokens_BW, valid_BW, further=1 + self.model.config.num_nextn_predict_layers)
+        run = _Forward(self, window, received_BSD, micro_batch, normalizers)
+        mtp_modules = 0 if normalizers is None else len(self.model.mtp)
+        yield from walk_forward(self._shape, mtp_modules, run)
+        saved = run.saved  # not the forward itself, which holds its output
 
         def run_backward(grad_BSD: Tensor | None, weights: DelayedWeightGradients) -> Resumable[Tensor | None]:
-            # All losses first, at no cost: the cross-entropy computed its input gradients in the forward. Then from the
-            # deepest MTP module back to the main model, where each depth's hidden state also gets its loss's gradient.
-            grads = [phase.backward_inputs(weights, torch.ones_like(loss))[0] for phase, loss in losses]
-            if grads:
-                grad_BSD = grads.pop()
-            assert grad_BSD is not None
-            while depth_backwards:
-                grad_BSD = yield from depth_backwards.pop()(grad_BSD, weights)
-                grad_BSD = grad_BSD + grads.pop()
-            grad_BSD = yield from main_backward(grad_BSD, weights)
-            # The attention weights of the lowest layer have no exchange left to hide behind.
-            self._flush_weight_gradients(weights, "attn(W)")
-            return None if self.stage.is_first else grad_BSD
+            back = _Backward(self, saved, grad_BSD, weights)
+            yield from walk_backward(self._shape, mtp_modules, back)
+            return None if self.stage.is_first else back.grad_BSD
 
         return ForwardOutput(
-            output_BSD=None if self.stage.is_last else hidden_BSD,
-            metrics=context.build_metrics([loss for _, loss in losses]),
+            output_BSD=None if self.stage.is_last else run.hidden_BSD,
+            metrics=saved.context.build_metrics(saved.losses),
             backward=run_backward,
         )
 
-    def _new_context(
-        self, valid_BS: Tensor, micro_batch: int = 0, normalizers: LossNormalizers | None = None
-    ) -> ForwardContext:
+    def layer(self, index: int) -> nn.Module:
+        """Return the layer with this number in the model."""
+        return self.model.layers[str(index)]
+
+    def mtp_module(self, depth: int) -> MTPModule:
+        """Return the MTP module of a depth, which counts from 1."""
+        module = self.model.mtp[depth - 1]
+        assert isinstance(module, MTPModule)
+        return module
+
+    def moe_layer(self, place: int) -> tuple[str, MoELayer]:
+        """Return an MoE layer and its name; `place` counts the stage's layers, then the MTP modules."""
+        if (depth := place - self._shape.layers + 1) > 0:
+            return mtp_layer_name(depth), self.mtp_module(depth).layer
+        layer = self.layer(index := self.stage.layers[place])
+        assert isinstance(layer, MoELayer)
+        return layer_name(index), layer
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Return the tokens' embeddings [B, S, D] in the dtype of activations."""
+        assert self.model.embedding is not None
+        embedded_BSD: Tensor = self.model.embedding(tokens_BS)
+        return embedded_BSD.to(self._dtype)
+
+    def final_norm(self, depth: int) -> nn.Module:
+        """Return the norm after the last layer, of the main model (depth 0) or of an MTP module."""
+        norm = self.mtp_module(depth).final_norm if depth else self.model.final_norm
+        assert norm is not None
+        return norm
+
+    def cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, factor: float) -> Tensor:
+        """Return `factor` times the summed cross-entropy, whose gradient has that factor."""
+        assert self.model.head is not None
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten(), factor)
+
+    def new_context(self, valid_BS: Tensor, micro_batch: int, normalizers: LossNormalizers | None) -> ForwardContext:
+        """Return the context of a micro-batch."""
         length = valid_BS.shape[1]
         # Cached: the angles are computed in FP64 on the host, and the length rarely changes between micro-batches.
         if self._rotation is None or len(self._rotation.freqs_cis_SP) != length:
@@ -150,199 +176,149 @@ class Chunk:
             self._rotation = build_rotary_embedding(self.model.config, length, like)
         return ForwardContext(LayerContext(self._rotation, valid_BS), micro_batch, normalizers)
 
-    def _losses(
-        self, tokens_BW: Tensor, valid_BW: Tensor, hidden_BSD: Tensor, context: ForwardContext
-    ) -> Resumable[tuple[list[tuple[SplitBackward, Tensor]], list[BackwardFunction]]]:
-        """Compute the loss of every depth, the main model's first; return them with the backward of each MTP module."""
-        length = context.layer_context.valid_BS.shape[1]
 
-        def loss(k: int, hidden_BSD: Tensor, factor: float) -> tuple[SplitBackward, Tensor]:
-            counted = context.layer_context.valid_BS & valid_BW[:, k + 1 : length + k + 1]
-            targets_BS = tokens_BW[:, k + 1 : length + k + 1].masked_fill(~counted, IGNORE_INDEX)
-            with self._span("loss(F)"):
-                return self._run_phase(lambda h: self._cross_entropy(h, targets_BS, factor), hidden_BSD)
+@dataclass(frozen=True)
+class Window:
+    """Tokens of a micro-batch, from those `first` positions further than its inputs."""
 
-        normalizers, backwards = context.normalizers, list[BackwardFunction]()
-        if normalizers is None:
-            return [loss(0, hidden_BSD, factor=1.0)], backwards
-        losses = [loss(0, hidden_BSD, normalizers.main_loss)]
-        for k, module in enumerate(self.model.mtp, start=1):
-            assert isinstance(module, MTPModule)
-            hidden_BSD, backward = yield from self._mtp_depth(
-                mtp_layer_name(k), module, hidden_BSD, tokens_BW[:, k : length + k], context
-            )
-            backwards.append(backward)
-            losses.append(loss(k, hidden_BSD, normalizers.mtp_loss))
-        return losses, backwards
+    tokens_BW: Tensor
+    valid_BW: Tensor
+    further: int = 0
+    """Positions after the S inputs."""
+    first: int = 0
 
-    def _cross_entropy(self, hidden_BSD: Tensor, targets_BS: Tensor, factor: float) -> Tensor:
-        assert self.model.head is not None
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.model.head.weight, targets_BS.flatten(), factor)
+    def tokens(self, offset: int) -> Tensor:
+        """Return the tokens [B, S] that are `offset` positions further than the inputs."""
+        return self._shifted(self.tokens_BW, offset)
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
-        assert self.model.embedding is not None
-        embedded_BSD: Tensor = self.model.embedding(tokens_BS)
-        return embedded_BSD.to(self._dtype)
+    def valid(self, offset: int) -> Tensor:
+        """Return for each of these tokens whether it is none of the padding, [B, S]."""
+        return self._shifted(self.valid_BW, offset)
 
-    def _main(
-        self, tokens_BS: Tensor, received_BSD: Tensor | None, context: ForwardContext
-    ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """Run the stage's layers of the main model, after the embedding on the first stage and with the final norm on
-        the last; return h^0 [B, S, D] and the backward."""
-        embed: SplitBackward | None = None
-        final: SplitBackward | None = None
-        if self.stage.is_first:
-            embed, received_BSD = self._run_phase(lambda: self._embed(tokens_BS))
-        assert received_BSD is not None
-        output_BSD, backwards = yield from self._layers(received_BSD, context)
-        if self.stage.is_last:
-            assert self.model.final_norm is not None
-            final, output_BSD = self._run_phase(self.model.final_norm, output_BSD)
+    def _shifted(self, found_BW: Tensor, offset: int) -> Tensor:
+        length = found_BW.shape[1] - self.further
+        return found_BW[:, offset - self.first : offset - self.first + length]
 
-        def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
-            if final is not None:
-                (grad_BSD,) = final.backward_inputs(weights, grad_BSD)
-            while backwards:
-                grad_BSD = yield from backwards.pop()(grad_BSD, weights)
-            if embed is not None:
-                embed.backward_inputs(weights, grad_BSD)
-            return grad_BSD
 
-        return output_BSD, run_backward
+@dataclass
+class _SavedForward:
+    """What a chunk's backward needs of its forward."""
 
-    def _layers(self, hidden_BSD: Tensor, context: ForwardContext) -> Resumable[tuple[Tensor, list[BackwardFunction]]]:
-        backwards: list[BackwardFunction] = []
-        for index in self.stage.layers:
-            layer = self.model.layers[str(index)]
-            if isinstance(layer, MoELayer):
-                hidden_BSD, backward = yield from self._moe(layer_name(index), layer, hidden_BSD, context)
-            else:
-                assert isinstance(layer, DenseLayer)
-                hidden_BSD, backward = self._dense(layer, hidden_BSD, context.layer_context)
-            if torch.is_grad_enabled():  # without a backward, dropping it frees the layer's activations
-                backwards.append(backward)
-        return hidden_BSD, backwards
+    context: ForwardContext
+    phases: dict[tuple[LayerPart, int], SplitBackward] = field(default_factory=dict)
+    layers: dict[int, SavedMoELayer] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    """Loss of the main model, then of each MTP depth."""
 
-    def _mtp_depth(
-        self, name: str, module: MTPModule, hidden_BSD: Tensor, tokens_BS: Tensor, context: ForwardContext
-    ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """Run one MTP depth: from h^{k-1} and the tokens k positions further to h^k, [B, S, D]."""
-        merged, input_BSD = self._run_phase(lambda h: module.merge_inputs(h, self._embed(tokens_BS)), hidden_BSD)
-        layer_BSD, layer_backward = yield from self._moe(name, module.layer, input_BSD, context)
-        final, output_BSD = self._run_phase(module.final_norm, layer_BSD)
 
-        def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
-            (grad_BSD,) = final.backward_inputs(weights, grad_BSD)
-            grad_BSD = yield from layer_backward(grad_BSD, weights)
-            (grad_BSD,) = merged.backward_inputs(weights, grad_BSD)
-            return grad_BSD
+class _Forward(ChunkInterpreter):
+    """Forward of one micro-batch; `hidden_BSD` is the hidden state so far."""
 
-        return output_BSD, run_backward
+    def __init__(
+        self,
+        chunk: Chunk,
+        window: Window,
+        received_BSD: Tensor | None,
+        micro_batch: int = 0,
+        normalizers: LossNormalizers | None = None,
+    ) -> None:
+        self.chunk = chunk
+        self._window, self._normalizers = window, normalizers
+        self.saved = _SavedForward(chunk.new_context(window.valid(window.first), micro_batch, normalizers))
+        if received_BSD is not None:
+            self.hidden_BSD = received_BSD
 
-    def _moe(
-        self, name: str, layer: MoELayer, hidden_BSD: Tensor, context: ForwardContext
-    ) -> Resumable[tuple[Tensor, BackwardFunction]]:
-        """Run the five phases of an MoE layer, and return the output and the backward, which runs them in reverse."""
-        exchange = self._exchange
-        routing: RouterOutput | None = None
+    @override
+    def compute(self, part: LayerPart, index: int) -> None:
+        match part:
+            case LayerPart.EMBEDDING:
+                self._run(part, index, lambda: self.chunk.embed(self._window.tokens(0)))
+            case LayerPart.DENSE_LAYER:
+                layer, context = self.chunk.layer(self.chunk.stage.layers[index]), self.saved.context.layer_context
+                with self.chunk.runner.span(phase_name(part, Op.F)):
+                    self._run(part, index, lambda h: layer(h, context), self.hidden_BSD)
+            case LayerPart.MTP_MERGE:
+                module, tokens_BS = self.chunk.mtp_module(index), self._window.tokens(index)
+                embed = self.chunk.embed
+                self._run(part, index, lambda h: module.merge_inputs(h, embed(tokens_BS)), self.hidden_BSD)
+            case LayerPart.FINAL_NORM:
+                self._run(part, index, self.chunk.final_norm(index), self.hidden_BSD)
+            case LayerPart.LOSS:
+                self._compute_loss(index)
 
-        def attend(hidden_BSD: Tensor) -> tuple[Tensor, ...]:
-            nonlocal routing
-            residual_BSD, normed_TD, routing = layer.attend_and_route(hidden_BSD, context.layer_context)
-            return residual_BSD, normed_TD, routing.gates_TK, routing.balance_loss
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        def finish(merged_BSD: Tensor, saved: SavedMoELayer) -> None:
+            self.hidden_BSD = merged_BSD
+            if torch.is_grad_enabled():
+                self.saved.layers[place] = saved
 
-        label = ExchangeLabel(name, context.micro_batch)
-        with self._span("attn(F)", label):
-            attended = SplitBackward(attend, hidden_BSD, recompute=self._recompute)
-        assert routing is not None
-        residual_BSD, normed_TD, gates_TK, balance = attended.pop_outputs()
-        context.balance_losses.append(balance)
-        context.tokens_per_expert_E[name] = routing.tokens_per_expert_E
+        name, layer = self.chunk.moe_layer(place)
+        return MoEForward(self.chunk.runner, layer, name, self.hidden_BSD, self.saved.context, finish)
 
-        # Experts that compute in FP8 take the dispatched FP8 numbers as they are: widening them and quantizing again
-        # would cost two passes over R × D.
-        in_fp8 = layer.experts.fp8 is not None
-        dispatched = exchange.dispatch(normed_TD, gates_TK, routing.expert_ids_TK, label, keep_quantized=in_fp8)
-        is_interleaved = yield
-        # Interleaved, the other micro-batch has queued its mlp(B) by now. The host must wait for sizes before it can
-        # launch the second part of the dispatch; waiting earlier would have delayed that mlp(B), which hides this part.
-        if is_interleaved:
-            dispatched.launch_second_part()
-            yield
-        shared: SplitBackward | None = None
-        shared_TD: Tensor | None = None
-        with self._span("mlp(F)", label):
-            # The shared expert needs no exchange: queued first, it computes while the host waits for the sizes.
-            if layer.shared is not None:
-                shared, shared_TD = self._run_phase(layer.shared, normed_TD)
-            received = self._wait(dispatched, label)
-            counts_L, quantized_rows = received.rows_per_expert_L, received.quantized_rows
-            routed, routed_RD = self._run_phase(
-                lambda rows, weights: layer.experts(rows, weights, counts_L, quantized_rows),
-                received.rows_RD,
-                received.gate_weights_R,
-            )
-        context.token_counts += received.token_counts
-        handle = received.without_rows()  # the rows' memory belongs to the experts' phase alone from here on
+    def _run(self, part: LayerPart, index: int, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        phase, self.hidden_BSD = self.chunk.runner.run_phase(function, *inputs)
+        if torch.is_grad_enabled():  # without a backward, dropping the phase frees its activations
+            self.saved.phases[part, index] = phase
 
-        combined = exchange.combine(routed_RD, handle)
-        yield
-        routed_TD = self._wait(combined, label)
-        merged_BSD = layer.add_expert_outputs(residual_BSD, routed_TD, shared_TD)
+    def _compute_loss(self, depth: int) -> None:
+        """Compute the loss of a depth, which leaves the hidden state as it is: the next depth begins with it."""
+        counted_BS = self._window.valid(0) & self._window.valid(depth + 1)
+        targets_BS = self._window.tokens(depth + 1).masked_fill(~counted_BS, IGNORE_INDEX)
+        factor = 1.0
+        if (normalizers := self._normalizers) is not None:
+            factor = normalizers.mtp_loss if depth else normalizers.main_loss
+        with self.chunk.runner.span(phase_name(LayerPart.LOSS, Op.F)):
+            cross_entropy = self.chunk.cross_entropy
+            phase, loss = self.chunk.runner.run_phase(lambda h: cross_entropy(h, targets_BS, factor), self.hidden_BSD)
+        self.saved.losses.append(loss)
+        if torch.is_grad_enabled():
+            self.saved.phases[LayerPart.LOSS, depth] = phase
 
-        def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
-            grad_TD = grad_BSD.flatten(0, 1)
-            combine_backward = exchange.combine_backward(grad_TD, handle)
-            # Weight gradients run while an exchange is in flight: attn(W) of the layer above hides this one.
-            self._flush_weight_gradients(weights, "attn(W)")
-            is_interleaved = yield
-            with self._span("mlp(B)", label):
-                grad_normed_TD = None if shared is None else shared.backward_inputs(weights, grad_TD)[0]
-                grad_RD, grad_weights_R = routed.backward_inputs(weights, self._wait(combine_backward, label))
-            # Interleaved, the other micro-batch launches the second part of its dispatch first: dispatch_backward needs
-            # the result of mlp(B), and launched now it would keep that part waiting behind it.
-            if is_interleaved:
-                yield
 
-            dispatch_backward = exchange.dispatch_backward(grad_RD, grad_weights_R, handle)
-            self._flush_weight_gradients(weights, "mlp(W)")
-            yield
-            with self._span("attn(B)", label):
-                grad_routed_TD, grad_gates_TK = self._wait(dispatch_backward, label)
-                grad_normed_TD = grad_routed_TD if grad_normed_TD is None else grad_normed_TD + grad_routed_TD
-                assert context.normalizers is not None
-                # The balance loss is a leaf of this phase, so its gradient starts here, as a second backward root.
-                root = torch.full_like(balance, context.normalizers.balance_loss)
-                (grad_BSD,) = attended.backward_inputs(weights, grad_BSD, grad_normed_TD, grad_gates_TK, root)
-            return grad_BSD
+class _Backward(ChunkInterpreter):
+    """Backward of one micro-batch; `grad_BSD` is the gradient of the hidden state so far."""
 
-        return merged_BSD, run_backward
+    def __init__(
+        self, chunk: Chunk, saved: _SavedForward, grad_BSD: Tensor | None, weights: DelayedWeightGradients
+    ) -> None:
+        self.chunk, self.saved, self.weights = chunk, saved, weights
+        if grad_BSD is not None:
+            self.grad_BSD = grad_BSD
+        self._loss_grads: list[Tensor] = []
 
-    def _dense(self, layer: DenseLayer, hidden_BSD: Tensor, context: LayerContext) -> tuple[Tensor, BackwardFunction]:
-        with self._span("dense(F)"):
-            phase, output_BSD = self._run_phase(lambda h: layer(h, context), hidden_BSD)
+    @override
+    def compute(self, part: LayerPart, index: int) -> None:
+        phase = self.saved.phases.pop((part, index))
+        match part:
+            case LayerPart.LOSS:
+                self._loss_grads += phase.backward_inputs(self.weights, torch.ones_like(self.saved.losses[index]))
+            case LayerPart.FINAL_NORM:
+                if index == len(self.saved.losses) - 1:  # the deepest loss begins
+                    self.grad_BSD = self._loss_grads.pop()
+                self._run(phase)
+            case LayerPart.MTP_MERGE:
+                self._run(phase)
+                self.grad_BSD = self.grad_BSD + self._loss_grads.pop()
+            case LayerPart.DENSE_LAYER:
+                with self.chunk.runner.span(phase_name(part, Op.B)):
+                    self._run(phase)
+            case LayerPart.EMBEDDING:
+                phase.backward_inputs(self.weights, self.grad_BSD)
 
-        def run_backward(grad_BSD: Tensor, weights: DelayedWeightGradients) -> Resumable[Tensor]:
-            yield from ()
-            with self._span("dense(B)"):
-                return phase.backward_inputs(weights, grad_BSD)[0]
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        def finish(grad_BSD: Tensor) -> None:
+            self.grad_BSD = grad_BSD
 
-        return output_BSD, run_backward
+        normalizers = self.saved.context.normalizers
+        assert normalizers is not None
+        layer = self.saved.layers.pop(place)
+        return MoEBackward(self.chunk.runner, layer, self.grad_BSD, normalizers.balance_loss, self.weights, finish)
 
-    def _run_phase(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[SplitBackward, Tensor]:
-        """Run `function` as a phase with one output; return the phase and the output."""
-        phase = SplitBackward(lambda *inputs: (function(*inputs),), *inputs, recompute=self._recompute)
-        return phase, phase.pop_outputs()[0]
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        self.chunk.runner.flush_weight_gradients(self.weights, part)
 
-    def _span(self, name: str, label: ExchangeLabel | None = None) -> AbstractContextManager[object]:
-        return self._recorder.span(TimelineTrack.COMPUTE, name, label)
-
-    def _wait(self, pending: AsyncWork[T], label: ExchangeLabel) -> T:
-        with self._recorder.span(TimelineTrack.COMPUTE, EXPOSED_ALL_TO_ALL, label):
-            return pending.wait()
-
-    def _flush_weight_gradients(self, weights: DelayedWeightGradients, name: str) -> None:
-        """Flush pending weight gradients now that no peer is waiting, unless they are deferred to a W instruction."""
-        if weights.has_work_to_flush:
-            with self._span(name):
-                weights.flush_unless_deferred()
+    def _run(self, phase: SplitBackward) -> None:
+        (self.grad_BSD,) = phase.backward_inputs(self.weights, self.grad_BSD)

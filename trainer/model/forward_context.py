@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...comm.exchange.permutation import ZERO_TOKEN_COUNTS, TokenCounts
-from ...parallelism.pipeline.executor import Resumable
+from ...parallelism.pipeline.instruction import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
 from .layer import LayerContext
 

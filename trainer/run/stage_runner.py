@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...parallelism.pipeline.executor import Resumable
+from ...parallelism.pipeline.instruction import Resumable
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk

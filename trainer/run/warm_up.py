@@ -13,7 +13,7 @@ from ...comm.async_comm import AsyncCommunicator
 from ...comm.host_transfer import to_device
 from ...comm.streams import DeviceStreams
 from ...comm.warm_up import warm_up_exchange
-from ...parallelism.pipeline.executor import run_to_completion
+from ...parallelism.pipeline.instruction import run_to_completion
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..data.samples import TokenBatch
 from ..model.forward_context import LossNormalizers

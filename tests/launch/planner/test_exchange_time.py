@@ -10,7 +10,6 @@ import pytest
 
 from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.launch.planner.exchange_time import (
-    ExchangeOperation,
     ExchangeTimeModel,
     expected_destinations_per_token,
 )
@@ -18,6 +17,7 @@ from shoestring.launch.planner.kernel_times import EvidenceCoverage, read_kernel
 from shoestring.launch.planner.operations import LayerWorkload
 from shoestring.launch.planner.recipe import DEEPSEEK_V3_EXCHANGE, ForecastRecipe
 from shoestring.launch.verbs.simulate import simulate
+from shoestring.parallelism.pipeline.chunk_walk import ExchangeOperation
 from shoestring.trainer.model.config import ModelConfig
 
 from .v3 import simulated

@@ -7,12 +7,12 @@ import pytest
 from shoestring.launch.planner.layout_memory import count_stage_parameters, workspace_from_shape
 from shoestring.launch.planner.operations import LayerWorkload
 from shoestring.launch.planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, GemmPrecision
+from shoestring.parallelism.pipeline.chunk_walk import StageShape
 from shoestring.parallelism.pipeline.communication import derive_p2p_batches
 from shoestring.parallelism.pipeline.liveness import peak_instructions
 from shoestring.parallelism.pipeline.program import count_in_flight
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.trainer.costs.parameters import count_parameters
-from shoestring.trainer.memory.chunk import StageShape
 from shoestring.trainer.model.recompute import RecomputeModule
 
 from .v3 import simulated

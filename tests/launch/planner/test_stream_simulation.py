@@ -12,8 +12,8 @@ from shoestring.launch.planner.operations import ComputePhase
 from shoestring.launch.planner.published import TRACED_STAGE
 from shoestring.launch.planner.recipe import PeerWaits
 from shoestring.launch.planner.stream_simulation import ChunkTimeModel, SimulatedStreams
+from shoestring.parallelism.pipeline.chunk_walk import StageShape
 from shoestring.tests.launch.planner.v3 import costs, simulated
-from shoestring.trainer.memory.chunk import StageShape
 
 
 def test_an_exchange_hides_behind_computing() -> None:

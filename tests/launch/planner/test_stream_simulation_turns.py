@@ -9,10 +9,11 @@ import pytest
 
 from shoestring.launch.planner.layout_memory import workspace_from_shape
 from shoestring.launch.planner.stream_simulation import SimulatedChunk, SimulatedStreams
-from shoestring.parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from shoestring.parallelism.pipeline.chunk_walk import StageShape
+from shoestring.parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import CONFIG, ROUTED_LAYERS, SCALES, make_chunk, window
-from shoestring.trainer.memory.chunk import ChunkMemorySimulator, PeakMeter, StageShape
+from shoestring.trainer.memory.chunk import ChunkMemorySimulator, MeteredChunk, PeakMeter
 
 from .v3 import simulated
 
@@ -35,16 +36,16 @@ def timed() -> Halves:
     chunk = SimulatedChunk(
         STAGE, own.shape, own.compute_model, own.exchange_model, SimulatedStreams(), wait_for_peers=False
     )
-    return chunk.backward(with_weight_gradients=True), chunk.forward()
+    return chunk.backward(deferred=False), chunk.forward()
 
 
 def weighed() -> Halves:
     simulation = simulated()
     recipe = simulation.forecast.recipe
     own = simulation.forecaster.chunk_time_model(simulation.layout, recipe)
-    chunk, meter = ChunkMemorySimulator(STAGE, workspace_from_shape(own.shape, recipe)), PeakMeter()
-    run_to_completion(chunk.forward(meter))
-    return chunk.backward(meter, deferred=False), chunk.forward(meter)
+    chunk = MeteredChunk(ChunkMemorySimulator(STAGE, workspace_from_shape(own.shape, recipe)), PeakMeter())
+    run_to_completion(chunk.forward())
+    return chunk.backward(deferred=False), chunk.forward()
 
 
 def noting(name: str, steps: Resumable[None], turns: list[str]) -> Resumable[None]:

@@ -9,7 +9,6 @@ import torch
 
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.planner.evidence import list_assumptions
-from shoestring.launch.planner.exchange_time import ExchangeOperation
 from shoestring.launch.planner.forecast import StepForecaster
 from shoestring.launch.planner.kernel_times import KernelMeasurement, read_kernel_table
 from shoestring.launch.planner.operations import ComputePhase
@@ -17,6 +16,7 @@ from shoestring.launch.planner.recipe import RECOMPUTE_NOTHING, GemmPrecision
 from shoestring.launch.verbs.calibrate import calibrate, recipe_measurements, write_cluster_config
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
+from shoestring.parallelism.pipeline.chunk_walk import ExchangeOperation
 from shoestring.tests.launch.refusals import refused
 
 

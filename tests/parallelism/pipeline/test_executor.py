@@ -16,7 +16,8 @@ from shoestring.comm.errors import CollectiveError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.p2p import P2PChannel, P2PReceive, P2PSend
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import PipelineExecutor, Resumable, build_p2p_channels
+from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels
+from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import (

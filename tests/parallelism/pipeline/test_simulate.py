@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
 from shoestring.parallelism.pipeline.check import verify_program
 from shoestring.parallelism.pipeline.communication import P2POp, derive_p2p_batches
+from shoestring.parallelism.pipeline.placement import Direction
 from shoestring.parallelism.pipeline.program import Instruction, InvalidProgramError, Op, PipelineProgram
-from shoestring.parallelism.pipeline.schedules.registry import build_program
-from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_forward_program, build_program
+from shoestring.parallelism.pipeline.simulate import InstructionDuration, OpDurations, simulate_program
 
 Formula = Callable[[int, OpDurations], float]
 
@@ -130,6 +133,64 @@ def makespan_with_unlimited_buffers(program: PipelineProgram, times: OpDurations
                 made.update(dict.fromkeys(commits[rank][index + 1].sends, ends[rank][-1]))
                 moved = True
     return max(rank[-1] for rank in ends)
+
+
+def rendezvous_ends(
+    program: PipelineProgram, duration: InstructionDuration, transfer: float
+) -> tuple[tuple[float, ...], ...]:
+    """Ends of all instructions, from the definition in `derive_p2p_batches`: each time asks for those before it."""
+    rows = derive_p2p_batches(program)
+    queues: dict[tuple[int, Direction], list[tuple[int, tuple[P2POp, ...]]]] = {}
+    ends_of: dict[P2POp, list[tuple[int, Direction, int]]] = {}
+    for rank, row in enumerate(rows):
+        for direction in Direction:
+            queue = queues[rank, direction] = []
+            for index, batch in enumerate(row):
+                messages = tuple(op for op in (*batch.sends, *batch.receives) if op.direction is direction)
+                for op in messages:
+                    ends_of.setdefault(op, []).append((rank, direction, len(queue)))
+                if messages:
+                    queue.append((index, messages))
+
+    @cache
+    def opens(rank: int, direction: Direction, number: int) -> float:
+        index = queues[rank, direction][number][0]
+        earlier = completes(rank, direction, number - 1) if number else 0.0
+        return max(earlier, end(rank, index - 1) if index else 0.0)
+
+    @cache
+    def completes(rank: int, direction: Direction, number: int) -> float:
+        return max(opens(*there) for op in queues[rank, direction][number][1] for there in ends_of[op]) + transfer
+
+    @cache
+    def end(rank: int, index: int) -> float:
+        needs = rows[rank][index].required_receives
+        arrivals = [completes(*there) for op in needs for there in ends_of[op] if there[0] == rank]
+        start = max([end(rank, index - 1) if index else 0.0, *arrivals])
+        return start + duration(rank, program.instructions[rank][index])
+
+    return tuple(tuple(end(rank, index) for index in range(len(row))) for rank, row in enumerate(program.instructions))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+@pytest.mark.parametrize("schedule", [schedule.name for schedule in SCHEDULES])
+def test_times_are_those_of_the_definition_to_the_last_bit(schedule: str, ranks: int) -> None:
+    if schedule == "dualpipe" and ranks % 2:
+        pytest.skip("mirrored ranks are even")
+    program = build_program(schedule, ranks, 3 * ranks if schedule != "dualpipe" else 2 * ranks + 2)
+    dice = random.Random(ranks)
+    durations = {
+        (rank, entry): dice.uniform(0.5, 3.0) for rank, row in enumerate(program.instructions) for entry in row
+    }
+    for transfer in (0.0, 0.25):
+        times = simulate_program(program, lambda *key: durations[key], transfer)
+        assert times.end_times == rendezvous_ends(program, lambda *key: durations[key], transfer)
+
+
+def test_times_of_forwards_alone_are_those_of_the_definition() -> None:
+    program = build_forward_program(build_program("interleaved", 3, 6).placement, 6)
+    times = simulate_program(program, lambda rank, _: 1.0 + rank, 0.5)
+    assert times.end_times == rendezvous_ends(program, lambda rank, _: 1.0 + rank, 0.5)
 
 
 def test_times_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.executor import Resumable
+from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.generation.load import load_chunk_for_inference

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.tests.reference.hf import to_transformers, to_transformers_mtp
 from shoestring.tests.trainer.huggingface.small_release import (
     CONFIGS,

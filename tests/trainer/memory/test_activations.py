@@ -15,7 +15,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.launch.compose import compose_run_config
-from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.tests.trainer.model.policies import POLICIES, names

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.parallelism.pipeline.executor import Resumable, interleave, run_to_completion
+from shoestring.parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import CONFIG, LENGTH, ROUTED_LAYERS, SCALES, T, make_chunk, window
 from shoestring.trainer.model.chunk import Chunk

@@ -16,7 +16,7 @@ from shoestring.comm.exchange.factory import build_token_exchange
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.traffic import TrafficCounter
-from shoestring.parallelism.pipeline.executor import interleave, run_to_completion
+from shoestring.parallelism.pipeline.instruction import interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.trainer.model.chunk import Chunk

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.topology import Topology
-from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.reference.deepseek_v3 import losses as reference_losses
 from shoestring.tests.reference.hf import gradients_of, to_transformers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoestring.comm.errors import Problem
-from shoestring.parallelism.pipeline.executor import run_to_completion
+from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.policies import POLICIES, names
 from shoestring.tests.trainer.model.small_chunk import LENGTH, SCALES, make_chunk, window
