@@ -11,9 +11,8 @@ from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.fp8 import TILE_WIDTH
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import LiveInstruction
-from ...trainer.memory.activations import MicroBatchShape
+from ...trainer.costs.operation_memory import MicroBatchShape
 from ...trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, StageShape
-from ...trainer.memory.exchange_buffers import ExchangeFormats
 from ...trainer.memory.peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from ...trainer.memory.state import ParameterGroup, StateBytes
 from ...trainer.memory.workspace import WorkspaceBytes
@@ -106,8 +105,7 @@ def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> Worksp
             shape.tokens * model.num_experts_per_tok
         ),
     )
-    wire = ExchangeFormats.from_config(recipe.exchange, shape.ep_size)
-    return WorkspaceBytes(model, batch, recipe.recompute, wire, model.n_routed_experts // shape.ep_size)
+    return WorkspaceBytes(model, batch, recipe.recompute, recipe.exchange, shape.ep_size)
 
 
 @dataclass

@@ -11,14 +11,9 @@ from rich.table import Table
 
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
+from ...trainer.costs.operation_memory import MicroBatchShape, OperationMemory
 from ...trainer.costs.parameters import count_parameters
-from ...trainer.memory.activations import (
-    MicroBatchShape,
-    SavedActivation,
-    dense_layer_activations,
-    moe_layer_activations,
-    saved_bytes,
-)
+from ...trainer.model.layer import dense_layer_memory, moe_layer_memory
 from ..compose import compose_run_config
 
 _PUBLISHED_LENGTH = 4096
@@ -49,10 +44,10 @@ def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[st
         "convention": FLOP_CONVENTION,
         "activation_bytes": {
             layer: {
-                "no_recompute": saved_bytes(kept),
-                "with_recompute": saved_bytes(kept, config.recompute.recompute_modules),
+                "no_recompute": memory.saved_bytes(),
+                "with_recompute": memory.saved_bytes(config.recompute.recompute_modules),
             }
-            for layer, kept in _layers(config).items()
+            for layer, memory in _layers(config).items()
         },
     }
 
@@ -89,17 +84,17 @@ def _activations(config: RunConfig) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("layer", "no recompute, MiB", *([f"recompute {', '.join(sorted(policy))}"] if policy else [])):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for layer, kept in _layers(config).items():
-        sizes = [saved_bytes(kept)] + ([saved_bytes(kept, policy)] if policy else [])
+    for layer, memory in _layers(config).items():
+        sizes = [memory.saved_bytes()] + ([memory.saved_bytes(policy)] if policy else [])
         table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in sizes))
     return table
 
 
-def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
+def _layers(config: RunConfig) -> dict[str, OperationMemory]:
     batch = MicroBatchShape(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
     kinds = {
-        "dense": (config.model.first_k_dense_replace, dense_layer_activations),
-        "routed": (config.model.num_moe_layers, moe_layer_activations),
+        "dense": (config.model.first_k_dense_replace, dense_layer_memory),
+        "routed": (config.model.num_moe_layers, moe_layer_memory),
     }
     return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
 

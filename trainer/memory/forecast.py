@@ -17,15 +17,14 @@ from ...parallelism.zero.bucket import padded_bucket_length
 from ...parallelism.zero.reduce import SQUARE_SUM_ELEMENTS
 from ..build import build_stage_layout, dispatch_buffer_shape
 from ..config import RunConfig
+from ..costs.operation_memory import MicroBatchShape
 from ..model.model import Model
 from ..model.stage_layout import StageLayout
 from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
 from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
-from ..precision.weight_cache import fp8_weight_bytes
+from ..precision.fp8_tensors import fp8_weight_bytes
 from ..run.bucket_plan import BucketPlan, plan_buckets
-from .activations import MicroBatchShape
 from .chunk import ChunkMemorySimulator, StageShape
-from .exchange_buffers import ExchangeFormats
 from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
 from .state import ParameterGroup, StateBytes
 from .workspace import WorkspaceBytes
@@ -150,9 +149,8 @@ class MemoryPredictor:
             fp8=config.precision.linear == "fp8",
             expert_block_rows=config.expert_block_rows,
         )
-        experts = config.model.n_routed_experts // config.topology.ep
-        wire = ExchangeFormats.from_config(config.exchange, config.topology.ep)
-        return WorkspaceBytes(config.model, batch, config.recompute.recompute_modules, wire, experts)
+        policy = config.recompute.recompute_modules
+        return WorkspaceBytes(config.model, batch, policy, config.exchange, config.topology.ep)
 
     def _plans(self, pp_rank: int) -> Iterator[BucketPlan]:
         yield from plan_buckets(self._model(pp_rank), self._stages, self.program, self._dtype)

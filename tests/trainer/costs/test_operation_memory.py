@@ -19,18 +19,15 @@ from shoestring.parallelism.pipeline.executor import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.tests.trainer.model.policies import POLICIES, names
-from shoestring.trainer.memory.activations import (
-    MicroBatchShape,
-    dense_layer_activations,
-    moe_layer_activations,
-    saved_bytes,
-)
+from shoestring.trainer.costs.operation_memory import MicroBatchShape
 from shoestring.trainer.model import attention
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.cpu_attention import causal_attention_reference
+from shoestring.trainer.model.experts import routed_experts_memory, shared_experts_memory
 from shoestring.trainer.model.forward_context import ForwardOutput, LossNormalizers, StageSpec
 from shoestring.trainer.model.init import initialize_weights
+from shoestring.trainer.model.layer import dense_layer_memory, moe_layer_memory
 from shoestring.trainer.model.model import Model
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
@@ -105,18 +102,16 @@ def measured(
 @pytest.mark.parametrize("layer", ["dense", "routed"])
 def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, length: int, dtype: torch.dtype) -> None:
     batch = MicroBatchShape(2, length, dtype, on_cpu=True)
-    index, items = (
-        (0, dense_layer_activations(config, batch)) if layer == "dense" else (1, moe_layer_activations(config, batch))
-    )
+    index, memory = (0, dense_layer_memory(config, batch)) if layer == "dense" else (1, moe_layer_memory(config, batch))
     found = {policy: measured(config, index, batch, policy) for policy in POLICIES}
-    print(layer, dtype, {"+".join(policy): (size, saved_bytes(items, policy)) for policy, size in found.items()})
+    print(layer, dtype, {"+".join(policy): (size, memory.saved_bytes(policy)) for policy, size in found.items()})
     wrong = {
-        "+".join(policy): (size, saved_bytes(items, policy))
+        "+".join(policy): (size, memory.saved_bytes(policy))
         for policy, size in found.items()
-        if size != pytest.approx(saved_bytes(items, policy), rel=0.05)
+        if size != pytest.approx(memory.saved_bytes(policy), rel=0.05)
     }
     assert not wrong
-    falls = {policy: saved_bytes(items) - saved_bytes(items, policy) for policy in POLICIES}
+    falls = {policy: memory.saved_bytes() - memory.saved_bytes(policy) for policy in POLICIES}
     assert {policy: found[frozenset()] - size for policy, size in found.items()} == falls  # to the byte
     assert all(
         found[policy | {part}] < size
@@ -133,12 +128,10 @@ def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, poli
     kept = {}
     for fp8 in (False, True):
         batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
-        index, items = (
-            (0, dense_layer_activations(config, batch))
-            if layer == "dense"
-            else (1, moe_layer_activations(config, batch))
+        index, memory = (
+            (0, dense_layer_memory(config, batch)) if layer == "dense" else (1, moe_layer_memory(config, batch))
         )
-        kept[fp8] = measured(config, index, batch, policy), saved_bytes(items, policy)
+        kept[fp8] = measured(config, index, batch, policy), memory.saved_bytes(policy)
         assert kept[fp8][0] == pytest.approx(kept[fp8][1], rel=0.01)
     fall, predicted = (kept[False][which] - kept[True][which] for which in (0, 1))
     print(layer, names(policy), {"bf16": kept[False], "fp8": kept[True]}, f"fall {fall} predicted {predicted}")
@@ -156,28 +149,26 @@ def test_with_a_fused_attention_fp8_keeps_its_output_once(
     config = replace(WIDE, v_head_dim=WIDE.qk_head_dim)
     for fp8 in (False, True):
         batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=False, fp8=fp8)
-        index, items = (
-            (0, dense_layer_activations(config, batch))
-            if layer == "dense"
-            else (1, moe_layer_activations(config, batch))
+        index, memory = (
+            (0, dense_layer_memory(config, batch)) if layer == "dense" else (1, moe_layer_memory(config, batch))
         )
-        assert measured(config, index, batch, policy) == pytest.approx(saved_bytes(items, policy), rel=0.01)
+        assert measured(config, index, batch, policy) == pytest.approx(memory.saved_bytes(policy), rel=0.01)
 
 
 def test_two_hops_keep_about_as_much() -> None:
     batch = MicroBatchShape(2, 24, torch.float32, on_cpu=True)
     found = measured(CONFIG, 1, batch, REPORT, "two_hop")
-    assert found == pytest.approx(saved_bytes(moe_layer_activations(CONFIG, batch), REPORT), rel=0.05)
+    assert found == pytest.approx(moe_layer_memory(CONFIG, batch).saved_bytes(REPORT), rel=0.05)
 
 
 def test_the_reports_policy_on_the_reports_model() -> None:
     """A routed layer of DeepSeek-V3, a micro-batch of one sequence of 4096, BF16, not on a CPU: by hand."""
     config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
-    layer = moe_layer_activations(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
+    layer = moe_layer_memory(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
     recomputed = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
     recomputed += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
     recomputed += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
-    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * recomputed
+    assert layer.saved_bytes() - layer.saved_bytes(REPORT) == 4096 * recomputed
 
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])
@@ -192,18 +183,15 @@ def test_a_phase_of_the_backward_frees_what_its_forward_kept(
     steps = forward.backward(grad_BSD, weights)
     del forward
 
-    items = [
-        kept
-        for kept in moe_layer_activations(CONFIG, batch)
-        if kept.recompute_module not in policy and kept.name != "input"
-    ]
-    of_experts = [kept for kept in items if kept.name.startswith(("routed", "shared", "received", "their gate"))]
-    of_weights = [kept for kept in of_experts if kept.name == "received rows" or kept.name.endswith("SwiGLU")]
+    shared, routed = shared_experts_memory(CONFIG, batch), routed_experts_memory(CONFIG, batch, CONFIG.n_routed_experts)
+    layer, experts = moe_layer_memory(CONFIG, batch), shared + routed
+    kept = layer.saved_bytes(policy) - batch.hidden_state_bytes(CONFIG)  # the input was allocated before the census
+    of_weights = sum(each.nbytes for each in experts.activations if each.needed_for_wgrad and each.is_kept(policy))
     next(steps)
-    told = census.bytes - saved_bytes(items)
+    told = census.bytes - kept
     assert told < 100  # losses, and the load of each expert
     next(steps)
-    left = saved_bytes(items) - saved_bytes(of_experts) + (saved_bytes(of_weights) if deferred else 0)
+    left = kept - experts.saved_bytes(policy) + (of_weights if deferred else 0)
     assert census.bytes - told == left
     run_to_completion(steps)
     assert deferred == (census.bytes > told)
