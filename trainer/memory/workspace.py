@@ -30,7 +30,7 @@ class WorkspaceBytes:
     ep_size: int
     """Ranks that share the experts of a layer."""
 
-    @property
+    @cached_property
     def hidden_state_bytes(self) -> float:
         """Bytes of one hidden state, T × D."""
         return self.batch.hidden_state_bytes(self.config)
