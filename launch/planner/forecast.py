@@ -12,7 +12,6 @@ from ...comm.topology import LinkType, Topology
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
 from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
-from ...parallelism.pipeline.placement import StageLocation
 from ...parallelism.pipeline.program import Op, PipelineProgram
 from ...parallelism.pipeline.program_simulator import ProgramSimulator
 from ...parallelism.pipeline.schedules.registry import build_program
@@ -21,7 +20,7 @@ from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
 from ...trainer.memory.chunk import StageShape
-from ...trainer.memory.layout import LayoutMemory, ShardedParameters, stage_shapes
+from ...trainer.memory.layout import LayoutMemory, ShardedParameters, stage_shapes, stage_shapes_by_pp_rank
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import StageLayout
 from .compute_time import ComputeTimeModel
@@ -226,7 +225,6 @@ class StepForecaster:
         self.model, self.cluster, self.sequence_length = model, cluster, sequence_length
         self.flops_per_token = count_flops(model, sequence_length)
         self._stage_layout = cache(partial(StageLayout.build, model, sequence_length))
-        self._stage_shapes = cache(stage_shapes)
         self._parameters = cache(ShardedParameters)
         self._costs = cache(self._build_chunk_time_model)
         self.parameters_by_rank = cache(self._parameters_by_rank)
@@ -291,7 +289,7 @@ class StepForecaster:
 
     def stage_shapes(self, layout: ParallelLayout) -> tuple[StageShape, ...]:
         """Return the contents of each stage."""
-        return self._stage_shapes(self.stages(layout))
+        return stage_shapes(self.stages(layout))
 
     def chunk_time_model(self, layout: ParallelLayout, recipe: ForecastRecipe) -> ChunkTimeModel:
         """Return the chunk time model of a layout and recipe."""
@@ -378,13 +376,8 @@ class StepForecaster:
         """Return the number of pipeline ranks that hold each stage."""
         return len(self.stages(layout).placement.locations_of_stage(0))
 
-    def _stages_by_rank(self, layout: ParallelLayout) -> list[tuple[StageShape, ...]]:
-        placement, shapes = self.stages(layout).placement, self.stage_shapes(layout)
-        chunks = range(placement.chunks_per_rank)
-        return [
-            tuple(shapes[placement.stage_at(StageLocation(rank, chunk))] for chunk in chunks)
-            for rank in range(placement.ranks)
-        ]
+    def _stages_by_rank(self, layout: ParallelLayout) -> tuple[tuple[StageShape, ...], ...]:
+        return stage_shapes_by_pp_rank(self.stages(layout))
 
     def _layout_memory(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayoutMemory:
         splits_wide = recipe.precision is not GemmPrecision.FP32

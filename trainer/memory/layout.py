@@ -12,11 +12,10 @@ from ...comm.communicator import REDUCE_STAGING_ELEMENTS
 from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.topology import Topology
 from ...parallelism.pipeline.liveness import LiveCounts, LiveInstruction
+from ...parallelism.pipeline.placement import StageLocation
 from ...parallelism.zero.bucket import padded_bucket_length
 from ...parallelism.zero.reduce import SQUARE_SUM_ELEMENTS
 from ..costs.parameters import ModelPart, count_model_parts
-from ..model.config import ModelConfig
-from ..model.forward_context import StageSpec
 from ..model.stage_layout import StageLayout
 from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
 from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
@@ -79,8 +78,7 @@ class ShardedParameters:
     def _parts(self, pp_rank: int) -> Iterator[tuple[ModelPart, int, str]]:
         """Yield the parts that a rank holds, how often, and the start of their parameters' names."""
         parts, held = count_model_parts(self.stages.model), self.stages.stages_of_rank(pp_rank)
-        for stage in held:
-            shape = stage_shape(self.stages.model, stage)
+        for stage, shape in zip(held, stage_shapes_by_pp_rank(self.stages)[pp_rank], strict=True):
             if shape.dense_layers:
                 yield parts.dense_layer, shape.dense_layers, f"layers.{stage.layers[0]}"
             if shape.moe_layers:
@@ -93,18 +91,24 @@ class ShardedParameters:
             yield parts.mtp, 1, "mtp"
 
 
-def stage_shape(model: ModelConfig, stage: StageSpec) -> StageShape:
-    """Return the contents of a stage."""
-    dense = sum(layer < model.first_k_dense_replace for layer in stage.layers)
-    return StageShape(dense, len(stage.layers) - dense, stage.is_first, stage.is_last)
-
-
+@cache
 def stage_shapes(stages: StageLayout) -> tuple[StageShape, ...]:
     """Return the contents of each stage."""
-    last = len(stages.stage_layers) - 1
+    dense = [sum(layer < stages.model.first_k_dense_replace for layer in layers) for layers in stages.stage_layers]
+    last = len(dense) - 1
     return tuple(
-        stage_shape(stages.model, StageSpec(layers, stage == 0, stage == last))
+        StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == last)
         for stage, layers in enumerate(stages.stage_layers)
+    )
+
+
+@cache
+def stage_shapes_by_pp_rank(stages: StageLayout) -> tuple[tuple[StageShape, ...], ...]:
+    """Return the contents of the stages of each pipeline rank, by chunk."""
+    shapes, placement = stage_shapes(stages), stages.placement
+    return tuple(
+        tuple(shapes[placement.stage_at(StageLocation(rank, chunk))] for chunk in range(placement.chunks_per_rank))
+        for rank in range(placement.ranks)
     )
 
 
@@ -123,10 +127,9 @@ class LayoutMemory:
         self, pp_rank: int, instructions: Iterable[LiveInstruction], between: Iterable[LiveCounts] = ()
     ) -> RankMemory:
         """Predict a rank of this pipeline rank, from the moments that may be its worst: in instructions and between."""
-        shapes = tuple(stage_shape(self.workspace.config, stage) for stage in self._stages.stages_of_rank(pp_rank))
         return predict_rank_memory(
             self.state(pp_rank),
-            _chunks(shapes, self.workspace),
+            _chunks(stage_shapes_by_pp_rank(self.parameters.stages)[pp_rank], self.workspace),
             instructions,
             between,
             self._optimizer_bytes(pp_rank),
@@ -165,10 +168,6 @@ class LayoutMemory:
         return NonAllocatorMemory.for_exchange(
             self.workspace.exchange, buffer, topology.nodes_per_ep_group, topology.ep_ranks_per_node
         )
-
-    @property
-    def _stages(self) -> StageLayout:
-        return self.parameters.stages
 
     def _optimizer_bytes(self, pp_rank: int) -> float:
         """Return the workspace at the end of a step, the largest over its three phases and all buckets."""
