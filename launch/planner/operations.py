@@ -140,12 +140,13 @@ def _linears(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iterato
         linears += _feed_forward_linears("shared_", hidden, inner * model.n_shared_experts)
     elif part == "mtp":
         linears.append(("mtp_merge", 2 * hidden, hidden))
-    yield from (Gemm(name, GemmRole.FORWARD, recipe.precision, shape.tokens, *widths) for name, *widths in linears)
+    forward, low = GemmRole.FORWARD, recipe.precision
+    yield from (Gemm(name, forward, low, shape.tokens, inputs, outputs) for name, inputs, outputs in linears)
     if part == "attn":
-        yield Gemm("gate", GemmRole.FORWARD, _out_of_fp8(recipe), shape.tokens, hidden, model.n_routed_experts)
+        yield Gemm("gate", forward, _out_of_fp8(recipe), shape.tokens, hidden, model.n_routed_experts)
     elif part == "mlp":
-        for name, *widths in _feed_forward_linears("", hidden, inner):
-            yield Gemm(name, GemmRole.FORWARD, recipe.precision, shape.routed_rows, *widths, is_grouped=True)
+        for name, inputs, outputs in _feed_forward_linears("", hidden, inner):
+            yield Gemm(name, forward, low, shape.routed_rows, inputs, outputs, is_grouped=True)
 
 
 def _feed_forward_linears(prefix: str, hidden: int, inner: int) -> list[tuple[str, int, int]]:

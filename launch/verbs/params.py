@@ -9,11 +9,13 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ...comm.exchange.config import ExchangeConfig
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
-from ...trainer.costs.operation_memory import MicroBatchShape, OperationMemory
+from ...trainer.costs.operation_memory import MicroBatchShape
 from ...trainer.costs.parameters import count_parameters
-from ...trainer.model.layer import dense_layer_memory, moe_layer_memory
+from ...trainer.memory.workspace import WorkspaceBytes
+from ...trainer.model.recompute import RecomputeModule
 from ..compose import compose_run_config
 
 _PUBLISHED_LENGTH = 4096
@@ -44,10 +46,10 @@ def params_as_dict(overrides: Sequence[str], config_dir: Path | None) -> dict[st
         "convention": FLOP_CONVENTION,
         "activation_bytes": {
             layer: {
-                "no_recompute": memory.saved_bytes(),
-                "with_recompute": memory.saved_bytes(config.recompute.recompute_modules),
+                "no_recompute": _layer_bytes(config, layer, frozenset()),
+                "with_recompute": _layer_bytes(config, layer, config.recompute.recompute_modules),
             }
-            for layer, memory in _layers(config).items()
+            for layer in _layers(config)
         },
     }
 
@@ -84,19 +86,22 @@ def _activations(config: RunConfig) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("layer", "no recompute, MiB", *([f"recompute {', '.join(sorted(policy))}"] if policy else [])):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for layer, memory in _layers(config).items():
-        sizes = [memory.saved_bytes()] + ([memory.saved_bytes(policy)] if policy else [])
+    for layer in _layers(config):
+        sizes = [_layer_bytes(config, layer, each) for each in ((frozenset(), policy) if policy else (frozenset(),))]
         table.add_row(layer, *(f"{size / 2**20:,.1f}" for size in sizes))
     return table
 
 
-def _layers(config: RunConfig) -> dict[str, OperationMemory]:
+def _layers(config: RunConfig) -> list[str]:
+    """Return the kinds of layers that the model has."""
+    counts = {"dense": config.model.first_k_dense_replace, "routed": config.model.num_moe_layers}
+    return [layer for layer, count in counts.items() if count]
+
+
+def _layer_bytes(config: RunConfig, layer: str, policy: frozenset[RecomputeModule]) -> float:
     batch = MicroBatchShape(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
-    kinds = {
-        "dense": (config.model.first_k_dense_replace, dense_layer_memory),
-        "routed": (config.model.num_moe_layers, moe_layer_memory),
-    }
-    return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
+    memory = WorkspaceBytes(config.model, batch, policy, ExchangeConfig(), ep_size=1)
+    return memory.layer_bytes(is_dense=layer == "dense")
 
 
 def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:

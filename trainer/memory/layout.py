@@ -54,11 +54,11 @@ class ShardedParameters:
         return tuple(tuple(self._buckets(pp_rank)) for pp_rank in range(self.topology.pp))
 
     @cached_property
-    def fp8_bytes_by_pp_rank(self) -> tuple[int, ...]:
+    def fp8_bytes_by_pp_rank(self) -> tuple[float, ...]:
         """Bytes of the FP8 weights of FP8 training on a rank of each pipeline rank."""
         # Two copies of each weight: as it is for the forward, and transposed for the input gradient.
         return tuple(
-            2 * sum(count * _fp8_bytes(part, self.topology.ep) for part, count, _ in self._parts(pp_rank))
+            2.0 * sum(count * _fp8_bytes(part, self.topology.ep) for part, count, _ in self._parts(pp_rank))
             for pp_rank in range(self.topology.pp)
         )
 

@@ -11,8 +11,8 @@ from ...comm.exchange.factory import exchange_buffer_bytes
 from ...comm.exchange.flat import routing_table_bytes
 from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..model.config import ModelConfig
-from ..model.experts import routed_experts_memory, shared_experts_memory, shared_network_memory
-from ..model.layer import FFN_INPUT, attend_memory, dense_network_memory
+from ..model.experts import feed_forward_memory, routed_experts_memory, shared_experts_memory
+from ..model.layer import FFN_INPUT, attend_memory
 from ..model.loss import loss_memory
 from ..model.model import embedding_memory, mtp_merge_memory
 from ..model.norm import final_norm_memory
@@ -74,6 +74,12 @@ class WorkspaceBytes:
             mtp_merge=part(mtp_merge_memory(config, batch)),
         )
 
+    def layer_bytes(self, *, is_dense: bool) -> float:
+        """Return the bytes that a layer saves, with its input."""
+        parts = self.parts_memory
+        moe = parts.attention.saved_bytes + parts.shared_experts.saved_bytes + parts.routed_experts.saved_bytes
+        return self.hidden_state_bytes + (parts.dense_layer.saved_bytes if is_dense else moe)
+
     @cached_property
     def saves_expert_input(self) -> bool:
         """True if the experts' input tokens are saved in the compute dtype."""
@@ -116,12 +122,12 @@ class WorkspaceBytes:
     @cached_property
     def shared_experts_forward(self) -> float:
         """Bytes of the forward of the shared experts."""
-        return shared_network_memory(self.config, self.batch).forward_bytes(self.recompute_modules)
+        return self._shared_network.forward_bytes(self.recompute_modules)
 
     @cached_property
     def shared_experts_backward(self) -> float:
         """Bytes of the backward of the shared experts."""
-        return shared_network_memory(self.config, self.batch).backward_bytes(self.recompute_modules)
+        return self._shared_network.backward_bytes(self.recompute_modules)
 
     @cached_property
     def routed_experts_forward(self) -> float:
@@ -148,7 +154,14 @@ class WorkspaceBytes:
 
     @cached_property
     def _dense_network(self) -> OperationMemory:
-        return dense_network_memory(self.config, self.batch)
+        return self._network(self.config.intermediate_size)
+
+    @cached_property
+    def _shared_network(self) -> OperationMemory:
+        return self._network(self.config.n_shared_experts * self.config.moe_intermediate_size)
+
+    def _network(self, inner: int) -> OperationMemory:
+        return feed_forward_memory(self.batch.tokens, self.config.hidden_size, inner, self.batch)
 
     @cached_property
     def _routed_experts(self) -> OperationMemory:

@@ -274,17 +274,11 @@ def feed_forward_memory(
     )
 
 
-def shared_network_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
-    """Return the memory of the shared experts without their input."""
-    inner = config.n_shared_experts * config.moe_intermediate_size
-    return feed_forward_memory(batch.tokens, config.hidden_size, inner, batch)
-
-
 def shared_experts_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
     """Return the memory of the shared experts. Their input is saved before them, but for its FP8 copy."""
-    copied = (linear_input("FP8 input", batch.tokens, config.hidden_size, batch),)
-    has_copy = bool(config.n_shared_experts) and batch.fp8
-    return OperationMemory(copied if has_copy else ()) + shared_network_memory(config, batch)
+    inner = config.n_shared_experts * config.moe_intermediate_size
+    copied = (linear_input("FP8 input", batch.tokens, config.hidden_size, batch),) if inner and batch.fp8 else ()
+    return OperationMemory(copied) + feed_forward_memory(batch.tokens, config.hidden_size, inner, batch)
 
 
 def routed_experts_memory(

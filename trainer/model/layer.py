@@ -11,17 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...comm.exchange.flat import routing_table_bytes
 from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from .attention import MultiHeadLatentAttention, attention_memory
 from .config import ModelConfig
-from .experts import (
-    GroupedExperts,
-    SwiGLUFeedForward,
-    feed_forward_memory,
-    routed_experts_memory,
-    shared_experts_memory,
-)
+from .experts import GroupedExperts, SwiGLUFeedForward
 from .linear import linear_input
 from .norm import RMSNorm, norm_statistics
 from .recompute import RecomputeModule
@@ -98,30 +91,3 @@ def attend_memory(config: ModelConfig, batch: MicroBatchShape, *, is_dense: bool
         kept = SavedActivation(FFN_INPUT, size, RecomputeModule.NORM, needed_for_wgrad=True)
         attention += OperationMemory((kept,))
     return attention + router_memory(config, batch)
-
-
-def dense_network_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
-    """Return the memory of a dense layer's feed-forward network, without its input."""
-    return feed_forward_memory(batch.tokens, config.hidden_size, config.intermediate_size, batch)
-
-
-def dense_layer_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
-    """Return the memory of a whole dense layer, with its input."""
-    attended = attend_memory(config, batch, is_dense=True) + dense_network_memory(config, batch)
-    return OperationMemory((_input(config, batch),)) + attended
-
-
-def moe_layer_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
-    """Return the memory of a whole MoE layer on one rank, with its input and the routing tables of `flat`."""
-    rows = batch.received_rows(config)
-    tables = SavedActivation("routing tables", routing_table_bytes(batch.tokens, config.num_experts_per_tok, rows))
-    return (
-        OperationMemory((_input(config, batch), tables))
-        + attend_memory(config, batch, is_dense=False)
-        + shared_experts_memory(config, batch)
-        + routed_experts_memory(config, batch, config.n_routed_experts)
-    )
-
-
-def _input(config: ModelConfig, batch: MicroBatchShape) -> SavedActivation:
-    return SavedActivation("input", batch.hidden_state_bytes(config))

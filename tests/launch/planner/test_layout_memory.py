@@ -31,13 +31,7 @@ def routed_layer(precision: GemmPrecision, recompute: frozenset[RecomputeModule]
     """Return the MiB that a layer with routed experts keeps of one micro-batch, its input included."""
     shape = LayerWorkload(simulated().config.model, 4096, 1, 64)
     working = workspace_from_shape(shape, ForecastRecipe(precision=precision, recompute=recompute))
-    parts = working.parts_memory
-    return (
-        working.hidden_state_bytes
-        + parts.attention.saved_bytes
-        + parts.shared_experts.saved_bytes
-        + parts.routed_experts.saved_bytes
-    ) / MIB
+    return working.layer_bytes(is_dense=False) / MIB
 
 
 def test_a_routed_layer_keeps_what_others_count() -> None:
