@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..units import ceil_div, round_up
+from .two_hop import TwoHopBufferBytes
+from .wire_format import RowCodec
 
+_GATE = 4  # bytes: gates of DeepEP are FP32
 _ROW_STEP = 32
 """Alignment of each part of a row in bytes, for TMA."""
 _BUFFER_STEP = 2**21
@@ -73,3 +76,25 @@ def _workspace() -> int:
     both = _RANKS + _EXPERTS
     counts = both * 8 + 2 * both * 8 + _RANKS * 4 + 2 * both * 4
     return 16 + counts + _RANKS * _CHANNELS * (8 + 4) + 32 + _SESSIONS * _RANKS * 4
+
+
+class DeepEPAllocatorBytes(TwoHopBufferBytes):
+    """Bytes of the operations of a `DeepEPExchange` in torch's allocator: its messages are in DeepEP's buffer."""
+
+    def _dispatch_bytes(self, codec: RowCodec, *, gate: int, in_fp8: bool) -> float:
+        # DeepEP reads the encoded tokens and writes rows and gates (FP32) to separate tensors.
+        rows, payload = self.shape.rows, codec.payload_bytes_per_row
+        gates = rows * _GATE if gate else 0.0
+        if not codec.changes_dtype:
+            return gates + (self.dispatched_row_bytes if in_fp8 else rows * payload)
+        received = self.dispatched_row_bytes if in_fp8 else rows * payload + self.expert_row_bytes
+        return gates + self.shape.tokens * payload + received
+
+    def _combine_bytes(self, codec: RowCodec, *, gate: int) -> float:
+        # DeepEP reads rows and writes sums, both in BF16 (2 bytes), and one gate for each of a token's K experts.
+        shape = self.shape
+        gates = shape.tokens * shape.top_k * _GATE if gate else 0.0
+        size: float = 2 * shape.tokens
+        if shape.dtype.itemsize != 2:  # rows and sums are converted
+            size += 2 * shape.rows + shape.dtype.itemsize * shape.tokens
+        return gates + size * shape.hidden_size

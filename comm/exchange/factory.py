@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..async_comm import AsyncCommunicator
 from ..groups import ExpertGroups
 from ..traffic import TrafficCounter
 from .api import TokenExchange
+from .buffer_bytes import ExchangeBufferBytes, ExchangeShape
 from .config import ExchangeConfig
 from .deepep import DeepEPExchange
-from .deepep_buffer import DeepEPBufferShape
-from .flat import FlatExchange
-from .two_hop import TwoHopExchange
+from .deepep_buffer import DeepEPAllocatorBytes, DeepEPBufferShape
+from .flat import FlatBufferBytes, FlatExchange
+from .two_hop import TwoHopBufferBytes, TwoHopExchange
 
 
 def build_token_exchange(
@@ -33,3 +35,15 @@ def build_token_exchange(
     if config.name == "flat":
         return FlatExchange(groups, num_experts, async_communicator, traffic, config)
     return TwoHopExchange(groups, num_experts, async_communicator, traffic, config)
+
+
+_BUFFER_BYTES: Mapping[str, type[ExchangeBufferBytes]] = {
+    "flat": FlatBufferBytes,
+    "two_hop": TwoHopBufferBytes,
+    "deepep": DeepEPAllocatorBytes,
+}
+
+
+def exchange_buffer_bytes(shape: ExchangeShape) -> ExchangeBufferBytes:
+    """Return the bytes of the operations of the configured exchange."""
+    return _BUFFER_BYTES[shape.config.name](shape)

@@ -20,6 +20,7 @@ from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from ..traffic import TrafficCounter
 from .api import UNLABELED, DispatchedTokens
+from .buffer_bytes import ExchangeBufferBytes
 from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
@@ -214,3 +215,32 @@ def _rows_by_expert(received_PL: Tensor, rows: int) -> Tensor:
     # `output_size` is known: without it the host would wait for the device to learn the length.
     segment_of_wire_A = segments.repeat_interleave(received_PL.reshape(-1), output_size=rows)
     return torch.argsort(segment_of_wire_A % local_experts, stable=True)
+
+
+def routing_table_bytes(tokens: int, top_k: int, rows: float) -> float:
+    """Return the bytes of a `FlatLayout` of `rows` received rows: indices of rows sent and received, and inverses."""
+    # int64: 3 K + 1 numbers per token and 3 per received row.
+    return torch.int64.itemsize * (tokens * (3 * top_k + 1) + 3 * rows)
+
+
+class FlatBufferBytes(ExchangeBufferBytes):
+    """Bytes of the operations of a `FlatExchange`."""
+
+    @property
+    def rows_sent(self) -> float:
+        """T·K copies."""
+        return float(self.shape.tokens * self.shape.top_k)
+
+    @property
+    def rows_returned(self) -> float:
+        """R rows."""
+        return self.shape.rows
+
+    def _dispatch_bytes(self, codec: RowCodec, *, gate: int, in_fp8: bool) -> float:
+        # Messages sent are freed before the received ones are sorted. FP8 rows that stay FP8 are sorted without a copy
+        # of the messages.
+        rows, message = self.shape.rows, codec.payload_bytes_per_row + gate
+        gateless = rows * codec.payload_bytes_per_row if gate else 0.0
+        decoded = self.expert_row_bytes if codec.changes_dtype else 0.0
+        placed = self.dispatched_row_bytes if in_fp8 else rows * message + gateless + decoded
+        return rows * message + max(self.rows_sent * message, placed)

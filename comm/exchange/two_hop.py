@@ -24,6 +24,7 @@ from ..host_transfer import AsyncHostCopy
 from ..trace import ExchangeCall, ExchangeLabel
 from ..traffic import TrafficCounter
 from .api import UNLABELED, DispatchedTokens
+from .buffer_bytes import ExchangeBufferBytes
 from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
@@ -283,3 +284,26 @@ class TwoHopExchange:
         return choice_of_row_R, Permutation.from_row_indices(
             choice_of_row_R // experts_UK.shape[1], is_here_UK.sum(dim=1)
         )
+
+
+class TwoHopBufferBytes(ExchangeBufferBytes):
+    """Bytes of the operations of a `TwoHopExchange`."""
+
+    @property
+    def rows_sent(self) -> float:
+        """Rows sent once to each rank that holds an expert of the token."""
+        # Expected number of different ranks among K experts drawn independently: each rank is missed by all K with
+        # probability (1 - 1/P)^K.
+        ranks = self.shape.ep_size
+        return self.shape.tokens * ranks * (1 - (1 - 1 / ranks) ** self.shape.top_k)
+
+    @property
+    def rows_returned(self) -> float:
+        """One row per token and rank: a rank sums the outputs of its experts."""
+        return self.rows_sent
+
+    def _dispatch_bytes(self, codec: RowCodec, *, gate: int, in_fp8: bool) -> float:
+        # Live together: the messages sent, the messages received, their rows, and the rows sorted by expert.
+        payload, decoded = codec.payload_bytes_per_row, self.expert_row_bytes if codec.changes_dtype else 0.0
+        sorted_rows = self.dispatched_row_bytes if in_fp8 else self.expert_row_bytes + decoded
+        return self.rows_sent * (2 * (payload + gate) + payload) + sorted_rows

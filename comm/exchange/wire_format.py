@@ -41,6 +41,11 @@ class RowCodec:
             return self.hidden_size + tiles_per_row(self.hidden_size)
         return self.hidden_size * self._wire_dtype.itemsize
 
+    @property
+    def changes_dtype(self) -> bool:
+        """True if encoding or decoding makes a copy in another dtype."""
+        return self.format is WireFormat.FP8 or self._wire_dtype != self.dtype
+
     def encode(self, rows_XD: Tensor) -> Tensor:
         """Encode rows [X, D] to uint8 [X, payload_bytes_per_row]."""
         if self.format is WireFormat.FP8:

@@ -54,6 +54,7 @@ def configured_recipe(config: RunConfig) -> ForecastRecipe:
         exchange=config.exchange,
         overlap=config.schedule.overlap,
         moment_bytes=2 * config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
+        averages_weights=config.optimizer.ema_decay is not None,
         expert_block_rows=config.recompute.expert_block_rows,
         on_cpu=runs_on_cpu(config),
     )

@@ -5,45 +5,38 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT
 from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.communication import derive_p2p_batches
 from ...parallelism.pipeline.liveness import LiveInstruction, peak_instructions
-from ...parallelism.pipeline.placement import StageLocation, StagePlacement
 from ...parallelism.pipeline.program import Op, PipelineProgram
-from ...parallelism.pipeline.schedules.registry import build_placement, build_program
+from ...parallelism.pipeline.schedules.registry import build_program
 from ...parallelism.pipeline.simulate import ProgramSimulator, SimulatedTimes, ideal_bubble_time
 from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
+from ...trainer.memory.layout import LayoutMemory, ShardedParameters, stage_shapes, stage_shapes_by_pp_rank
 from ...trainer.model.config import ModelConfig
-from ...trainer.model.stage_layout import split_layers
+from ...trainer.model.stage_layout import StageLayout
 from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeTimeModel, bytes_per_second
 from .instruction_times import InstructionCounts, InstructionTimes, count_instructions
 from .kernel_times import EvidenceCoverage
-from .layout_memory import (
-    ChunkMemoryCache,
-    MemoryForecast,
-    RankParameters,
-    count_stage_parameters,
-    forecast_rank_memory,
-    model_state_bytes,
-    non_allocator_memory,
-)
+from .layout_memory import MemoryForecast, candidate_memory
 from .operations import LayerWorkload
 from .optimizer_step_time import (
     CollectiveSeconds,
     OptimizerStepTimeModel,
+    RankParameters,
     WeightLiveness,
     exposed_all_gather_seconds,
     exposed_reduce_scatter_seconds,
 )
-from .recipe import ForecastRecipe
+from .recipe import ForecastRecipe, GemmPrecision
 from .stream_simulation import ChunkTimeModel
 
 
@@ -186,46 +179,64 @@ def bytes_with_fragmentation(memory: MemoryForecast, recipe: ForecastRecipe) -> 
     """Return the bytes that a rank needs, fragmentation included."""
     # Weights, gradients and optimizer state are flat buffers allocated once; only memory that is allocated and freed
     # within a step leaves gaps.
-    return memory.total + recipe.fragmentation * (memory.activations + memory.delayed_wgrad + memory.temporary)
+    return memory.total + recipe.fragmentation * memory.within_step
 
 
-@dataclass
+@dataclass(frozen=True)
+class ForecastProgram:
+    """Program of one step, and what the forecasts of all recipes derive from it, each once."""
+
+    program: PipelineProgram
+
+    @cached_property
+    def simulator(self) -> ProgramSimulator:
+        """Simulator of the program."""
+        return ProgramSimulator.from_program(self.program)
+
+    @cached_property
+    def peak_instructions_by_rank(self) -> tuple[frozenset[LiveInstruction], ...]:
+        """Instructions of each rank at which its memory may peak."""
+        return tuple(peak_instructions(self.program, *each) for each in enumerate(derive_p2p_batches(self.program)))
+
+    @cached_property
+    def weight_liveness(self) -> WeightLiveness:
+        """First and last uses of the weights of each stage."""
+        return WeightLiveness.from_program(self.program)
+
+    @cached_property
+    def instruction_counts(self) -> InstructionCounts:
+        """Number of instructions of each rank by op and chunks."""
+        return count_instructions(self.program)
+
+
+@cache
+def _forecast_program(schedule: str, ranks: int, micro_batches: int, chunks: int | None) -> ForecastProgram:
+    return ForecastProgram(build_program(schedule, ranks, micro_batches, chunks))
+
+
 class StepForecaster:
-    """Forecaster of steps of one model on one cluster. Caches programs, partitions and prices between layouts."""
+    """Forecaster of steps of one model on one cluster."""
 
-    model: ModelConfig
-    cluster: ClusterConfig
-    sequence_length: int
-    flops_per_token: FlopCount = field(init=False)
-    # A search tries recipes and precisions of one schedule: each cache is keyed by what its value depends on and
-    # nothing else, so that a program is built once for all of them.
-    _programs: dict[tuple[str, int, int, int | None], PipelineProgram] = field(default_factory=dict)
-    _timetables: dict[tuple[str, int, int, int | None], ProgramSimulator] = field(default_factory=dict)
-    _stage_shapes: dict[tuple[int, tuple[int, ...] | None], tuple[StageShape, ...]] = field(default_factory=dict)
-    _parameters: dict[ParallelLayout, tuple[RankParameters, ...]] = field(default_factory=dict)
-    _costs: dict[tuple[ForecastRecipe, int, int], ChunkTimeModel] = field(default_factory=dict)
-    _peak_instructions: dict[tuple[str, int, int, int], tuple[frozenset[LiveInstruction], ...]] = field(
-        default_factory=dict
-    )
-    _chunks: ChunkMemoryCache = field(default_factory=ChunkMemoryCache)
-    _weight_liveness: dict[tuple[str, int, int, int], WeightLiveness] = field(default_factory=dict)
-    _instruction_counts: dict[tuple[str, int, int, int], InstructionCounts] = field(default_factory=dict)
+    # A search tries recipes and precisions of one schedule: each value is cached by what it depends on and by nothing
+    # else, so that a program is built once for all of them.
 
-    def __post_init__(self) -> None:
-        self.flops_per_token = count_flops(self.model, self.sequence_length)
+    def __init__(self, model: ModelConfig, cluster: ClusterConfig, sequence_length: int) -> None:
+        self.model, self.cluster, self.sequence_length = model, cluster, sequence_length
+        self.flops_per_token = count_flops(model, sequence_length)
+        self._stage_layout = cache(partial(StageLayout.build, model, sequence_length))
+        self._parameters = cache(ShardedParameters)
+        self._costs = cache(self._build_chunk_time_model)
+        self.parameters_by_rank = cache(self._parameters_by_rank)
 
     def forecast(self, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int) -> StepForecast:
         """Simulate one step; layout and batch must be legal. Raises `ConfigError` where figures are missing."""
         costs, stages = self.chunk_time_model(layout, recipe), self.stage_shapes(layout)
-        timetable = self._timetable(layout, layout.num_micro_batches(global_batch))
-        program = timetable.program
-        held = self._stages_by_rank(program.placement, stages)
-        runs = InstructionTimes(
-            costs, held, self._count_instructions(program), recipe, self._slowest_node_factor(layout, recipe)
-        )
+        planned = self.step_program(layout, global_batch)
+        held, factor = self._stages_by_rank(layout), self._slowest_node_factor(layout, recipe)
+        runs = InstructionTimes(costs, held, planned.instruction_counts, recipe, factor)
         transfer = self.p2p_seconds(layout, recipe)
-        times = timetable.simulate(runs.duration, transfer)
-        reduce, optimizer = self.optimizer_step_seconds(layout, recipe, times)
+        times = planned.simulator.simulate(runs.duration, transfer)
+        reduce, optimizer = self._optimizer_step_seconds(layout, recipe, planned.weight_liveness, times)
         peak = self.cluster.peak_tflops
         assert peak is not None
         return StepForecast(
@@ -236,7 +247,7 @@ class StepForecaster:
             time_terms_by_rank=tuple(_terms(runs, times, reduce, optimizer)),
             exposed_collective_seconds=reduce,
             optimizer_seconds=optimizer,
-            memory_by_rank=self.memory_by_rank(layout, recipe, program),
+            memory_by_rank=self.memory_by_rank(layout, recipe, global_batch),
             flops_per_token=self.flops_per_token,
             global_batch_tokens=global_batch * self.sequence_length,
             peak_flops_per_gpu=peak * 1e12,
@@ -244,68 +255,50 @@ class StepForecaster:
             evidence_coverage=costs.compute_model.coverage,
         )
 
-    def cache_program(self, layout: ParallelLayout, global_batch: int) -> None:
-        """Build and cache the program of a layout, so that its forecasts only simulate it."""
-        self._timetable(layout, layout.num_micro_batches(global_batch))
-
     def step_seconds_lower_bound(self, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int) -> float:
         """Return a lower bound of the step in any schedule: computing of the busiest rank plus the optimizer."""
-        costs, stages = self.chunk_time_model(layout, recipe), self.stage_shapes(layout)
-        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
+        costs = self.chunk_time_model(layout, recipe)
         # DualPipe holds each stage on two ranks (its parameters are doubled), and each runs half of the micro-batches.
-        count = layout.num_micro_batches(global_batch) / len(placement.locations_of_stage(0))
-        held = self._stages_by_rank(placement, stages)
-        busy = [count * sum(costs.compute_seconds(stage) for stage in rank) for rank in held]
+        count = layout.num_micro_batches(global_batch) / self._copies(layout)
+        busy = [count * sum(map(costs.compute_seconds, stages)) for stages in self._stages_by_rank(layout)]
         longest = max(busy) if recipe.uneven_stages else sum(busy) / len(busy)
-        return longest * self._slowest_node_factor(layout, recipe) + self._optimizer(layout, recipe)
+        return longest * self._slowest_node_factor(layout, recipe) + self._optimizer_seconds(layout, recipe)
 
     def memory_by_rank(
-        self, layout: ParallelLayout, recipe: ForecastRecipe, program: PipelineProgram
+        self, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
     ) -> tuple[MemoryForecast, ...]:
         """Return the memory of every pipeline rank."""
-        held, shape = self._stages_by_rank(program.placement, self.stage_shapes(layout)), self._workload(layout, recipe)
-        key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._peak_instructions:
-            self._peak_instructions[key] = tuple(
-                peak_instructions(program, *each) for each in enumerate(derive_p2p_batches(program))
-            )
-        chunks = [self._chunks.get_chunks(stages, shape, recipe) for stages in held]
-        states = [model_state_bytes(recipe, parameters) for parameters in self.parameters_by_rank(layout)]
-        outside = non_allocator_memory(shape, recipe, layout.topology)
-        return tuple(
-            forecast_rank_memory(worst, rank_chunks, state, outside)
-            for worst, rank_chunks, state in zip(self._peak_instructions[key], chunks, states, strict=True)
-        )
+        memory = self._layout_memory(layout, recipe)
+        worst_by_rank = self.step_program(layout, global_batch).peak_instructions_by_rank
+        return tuple(MemoryForecast.from_rank_memory(memory.predict_rank(*each)) for each in enumerate(worst_by_rank))
 
     def static_memory_bytes(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the bytes of weights, gradients and optimizer state of the rank with most."""
-        return max(model_state_bytes(recipe, held).total for held in self.parameters_by_rank(layout))
+        memory = self._layout_memory(layout, recipe)
+        return max(memory.state(pp_rank).total for pp_rank in range(layout.topology.pp))
 
-    def step_program(self, layout: ParallelLayout, global_batch: int) -> PipelineProgram:
+    def step_program(self, layout: ParallelLayout, global_batch: int) -> ForecastProgram:
         """Return the program of one step."""
-        return self._program(layout, layout.num_micro_batches(global_batch))
+        micro_batches = layout.num_micro_batches(global_batch)
+        return _forecast_program(layout.schedule, layout.topology.pp, micro_batches, layout.chunks_per_rank)
+
+    def stages(self, layout: ParallelLayout) -> StageLayout:
+        """Return the stages of a layout, by the runtime's partition."""
+        return self._stage_layout(layout.schedule, layout.topology.pp, layout.chunks_per_rank, layout.layers_per_stage)
 
     def stage_shapes(self, layout: ParallelLayout) -> tuple[StageShape, ...]:
-        """Return the contents of each stage, by the runtime's partition."""
-        count = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank).num_stages
-        key = count, layout.layers_per_stage
-        if key not in self._stage_shapes:
-            ranges = split_layers(self.model, self.sequence_length, count, layout.layers_per_stage).layer_ranges
-            dense = [sum(layer < self.model.first_k_dense_replace for layer in layers) for layers in ranges]
-            self._stage_shapes[key] = tuple(
-                StageShape(dense[stage], len(layers) - dense[stage], stage == 0, stage == count - 1)
-                for stage, layers in enumerate(ranges)
-            )
-        return self._stage_shapes[key]
+        """Return the contents of each stage."""
+        return stage_shapes(self.stages(layout))
 
     def chunk_time_model(self, layout: ParallelLayout, recipe: ForecastRecipe) -> ChunkTimeModel:
         """Return the chunk time model of a layout and recipe."""
-        key = recipe, layout.topology.ep, layout.micro_batch_size
-        if key not in self._costs:
-            cost = ComputeTimeModel.from_cluster(self.cluster, recipe)
-            wire = ExchangeTimeModel(self.cluster, recipe, cost.table, cost.coverage)
-            self._costs[key] = ChunkTimeModel(self._workload(layout, recipe), cost, wire)
-        return self._costs[key]
+        return self._costs(recipe, layout.topology.ep, layout.micro_batch_size)
+
+    def _build_chunk_time_model(self, recipe: ForecastRecipe, ep_size: int, micro_batch_size: int) -> ChunkTimeModel:
+        cost = ComputeTimeModel.from_cluster(self.cluster, recipe)
+        wire = ExchangeTimeModel(self.cluster, recipe, cost.table, cost.coverage)
+        shape = LayerWorkload(self.model, self.sequence_length, micro_batch_size, ep_size, recipe.skew)
+        return ChunkTimeModel(shape, cost, wire)
 
     def p2p_seconds(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the seconds of one P2P message: bytes over the slowest link between neighboring stages."""
@@ -332,19 +325,19 @@ class StepForecaster:
         rate = bytes_per_second(cluster, name, link, "a P2P message between stages")
         return tokens * self.model.hidden_size * recipe.high_precision_bytes / (rate * recipe.link_speed_factor)
 
-    def optimizer_step_seconds(
-        self, layout: ParallelLayout, recipe: ForecastRecipe, times: SimulatedTimes
+    def _optimizer_step_seconds(
+        self, layout: ParallelLayout, recipe: ForecastRecipe, uses: WeightLiveness, times: SimulatedTimes
     ) -> tuple[float, float]:
         """Return the exposed seconds of gradient and weight collectives, and those of the slowest rank's optimizer."""
         step_model = self._optimizer_step_model(layout, recipe)
+        optimizer = self._optimizer_seconds(layout, recipe)
         if step_model.is_measured:
-            both = [step_model.measured_seconds(held) for held in self.parameters_by_rank(layout)]
-            return max(reduce for reduce, _ in both), max(optimizer for _, optimizer in both)
-        uses, traffic = self._program_weight_liveness(times.program), self._collective_seconds(layout, step_model)
+            return max(step_model.measured_seconds(held)[0] for held in self.parameters_by_rank(layout)), optimizer
+        traffic = self._collective_seconds(layout, step_model)
         shown = exposed_reduce_scatter_seconds(uses, times, traffic) + exposed_all_gather_seconds(uses, times, traffic)
-        return shown, self._optimizer(layout, recipe)
+        return shown, optimizer
 
-    def _optimizer(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
+    def _optimizer_seconds(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the optimizer's seconds on the slowest rank."""
         step_model = self._optimizer_step_model(layout, recipe)
         if step_model.is_measured:
@@ -356,77 +349,39 @@ class StepForecaster:
             self.cluster, recipe, self.chunk_time_model(layout, recipe).compute_model.table, layout.topology
         )
 
-    def _program_weight_liveness(self, program: PipelineProgram) -> WeightLiveness:
-        key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._weight_liveness:
-            self._weight_liveness[key] = WeightLiveness.from_program(program)
-        return self._weight_liveness[key]
-
     def _collective_seconds(
         self, layout: ParallelLayout, step_model: OptimizerStepTimeModel
     ) -> list[CollectiveSeconds]:
         """Return the collective times of each stage."""
-        placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
-        stages, copies = self.stage_shapes(layout), len(placement.locations_of_stage(0))
-        together = any(held[0].is_first and held[-1].is_last for held in self._stages_by_rank(placement, stages))
-        table = self.model.vocab_size * self.model.hidden_size
-        counted = []
-        for stage in stages:
-            held = self._rank_parameters(layout.topology, copies, [stage])
-            spare = (
-                table
-                if stage.is_last and not stage.is_first and together and self.model.num_nextn_predict_layers
-                else 0
-            )
+        together = any(held[0].is_first and held[-1].is_last for held in self._stages_by_rank(layout))
+        has_replica = bool(together and self.model.num_nextn_predict_layers)
+        embedding, counted = self.model.vocab_size * self.model.hidden_size, []
+        for stage in self.stage_shapes(layout):
+            held = self._rank_parameters(layout, [stage])
             # MTP embeds tokens in the last stage. Where one rank holds the first and the last stage, as in DualPipe,
             # they share the embedding (report §3.2.3), and the first stage's collectives contain it.
+            spare = embedding if stage.is_last and not stage.is_first and has_replica else 0
             counted.append(replace(held, dense=held.dense - spare))
         return [step_model.collective_seconds(held) for held in counted]
 
-    def parameters_by_rank(self, layout: ParallelLayout) -> tuple[RankParameters, ...]:
+    def _parameters_by_rank(self, layout: ParallelLayout) -> tuple[RankParameters, ...]:
         """Return the parameters of one rank per pipeline rank."""
-        if layout not in self._parameters:
-            placement = build_placement(layout.schedule, layout.topology.pp, layout.chunks_per_rank)
-            copies = len(placement.locations_of_stage(0))
-            held = self._stages_by_rank(placement, self.stage_shapes(layout))
-            self._parameters[layout] = tuple(self._rank_parameters(layout.topology, copies, stages) for stages in held)
-        return self._parameters[layout]
+        return tuple(self._rank_parameters(layout, held) for held in self._stages_by_rank(layout))
 
-    def _rank_parameters(self, topology: Topology, copies: int, held: Sequence[StageShape]) -> RankParameters:
-        both = [count_stage_parameters(self.model, stage) for stage in held]
-        dense, table = sum(part[0] for part in both), self.model.vocab_size * self.model.hidden_size
-        first, last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
-        replica = bool(self.model.num_nextn_predict_layers) and last and not first  # MTP needs the embedding there
-        routed = sum(part[1] for part in both) / topology.ep
-        tables = table * (first + last + replica)
-        return RankParameters(dense + table * replica, routed, topology.dp * copies, topology.edp * copies, tables)
+    def _rank_parameters(self, layout: ParallelLayout, held: Sequence[StageShape]) -> RankParameters:
+        return RankParameters.of_stages(self.model, layout.topology, self._copies(layout), held)
 
-    def _stages_by_rank(self, placement: StagePlacement, stages: Sequence[StageShape]) -> list[tuple[StageShape, ...]]:
-        return [
-            tuple(stages[placement.stage_at(StageLocation(rank, chunk))] for chunk in range(placement.chunks_per_rank))
-            for rank in range(placement.ranks)
-        ]
+    def _copies(self, layout: ParallelLayout) -> int:
+        """Return the number of pipeline ranks that hold each stage."""
+        return len(self.stages(layout).placement.locations_of_stage(0))
 
-    def _timetable(self, layout: ParallelLayout, micro_batches: int) -> ProgramSimulator:
-        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks_per_rank
-        if key not in self._timetables:
-            self._timetables[key] = ProgramSimulator.from_program(self._program(layout, micro_batches))
-        return self._timetables[key]
+    def _stages_by_rank(self, layout: ParallelLayout) -> tuple[tuple[StageShape, ...], ...]:
+        return stage_shapes_by_pp_rank(self.stages(layout))
 
-    def _program(self, layout: ParallelLayout, micro_batches: int) -> PipelineProgram:
-        key = layout.schedule, layout.topology.pp, micro_batches, layout.chunks_per_rank
-        if key not in self._programs:
-            self._programs[key] = build_program(*key)
-        return self._programs[key]
-
-    def _count_instructions(self, program: PipelineProgram) -> InstructionCounts:
-        key = program.schedule, program.ranks, program.num_micro_batches, program.chunks_per_rank
-        if key not in self._instruction_counts:
-            self._instruction_counts[key] = count_instructions(program)
-        return self._instruction_counts[key]
-
-    def _workload(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayerWorkload:
-        return LayerWorkload(self.model, self.sequence_length, layout.micro_batch_size, layout.topology.ep, recipe.skew)
+    def _layout_memory(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayoutMemory:
+        splits_wide = recipe.precision is not GemmPrecision.FP32
+        parameters = self._parameters(self.stages(layout), layout.topology, splits_wide)
+        return candidate_memory(parameters, self.chunk_time_model(layout, recipe).shape, recipe)
 
     def _slowest_node_factor(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the time factor of the slowest node."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ...parallelism.pipeline.chunk_walk import LayerPart, phase_name
@@ -122,8 +122,7 @@ def phase_operations(shape: LayerWorkload, recipe: ForecastRecipe, phase: Comput
     # The runtime computes the weight gradients of shared and routed experts in one phase, mlp(W): it hides the
     # dispatch's backward (report fig. 4).
     for linears in ("shared", "mlp") if phase is ComputePhase.EXPERTS_W else (part,):
-        for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, linears):
-            yield Gemm(name, role, dtype, tokens, inputs, outputs, grouped)
+        yield from (replace(gemm, role=role) for gemm in _linears(shape, recipe, linears))
     if direction == "B":
         yield from _recomputed(shape, recipe, part)
     if part in ("attn", "dense") and direction != "W":
@@ -131,28 +130,29 @@ def phase_operations(shape: LayerWorkload, recipe: ForecastRecipe, phase: Comput
     yield from _passes(shape, recipe, phase)
 
 
-def _linears(
-    shape: LayerWorkload, recipe: ForecastRecipe, part: str
-) -> Iterator[tuple[str, int, int, int, GemmPrecision, bool]]:
-    """Yield (name, tokens, in_features, out_features, format, is grouped) of each Linear of a part."""
-    model, tokens, low = shape.model, shape.tokens, recipe.precision
-    hidden, inner = model.hidden_size, model.moe_intermediate_size
+def _linears(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iterator[Gemm]:
+    """Yield the forward GEMM of each Linear of a part."""
+    model, hidden, inner = shape.model, shape.model.hidden_size, shape.model.moe_intermediate_size
+    linears: list[tuple[str, int, int]] = []
     if part in ("attn", "dense"):
-        for name, inputs, outputs in _attention_linears(model):
-            yield name, tokens, inputs, outputs, low, False
-    if part == "attn":
-        yield "gate", tokens, hidden, model.n_routed_experts, _out_of_fp8(recipe), False
-    elif part == "dense":
-        yield "ffn_gate_up", tokens, hidden, 2 * model.intermediate_size, low, False
-        yield "ffn_down", tokens, model.intermediate_size, hidden, low, False
+        linears += _attention_linears(model)
+    if part == "dense":
+        linears += _feed_forward_linears("ffn_", hidden, model.intermediate_size)
+    elif part == "shared" and model.n_shared_experts:
+        linears += _feed_forward_linears("shared_", hidden, inner * model.n_shared_experts)
     elif part == "mtp":
-        yield "mtp_merge", tokens, 2 * hidden, hidden, low, False
-    if part == "shared" and model.n_shared_experts:
-        yield "shared_gate_up", tokens, hidden, 2 * inner * model.n_shared_experts, low, False
-        yield "shared_down", tokens, inner * model.n_shared_experts, hidden, low, False
-    if part == "mlp":
-        yield "gate_up", shape.routed_rows, hidden, 2 * inner, low, True
-        yield "down", shape.routed_rows, inner, hidden, low, True
+        linears.append(("mtp_merge", 2 * hidden, hidden))
+    forward, low = GemmRole.FORWARD, recipe.precision
+    yield from (Gemm(name, forward, low, shape.tokens, inputs, outputs) for name, inputs, outputs in linears)
+    if part == "attn":
+        yield Gemm("gate", forward, _out_of_fp8(recipe), shape.tokens, hidden, model.n_routed_experts)
+    elif part == "mlp":
+        for name, inputs, outputs in _feed_forward_linears("", hidden, inner):
+            yield Gemm(name, forward, low, shape.routed_rows, inputs, outputs, is_grouped=True)
+
+
+def _feed_forward_linears(prefix: str, hidden: int, inner: int) -> list[tuple[str, int, int]]:
+    return [(f"{prefix}gate_up", hidden, 2 * inner), (f"{prefix}down", inner, hidden)]
 
 
 def _loss(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
@@ -202,9 +202,7 @@ def _recomputed(shape: LayerWorkload, recipe: ForecastRecipe, part: str) -> Iter
     """Yield the operations that the backward recomputes."""
     modules = (linears for module, linears in _RECOMPUTED_LINEARS.items() if module in recipe.recompute)
     names = [name for linears in modules for name in linears]
-    for name, tokens, inputs, outputs, dtype, grouped in _linears(shape, recipe, part):
-        if name in names:
-            yield Gemm(name, GemmRole.FORWARD, dtype, tokens, inputs, outputs, grouped)
+    yield from (gemm for gemm in _linears(shape, recipe, part) if gemm.name in names)
     if RecomputeModule.ATTENTION in recipe.recompute and part in ("attn", "dense"):
         yield from _core(shape, "forward")
 

@@ -12,16 +12,46 @@ from dataclasses import dataclass
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.topology import Topology
+from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.pipeline.program import PipelineProgram
 from ...parallelism.pipeline.simulate import SimulatedTimes
 from ...trainer.costs.cluster import ClusterConfig
+from ...trainer.costs.parameters import count_model_parts
+from ...trainer.model.config import ModelConfig
 from .exchange_time import bytes_per_second
 from .kernel_times import KernelTable
-from .layout_memory import RankParameters
 from .recipe import ForecastRecipe, GemmPrecision
 
 _GRADIENT = 4  # bytes: FP32
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters of one rank: dense ones are replicated over data-parallel ranks, experts over expert replicas."""
+
+    dense: float
+    routed: float
+    dense_replicas: int
+    """Ranks over which the optimizer state of the dense part is sharded."""
+    routed_replicas: int
+
+    @staticmethod
+    def of_stages(model: ModelConfig, topology: Topology, copies: int, held: Sequence[StageShape]) -> RankParameters:
+        """Count the parameters of a rank that holds the stages `held`; `copies` pipeline ranks hold each stage."""
+        parts = count_model_parts(model)
+        is_first, is_last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
+        # An MTP module shares embedding and head with the main model (report §2.2), so the last stage needs both.
+        counts = (
+            (parts.dense_layer, sum(stage.dense_layers for stage in held)),
+            (parts.moe_layer, sum(stage.moe_layers for stage in held)),
+            (parts.embedding, is_first or (is_last and model.num_nextn_predict_layers > 0)),
+            (parts.head, is_last),
+            (parts.mtp, is_last),
+        )
+        dense = sum(part.dense * count for part, count in counts)
+        routed = sum(part.routed * count for part, count in counts) / topology.ep
+        return RankParameters(dense, routed, topology.dp * copies, topology.edp * copies)
 
 
 @dataclass(frozen=True)

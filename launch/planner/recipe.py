@@ -69,6 +69,8 @@ class ForecastRecipe:
     """Overlap of an FB's forward and backward at each exchange."""
     moment_bytes: int = 4
     """Bytes per parameter of both Adam moments: 4 in BF16 (report §3.3.3), 8 in FP32."""
+    averages_weights: bool = False
+    """True if the run keeps an average of its weights."""
     expert_block_rows: int | None = None
     """Most rows that a rank's experts compute in one call; None: twice the balanced share."""
     on_cpu: bool = False

@@ -112,7 +112,7 @@ def search_layouts(
             result.pruned = len(priced) - number
             result.smallest_pruned_bound = bound
             break
-        forecaster.cache_program(layout, global_batch)
+        _ = forecaster.step_program(layout, global_batch).simulator
         started = time.process_time()
         try:
             result.best_forecasts.append(forecaster.forecast(layout, recipe, global_batch))
@@ -163,7 +163,7 @@ def find_memory_problem(
     static = forecaster.static_memory_bytes(layout, recipe)
     if static > limit:
         return "weights, gradients and optimizer alone"
-    ranks = forecaster.memory_by_rank(layout, recipe, forecaster.step_program(layout, global_batch))
+    ranks = forecaster.memory_by_rank(layout, recipe, global_batch)
     worst = max(ranks, key=lambda memory: bytes_with_fragmentation(memory, recipe))
     if bytes_with_fragmentation(worst, recipe) <= limit:
         return None

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import torch
 
+from ...comm.exchange.config import ExchangeConfig
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, count_flops
+from ...trainer.costs.operation_memory import MicroBatchShape
 from ...trainer.costs.parameters import count_parameters
-from ...trainer.memory.activations import (
-    MicroBatchShape,
-    SavedActivation,
-    dense_layer_activations,
-    moe_layer_activations,
-    saved_bytes,
-)
+from ...trainer.memory.workspace import WorkspaceBytes
+from ...trainer.model.recompute import RecomputeModule
 from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, TableBlock, number, table
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
@@ -41,8 +38,11 @@ def params_answer(config: RunConfig) -> Answer:
     count, length = count_parameters(config.model), config.training.sequence_length
     flops, policy = count_flops(config.model, length), config.recompute.recompute_modules
     activations = {
-        layer: {"no_recompute": saved_bytes(kept), "with_recompute": saved_bytes(kept, policy)}
-        for layer, kept in _layers(config).items()
+        layer: {
+            "no_recompute": _layer_bytes(config, layer, frozenset()),
+            "with_recompute": _layer_bytes(config, layer, policy),
+        }
+        for layer in _layers(config)
     }
     data = {
         "model": config.model.name,
@@ -99,13 +99,16 @@ def _activations(config: RunConfig, activations: Mapping[str, Mapping[str, float
     return table(title, ("layer", *columns.values()), rows)
 
 
-def _layers(config: RunConfig) -> dict[str, list[SavedActivation]]:
+def _layers(config: RunConfig) -> list[str]:
+    """Return the kinds of layers that the model has."""
+    counts = {"dense": config.model.first_k_dense_replace, "routed": config.model.num_moe_layers}
+    return [layer for layer, count in counts.items() if count]
+
+
+def _layer_bytes(config: RunConfig, layer: str, policy: frozenset[RecomputeModule]) -> float:
     batch = MicroBatchShape(1, config.training.sequence_length, torch.bfloat16, on_cpu=False)
-    kinds = {
-        "dense": (config.model.first_k_dense_replace, dense_layer_activations),
-        "routed": (config.model.num_moe_layers, moe_layer_activations),
-    }
-    return {name: costs(config.model, batch) for name, (layers, costs) in kinds.items() if layers}
+    memory = WorkspaceBytes(config.model, batch, policy, ExchangeConfig(), ep_size=1)
+    return memory.layer_bytes(is_dense=layer == "dense")
 
 
 def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:

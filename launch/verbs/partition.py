@@ -15,8 +15,7 @@ from ...parallelism.pipeline.partition import LayerPartition, partition_problems
 from ...parallelism.pipeline.placement import StagePlacement
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
 from ...trainer.config import RunConfig
-from ...trainer.costs.flops import FLOP_CONVENTION
-from ...trainer.costs.part_costs import ModelPartCosts, count_part_costs
+from ...trainer.costs.flops import FLOP_CONVENTION, ModelPartCosts, count_part_costs
 from ...trainer.model.stage_layout import split_layers
 from .params import compose_model_config
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weight_grad import DelayedWeightGradients
-from .executor import Resumable
+from .instruction import Resumable
 
 LossFunction = Callable[[Tensor, int], Tensor]
 """Function of the last stage's output and the number of the micro-batch, to its part of the loss: a scalar."""

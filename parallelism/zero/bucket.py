@@ -5,7 +5,7 @@ Letters: N elements of a bucket, G ranks that share it, n = N / G elements of on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,7 @@ class Bucket:
             default=0,
         )
         """First element without weight decay."""
-        length = padded_bucket_length(ordered, group.size)
+        length = padded_bucket_length((each.parameter.numel() for each in ordered), group.size)
         self.shard_size = length // group.size
         self.shard_begin = group.group_rank * self.shard_size
         """First element of this rank's shard in the buffer."""
@@ -158,11 +158,10 @@ class Bucket:
         parameter.grad = self.grads_N[parameter_range.begin : parameter_range.end].view(parameter.shape)
 
 
-def padded_bucket_length(parameters: Sequence[BucketParameter], ranks: int) -> int:
-    """Return N, the elements of a bucket of these parameters over `ranks` ranks, with padding."""
+def padded_bucket_length(lengths: Iterable[int], ranks: int) -> int:
+    """Return N, the elements of a bucket of parameters with `lengths` elements over `ranks` ranks, with padding."""
     # Every shard is a multiple of the alignment, so that its tensors can be operands of any kernel too.
-    *_, last = _parameter_ranges(_weight_decay_first(parameters))
-    return round_up(last.end, _ALIGNMENT * ranks)
+    return round_up(sum(round_up(length, _ALIGNMENT) for length in lengths), _ALIGNMENT * ranks)
 
 
 def _weight_decay_first(parameters: Sequence[BucketParameter]) -> list[BucketParameter]:

@@ -21,7 +21,7 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.exchange.flat import FlatExchange
 from ...comm.files.file_io import config_error_context
 from ...comm.groups import ExpertGroups, Group
-from ...parallelism.pipeline.executor import run_to_completion
+from ...parallelism.pipeline.instruction import run_to_completion
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.find import find_checkpoint

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from ...comm.communicator import REDUCE_STAGING_ELEMENTS
 from ...comm.host_transfer import STAGING_BYTES
-from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.communication import P2PBatch, derive_p2p_batches
 from ...parallelism.pipeline.liveness import peak_counts_between_instructions, peak_instructions
 from ...parallelism.pipeline.program import PipelineProgram
-from ...parallelism.zero.bucket import padded_bucket_length
-from ...parallelism.zero.reduce import SQUARE_SUM_ELEMENTS
-from ..build import build_stage_layout, dispatch_buffer_shape
+from ..build import build_stage_layout
 from ..config import RunConfig
-from ..model.model import Model
+from ..costs.operation_memory import MicroBatchShape
 from ..model.stage_layout import StageLayout
-from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
-from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
-from ..precision.weight_cache import fp8_weight_bytes
-from ..run.bucket_plan import BucketPlan, plan_buckets
-from .activations import MicroBatchShape
-from .chunk import ChunkMemorySimulator
-from .exchange_buffers import ExchangeFormats
-from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
-from .state import ParameterGroup, StateBytes
+from .layout import LayoutMemory, ShardedParameters
+from .peak import RankMemory
 from .workspace import WorkspaceBytes
 
 PREDICTION_MARGIN = 0.05
 """Largest relative error of a prediction; tests compare predictions with measurements at this bound."""
-
-_FP64 = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,22 +42,19 @@ class MemoryPredictor:
 
     def predict_rank(self, pp_rank: int, rows: float | None = None) -> RankMemory:
         """Predict a rank of this pipeline rank if its experts receive `rows` rows per layer; None: even routing."""
-        program = self.program
-        chunks = RankChunksMemory([ChunkMemorySimulator(shape, self._working(rows)) for shape in self._shapes(pp_rank)])
-        plans = list(self._plans(pp_rank))
-        state = StateBytes.from_groups(self._portions(plans), self._fp8_weights(pp_rank))
-        of_rank = program, pp_rank, self._commits[pp_rank]
-        worst, held = peak_instructions(*of_rank), peak_counts_between_instructions(*of_rank)
-        return predict_rank_memory(state, chunks, worst, held, self._update(plans), self._outside)
+        of_rank = self.program, pp_rank, self._p2p_batches[pp_rank]
+        return self._layout(rows).predict_rank(
+            pp_rank, peak_instructions(*of_rank), peak_counts_between_instructions(*of_rank)
+        )
 
     def predict_host(self, pp_rank: int) -> HostMemoryBytes:
         """Predict the host memory of a rank of this pipeline rank, including the padding of buckets."""
         averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
         copied = average = 0.0
-        for portion in self._portions(list(self._plans(pp_rank))):
-            shard = portion.elements / portion.zero_ranks
-            copied += shard * (portion.master_bytes * (2 if averages else 1) + 2 * portion.moment_bytes)
-            average += shard * portion.master_bytes
+        for group in self._layout().groups(pp_rank):
+            shard = group.elements / group.zero_ranks
+            copied += shard * (group.master_bytes * (2 if averages else 1) + 2 * group.moment_bytes)
+            average += shard * group.master_bytes
         return HostMemoryBytes(copied, average + STAGING_BYTES if averages and not on_cpu else 0.0)
 
     @property
@@ -97,106 +80,38 @@ class MemoryPredictor:
         return self._stages.build_checked_program(self.config.num_micro_batches)
 
     @cached_property
-    def _commits(self) -> tuple[tuple[P2PBatch, ...], ...]:
+    def _p2p_batches(self) -> tuple[tuple[P2PBatch, ...], ...]:
         return derive_p2p_batches(self.program)
 
     @cached_property
     def _stages(self) -> StageLayout:
         return build_stage_layout(self.config)
 
-    @cached_property
-    def _models(self) -> dict[int, Model]:
-        return {}
-
-    @property
-    def _outside(self) -> NonAllocatorMemory:
-        if self.device.type == "cpu":
-            return NonAllocatorMemory()
-        topology = self.config.topology
-        shape = dispatch_buffer_shape(self.config)
-        return NonAllocatorMemory.for_exchange(
-            self.config.exchange, shape, topology.nodes_per_ep_group, topology.ep_ranks_per_node
-        )
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.config.precision.compute_dtype(self.device)
-
     @property
     def _tokens(self) -> int:
         return self.config.schedule.micro_batch_size * self.config.training.sequence_length
 
-    def _model(self, pp_rank: int) -> Model:
-        """Return the model shard of a rank of this pipeline rank, on the meta device."""
-        if pp_rank not in self._models:
-            share = self._stages.model_shard(self.config.topology, pp_rank * self.config.topology.dp)
-            with torch.device("meta"):
-                model = Model(self.config.model, share)
-            self._models[pp_rank] = model.to(self.config.precision.parameter_dtype())
-        return self._models[pp_rank]
+    @cached_property
+    def _parameters(self) -> ShardedParameters:
+        return ShardedParameters(self._stages, self.config.topology, self._batch(None).is_narrow)
 
-    def _shapes(self, pp_rank: int) -> Iterator[StageShape]:
-        for stage in self._stages.stages_of_rank(pp_rank):
-            dense = sum(layer < self.config.model.first_k_dense_replace for layer in stage.layers)
-            yield StageShape(dense, len(stage.layers) - dense, stage.is_first, stage.is_last)
-
-    def _working(self, rows: float | None) -> WorkspaceBytes:
+    def _batch(self, rows: float | None) -> MicroBatchShape:
         config = self.config
-        batch = MicroBatchShape(
+        return MicroBatchShape(
             config.schedule.micro_batch_size,
             config.training.sequence_length,
-            self._dtype,
+            config.precision.compute_dtype(self.device),
             on_cpu=self.device.type == "cpu",
             expert_rows_override=rows,
             fp8=config.precision.linear == "fp8",
             expert_block_rows=config.expert_block_rows,
         )
-        experts = config.model.n_routed_experts // config.topology.ep
-        wire = ExchangeFormats.from_config(config.exchange, config.topology.ep)
-        return WorkspaceBytes(config.model, batch, config.recompute.recompute_modules, wire, experts)
 
-    def _plans(self, pp_rank: int) -> Iterator[BucketPlan]:
-        yield from plan_buckets(self._model(pp_rank), self._stages, self.program, self._dtype)
-
-    def _ranks(self, plan: BucketPlan) -> int:
-        """Return the number of ranks over which the bucket is sharded."""
-        topology = self.config.topology
-        return len(plan.holding_pp_ranks) * (topology.edp if plan.is_expert else topology.dp)
-
-    def _portions(self, plans: list[BucketPlan]) -> Iterator[ParameterGroup]:
-        optimizer = self.config.optimizer
-        for plan in plans:
-            wide = torch.promote_types(plan.master_dtype, torch.float32).itemsize
-            yield ParameterGroup(
-                elements=padded_bucket_length(plan.members, self._ranks(plan)),
-                zero_ranks=self._ranks(plan),
-                weight_bytes=plan.weight_dtype.itemsize,
-                master_bytes=wide,
-                moment_bytes=optimizer.moments_dtype(plan.master_dtype).itemsize,
-                has_ema=optimizer.ema_decay is not None and self.device.type == "cpu",
-            )
-
-    def _fp8_weights(self, pp_rank: int) -> float:
-        if self.config.precision.linear != "fp8":
-            return 0.0
-        # Two copies of each weight: as it is for the forward, and transposed for the input gradient.
-        return 2.0 * sum(fp8_weight_bytes(weight.shape) for weight in self._model(pp_rank).fp8_weights())
-
-    def _update(self, plans: list[BucketPlan]) -> float:
-        """Return the workspace at the end of a step, the largest over its three phases and all buckets."""
-        # A maximum, not a sum: each phase frees its workspace before the next begins. The phases are squares of
-        # gradients in FP64 for the norm; received gradients, staged on a CPU only; two moments in the master's dtype.
-        on_cpu = self.device.type == "cpu"
-        sizes = [0.0]
-        for portion in self._portions(plans):
-            shard = portion.elements / portion.zero_ranks
-            sizes.append(min(shard, SQUARE_SUM_ELEMENTS) * _FP64)
-            if on_cpu and portion.zero_ranks > 1:
-                sizes.append(
-                    min(shard, REDUCE_STAGING_ELEMENTS // portion.zero_ranks)
-                    * portion.zero_ranks
-                    * portion.master_bytes
-                )
-            if portion.moment_bytes < portion.master_bytes:
-                sizes.append(2 * min(shard, ADAM_PIECE if on_cpu else ADAM_PIECE_ON_GPU) * portion.master_bytes)
-        return max(sizes)
+    def _layout(self, rows: float | None = None) -> LayoutMemory:
+        config, policy = self.config, self.config.recompute.recompute_modules
+        return LayoutMemory(
+            self._parameters,
+            WorkspaceBytes(config.model, self._batch(rows), policy, config.exchange, config.topology.ep),
+            moment_bytes=config.optimizer.moments_dtype(config.precision.parameter_dtype()).itemsize,
+            averages=config.optimizer.ema_decay is not None,
+        )

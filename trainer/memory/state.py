@@ -55,5 +55,4 @@ class StateBytes:
     @property
     def total(self) -> float:
         """Bytes of all state."""
-        parts: list[float] = list(vars(self).values())
-        return sum(parts)
+        return self.weights + self.fp8_weights + self.gradients + self.masters + self.moments + self.average

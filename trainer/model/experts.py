@@ -11,7 +11,7 @@ Letters: T tokens, D hidden, F inner width, R received rows, L experts on this r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from ...comm.fp8 import TILE_WIDTH, QuantizedRows, nan_placeholder
 from ...comm.host_transfer import to_device
 from ...parallelism.weight_grad import DelayedWeightGradients, accumulate_grad, get_active_collector
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8 import Fp8LinearOps
-from ..precision.fp8_tensors import RowwiseFp8Tensor
+from ..precision.fp8_tensors import RowwiseFp8Tensor, rowwise_fp8_bytes
+from ..precision.reference import quantize_columnwise_workspace_bytes
 from ..precision.swiglu import weighted_swiglu
-from .linear import Linear
+from .config import ModelConfig
+from .linear import Linear, gemm_bytes, linear_input, output_gradient_bytes, wgrad_bytes
 from .recompute import RecomputeModule, run_recomputable
 
 ExpertFunction = Callable[[Tensor, Tensor, tuple[int, ...], RowwiseFp8Tensor | None], Tensor]
@@ -238,3 +241,70 @@ def grouped_mm_reference(x_RK: Tensor, weight_LNK: Tensor, rows_per_expert_L: tu
 def _ends(rows_per_expert_L: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the index after the last row of each expert, int32 [L]."""
     return to_device(torch.tensor(rows_per_expert_L, dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
+
+
+def feed_forward_memory(
+    rows: float, hidden: int, inner: int, batch: MicroBatchShape, experts: int = 1
+) -> OperationMemory:
+    """Return the memory of a feed-forward network without its input and result, or of `experts` experts' networks."""
+    if not inner:
+        return OperationMemory()
+    size = batch.element_bytes
+    # FP8 saves gate and up projections in tiles, recomputes SwiGLU from them, and holds that between I and W.
+    if batch.fp8:
+        kept = [SavedActivation("FP8 gate and up projections", rowwise_fp8_bytes(rows, 2 * inner))]
+        widths, whole = [2 * inner, hidden, inner], 3 * rows * inner * size
+    else:
+        kept = [
+            SavedActivation("gate and up projections", rows * 2 * inner * size, RecomputeModule.GATE_UP),
+            SavedActivation("SwiGLU", rows * inner * size, RecomputeModule.SWIGLU, needed_for_wgrad=True),
+        ]
+        widths, whole = [2 * inner, hidden], 0.0
+    # The backward has two peaks: at SwiGLU its gradients (2 F wide), the incoming gradient and two intermediate
+    # products (F each), with two FP32 copies; and later the gradients of rows and of SwiGLU.
+    swiglu = rows * inner * (5 * size + (2 * batch.fp32_element_bytes if batch.is_narrow else 0))
+    product = gemm_bytes(rows, hidden, 2 * inner, batch, experts)
+    columns = quantize_columnwise_workspace_bytes(rows, 2 * inner, experts) if batch.emulates_fp8 else 0.0
+    return OperationMemory(
+        tuple(kept),
+        output_gradient_bytes(rows, widths, batch, experts),
+        wgrad_bytes(rows, hidden, 2 * inner, batch, experts),
+        forward_workspace=whole + product,
+        backward_workspace=whole + max(swiglu, rows * (hidden + inner) * size) + max(product, columns),
+    )
+
+
+def shared_experts_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of the shared experts. Their input is saved before them, but for its FP8 copy."""
+    inner = config.n_shared_experts * config.moe_intermediate_size
+    copied = (linear_input("FP8 input", batch.tokens, config.hidden_size, batch),) if inner and batch.fp8 else ()
+    return OperationMemory(copied) + feed_forward_memory(batch.tokens, config.hidden_size, inner, batch)
+
+
+def routed_experts_memory(
+    config: ModelConfig, batch: MicroBatchShape, local_experts: int, policy: Collection[RecomputeModule] = ()
+) -> OperationMemory:
+    """Return the memory of the routed experts of one rank; `policy` matters only in row blocks."""
+    hidden, inner, size = config.hidden_size, config.moe_intermediate_size, batch.element_bytes
+    rows, in_blocks = batch.received_rows(config), batch.uses_row_blocks(config)
+    received = rowwise_fp8_bytes(rows, hidden) if batch.fp8 else rows * hidden * size
+    kept = (
+        # Row blocks compute their weight gradients in I, so the rows are not held for W.
+        SavedActivation("received rows", received, needed_for_wgrad=not in_blocks),
+        SavedActivation("their gate weights", rows * batch.fp32_element_bytes),
+    )
+    if not in_blocks:
+        return OperationMemory(kept) + feed_forward_memory(rows, hidden, inner, batch, local_experts)
+    assert batch.expert_block_rows is not None
+    block_rows = batch.expert_block_rows
+    block = feed_forward_memory(block_rows, hidden, inner, batch, local_experts)
+    # A block runs its forward again, so it also holds its activations (3 F), its results and their gradients, and its
+    # rows except in FP8 (2 or 3 D); and it computes weight gradients now instead of delaying them.
+    intermediates = block_rows * (3 * inner + (2 if batch.fp8 else 3) * hidden) * size
+    wgrad = wgrad_bytes(rows, hidden, 2 * inner, batch, local_experts)
+    return OperationMemory(
+        kept,
+        wgrad=wgrad,
+        forward_workspace=block.forward_bytes(policy),
+        backward_workspace=intermediates + max(block.backward_bytes(policy), wgrad),
+    )

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import MultiHeadLatentAttention
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
+from .attention import MultiHeadLatentAttention, attention_memory
 from .config import ModelConfig
 from .experts import GroupedExperts, SwiGLUFeedForward
-from .norm import RMSNorm
+from .linear import linear_input
+from .norm import RMSNorm, norm_statistics
+from .recompute import RecomputeModule
 from .rope import RotaryEmbedding
-from .router import Router, RouterOutput
+from .router import Router, RouterOutput, router_memory
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,21 @@ class MoELayer(nn.Module):
         # A plain sum, so that its backward needs no phase: the output's gradient is that of each term.
         mixed_TD = routed_TD if shared_TD is None else routed_TD + shared_TD
         return residual_BSD + mixed_TD.view_as(residual_BSD)
+
+
+FFN_INPUT = "input of the feed-forward network"
+
+
+def attend_memory(config: ModelConfig, batch: MicroBatchShape, *, is_dense: bool) -> OperationMemory:
+    """Return the memory of a layer up to the input of its network or experts, with the router's in an MoE layer."""
+    residual = SavedActivation("residual", batch.hidden_state_bytes(config)), norm_statistics(2, batch)
+    attention = OperationMemory(residual) + attention_memory(config, batch)
+    if is_dense:
+        return attention + OperationMemory((linear_input(FFN_INPUT, batch.tokens, config.hidden_size, batch),))
+    # The router saves the norm's output in FP32. The same tensor in the compute dtype is saved for the shared experts
+    # only: routed experts save their received rows, and FP8 Linears their FP8 inputs.
+    if not batch.is_narrow or (config.n_shared_experts and not batch.fp8):
+        size = batch.hidden_state_bytes(config)
+        kept = SavedActivation(FFN_INPUT, size, RecomputeModule.NORM, needed_for_wgrad=True)
+        attention += OperationMemory((kept,))
+    return attention + router_memory(config, batch)

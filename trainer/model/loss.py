@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallelism.weight_grad import accumulate_linear_wgrad, get_active_collector
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8_tensors import promote_to_fp32
+from .config import ModelConfig
 
 IGNORE_INDEX = -100
 """Target of a token that is left out of the loss."""
@@ -98,3 +100,14 @@ def _minus_target(probability_CV: Tensor, targets_C: Tensor) -> Tensor:
     """Return the loss's gradient by the logits, in place: probability - 1 at the target, 0 for ignored tokens."""
     counted_C1 = (targets_C != IGNORE_INDEX).to(probability_CV.dtype)[:, None]
     return probability_CV.scatter_add_(1, targets_C.clamp(min=0)[:, None], -counted_C1)
+
+
+def loss_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of one `linear_cross_entropy`, whose forward adds the head's weight gradient to `.grad`."""
+    chunk = min(batch.tokens, tokens_per_logit_block(config.vocab_size, on_gpu=not batch.on_cpu))
+    # A chunk's logits exist in FP32 or wider and in the compute dtype, next to its part of the weight gradient.
+    logits = chunk * config.vocab_size * (batch.fp32_element_bytes + batch.element_bytes * batch.is_narrow)
+    return OperationMemory(
+        (SavedActivation("gradient of the head's input", batch.hidden_state_bytes(config)),),
+        forward_workspace=logits + config.vocab_size * config.hidden_size * batch.gradient_copy_bytes,
+    )

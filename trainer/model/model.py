@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import embedding
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8 import Fp8LinearOps
 from .attention import MultiHeadLatentAttention
 from .attention_backend import CPU_ATTENTION, SelectedAttention
 from .config import ModelConfig
 from .experts import GroupedExperts
 from .layer import DenseLayer, MoELayer
-from .linear import Linear
-from .norm import RMSNorm
+from .linear import Linear, linear_input
+from .norm import RMSNorm, norm_statistics
 from .recompute import RecomputeModule, run_recomputable
 from .router import Router
 
@@ -59,6 +60,25 @@ class MTPModule(nn.Module):
 
     def _normed(self, embedded_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
         return torch.cat((self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)), dim=-1)
+
+
+def embedding_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of the embedding; its weight gradient holds one row per token, twice if it widens them."""
+    hidden = batch.hidden_state_bytes(config)
+    rows = (2 if batch.is_narrow else 1) * batch.tokens * config.hidden_size * batch.fp32_element_bytes
+    return OperationMemory(output_gradients=hidden, wgrad=rows)
+
+
+def mtp_merge_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of an MTP module's embedding and `merge_inputs`."""
+    # The gradient of `project`'s output is counted as wide in FP8 too.
+    hidden = batch.hidden_state_bytes(config)
+    activations = (
+        SavedActivation("hidden state and embedding", 2 * hidden),
+        norm_statistics(2, batch),
+        linear_input("their norms", batch.tokens, 2 * config.hidden_size, batch),
+    )
+    return OperationMemory(activations, output_gradients=hidden) + embedding_memory(config, batch)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8_tensors import promote_to_fp32
+from .config import ModelConfig
 from .recompute import RecomputeModule, run_recomputable
 
 
@@ -60,3 +62,14 @@ class _RMSNorm(torch.autograd.Function):
         along = product.matmul(weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight, None
+
+
+def norm_statistics(norms: int, batch: MicroBatchShape) -> SavedActivation:
+    """Return what `norms` norms save besides their inputs: one number per token each."""
+    return SavedActivation("one number per token of each norm", norms * batch.tokens * batch.fp32_element_bytes)
+
+
+def final_norm_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of the norm after the last layer, with that layer's output."""
+    kept = SavedActivation("input of the final norm", batch.hidden_state_bytes(config))
+    return OperationMemory((kept, norm_statistics(1, batch)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallelism.weight_grad import linear
+from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8_tensors import promote_to_fp32
 from .config import ModelConfig
 from .recompute import RecomputeModule, run_recomputable
@@ -87,6 +88,24 @@ class Router(nn.Module):
         share_BSE = affinity_BSE / affinity_BSE.sum(dim=-1, keepdim=True)  # eq. 19
         probability_BE = (share_BSE * valid_BS[..., None]).sum(dim=1) / tokens_B1  # eq. 20
         return (fraction_BE * probability_BE).sum()
+
+
+def router_memory(config: ModelConfig, batch: MicroBatchShape) -> OperationMemory:
+    """Return the memory of the router; an FP32 output of the norm before it is not counted here if others save it."""
+    wide, tokens = batch.fp32_element_bytes, batch.tokens
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    # The affinities' sum for the balance loss, and with normalization the K gates and their sum.
+    sums = 1 + (top_k + 1 if config.norm_topk_prob else 0)
+    activations = [
+        SavedActivation("affinities", tokens * experts * wide),
+        SavedActivation("choices", tokens * top_k * torch.int64.itemsize),
+        SavedActivation("gates and sums", tokens * sums * wide),
+        SavedActivation("load of each sequence", batch.sequences * (experts + 1) * wide),
+    ]
+    if batch.is_narrow:
+        size = tokens * config.hidden_size * wide
+        activations.append(SavedActivation("its input in FP32", size, RecomputeModule.NORM, needed_for_wgrad=True))
+    return OperationMemory(tuple(activations), output_gradients=tokens * experts * wide)
 
 
 @torch.no_grad()

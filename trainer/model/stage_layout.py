@@ -11,7 +11,7 @@ from ...parallelism.pipeline.partition import LayerPartition, partition_layers
 from ...parallelism.pipeline.placement import PlacementStyle, StageLocation, StagePlacement
 from ...parallelism.pipeline.program import PipelineProgram
 from ...parallelism.pipeline.schedules.registry import build_placement, build_program
-from ..costs.part_costs import count_part_costs
+from ..costs.flops import count_part_costs
 from .config import ModelConfig
 from .forward_context import StageSpec
 from .model import ModelShard

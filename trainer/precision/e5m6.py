@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...comm.fp8 import compute_scale_exponents, scales_from_exponents, split_into_tiles
+from ...comm.fp8 import compute_scale_exponents, scales_from_exponents, split_into_tiles, tiles_per_row
 
 _MANTISSA = 6
 _DROPPED = 4  # bits of FP16's mantissa
@@ -62,3 +62,8 @@ def _rounded(scaled_XD: Tensor) -> Tensor:
     _, exponent_XD = torch.frexp(scaled_XD)
     step_XD = torch.ldexp(torch.ones_like(scaled_XD), (exponent_XD - 1).clamp(min=_SMALLEST_EXPONENT) - _MANTISSA)
     return (scaled_XD / step_XD).round_().mul_(step_XD)
+
+
+def e5m6_bytes(rows: int, width: int) -> float:
+    """Return the bytes of `E5M6Rows`."""
+    return rows * (1.5 * (width + width % 2) + tiles_per_row(width))

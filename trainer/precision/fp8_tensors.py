@@ -10,6 +10,7 @@ its blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +30,7 @@ from ...comm.fp8 import (
     upcast_e4m3,
 )
 
+_SCALE_BYTES = 4
 _SMALLEST_SCALE = 2.0**-126  # FP32's smallest normal number: division by it is exact
 
 
@@ -86,6 +88,22 @@ class Fp8Weight:
     def contiguous(self) -> Fp8Weight:
         """Return the tensor in row-major memory."""
         return Fp8Weight(self.values_NK.contiguous(), self.scales_PQ.contiguous())
+
+
+def rowwise_fp8_bytes(rows: float, width: int) -> float:
+    """Return the bytes of a `RowwiseFp8Tensor`."""
+    return rows * (width + _SCALE_BYTES * tiles_per_row(width))
+
+
+def columnwise_fp8_bytes(rows: float, width: int, experts: int = 1) -> float:
+    """Return the bytes of a `ColumnwiseFp8Tensor` of rows that are spread evenly over `experts` experts."""
+    return experts * math.ceil(rows / experts / TILE_WIDTH) * width * (TILE_WIDTH + _SCALE_BYTES)
+
+
+def fp8_weight_bytes(shape: Sequence[int]) -> int:
+    """Return the bytes of an `Fp8Weight` of this shape."""
+    *stack, rows, columns = shape
+    return math.prod(stack) * (rows * columns + _SCALE_BYTES * tiles_per_row(rows) * tiles_per_row(columns))
 
 
 def quantize_rowwise(x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:

@@ -10,6 +10,7 @@ F inner width, L experts on this rank; N, K sides of a weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from .swiglu import swiglu_forward
 PRODUCTS_PER_INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""
 
+_FP32, _FP64 = 4, 8  # bytes
 _FRACTION = 13  # bits after the leading one that the alignment keeps
 
 
@@ -149,3 +151,25 @@ def split_by_expert(columns: ColumnwiseFp8Tensor) -> list[RowwiseFp8Tensor]:
     values = columns.tiles.values_XD.split([count * TILE_WIDTH for count in counts], dim=1)
     scales = columns.tiles.scales_XQ.split(counts, dim=1)
     return [RowwiseFp8Tensor(own, scale) for own, scale in zip(values, scales, strict=True)]
+
+
+def gemm_workspace_bytes(rows: float, inputs: int, outputs: int, result_bytes: int, experts: int = 1) -> float:
+    """Return the workspace of `gemm`, or of `grouped_gemm` over `experts` experts: FP64 operands and two sums."""
+    # One expert at a time; the results, of `result_bytes` per number, are concatenated, which holds them twice.
+    one, joined = rows / experts, 2 * rows * outputs * result_bytes if experts > 1 else 0.0
+    return _FP64 * (one * inputs + outputs * inputs + 2 * one * outputs) + joined
+
+
+def quantize_columnwise_workspace_bytes(rows: float, width: int, experts: int = 1) -> float:
+    """Return the workspace of `quantize_columnwise` of rows that are spread evenly over `experts` experts."""
+    # Three FP32 copies of the rows, padded to whole tiles: padded, transposed, and divided by their scales.
+    return 3 * _FP32 * experts * _whole_tiles(rows / experts) * width
+
+
+def wgrad_workspace_bytes(rows: float, inputs: int, outputs: int) -> float:
+    """Return the workspace of one expert in `grouped_wgrad_gemm`: FP64 operands and one tile's sum."""
+    return _FP64 * _whole_tiles(rows) * (inputs + outputs) + inputs * outputs * (_FP64 + _FP32)
+
+
+def _whole_tiles(rows: float) -> int:
+    return TILE_WIDTH * math.ceil(rows / TILE_WIDTH)

@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 
-import torch
 from torch import Tensor
 
-from ...comm.fp8 import tiles_per_row
 from .fp8_tensors import Fp8Weight
-
-_SCALE = 4  # bytes of an FP32 scale
-
-
-def fp8_weight_bytes(shape: torch.Size) -> int:
-    """Return the bytes of one weight, or a stack of weights, in FP8 blocks of 128 × 128."""
-    *stack, rows, columns = shape
-    return prod(stack) * (rows * columns + _SCALE * tiles_per_row(rows) * tiles_per_row(columns))
 
 
 @dataclass

@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import pytest
 
+from shoestring.comm.topology import Topology
 from shoestring.launch.planner.optimizer_step_time import (
     CollectiveSeconds,
     OptimizerStepTimeModel,
+    RankParameters,
     WeightLiveness,
     exposed_all_gather_seconds,
     exposed_reduce_scatter_seconds,
 )
 from shoestring.launch.planner.recipe import ForecastRecipe
+from shoestring.parallelism.pipeline.chunk_walk import StageShape
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
+from shoestring.trainer.costs.parameters import count_parameters
 
 from .v3 import simulated
 
@@ -80,3 +84,18 @@ def test_a_wider_pipe_shows_less() -> None:
     assert faster.exposed_collective_seconds == pytest.approx(
         simulation.forecast.exposed_collective_seconds / 2, rel=0.1
     )
+
+
+@pytest.mark.parametrize("mtp_depth", [0, 1])
+def test_parameters_of_all_stages_are_the_models(mtp_depth: int) -> None:
+    """With MTP the last stage also holds the embedding."""
+    model = replace(simulated().config.model, num_nextn_predict_layers=mtp_depth)
+    count = count_parameters(model)
+    first = StageShape(model.first_k_dense_replace, 10, is_first=True, is_last=False)
+    last = StageShape(0, model.num_moe_layers - 10, is_first=False, is_last=True)
+    whole = replace(first, moe_layers=model.num_moe_layers, is_last=True)
+    held = [RankParameters.of_stages(model, Topology(), 1, stages) for stages in ([first], [last], [first, last])]
+    assert [each.dense + each.routed for each in held[2:]] == [count.main + count.mtp]
+    assert held[2] == RankParameters.of_stages(model, Topology(), 1, [whole])
+    replica = count.embedding if mtp_depth else 0
+    assert sum(each.dense + each.routed for each in held[:2]) == count.main + count.mtp + replica

@@ -7,6 +7,7 @@ import torch
 
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.compose import compose_run_config
+from shoestring.launch.planner.layout_memory import MemoryForecast
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.verbs.memory_command import SMALL, tree
@@ -41,15 +42,17 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "on a CPU" in text
 
 
-@pytest.mark.parametrize("exchange", ["two_hop_fp8", "deepep"])
-def test_deepseeks_layout_is_what_the_planner_says(exchange: str) -> None:
-    overrides = [*DEEPSEEK, f"exchange={exchange}"]
+@pytest.mark.parametrize(
+    "layout", ["exchange=two_hop_fp8", "exchange=deepep", "exchange=two_hop schedule=1f1b precision=bf16"]
+)
+def test_deepseeks_layout_is_what_the_planner_says(layout: str) -> None:
+    overrides = [*DEEPSEEK, *layout.split()]
     run = MemoryPredictor(compose_run_config(overrides), torch.device("cuda"))
     forecast = simulate(overrides, None, {}).forecast
     for pp_rank in (0, 1, 7, 15):
         ours, planned = run.predict_rank(pp_rank), forecast.memory_by_rank[pp_rank]
-        assert ours.total == pytest.approx(planned.total, rel=0.01)
-        assert ours.non_allocator_bytes == planned.outside_allocator
+        assert MemoryForecast.from_rank_memory(ours) == planned  # to the byte
+        assert ours.total == planned.total
 
 
 def test_deepeps_buffer_is_counted_by_its_own_formula(

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shoestring.comm.groups import Group
-from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels, run_to_completion
+from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels
+from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.parallelism.pipeline.module_stage import ModuleStage
 from shoestring.parallelism.pipeline.placement import StageLocation
 from shoestring.parallelism.pipeline.schedules.registry import build_placement, build_program

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shoestring.trainer.costs.flops import count_flops
+from shoestring.trainer.costs.flops import count_flops, count_part_costs
 from shoestring.trainer.costs.parameters import count_parameters
-from shoestring.trainer.costs.part_costs import count_part_costs
 from shoestring.trainer.model.config import ModelConfig
 
 

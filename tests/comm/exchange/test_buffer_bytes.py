@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from shoestring.comm.async_comm import InlineCommunicator
+from shoestring.comm.exchange.buffer_bytes import ExchangeShape
 from shoestring.comm.exchange.config import ExchangeConfig
-from shoestring.comm.exchange.factory import build_token_exchange
+from shoestring.comm.exchange.factory import build_token_exchange, exchange_buffer_bytes
+from shoestring.comm.exchange.flat import routing_table_bytes
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import ExchangeLabel
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.tests.processes import World, run_processes
-from shoestring.trainer.memory.activations import MicroBatchShape, routing_table_memory
-from shoestring.trainer.memory.exchange_buffers import ExchangeBufferBytes, ExchangeFormats
 from shoestring.trainer.memory.measured import open_allocation_meter
 from shoestring.trainer.model.config import ModelConfig
 
@@ -63,10 +63,12 @@ def test_rows_that_stay_in_fp8_take_what_is_predicted(name: str) -> None:
     exchange = ExchangeConfig(name=name, dispatch="fp8")
     widened = run_processes(2, measured, exchange, False)
     for (rows, left, peak), (_, _, before) in zip(run_processes(2, measured, exchange, True), widened, strict=True):
-        batch = MicroBatchShape(1, TOKENS, torch.bfloat16, on_cpu=True, expert_rows_override=rows, fp8=True)
-        buffers = ExchangeBufferBytes(CONFIG, batch, ExchangeFormats.from_config(exchange, 2))
+        shape = ExchangeShape(
+            exchange, 2, TOKENS, CONFIG.num_experts_per_tok, rows, CONFIG.hidden_size, torch.bfloat16, fp8_experts=True
+        )
+        buffers = exchange_buffer_bytes(shape)
         assert left == pytest.approx(buffers.dispatched_row_bytes, abs=2)  # the placeholder of the plain rows
-        predicted = buffers.dispatch + routing_table_memory(CONFIG, batch).nbytes
+        predicted = buffers.dispatch + routing_table_bytes(TOKENS, CONFIG.num_experts_per_tok, rows)
         print(f"{name}: {peak:,} bytes, predicted {predicted:,.0f} ({predicted / peak - 1:+.1%}); widened {before:,}")
         assert peak == pytest.approx(predicted, rel=0.05)
         assert peak < 0.6 * before

@@ -19,16 +19,13 @@ from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.census import Census
 from shoestring.tests.trainer.model.policies import POLICIES, names
-from shoestring.trainer.memory.activations import (
-    MicroBatchShape,
-    dense_layer_activations,
-    moe_layer_activations,
-    saved_bytes,
-)
+from shoestring.trainer.costs.operation_memory import MicroBatchShape
+from shoestring.trainer.memory.workspace import WorkspaceBytes
 from shoestring.trainer.model import attention
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.cpu_attention import causal_attention_reference
+from shoestring.trainer.model.experts import routed_experts_memory, shared_experts_memory
 from shoestring.trainer.model.forward_context import ForwardOutput, LossNormalizers, StageSpec
 from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.model import Model
@@ -91,6 +88,13 @@ def layer_forward(
     return forward, census, input_BSD.nbytes
 
 
+def expected(
+    config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule] = frozenset()
+) -> float:
+    """Return the bytes that layer 0, a dense one, or layer 1 keeps, with its input."""
+    return WorkspaceBytes(config, batch, policy, ExchangeConfig(), ep_size=1).layer_bytes(is_dense=index == 0)
+
+
 def measured(
     config: ModelConfig, index: int, batch: MicroBatchShape, policy: frozenset[RecomputeModule], exchange: str = "flat"
 ) -> int:
@@ -103,20 +107,22 @@ def measured(
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("config", "length"), [(CONFIG, 24), (FULL_QUERY, 136)], ids=["V3", "V2-like"])
 @pytest.mark.parametrize("layer", ["dense", "routed"])
-def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, length: int, dtype: torch.dtype) -> None:
+def test_each_policy_keeps_what_is_expected(layer: str, config: ModelConfig, length: int, dtype: torch.dtype) -> None:
     batch = MicroBatchShape(2, length, dtype, on_cpu=True)
-    index, items = (
-        (0, dense_layer_activations(config, batch)) if layer == "dense" else (1, moe_layer_activations(config, batch))
-    )
+    index = ("dense", "routed").index(layer)
     found = {policy: measured(config, index, batch, policy) for policy in POLICIES}
-    print(layer, dtype, {"+".join(policy): (size, saved_bytes(items, policy)) for policy, size in found.items()})
+    print(
+        layer,
+        dtype,
+        {"+".join(policy): (size, expected(config, index, batch, policy)) for policy, size in found.items()},
+    )
     wrong = {
-        "+".join(policy): (size, saved_bytes(items, policy))
+        "+".join(policy): (size, expected(config, index, batch, policy))
         for policy, size in found.items()
-        if size != pytest.approx(saved_bytes(items, policy), rel=0.05)
+        if size != pytest.approx(expected(config, index, batch, policy), rel=0.05)
     }
     assert not wrong
-    falls = {policy: saved_bytes(items) - saved_bytes(items, policy) for policy in POLICIES}
+    falls = {policy: expected(config, index, batch) - expected(config, index, batch, policy) for policy in POLICIES}
     assert {policy: found[frozenset()] - size for policy, size in found.items()} == falls  # to the byte
     assert all(
         found[policy | {part}] < size
@@ -129,16 +135,12 @@ def test_each_policy_keeps_what_is_predicted(layer: str, config: ModelConfig, le
 @pytest.mark.parametrize("policy", [frozenset(), frozenset({RecomputeModule.UP_PROJECTION}), REPORT], ids=names)
 @pytest.mark.parametrize("config", [WIDE, replace(WIDE, q_lora_rank=None)], ids=["V3", "V2-like"])
 @pytest.mark.parametrize("layer", ["dense", "routed"])
-def test_what_fp8_keeps_falls_as_predicted(layer: str, config: ModelConfig, policy: frozenset[RecomputeModule]) -> None:
+def test_what_fp8_keeps_falls_as_expected(layer: str, config: ModelConfig, policy: frozenset[RecomputeModule]) -> None:
     kept = {}
     for fp8 in (False, True):
         batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=True, fp8=fp8)
-        index, items = (
-            (0, dense_layer_activations(config, batch))
-            if layer == "dense"
-            else (1, moe_layer_activations(config, batch))
-        )
-        kept[fp8] = measured(config, index, batch, policy), saved_bytes(items, policy)
+        index = ("dense", "routed").index(layer)
+        kept[fp8] = measured(config, index, batch, policy), expected(config, index, batch, policy)
         assert kept[fp8][0] == pytest.approx(kept[fp8][1], rel=0.01)
     fall, predicted = (kept[False][which] - kept[True][which] for which in (0, 1))
     print(layer, names(policy), {"bf16": kept[False], "fp8": kept[True]}, f"fall {fall} predicted {predicted}")
@@ -156,28 +158,24 @@ def test_with_a_fused_attention_fp8_keeps_its_output_once(
     config = replace(WIDE, v_head_dim=WIDE.qk_head_dim)
     for fp8 in (False, True):
         batch = MicroBatchShape(2, 128, torch.bfloat16, on_cpu=False, fp8=fp8)
-        index, items = (
-            (0, dense_layer_activations(config, batch))
-            if layer == "dense"
-            else (1, moe_layer_activations(config, batch))
-        )
-        assert measured(config, index, batch, policy) == pytest.approx(saved_bytes(items, policy), rel=0.01)
+        index = ("dense", "routed").index(layer)
+        assert measured(config, index, batch, policy) == pytest.approx(expected(config, index, batch, policy), rel=0.01)
 
 
 def test_two_hops_keep_about_as_much() -> None:
     batch = MicroBatchShape(2, 24, torch.float32, on_cpu=True)
     found = measured(CONFIG, 1, batch, REPORT, "two_hop")
-    assert found == pytest.approx(saved_bytes(moe_layer_activations(CONFIG, batch), REPORT), rel=0.05)
+    assert found == pytest.approx(expected(CONFIG, 1, batch, REPORT), rel=0.05)
 
 
 def test_the_reports_policy_on_the_reports_model() -> None:
     """A routed layer of DeepSeek-V3, a micro-batch of one sequence of 4096, BF16, not on a CPU: by hand."""
     config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280"]).model
-    layer = moe_layer_activations(config, MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False))
+    batch = MicroBatchShape(1, 4096, torch.bfloat16, on_cpu=False)
     recomputed = 2 * (2 * 7168 + 1536 + 512) + 4 * 7168  # norms, and the router's copy of one in FP32
     recomputed += 2 * 128 * (2 * 192 + 256)  # queries, keys, values
     recomputed += 2 * 9 * 2048  # SwiGLU of eight routed experts and a shared one
-    assert saved_bytes(layer) - saved_bytes(layer, REPORT) == 4096 * recomputed
+    assert expected(config, 1, batch) - expected(config, 1, batch, REPORT) == 4096 * recomputed
 
 
 @pytest.mark.parametrize("policy", [frozenset(), REPORT], ids=["nothing", "report"])
@@ -192,18 +190,15 @@ def test_a_phase_of_the_backward_frees_what_its_forward_kept(
     steps = forward.backward(grad_BSD, weights)
     del forward
 
-    items = [
-        kept
-        for kept in moe_layer_activations(CONFIG, batch)
-        if kept.recompute_module not in policy and kept.name != "input"
-    ]
-    of_experts = [kept for kept in items if kept.name.startswith(("routed", "shared", "received", "their gate"))]
-    of_weights = [kept for kept in of_experts if kept.name == "received rows" or kept.name.endswith("SwiGLU")]
+    experts = shared_experts_memory(CONFIG, batch) + routed_experts_memory(CONFIG, batch, CONFIG.n_routed_experts)
+    # The input was allocated before the census.
+    kept = expected(CONFIG, 1, batch, policy) - batch.hidden_state_bytes(CONFIG)
+    of_weights = sum(each.nbytes for each in experts.activations if each.needed_for_wgrad and each.is_kept(policy))
     next(steps)
-    told = census.bytes - saved_bytes(items)
+    told = census.bytes - kept
     assert told < 100  # losses, and the load of each expert
     next(steps)
-    left = saved_bytes(items) - saved_bytes(of_experts) + (saved_bytes(of_weights) if deferred else 0)
+    left = kept - experts.saved_bytes(policy) + (of_weights if deferred else 0)
     assert census.bytes - told == left
     run_to_completion(steps)
     assert deferred == (census.bytes > told)
