@@ -22,6 +22,8 @@ class TorchrunEnvironment:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
+    """Ranks on this machine."""
 
     @staticmethod
     def read() -> TorchrunEnvironment | None:
@@ -37,15 +39,16 @@ class TorchrunEnvironment:
         size = _read_integer("WORLD_SIZE", 1, _MOST_RANKS, problems)
         rank = _read_integer("RANK", 0, _MOST_RANKS, problems)
         local_rank = _read_integer("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
+        local_size = 1
         if "LOCAL_WORLD_SIZE" in os.environ:
-            _read_integer("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
+            local_size = _read_integer("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
         _read_integer("MASTER_PORT", 1, 65535, problems)
         if not os.environ["MASTER_ADDR"]:
             problems.append(Problem("MASTER_ADDR", "", "must name the node of rank 0"))
         if not problems and rank >= size:
             problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}: ranks count from 0"))
         raise_if_any(problems)
-        return TorchrunEnvironment(rank=rank, local_rank=local_rank, world_size=size)
+        return TorchrunEnvironment(rank, local_rank, size, local_size)
 
 
 def _read_integer(name: str, low: int, high: int, problems: list[Problem]) -> int:

@@ -5,23 +5,16 @@ Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...comm.async_comm import build_async_communicator
-from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.errors import Problem
 from ...comm.exchange.api import TokenExchange
 from ...comm.exchange.config import EXCHANGE_NAMES, ExchangeConfig
@@ -30,11 +23,11 @@ from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.exchange.permutation import build_destination_mask
 from ...comm.exchange.wire_format import RowCodec, WireFormat
-from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import ExchangeLabel
 from ...comm.traffic import TrafficCounter, TrafficKind
+from ..run.on_ranks import RankContext
 from ..run.rank_environment import build_rank_environment
 
 T = TypeVar("T")
@@ -42,7 +35,6 @@ T = TypeVar("T")
 OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 FORMATS = (WireFormat.BF16, WireFormat.FP8)
 
-_LIMIT = timedelta(minutes=2)
 _LABEL = ExchangeLabel("bench", 0)
 _IN_FLIGHT = 4  # dispatches in one measurement of overlap
 
@@ -66,8 +58,6 @@ class ExchangeBenchmarkSpec:
     formats: tuple[str, ...]
     """`bf16`, or `fp8`: FP8 to the experts and BF16 back."""
     repeats: int
-    on_cpu: bool = False
-    """True on simulated nodes, which have no GPUs even if this machine has."""
     overlap: bool
     """True to measure the overlap of dispatches with computation as well."""
 
@@ -243,12 +233,12 @@ def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups)
     }
 
 
-def run_exchange_benchmarks(
-    spec: ExchangeBenchmarkSpec, groups: ProcessGroups, device: torch.device
-) -> dict[str, object]:
+def run_exchange_benchmarks(rank: RankContext, spec: ExchangeBenchmarkSpec) -> dict[str, object]:
     """Benchmark every dispatcher in every format, with interleaved repeats. Collective; equal on all ranks."""
+    torch.set_num_threads(1)
+    groups = rank.open_groups(spec.topology)
     benches = {
-        (name, form): ExchangeBenchmark(spec, name, form, groups, device)
+        (name, form): ExchangeBenchmark(spec, name, form, groups, rank.device)
         for name in spec.exchanges
         for form in spec.formats
     }
@@ -269,35 +259,8 @@ def run_exchange_benchmarks(
         rows.append(row)
     return {
         "spec": asdict(spec),
-        "device": str(device),
+        "device": str(rank.device),
         "rows": rows,
         "minimum_inter_node_bytes": minimum_inter_node_bytes(spec, groups),
         "inter_node_bytes_counted": sum(bench.total_inter_node_bytes() for bench in benches.values()),
     }
-
-
-def main(spec_text: str, output: str) -> None:
-    """Run one rank under torchrun; rank 0 writes the result to the file `output`."""
-    worker = TorchrunEnvironment.read()
-    assert worker is not None
-    values: dict[str, Any] = json.loads(spec_text)
-    values |= {key: tuple(values[key]) for key in ("exchanges", "formats")}  # JSON has lists only
-    spec = ExchangeBenchmarkSpec(**values)
-    # Nodes that are only processes share this machine, so each of their ranks needs one of its GPUs.
-    has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
-    device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
-    if has_gpus:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    init_default_process_group(worker, device, _LIMIT)
-    make = build_group_factory(device, worker.rank, _LIMIT)
-    result = run_exchange_benchmarks(
-        spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, group_factory=make), device
-    )
-    if worker.rank == 0:
-        Path(output).write_text(json.dumps(result))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -6,14 +6,11 @@ layout that distributes a model is run: communication between ranks is timed sep
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -22,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...comm.async_comm import InlineCommunicator, build_async_communicator
-from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
@@ -37,10 +33,10 @@ from ...trainer.model.model import Model
 from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
-from ..compose import compose_run_config
 from ..planner.exchange_time import ExchangeOperation
 from ..planner.kernel_times import KernelMeasurement
 from ..planner.operations import ComputePhase
+from ..run.on_ranks import RankContext
 
 T = TypeVar("T")
 
@@ -48,6 +44,13 @@ _LIMIT = timedelta(minutes=2)
 _WARM_UP = 3
 _COLLECTIVES_PER_STEP = 2  # small ones: target counts, and the sums of a step (trainer/run/step.py)
 _SOURCE = "shoestring calibrate: median on this machine, all ranks busy"
+
+
+def calibrate_rank(rank: RankContext, argument: tuple[RunConfig, int]) -> list[KernelMeasurement]:
+    """Measure the run of `argument`, with that number of repeats; return the rows, which are equal on all ranks."""
+    config, repeats = argument
+    topology = Topology(ep=rank.world_size, gpus_per_node=rank.world_size)
+    return list(Calibration(replace(config, topology=topology), rank.open_groups(topology), repeats).measure_rows())
 
 
 @dataclass(frozen=True)
@@ -297,24 +300,3 @@ def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
 
 def _length(span: Span) -> float:
     return (span.end - span.begin) / 1e9
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Measure the run that the first argument describes as JSON; rank 0 writes the rows to the second."""
-    worker = TorchrunEnvironment.read()
-    assert worker is not None
-    overrides, directory = json.loads(arguments[0])
-    config = compose_run_config(overrides, None if directory is None else Path(directory))
-    init_default_process_group(worker, torch.device("cpu"), _LIMIT)
-    topology = Topology(ep=worker.world_size, gpus_per_node=worker.world_size)
-    groups = ProcessGroups.create(topology, worker.rank, _LIMIT)
-    rows = [
-        asdict(row) for row in Calibration(replace(config, topology=topology), groups, int(arguments[2])).measure_rows()
-    ]
-    if worker.rank == 0:
-        Path(arguments[1]).write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
