@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,25 @@ def make_dispatch_inputs(spec: ExchangeBenchmarkSpec, rank: int, device: torch.d
     return DispatchInputs(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
 
 
+class Timer(Protocol):
+    """Calls a function; returns its result and the seconds that it took."""
+
+    def __call__(self, function: Callable[[], T], /) -> tuple[T, float]:
+        """Call `function`, at the same time on all ranks."""
+        ...
+
+
+def time_exchange_operations(
+    exchange: TokenExchange[Any], sent: DispatchInputs, label: ExchangeLabel, timed: Timer
+) -> tuple[float, float, float, float]:
+    """Return the seconds of each of `OPERATIONS` alone, from the call to the arrival of the result."""
+    received, first = timed(lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, label).wait())
+    _, second = timed(lambda: exchange.combine(received.rows_RD, received).wait())
+    _, third = timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
+    _, fourth = timed(lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received).wait())
+    return first, second, third, fourth
+
+
 class ExchangeBenchmark:
     """Benchmark of one token dispatcher in one format, on one rank."""
 
@@ -133,16 +152,8 @@ class ExchangeBenchmark:
 
     def time_operations(self) -> dict[str, float]:
         """Return the seconds of each operation alone, from its start to its result, on the slowest rank."""
-        sent, exchange = self._sent, self._exchange
-        received, first = self._timed(
-            lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait()
-        )
-        _, second = self._timed(lambda: exchange.combine(received.rows_RD, received).wait())
-        _, third = self._timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
-        _, fourth = self._timed(
-            lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received).wait()
-        )
-        return dict(zip(OPERATIONS, (first, second, third, fourth), strict=True))
+        times = time_exchange_operations(self._exchange, self._sent, _LABEL, self._timed)
+        return dict(zip(OPERATIONS, times, strict=True))
 
     def measure_bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
         """Run one pass; return the bytes that all ranks sent, by operation, kind and link."""

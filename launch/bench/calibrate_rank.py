@@ -37,6 +37,7 @@ from ..planner.exchange_time import ExchangeOperation
 from ..planner.kernel_times import KernelMeasurement
 from ..planner.operations import ComputePhase
 from ..run.on_ranks import RankContext
+from .bench_exchange_rank import DispatchInputs, time_exchange_operations
 
 T = TypeVar("T")
 
@@ -163,19 +164,10 @@ class Calibration:
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
         weights_TK = torch.rand(tokens, model.num_experts_per_tok)
         experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
+        inputs = DispatchInputs(tokens_TD, weights_TK, experts_TK, grad_TD)
         seconds: defaultdict[ExchangeOperation, list[float]] = defaultdict(list)
-
-        def run_operations(number: int) -> tuple[float, ...]:
-            label = ExchangeLabel("calibrate", number)
-            received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
-            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.gate_weights_R)
-            _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
-            _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())
-            _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())
-            return first, second, third, fourth
-
         for repetition in range(self.repeats + _WARM_UP):
-            times = run_operations(repetition)
+            times = time_exchange_operations(exchange, inputs, ExchangeLabel("calibrate", repetition), self._timed)
             for name, value in zip(ExchangeOperation, times, strict=True):
                 if repetition >= _WARM_UP:
                     seconds[name].append(value)

@@ -15,9 +15,9 @@ import json
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -104,54 +104,40 @@ def host_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, ru
     `attempt` is the unique text of the shared file. Raises `ConfigError` for a node that does not match, and
     `RendezvousError` for one that does not connect.
     """
+    note, nodes = run_dir / _FILE, dict[int, _Connection]()
     with ExitStack() as cleanup:
-        note = run_dir / _FILE
         with config_error_context(note, "free disk space, or use another training.run_dir"):
             replace_file_atomically(note, attempt.encode())
-        cleanup.callback(lambda: note.unlink(missing_ok=True))
+        cleanup.callback(note.unlink, missing_ok=True)
         listener = cleanup.enter_context(_listener(endpoint))
-        nodes: dict[int, _Connection] = {}
-        cleanup.callback(_close, nodes)
+        cleanup.callback(lambda: [node.connection.close() for node in nodes.values()])
         try:
             _register_nodes(endpoint, listener, fingerprints, nodes)
-            for number, node in nodes.items():
-                _send(number, node, {"run_dir": str(run_dir), "attempt": attempt})
-            for number, node in nodes.items():
-                _check_shared_file(number, node, run_dir)
+            for node in nodes.values():
+                _send(node, {"run_dir": str(run_dir), "attempt": attempt})
+            for node in nodes.values():
+                _check_shared_file(node, run_dir)
         except ConfigError as error:
             for node in nodes.values():
                 with suppress(OSError):
                     node.send({"refused": str(error)})
             raise
-        for number, node in nodes.items():
-            _send(number, node, {"go": True})
+        for node in nodes.values():
+            _send(node, {"go": True})
 
 
-def _send(number: int, node: _Connection, message: Mapping[str, object]) -> None:
+def _send(node: _Connection, message: Mapping[str, object]) -> None:
     try:
         node.send(message)
     except OSError as error:
-        raise RendezvousError(
-            f"node {number} ({node.host}) disconnected ({error.strerror}); see the output of that node"
-        ) from error
-
-
-def _close(nodes: Mapping[int, _Connection]) -> None:
-    for node in nodes.values():
-        node.close()
+        raise RendezvousError(f"{node.name} disconnected ({error.strerror}); see the output of that node") from error
 
 
 def join_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints) -> Path:
     """Connect to node 0; return the run directory of the launch once all nodes have connected and match."""
     peer = _connect(endpoint)
     try:
-        peer.send(
-            {
-                "node": endpoint.node_rank,
-                "host": socket.gethostname(),
-                "fingerprints": fingerprints_to_json(fingerprints),
-            }
-        )
+        peer.send(_introduction(endpoint) | {"fingerprints": fingerprints_to_json(fingerprints)})
         answer = _receive_answer(endpoint, peer)
         run_dir, attempt = _path(answer["run_dir"]), answer["attempt"].as_string()
         peer.send({"sees": _sees_file(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
@@ -161,8 +147,12 @@ def join_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints) ->
     except OSError as error:
         raise RendezvousError(f"lost the connection to node 0 at {endpoint.host_and_port}: {error}") from error
     finally:
-        peer.close()
+        peer.connection.close()
     return run_dir
+
+
+def _introduction(endpoint: RendezvousEndpoint) -> dict[str, object]:
+    return {"node": endpoint.node_rank, "host": socket.gethostname()}
 
 
 def _path(item: JsonValue) -> Path:
@@ -185,10 +175,8 @@ def report_config_error(endpoint: RendezvousEndpoint, error: ConfigError) -> Non
             time.sleep(_POLL_SECONDS)
         except OSError:
             return
-    with suppress(OSError):
-        peer = _Connection(connection)
-        peer.send({"node": endpoint.node_rank, "host": socket.gethostname(), "refused": str(error)})
-        peer.close()
+    with suppress(OSError), connection:
+        _Connection(connection).send(_introduction(endpoint) | {"refused": str(error)})
 
 
 @dataclass(eq=False)
@@ -196,8 +184,9 @@ class _Connection:
     """Connection to another node that sends and receives lines of JSON."""
 
     connection: socket.socket
-    host: str = "?"
-    _rest: bytes = field(default=b"")
+    name: str = "?"
+    """Number and host of the other node, for messages."""
+    _rest: bytes = b""
 
     def send(self, message: Mapping[str, object]) -> None:
         self.connection.settimeout(_SECONDS_TO_SPEAK)
@@ -224,9 +213,6 @@ class _Connection:
         message = parse_json(text)
         message.as_mapping()
         return message
-
-    def close(self) -> None:
-        self.connection.close()
 
 
 class PeriodicMessage:
@@ -269,98 +255,75 @@ def _listen(endpoint: RendezvousEndpoint) -> socket.socket:
     return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=both, backlog=2048)
 
 
-class _UnidentifiedConnections:
-    """Connections that have not sent their first message, polled together: a silent one delays no other."""
+def _first_messages(listener: socket.socket) -> Generator[tuple[_Connection, JsonValue] | None]:
+    """Yield each new connection with its first message, and None after every poll.
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._deadlines: dict[_Connection, float] = {}
+    Connections are polled together, so that a silent one delays no other. Those that send anything else are closed
+    without an error, since a port may be scanned.
+    """
+    deadlines: dict[_Connection, float] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
 
-    def __enter__(self) -> _UnidentifiedConnections:
-        return self
+        def forget(peer: _Connection) -> None:
+            selector.unregister(peer.connection)
+            del deadlines[peer]
 
-    def __exit__(self, *_: object) -> None:
-        for peer in self._deadlines:
-            peer.close()
-        self._selector.close()
+        def close(peer: _Connection) -> None:
+            forget(peer)
+            peer.connection.close()
 
-    def wait_for_messages(self, seconds: float) -> Iterator[tuple[_Connection, JsonValue]]:
-        """Yield each connection that sends a message within `seconds`, with the message.
-
-        Connections that send anything else are closed without an error, since a port may be scanned.
-        """
-        for key, _ in self._selector.select(max(0.0, seconds)):
-            if key.data is None:
-                self._accept()
-            elif key.data in self._deadlines:
-                yield from self._receive(key.data)
-        late = [peer for peer, deadline in self._deadlines.items() if time.monotonic() > deadline]
-        for peer in late:
-            self._forget(peer).close()
-
-    def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
-        except OSError:  # it has disconnected already
-            return
-        if len(self._deadlines) >= _MAX_UNIDENTIFIED:
-            self._forget(next(iter(self._deadlines))).close()
-        peer = _Connection(connection)
-        self._deadlines[peer] = time.monotonic() + _SECONDS_TO_SPEAK
-        self._selector.register(connection, selectors.EVENT_READ, peer)
-
-    def _receive(self, peer: _Connection) -> Iterator[tuple[_Connection, JsonValue]]:
-        try:
-            message = peer.receive(0)
-        except TimeoutError:
-            return  # a part of a message
-        except (OSError, ValueError):
-            message = None
-        self._forget(peer)
-        if message is None:
-            peer.close()
-        else:
-            yield peer, message
-
-    def _forget(self, peer: _Connection) -> _Connection:
-        self._selector.unregister(peer.connection)
-        del self._deadlines[peer]
-        return peer
+            while True:
+                for key, _ in selector.select(_POLL_SECONDS):
+                    if key.data is None:
+                        with suppress(OSError):  # it may have disconnected already
+                            peer = _Connection(listener.accept()[0])
+                            if len(deadlines) >= _MAX_UNIDENTIFIED:
+                                close(next(iter(deadlines)))
+                            deadlines[peer] = time.monotonic() + _SECONDS_TO_SPEAK
+                            selector.register(peer.connection, selectors.EVENT_READ, peer)
+                    elif key.data in deadlines:
+                        try:
+                            message = key.data.receive(0)
+                        except TimeoutError:
+                            continue  # a part of a message
+                        except (OSError, ValueError):
+                            message = None
+                        if message is None:
+                            close(key.data)
+                        else:
+                            forget(key.data)
+                            yield key.data, message
+                for peer in [peer for peer, deadline in deadlines.items() if time.monotonic() > deadline]:
+                    close(peer)
+                yield None
+        finally:
+            for peer in deadlines:
+                peer.connection.close()
 
 
 def _register_nodes(
     endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, _Connection]
 ) -> None:
     """Add every other node to `nodes`. Raises `ConfigError`, after a delay in which the other nodes may connect."""
-    with _UnidentifiedConnections(listener) as connections:
-        _register_nodes_from(connections, endpoint, fingerprints, nodes)
-
-
-def _register_nodes_from(
-    connections: _UnidentifiedConnections,
-    endpoint: RendezvousEndpoint,
-    fingerprints: Fingerprints,
-    nodes: dict[int, _Connection],
-) -> None:
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     hint = _not_local_hint(endpoint.address)
     errors: list[ConfigError] = []
-    while len(nodes) < endpoint.node_count - 1:
-        missing = [number for number in range(1, endpoint.node_count) if number not in nodes]
-        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        count = f"{len(missing)} of {endpoint.node_count} nodes"
-        waiting.print_if_due(f"waiting for {count} at {endpoint.host_and_port} (missing: {names}){hint}")
-        if errors and time.monotonic() > deadline:
-            break
-        if time.monotonic() > deadline:
-            late = f"{count} did not connect to {endpoint.host_and_port} within {endpoint.timeout_text}"
-            advice = "see their output, and check that they can reach that address"
-            raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
-        for peer, message in connections.wait_for_messages(min(_POLL_SECONDS, deadline - time.monotonic())):
+    with closing(_first_messages(listener)) as arrivals:
+        while missing := [number for number in range(1, endpoint.node_count) if number not in nodes]:
+            names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+            count = f"{len(missing)} of {endpoint.node_count} nodes"
+            waiting.print_if_due(f"waiting for {count} at {endpoint.host_and_port} (missing: {names}){hint}")
+            if time.monotonic() > deadline:
+                if errors:
+                    break
+                late = f"{count} did not connect to {endpoint.host_and_port} within {endpoint.timeout_text}"
+                advice = "see their output, and check that they can reach that address"
+                raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
             try:
-                _register_node(endpoint, peer, message, fingerprints, nodes)
+                if arrived := next(arrivals):
+                    _register_node(endpoint, *arrived, fingerprints, nodes)
             except ConfigError as error:
                 errors.append(error)
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
@@ -389,36 +352,37 @@ def _register_node(
 ) -> None:
     """Add `peer` to `nodes`, or close it if it is not a node of the launch. Raises `ConfigError` for a mismatch."""
     try:
-        number, peer.host = message["node"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
+        number, host = message["node"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
         item = message.get("refused")
         its_error = None if item is None else item.as_string()
         theirs = {} if its_error is not None else fingerprints_from_json(message["fingerprints"].as_string())
     except (ValueError, KeyError):
-        peer.close()
+        peer.connection.close()
         return
     if number in nodes:
-        nodes[number].close()  # the node was restarted
-    nodes[number] = peer
-    who = f"node {number} ({peer.host})"
+        nodes[number].connection.close()  # the node was restarted
+    nodes[number], peer.name = peer, f"node {number} ({host})"
     if its_error is not None:
-        raise ConfigError([Problem(f"node {number}", peer.host, f"reported an error: {its_error}")])
+        raise ConfigError([Problem(f"node {number}", host, f"reported an error: {its_error}")])
     name = find_first_mismatch(fingerprints, theirs)
     if name is not None:
         here = f"node 0 ({socket.gethostname()})"
-        raise ConfigError([Problem(name, describe_mismatch(name, (here, fingerprints), (who, theirs)), MISMATCH_HINT)])
+        raise ConfigError(
+            [Problem(name, describe_mismatch(name, (here, fingerprints), (peer.name, theirs)), MISMATCH_HINT)]
+        )
 
 
-def _check_shared_file(number: int, node: _Connection, run_dir: Path) -> None:
+def _check_shared_file(node: _Connection, run_dir: Path) -> None:
     try:
         message = node.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
-        raise RendezvousError(f"node {number} ({node.host}) has stopped answering: {error}") from error
+        raise RendezvousError(f"{node.name} has stopped answering: {error}") from error
     if message is None:
-        raise RendezvousError(f"node {number} ({node.host}) disconnected; see the output of that node")
+        raise RendezvousError(f"{node.name} disconnected; see the output of that node")
     tree = message.as_mapping()
     if tree.get("sees") is not True:
         hint = (
-            f"is not shared: node {number} ({node.host}) does not see in {tree.get('where')} the file that node 0 "
+            f"is not shared: {node.name} does not see in {tree.get('where')} the file that node 0 "
             f"wrote in {run_dir.absolute()}; use a directory on a file system that all nodes share"
         )
         raise ConfigError([Problem("training.run_dir", str(run_dir), hint)])

@@ -232,11 +232,11 @@ def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
 def test_a_node_that_leaves_before_it_is_answered_is_named() -> None:
     here, there = socket.socketpair()
     joining = rendezvous._Connection(here)
-    joining.host = "far"
+    joining.name = "node 1 (far)"
     there.close()
     with pytest.raises(RendezvousError, match=r"node 1 \(far\) disconnected"):
-        rendezvous._send(1, joining, {"go": True})
-    joining.close()
+        rendezvous._send(joining, {"go": True})
+    here.close()
 
 
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
