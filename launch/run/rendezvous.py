@@ -10,21 +10,17 @@ Instead of either answer node 0 may send an error, which all nodes receive. A me
 
 from __future__ import annotations
 
-import errno
-import json
-import selectors
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text, replace_file_atomically
-from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
-from ...comm.loopback import open_listening_socket, resolve_to_loopback
+from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ...comm.rank_consistency import (
     MISMATCH_HINT,
     Fingerprints,
@@ -33,22 +29,14 @@ from ...comm.rank_consistency import (
     fingerprints_from_json,
     fingerprints_to_json,
 )
-from ..console import print_to_stderr
+from .node_connection import POLL_SECONDS, SECONDS_TO_SPEAK, NodeConnection, PeriodicMessage, first_messages, listen
 
-_MESSAGE_INTERVAL_SECONDS = 30
-_POLL_SECONDS = 0.5
-_SECONDS_TO_SPEAK = 10
-"""Limit for a connected node to send its message; within one network it takes milliseconds."""
 _SECONDS_TO_SEE = 60
 """Limit for a file to appear on the other nodes: NFS caches a directory for up to 60 s (acdirmax)."""
 _SECONDS_TO_HEAR = 20
 """Time after an error in which further nodes may connect, so that they receive it instead of waiting in vain."""
-_SECONDS_FOR_PORT = 20
 _SECONDS_TO_REPORT = 20
 """Time in which a node tries to report an error: node 0 has more to check, and listens later than others fail."""
-_MAX_BYTES = 4 * 2**20
-_MAX_UNIDENTIFIED = 256
-"""Limit on connections that have not sent their message; a node sends it within milliseconds."""
 _MAX_NOTE_BYTES = 1000
 _FILE = "rendezvous"
 
@@ -104,13 +92,13 @@ def host_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, ru
     `attempt` is the unique text of the shared file. Raises `ConfigError` for a node that does not match, and
     `RendezvousError` for one that does not connect.
     """
-    note, nodes = run_dir / _FILE, dict[int, _Connection]()
+    note, nodes = run_dir / _FILE, dict[int, NodeConnection]()
     with ExitStack() as cleanup:
         with config_error_context(note, "free disk space, or use another training.run_dir"):
             replace_file_atomically(note, attempt.encode())
         cleanup.callback(note.unlink, missing_ok=True)
-        listener = cleanup.enter_context(_listener(endpoint))
-        cleanup.callback(lambda: [node.connection.close() for node in nodes.values()])
+        listener = cleanup.enter_context(listen(endpoint.address, endpoint.port))
+        cleanup.callback(_close, nodes)
         try:
             _register_nodes(endpoint, listener, fingerprints, nodes)
             for node in nodes.values():
@@ -126,7 +114,12 @@ def host_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, ru
             _send(node, {"go": True})
 
 
-def _send(node: _Connection, message: Mapping[str, object]) -> None:
+def _close(nodes: Mapping[int, NodeConnection]) -> None:
+    for node in nodes.values():
+        node.connection.close()
+
+
+def _send(node: NodeConnection, message: Mapping[str, object]) -> None:
     try:
         node.send(message)
     except OSError as error:
@@ -167,150 +160,26 @@ def report_config_error(endpoint: RendezvousEndpoint, error: ConfigError) -> Non
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while True:
         try:
-            connection = socket.create_connection((endpoint.address, endpoint.port), _POLL_SECONDS)
+            connection = socket.create_connection((endpoint.address, endpoint.port), POLL_SECONDS)
             break
         except (ConnectionRefusedError, TimeoutError):
             if time.monotonic() > deadline:
                 return
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         except OSError:
             return
     with suppress(OSError), connection:
-        _Connection(connection).send(_introduction(endpoint) | {"refused": str(error)})
-
-
-@dataclass(eq=False)
-class _Connection:
-    """Connection to another node that sends and receives lines of JSON."""
-
-    connection: socket.socket
-    name: str = "?"
-    """Number and host of the other node, for messages."""
-    _rest: bytes = b""
-
-    def send(self, message: Mapping[str, object]) -> None:
-        self.connection.settimeout(_SECONDS_TO_SPEAK)
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, seconds: float) -> JsonValue | None:
-        """Return the next message, a mapping; None if the other side has closed the connection.
-
-        With 0 seconds, only bytes that have arrived are read. Raises `TimeoutError`, and `MalformedFileError` for
-        anything but a JSON object.
-        """
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._rest:
-            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self.connection.recv(2**16)
-            if not data:
-                return None
-            self._rest += data
-            if len(self._rest) > _MAX_BYTES:
-                raise MalformedFileError("", len(self._rest), "is too long for a message")
-            if b"\n" not in self._rest and time.monotonic() >= deadline:
-                raise TimeoutError
-        text, _, self._rest = self._rest.partition(b"\n")
-        message = parse_json(text)
-        message.as_mapping()
-        return message
-
-
-class PeriodicMessage:
-    """Message on a wait, printed `first_after` seconds from now and every 30 seconds."""
-
-    def __init__(self, first_after: float = 0) -> None:
-        self._next = time.monotonic() + first_after
-
-    def print_if_due(self, text: str) -> None:
-        """Print `text` if it is due."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _MESSAGE_INTERVAL_SECONDS
-            print_to_stderr(f"shoestring train: {text}")
-
-
-@contextmanager
-def _listener(endpoint: RendezvousEndpoint) -> Iterator[socket.socket]:
-    """Listen on every address of this machine, or only on its loopback address if that is MASTER_ADDR."""
-    deadline = time.monotonic() + _SECONDS_FOR_PORT
-    while True:
-        try:
-            listener = _listen(endpoint)
-            break
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                hint = f"cannot be opened on this machine ({error.strerror}); use another port, the same on all nodes"
-                raise ConfigError([Problem("MASTER_PORT", endpoint.port, hint)]) from error
-        time.sleep(_POLL_SECONDS)  # the previous launch, or another program, still has the port
-    with listener:
-        listener.setblocking(False)
-        yield listener
-
-
-def _listen(endpoint: RendezvousEndpoint) -> socket.socket:
-    loopback = resolve_to_loopback(endpoint.address)
-    if loopback is not None:
-        return open_listening_socket(loopback, endpoint.port)
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=both, backlog=2048)
-
-
-def _first_messages(listener: socket.socket) -> Generator[tuple[_Connection, JsonValue] | None]:
-    """Yield each new connection with its first message, and None after every poll.
-
-    Connections are polled together, so that a silent one delays no other. Those that send anything else are closed
-    without an error, since a port may be scanned.
-    """
-    deadlines: dict[_Connection, float] = {}
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-
-        def forget(peer: _Connection) -> None:
-            selector.unregister(peer.connection)
-            del deadlines[peer]
-
-        def close(peer: _Connection) -> None:
-            forget(peer)
-            peer.connection.close()
-
-        try:
-            while True:
-                for key, _ in selector.select(_POLL_SECONDS):
-                    if key.data is None:
-                        with suppress(OSError):  # it may have disconnected already
-                            peer = _Connection(listener.accept()[0])
-                            if len(deadlines) >= _MAX_UNIDENTIFIED:
-                                close(next(iter(deadlines)))
-                            deadlines[peer] = time.monotonic() + _SECONDS_TO_SPEAK
-                            selector.register(peer.connection, selectors.EVENT_READ, peer)
-                    elif key.data in deadlines:
-                        try:
-                            message = key.data.receive(0)
-                        except TimeoutError:
-                            continue  # a part of a message
-                        except (OSError, ValueError):
-                            message = None
-                        if message is None:
-                            close(key.data)
-                        else:
-                            forget(key.data)
-                            yield key.data, message
-                for peer in [peer for peer, deadline in deadlines.items() if time.monotonic() > deadline]:
-                    close(peer)
-                yield None
-        finally:
-            for peer in deadlines:
-                peer.connection.close()
+        NodeConnection(connection).send(_introduction(endpoint) | {"refused": str(error)})
 
 
 def _register_nodes(
-    endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, _Connection]
+    endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, NodeConnection]
 ) -> None:
     """Add every other node to `nodes`. Raises `ConfigError`, after a delay in which the other nodes may connect."""
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     hint = _not_local_hint(endpoint.address)
     errors: list[ConfigError] = []
-    with closing(_first_messages(listener)) as arrivals:
+    with closing(first_messages(listener)) as arrivals:
         while missing := [number for number in range(1, endpoint.node_count) if number not in nodes]:
             names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
             count = f"{len(missing)} of {endpoint.node_count} nodes"
@@ -345,10 +214,10 @@ def _not_local_hint(address: str) -> str:
 
 def _register_node(
     endpoint: RendezvousEndpoint,
-    peer: _Connection,
+    peer: NodeConnection,
     message: JsonValue,
     fingerprints: Fingerprints,
-    nodes: dict[int, _Connection],
+    nodes: dict[int, NodeConnection],
 ) -> None:
     """Add `peer` to `nodes`, or close it if it is not a node of the launch. Raises `ConfigError` for a mismatch."""
     try:
@@ -372,9 +241,9 @@ def _register_node(
         )
 
 
-def _check_shared_file(node: _Connection, run_dir: Path) -> None:
+def _check_shared_file(node: NodeConnection, run_dir: Path) -> None:
     try:
-        message = node.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
+        message = node.receive(_SECONDS_TO_SEE + SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
         raise RendezvousError(f"{node.name} has stopped answering: {error}") from error
     if message is None:
@@ -393,7 +262,7 @@ def _sees_file(note: Path, attempt: str) -> bool:
     is_there = False
     with suppress(OSError):
         is_there = note.parent.is_dir()
-    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _POLL_SECONDS)
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else POLL_SECONDS)
     while True:
         with suppress(OSError, MalformedFileError):
             names = {path.name for path in note.parent.iterdir()}
@@ -401,14 +270,14 @@ def _sees_file(note: Path, attempt: str) -> bool:
                 return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-def _connect(endpoint: RendezvousEndpoint) -> _Connection:
+def _connect(endpoint: RendezvousEndpoint) -> NodeConnection:
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     while True:
         try:
-            seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
+            seconds = min(SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
             connection = socket.create_connection((endpoint.address, endpoint.port), seconds)
         except OSError as error:
             waiting.print_if_due(f"waiting for node 0 at {endpoint.host_and_port} ({error.strerror or error})")
@@ -417,12 +286,12 @@ def _connect(endpoint: RendezvousEndpoint) -> _Connection:
                 raise RendezvousError(
                     f"node 0 did not listen at {endpoint.host_and_port} within {endpoint.timeout_text}; {hint}"
                 ) from error
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         else:
-            return _Connection(connection)
+            return NodeConnection(connection)
 
 
-def _receive_answer(endpoint: RendezvousEndpoint, peer: _Connection) -> JsonValue:
+def _receive_answer(endpoint: RendezvousEndpoint, peer: NodeConnection) -> JsonValue:
     """Return node 0's next message.
 
     Raises `ConfigError` that node 0 reports, `RendezvousError`, and `MalformedFileError` for anything but a message.
@@ -430,7 +299,7 @@ def _receive_answer(endpoint: RendezvousEndpoint, peer: _Connection) -> JsonValu
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds + _SECONDS_TO_SEE, PeriodicMessage()
     while time.monotonic() < deadline:
         try:
-            message = peer.receive(_POLL_SECONDS)
+            message = peer.receive(POLL_SECONDS)
         except TimeoutError:
             others = f"waiting until all {endpoint.node_count} nodes have connected"
             waiting.print_if_due(f"connected to node 0 at {endpoint.host_and_port}; {others}")

@@ -160,7 +160,7 @@ def _report_config_error(run_dir: Path, rank: int, error: ConfigError, *, owns: 
     if (LAUNCHER_PID_ENV_VAR in os.environ or (owns and rank == 0)) and is_run_dir(run_dir):
         write_run_status(run_dir, _CONFIG_ERROR, str(error))
     if rank == 0 or LAUNCHER_PID_ENV_VAR not in os.environ or not isinstance(error, RankMismatchError):
-        print_to_stderr(f"shoestring train: {error}" if rank == 0 else f"shoestring train: rank {rank}: {error}")
+        _print(rank, str(error))
     return _CONFIG_ERROR
 
 
@@ -210,12 +210,15 @@ def _hold_run_dir(config: RunConfig) -> Iterator[None]:
         yield
 
 
+def _print(rank: int, text: str) -> None:
+    """Print a message of this rank; rank 0 speaks for the run."""
+    print_to_stderr(f"shoestring train: {text}" if rank == 0 else f"shoestring train: rank {rank}: {text}")
+
+
 def _stop(config: RunConfig, worker: TorchrunEnvironment, code: int, reason: str) -> int:
     launched, run_dir = LAUNCHER_PID_ENV_VAR in os.environ, Path(config.training.run_dir)
     if code and (worker.rank == 0 or not launched):
-        print_to_stderr(
-            f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}"
-        )
+        _print(worker.rank, reason)
     if worker.rank == 0:
         try:
             write_run_status(run_dir, code, reason)
