@@ -13,6 +13,7 @@ from .errors import ConfigError, Problem, raise_if_any
 from .loopback import open_listening_socket, resolve_to_loopback
 
 _MOST_RANKS = 10_000_000
+_HINT = "; start ranks with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class TorchrunEnvironment:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
+    """Ranks on this machine."""
 
     @staticmethod
     def read() -> TorchrunEnvironment | None:
@@ -34,28 +37,27 @@ class TorchrunEnvironment:
             hint = f"is set but {', '.join(missing)} is not; start ranks with torchrun, or unset it"
             raise ConfigError([Problem("RANK", os.environ["RANK"], hint)])
         problems: list[Problem] = []
-        size = _read_integer("WORLD_SIZE", 1, _MOST_RANKS, problems)
-        rank = _read_integer("RANK", 0, _MOST_RANKS, problems)
-        local_rank = _read_integer("LOCAL_RANK", 0, _MOST_RANKS, problems) if "LOCAL_RANK" in os.environ else 0
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            _read_integer("LOCAL_WORLD_SIZE", 1, _MOST_RANKS, problems)
-        _read_integer("MASTER_PORT", 1, 65535, problems)
+
+        def whole(name: str, default: str, low: int, high: int = _MOST_RANKS) -> int:
+            return read_whole_number(name, os.environ.get(name, default), low, high, problems, _HINT)
+
+        size, rank = whole("WORLD_SIZE", "", 1), whole("RANK", "", 0)
+        local_rank, local_size = whole("LOCAL_RANK", "0", 0), whole("LOCAL_WORLD_SIZE", "1", 1)
+        whole("MASTER_PORT", "", 1, 65535)
         if not os.environ["MASTER_ADDR"]:
             problems.append(Problem("MASTER_ADDR", "", "must name the node of rank 0"))
         if not problems and rank >= size:
             problems.append(Problem("RANK", rank, f"must be less than WORLD_SIZE = {size}: ranks count from 0"))
         raise_if_any(problems)
-        return TorchrunEnvironment(rank=rank, local_rank=local_rank, world_size=size)
+        return TorchrunEnvironment(rank, local_rank, size, local_size)
 
 
-def _read_integer(name: str, low: int, high: int, problems: list[Problem]) -> int:
-    """Return the integer in an environment variable, or add a problem and return `low`."""
-    text = os.environ[name]
+def read_whole_number(name: str, text: str, low: int, high: int, problems: list[Problem], hint: str = "") -> int:
+    """Return the number in `text`, the value of variable `name`; for another text add a problem and return `low`."""
     # `int` alone would take "+1", "1_0" and other digits than 0 to 9, and a text of millions of digits takes long.
     if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
         return int(text)
-    hint = f"must be a whole number from {low} to {high}; start ranks with torchrun, or unset RANK"
-    problems.append(Problem(name, text, hint))
+    problems.append(Problem(name, text, f"must be a whole number from {low} to {high}{hint}"))
     return low
 
 

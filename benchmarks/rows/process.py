@@ -12,7 +12,6 @@ import faulthandler
 import multiprocessing
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -24,6 +23,7 @@ from shoestring.benchmarks.rows.row import Check, Machine, RankResult, RowStatus
 from shoestring.comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from shoestring.comm.group_factory import build_group_factory
 from shoestring.comm.groups import Group
+from shoestring.launch.run.on_ranks import pick_device
 from shoestring.launch.run.signals import die_with_parent
 
 COLLECTIVE = timedelta(minutes=2)
@@ -32,28 +32,13 @@ START_SECONDS = 120.0
 _FOR_STACKS = 2.0  # seconds for a hanging process to print its stacks
 
 
-@dataclass(frozen=True)
-class Rank:
-    """Rank as which the rows run."""
-
-    worker: TorchrunEnvironment | None
-    """torchrun's variables; None outside torchrun."""
-    local_size: int
-    """Ranks on each node."""
-
-    @staticmethod
-    def read() -> Rank:
-        """Read torchrun's variables."""
-        return Rank(TorchrunEnvironment.read(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 class RowProcess:
     """Separate process that runs rows one after the other, restarted when needed."""
 
-    def __init__(self, rank: Rank, start_seconds: float = START_SECONDS) -> None:
+    def __init__(self, worker: TorchrunEnvironment | None, start_seconds: float = START_SECONDS) -> None:
         self.device_name = ""
         """Name of the device, once a process has started."""
-        self._rank, self._start_seconds = rank, start_seconds
+        self._worker, self._start_seconds = worker, start_seconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["shoestring.benchmarks.rows.process"])
         self._process: ForkServerProcess | None = None
@@ -82,7 +67,7 @@ class RowProcess:
     def _start(self) -> RankResult | None:
         """Start the process; return a failed result if it did not start."""
         self._end, theirs = self._context.Pipe()
-        arguments = (self._rank, self._starts, dict(os.environ), theirs)
+        arguments = (self._worker, self._starts, dict(os.environ), theirs)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
         with theirs:
             self._process.start()
@@ -109,15 +94,17 @@ class RowProcess:
         return RankResult(RowStatus.FAILS, too_late, None)
 
 
-def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[Any, Any]) -> None:
+def _serve(
+    worker: TorchrunEnvironment | None, start: int, variables: dict[str, str], end: Connection[Any, Any]
+) -> None:
     """Run the received rows until the parent has gone. Print all stacks if a row exceeds its limit."""
     die_with_parent()
     os.environ.update(variables)  # the forkserver has the variables of an earlier time
-    if rank.worker is not None:
+    if worker is not None:
         # Separate keys in torchrun's store, whose server runs in the waiting process or in torchrun.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{variables.get('TORCHELASTIC_RESTART_COUNT', 0)}_rows_{start}"
-    machine = open_machine(rank)
+    machine = open_machine(worker)
     torch.manual_seed(machine.world.rank)
     end.send(RankResult(RowStatus.WORKS, torch.cuda.get_device_name(machine.device) if machine.on_gpu else "cpu", None))
     while True:
@@ -131,22 +118,17 @@ def _serve(rank: Rank, start: int, variables: dict[str, str], end: Connection[An
         end.send(found)
 
 
-def open_machine(rank: Rank) -> Machine:
+def open_machine(worker: TorchrunEnvironment | None) -> Machine:
     """Open this rank's device, and its groups under torchrun.
 
     Groups and settings are those of a training run: what a row certifies is what training meets.
     """
-    worker = rank.worker
-    local_rank = 0 if worker is None else worker.local_rank
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in a run
+    device = pick_device("cuda" if torch.cuda.is_available() else "cpu", worker or TorchrunEnvironment(0, 0, 1))
     if worker is None:
         alone = Group((0,), None, 0, COLLECTIVE)
         return Machine(device, alone, alone, alone)
     init_default_process_group(worker, device, COLLECTIVE)
-    size, local = worker.world_size, rank.local_size
+    size, local = worker.world_size, worker.local_world_size
     node = [tuple(range(first, first + local)) for first in range(0, size, local)]
     rail = [tuple(range(first, size, local)) for first in range(local)]
     make = build_group_factory(device, worker.rank, COLLECTIVE)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,12 +12,8 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.topology import LinkType
 from ...comm.units import format_mega
 from ..cluster.simulated_cluster import SimulatedCluster
-from ..run.rank_environment import build_rank_environment
-from ..run.torchrun import TORCHRUN_COMMAND, run_local_ranks, wait_for_torchruns
-from .bench_exchange_rank import OPERATIONS, ExchangeBenchmarkSpec
-
-_MODULE = "shoestring.launch.bench.bench_exchange_rank"
-_SECONDS = 600
+from ..run.on_ranks import run_on_ranks
+from .bench_exchange_rank import OPERATIONS, ExchangeBenchmarkSpec, run_exchange_benchmarks
 
 
 def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str, Any]:
@@ -30,35 +22,15 @@ def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str,
     Raises `ConfigError` before any process exists.
     """
     raise_if_any(spec.problems())
-    spec = replace(spec, on_cpu=uplink is not None)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        arguments = ["-m", _MODULE, json.dumps(asdict(spec)), str(output)]
-        if uplink is None:
-            interfaces = None  # nodes that are only processes have no separate interfaces
-            run_local_ranks(arguments, spec.topology.world_size, _SECONDS)
-        else:
-            interfaces = run_ranks_on_simulated_cluster(spec.nodes, spec.gpus_per_node, uplink, arguments)
-        result: dict[str, Any] = json.loads(output.read_text())
-    return result | {"uplink": uplink, "inter_node_bytes_on_interfaces": interfaces}
-
-
-def run_ranks_on_simulated_cluster(nodes: int, gpus_per_node: int, uplink: str, arguments: Sequence[str]) -> int:
-    """Run `python <arguments>` as `gpus_per_node` ranks on each of `nodes` simulated nodes.
-
-    Return the bytes that the nodes sent through their interfaces, headers included.
-    """
-    with SimulatedCluster(nodes=nodes, uplink=uplink) as cluster:
-        processes = []
-        for node in range(nodes):
-            variables = cluster.node_environment(node)
-            master = [f"--master-addr={variables['MASTER_ADDR']}", f"--master-port={variables['MASTER_PORT']}"]
-            torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={gpus_per_node}", *master]
-            processes.append(
-                cluster.start_process(node, [*TORCHRUN_COMMAND, *torchrun, *arguments], build_rank_environment())
-            )
-        wait_for_torchruns(processes, _SECONDS)
-        return sum(cluster.uplink_bytes_sent(node) for node in range(nodes))
+    ranks = spec.topology.world_size
+    if uplink is None:
+        interfaces = None  # nodes that are only processes have no separate interfaces
+        results = run_on_ranks(run_exchange_benchmarks, spec, ranks)
+    else:
+        with SimulatedCluster(nodes=spec.nodes, uplink=uplink) as cluster:
+            results = run_on_ranks(run_exchange_benchmarks, spec, ranks, device="cpu", start=cluster.run_ranks)
+            interfaces = cluster.total_bytes_sent()
+    return results[0] | {"uplink": uplink, "inter_node_bytes_on_interfaces": interfaces}
 
 
 def parse_name_list(text: str, option: str) -> tuple[str, ...]:

@@ -5,23 +5,16 @@ Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...comm.async_comm import build_async_communicator
-from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.errors import Problem
 from ...comm.exchange.api import TokenExchange
 from ...comm.exchange.config import EXCHANGE_NAMES, ExchangeConfig
@@ -30,12 +23,11 @@ from ...comm.exchange.deepep_buffer import DeepEPBufferShape
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.exchange.permutation import build_destination_mask
 from ...comm.exchange.wire_format import RowCodec, WireFormat
-from ...comm.files.strict_json import parse_json
-from ...comm.group_factory import build_group_factory
 from ...comm.groups import ProcessGroups
 from ...comm.topology import LinkType, Topology
 from ...comm.trace import ExchangeLabel
 from ...comm.traffic import TrafficCounter, TrafficKind
+from ..run.on_ranks import RankContext
 from ..run.rank_environment import build_rank_environment
 
 T = TypeVar("T")
@@ -43,7 +35,6 @@ T = TypeVar("T")
 OPERATIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 FORMATS = (WireFormat.BF16, WireFormat.FP8)
 
-_LIMIT = timedelta(minutes=2)
 _LABEL = ExchangeLabel("bench", 0)
 _IN_FLIGHT = 4  # dispatches in one measurement of overlap
 
@@ -67,8 +58,6 @@ class ExchangeBenchmarkSpec:
     formats: tuple[str, ...]
     """`bf16`, or `fp8`: FP8 to the experts and BF16 back."""
     repeats: int
-    on_cpu: bool = False
-    """True on simulated nodes, which have no GPUs even if this machine has."""
     overlap: bool
     """True to measure the overlap of dispatches with computation as well."""
 
@@ -124,6 +113,25 @@ def make_dispatch_inputs(spec: ExchangeBenchmarkSpec, rank: int, device: torch.d
     return DispatchInputs(tokens_TD, weights_TK, score_TE.topk(spec.top_k).indices.to(device), grad_TD)
 
 
+class Timer(Protocol):
+    """Calls a function; returns its result and the seconds that it took."""
+
+    def __call__(self, function: Callable[[], T], /) -> tuple[T, float]:
+        """Call `function`, at the same time on all ranks."""
+        ...
+
+
+def time_exchange_operations(
+    exchange: TokenExchange[Any], sent: DispatchInputs, label: ExchangeLabel, timed: Timer
+) -> tuple[float, float, float, float]:
+    """Return the seconds of each of `OPERATIONS` alone, from the call to the arrival of the result."""
+    received, first = timed(lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, label).wait())
+    _, second = timed(lambda: exchange.combine(received.rows_RD, received).wait())
+    _, third = timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
+    _, fourth = timed(lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received).wait())
+    return first, second, third, fourth
+
+
 class ExchangeBenchmark:
     """Benchmark of one token dispatcher in one format, on one rank."""
 
@@ -144,16 +152,8 @@ class ExchangeBenchmark:
 
     def time_operations(self) -> dict[str, float]:
         """Return the seconds of each operation alone, from its start to its result, on the slowest rank."""
-        sent, exchange = self._sent, self._exchange
-        received, first = self._timed(
-            lambda: exchange.dispatch(sent.tokens_TD, sent.weights_TK, sent.experts_TK, _LABEL).wait()
-        )
-        _, second = self._timed(lambda: exchange.combine(received.rows_RD, received).wait())
-        _, third = self._timed(lambda: exchange.combine_backward(sent.grad_TD, received).wait())
-        _, fourth = self._timed(
-            lambda: exchange.dispatch_backward(received.rows_RD, received.gate_weights_R, received).wait()
-        )
-        return dict(zip(OPERATIONS, (first, second, third, fourth), strict=True))
+        times = time_exchange_operations(self._exchange, self._sent, _LABEL, self._timed)
+        return dict(zip(OPERATIONS, times, strict=True))
 
     def measure_bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
         """Run one pass; return the bytes that all ranks sent, by operation, kind and link."""
@@ -244,12 +244,12 @@ def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups)
     }
 
 
-def run_exchange_benchmarks(
-    spec: ExchangeBenchmarkSpec, groups: ProcessGroups, device: torch.device
-) -> dict[str, object]:
+def run_exchange_benchmarks(rank: RankContext, spec: ExchangeBenchmarkSpec) -> dict[str, object]:
     """Benchmark every dispatcher in every format, with interleaved repeats. Collective; equal on all ranks."""
+    torch.set_num_threads(1)
+    groups = rank.open_groups(spec.topology)
     benches = {
-        (name, form): ExchangeBenchmark(spec, name, form, groups, device)
+        (name, form): ExchangeBenchmark(spec, name, form, groups, rank.device)
         for name in spec.exchanges
         for form in spec.formats
     }
@@ -270,33 +270,8 @@ def run_exchange_benchmarks(
         rows.append(row)
     return {
         "spec": asdict(spec),
-        "device": str(device),
+        "device": str(rank.device),
         "rows": rows,
         "minimum_inter_node_bytes": minimum_inter_node_bytes(spec, groups),
         "inter_node_bytes_counted": sum(bench.total_inter_node_bytes() for bench in benches.values()),
     }
-
-
-def main(spec_text: str, output: str) -> None:
-    """Run one rank under torchrun; rank 0 writes the result to the file `output`."""
-    worker = TorchrunEnvironment.read()
-    assert worker is not None
-    spec = parse_json(spec_text).as_dataclass(ExchangeBenchmarkSpec)
-    # Nodes that are only processes share this machine, so each of their ranks needs one of its GPUs.
-    has_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and not spec.on_cpu
-    device = torch.device("cuda", worker.local_rank) if has_gpus else torch.device("cpu")
-    if has_gpus:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    init_default_process_group(worker, device, _LIMIT)
-    make = build_group_factory(device, worker.rank, _LIMIT)
-    result = run_exchange_benchmarks(
-        spec, ProcessGroups.create(spec.topology, worker.rank, _LIMIT, group_factory=make), device
-    )
-    if worker.rank == 0:
-        Path(output).write_text(json.dumps(result))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -6,14 +6,11 @@ layout that distributes a model is run: communication between ranks is timed sep
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -22,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...comm.async_comm import InlineCommunicator, build_async_communicator
-from ...comm.bootstrap import TorchrunEnvironment, init_default_process_group
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
@@ -38,9 +34,10 @@ from ...trainer.model.model import Model
 from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
-from ..compose import compose_run_config
 from ..planner.kernel_times import KernelMeasurement
 from ..planner.operations import ComputePhase
+from ..run.on_ranks import RankContext
+from .bench_exchange_rank import DispatchInputs, time_exchange_operations
 
 T = TypeVar("T")
 
@@ -48,6 +45,13 @@ _LIMIT = timedelta(minutes=2)
 _WARM_UP = 3
 _COLLECTIVES_PER_STEP = 2  # small ones: target counts, and the sums of a step (trainer/run/step.py)
 _SOURCE = "shoestring calibrate: median on this machine, all ranks busy"
+
+
+def calibrate_rank(rank: RankContext, argument: tuple[RunConfig, int]) -> list[KernelMeasurement]:
+    """Measure the run of `argument`, with that number of repeats; return the rows, which are equal on all ranks."""
+    config, repeats = argument
+    topology = Topology(ep=rank.world_size, gpus_per_node=rank.world_size)
+    return list(Calibration(replace(config, topology=topology), rank.open_groups(topology), repeats).measure_rows())
 
 
 @dataclass(frozen=True)
@@ -160,19 +164,10 @@ class Calibration:
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
         weights_TK = torch.rand(tokens, model.num_experts_per_tok)
         experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
+        inputs = DispatchInputs(tokens_TD, weights_TK, experts_TK, grad_TD)
         seconds: defaultdict[ExchangeOperation, list[float]] = defaultdict(list)
-
-        def run_operations(number: int) -> tuple[float, ...]:
-            label = ExchangeLabel("calibrate", number)
-            received, first = self._timed(lambda: exchange.dispatch(tokens_TD, weights_TK, experts_TK, label).wait())
-            rows_RD, grads_R = received.rows_RD.clone(), torch.zeros_like(received.gate_weights_R)
-            _, second = self._timed(lambda: exchange.combine(rows_RD, received).wait())
-            _, third = self._timed(lambda: exchange.combine_backward(grad_TD, received).wait())
-            _, fourth = self._timed(lambda: exchange.dispatch_backward(rows_RD, grads_R, received).wait())
-            return first, second, third, fourth
-
         for repetition in range(self.repeats + _WARM_UP):
-            times = run_operations(repetition)
+            times = time_exchange_operations(exchange, inputs, ExchangeLabel("calibrate", repetition), self._timed)
             for name, value in zip(ExchangeOperation, times, strict=True):
                 if repetition >= _WARM_UP:
                     seconds[name].append(value)
@@ -297,24 +292,3 @@ def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
 
 def _length(span: Span) -> float:
     return (span.end - span.begin) / 1e9
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Measure the run that the first argument describes as JSON; rank 0 writes the rows to the second."""
-    worker = TorchrunEnvironment.read()
-    assert worker is not None
-    overrides, directory = json.loads(arguments[0])
-    config = compose_run_config(overrides, None if directory is None else Path(directory))
-    init_default_process_group(worker, torch.device("cpu"), _LIMIT)
-    topology = Topology(ep=worker.world_size, gpus_per_node=worker.world_size)
-    groups = ProcessGroups.create(topology, worker.rank, _LIMIT)
-    rows = [
-        asdict(row) for row in Calibration(replace(config, topology=topology), groups, int(arguments[2])).measure_rows()
-    ]
-    if worker.rank == 0:
-        Path(arguments[1]).write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

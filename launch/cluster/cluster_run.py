@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -153,23 +154,18 @@ def _run(
     logs: Sequence[IO[str]],
 ) -> int:
     """Start the nodes, wait for them, and print the result. `logs` are of all nodes but 0, which uses the terminal."""
-    steps = _Steps(Path(config.training.run_dir) / METRICS_FILE, time.time())
+    last_step = partial(_last_step, Path(config.training.run_dir) / METRICS_FILE, time.time())
     outputs: list[IO[str] | None] = [None, *logs]
+    variables = {"GPUS_PER_NODE": str(run.gpus_per_node)}
     processes = [
-        cluster.start_process(
-            node,
-            run.node_command(),
-            {"GPUS_PER_NODE": str(run.gpus_per_node)},
-            stdout=output,
-            stderr=output,
-        )
+        cluster.start_process(node, run.node_command(), variables, stdout=output, stderr=output)
         for node, output in enumerate(outputs)
     ]
     outcomes: dict[int, str] = {}
     code = None
     try:
         seconds_after_fault = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
-        _wait(cluster, processes, steps, faults, outcomes, seconds_after_fault)
+        _wait(cluster, processes, last_step, faults, outcomes, seconds_after_fault)
     except StoppedBySignal as stop:
         code = stop.exit_code
     _end(cluster, processes, outcomes)
@@ -181,26 +177,19 @@ def _run(
     return code
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Steps that a run has logged since `began`."""
-
-    metrics: Path
-    began: float
-
-    def last(self) -> int:
-        """Return the last logged step, 0 before the first."""
-        try:
-            events = read_all_metrics(self.metrics)
-        except ConfigError:  # no file yet, or --fresh has just removed it
-            return 0
-        return max((event.step for event in events if event.kind == "step" and event.time >= self.began), default=0)
+def _last_step(metrics: Path, began: float) -> int:
+    """Return the last step that the run has logged since `began`, 0 before the first."""
+    try:
+        events = read_all_metrics(metrics)
+    except ConfigError:  # no file yet, or --fresh has just removed it
+        return 0
+    return max((event.step for event in events if event.kind == "step" and event.time >= began), default=0)
 
 
 def _wait(
     cluster: SimulatedCluster,
     processes: Sequence[NamespaceProcess],
-    steps: _Steps,
+    last_step: Callable[[], int],
     faults: Sequence[InjectedFault],
     outcomes: dict[int, str],
     seconds_after_fault: float,
@@ -211,7 +200,7 @@ def _wait(
     """
     deadline, pending = math.inf, list(faults)
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        last = steps.last() if pending else 0
+        last = last_step() if pending else 0
         for fault in [fault for fault in pending if fault.step <= last]:
             pending.remove(fault)
             outcomes[fault.node] = fault.inject(cluster)

@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import IO, Self
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
+from ..run.rank_environment import SAFE_PATH_ENVIRONMENT, build_rank_environment
+from ..run.torchrun import TORCHRUN_COMMAND, wait_for_torchruns
 from .namespaces import NamespaceNode, NamespaceProcess, namespace_problems
 
 _INTERFACE = "eth0"
@@ -150,6 +152,17 @@ class SimulatedCluster:
         variables = os.environ | (environment or {}) | self.node_environment(node)
         return self._running_node(node).start_process(command, variables, stdout, stderr)
 
+    def run_ranks(self, arguments: Sequence[str], ranks: int, seconds: float) -> None:
+        """Run `python <arguments>` as `ranks` ranks, an equal part of them on each node. Raises `RanksFailed`."""
+        processes = []
+        for node in range(self.nodes):
+            variables = self.node_environment(node)
+            master = [f"--master-addr={variables['MASTER_ADDR']}", f"--master-port={variables['MASTER_PORT']}"]
+            place = [f"--nnodes={self.nodes}", f"--node-rank={node}", f"--nproc-per-node={ranks // self.nodes}"]
+            command = [*TORCHRUN_COMMAND, *place, *master, *arguments]
+            processes.append(self.start_process(node, command, build_rank_environment(SAFE_PATH_ENVIRONMENT)))
+        wait_for_torchruns(processes, seconds)
+
     def cut_link(self, node: int) -> None:
         """Disconnect the node: packets from and to it are dropped without an error."""
         self._running_node(node)
@@ -170,6 +183,10 @@ class SimulatedCluster:
         if node in self._bytes_of_killed:
             return self._bytes_of_killed[node]
         return self._nodes[node].interface_bytes_sent(_INTERFACE)
+
+    def total_bytes_sent(self) -> int:
+        """Return the bytes that all nodes have sent through their uplinks, headers included."""
+        return sum(self.uplink_bytes_sent(node) for node in range(self.nodes))
 
     def _running_node(self, node: int) -> NamespaceNode:
         if node in self._bytes_of_killed:

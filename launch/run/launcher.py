@@ -55,7 +55,7 @@ from .signals import (
     exclude_ignored_signals,
     ignore_late_stop_signals,
 )
-from .torchrun import TORCHRUN_COMMAND, terminate_torchrun
+from .torchrun import RANK_MODULE_ARGUMENTS, TORCHRUN_COMMAND, terminate_torchrun
 
 LAUNCHER_TERMINATION_SIGNALS = (*FORCE_STOP_SIGNALS, signal.SIGHUP)
 """Signals, besides SIGINT, that end a launcher that cannot pass a stop request to ranks."""
@@ -183,7 +183,8 @@ def run_torchrun(config: RunConfig, local: LocalRanks, run_dir: Path, attempt: s
         environment = _environment(config, local, launch_variables)
         # Without these, torchrun leaves a log folder behind, and forwards the stop signals as kills to the ranks.
         torchrun = [*_torchrun(config, local), f"--log-dir={folder}/torchrun", "--signals-to-handle=SIGINT"]
-        command = [*TORCHRUN_COMMAND, *torchrun, "-m", "shoestring.launch.run.start_rank", str(run_dir / CONFIG_FILE)]
+        rank = [*RANK_MODULE_ARGUMENTS, "shoestring.launch.run.worker:run_rank_from_config_file"]
+        command = [*TORCHRUN_COMMAND, *torchrun, *rank, str(run_dir / CONFIG_FILE)]
         return _run(command, environment, StopRequest(stop_file, config.training.stop_seconds))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ...comm.bootstrap import read_whole_number
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.rank_consistency import Fingerprints
 from ...trainer.config import RunConfig
@@ -77,11 +78,7 @@ def read_node_environment(environment: Mapping[str, str]) -> NodeEnvironment:
     problems: list[Problem] = []
 
     def whole(name: str, default: int, low: int, high: int) -> int:
-        text = environment.get(name) or str(default)
-        if text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high:
-            return int(text)
-        problems.append(Problem(name, text, f"must be a whole number from {low} to {high}"))
-        return default
+        return read_whole_number(name, environment.get(name) or str(default), low, high, problems)
 
     nodes = whole("NNODES", 1, 1, 100_000)
     rank = whole("NODE_RANK", 0, 0, 100_000)

@@ -159,46 +159,25 @@ def _store(config: RunConfig) -> CheckpointStore:
 
 def hardware_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
     """Yield a problem for each GPU, library or kernel that `local_ranks` ranks need and this machine lacks."""
-    yield from _device_problems(config, local_ranks)
-    yield from _exchange_problems(config, local_ranks)
-    yield from _provider_problems(config, local_ranks)
-    yield from _attention_problems(config, local_ranks)
-
-
-def _device_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    gpus = torch.cuda.device_count()
-    if config.training.device == "cuda" and gpus < local_ranks:
+    gpus, device = torch.cuda.device_count(), config.training.device
+    on_gpu = device != "cpu" and gpus >= local_ranks
+    if device == "cuda" and gpus < local_ranks:
         hint = f"{local_ranks} ranks need one GPU each, this machine has {gpus}; write auto or cpu, or use fewer ranks"
         yield Problem("training.device", "cuda", hint)
-
-
-def _exchange_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
+    gpu_dtype = config.precision.compute_dtype(torch.device("cuda"))
     if config.exchange.name == "deepep":
-        dtype = config.precision.compute_dtype(torch.device("cuda"))
-        run = dispatch_buffer_shape(config), config.topology.ep, dtype, config.training.device
-        yield from deepep_problems(*run, local_ranks, build_rank_environment())
-
-
-def _attention_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    """Yield a problem if the attention backend does not run on the device that the ranks will use."""
-    name, device = config.training.attention_backend, config.training.device
-    gpus = torch.cuda.device_count()
-    if device != "cpu" and gpus >= local_ranks:
-        case = config.attention_shape(config.precision.compute_dtype(torch.device("cuda")))
+        shape, ep = dispatch_buffer_shape(config), config.topology.ep
+        yield from deepep_problems(shape, ep, gpu_dtype, device, local_ranks, build_rank_environment())
+    if config.precision.linear == "fp8":
+        name = config.precision.fp8_backend
+        for reason in unavailable_reasons(choose_backend(name, on_gpu=on_gpu), on_gpu=on_gpu):
+            yield Problem("precision.fp8_backend", name, reason)
+    attention = config.training.attention_backend
+    if on_gpu:
         try:
-            select_attention(name, case, GpuCapabilities.detect())
+            select_attention(attention, config.attention_shape(gpu_dtype), GpuCapabilities.detect())
         except ConfigError as error:
             yield from error.problems
-    elif name != "auto" and device == "auto":
+    elif attention != "auto" and device == "auto":
         hint = f"is for GPUs, and this machine has {gpus} for {local_ranks} ranks; write auto, or use fewer ranks"
-        yield Problem(CONFIG_KEY, name, hint)
-
-
-def _provider_problems(config: RunConfig, local_ranks: int) -> Iterator[Problem]:
-    """Yield a problem for each reason why the FP8 backend does not run on the device that the ranks will use."""
-    name, device = config.precision.fp8_backend, config.training.device
-    if config.precision.linear != "fp8":
-        return
-    on_gpu = device != "cpu" and torch.cuda.device_count() >= local_ranks
-    for reason in unavailable_reasons(choose_backend(name, on_gpu=on_gpu), on_gpu=on_gpu):
-        yield Problem("precision.fp8_backend", name, reason)
+        yield Problem(CONFIG_KEY, attention, hint)

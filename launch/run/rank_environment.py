@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,92 +44,56 @@ class EnvironmentSetting:
         return next(((name, environment[name]) for name in (self.name, *self.aliases) if name in environment), None)
 
 
+_RUN_DIR = "RUN_DIR"
+_DUMP_NAMES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # of torch 2.13 and of earlier torch
+_WHY_MALLOC = (
+    "by default the memory of freed large tensors returns to the kernel, and the next tensor faults it in page by "
+    "page; with this value up to 8 GiB stay in the process"
+)
+_WHY_DUMPS = "keeps the flight recorder's file of each rank in the run directory, not in one machine's home"
+# fmt: off
+_SETTINGS = (
+    EnvironmentSetting("TORCH_CPP_LOG_LEVEL", "ERROR", "torch",
+        "otherwise every rank prints the warnings of torch's C++ code", gpu_only=False, read_at_startup=True),
+    EnvironmentSetting("OMP_NUM_THREADS", "1", "OpenMP",
+        "with one thread pool per rank, the ranks of a machine spend their time spinning",
+        gpu_only=False, read_at_startup=True),
+    EnvironmentSetting("MALLOC_TRIM_THRESHOLD_", _MALLOC_THRESHOLD, "glibc", _WHY_MALLOC,
+        gpu_only=False, read_at_startup=True),
+    EnvironmentSetting("MALLOC_MMAP_THRESHOLD_", _MALLOC_THRESHOLD, "glibc", _WHY_MALLOC,
+        gpu_only=False, read_at_startup=True),
+    EnvironmentSetting("CUDA_DEVICE_MAX_CONNECTIONS", "32", "CUDA",
+        "a process has 8 hardware queues by default and a rank a dozen streams; if two streams share a queue, the "
+        "second waits for a receive that was posted early in the first"),
+    EnvironmentSetting("PYTORCH_ALLOC_CONF", "expandable_segments:True", "torch",
+        "row counts differ in every dispatch, which fragments fixed segments; DeepSeek-V3's largest rank has only "
+        "4.8 GiB free", read_at_startup=True, aliases=("PYTORCH_CUDA_ALLOC_CONF",)),
+    EnvironmentSetting("NCCL_LAUNCH_ORDER_IMPLICIT", "1", "NCCL 2.26 or later",
+        "kernels of several communicators start in the order of their launches on the host, so that no two GPUs wait "
+        "in kernels that the other has not started; a launch waits until the previous one has started, so the first "
+        "collective of a step waits until all buckets but the last are gathered; set from CUDA 12.3 on, since before "
+        "it NCCL serializes the kernels, and a receive posted early blocks all others"),
+    EnvironmentSetting("NCCL_DEBUG", "WARN", "NCCL", "NCCL prints no errors by default"),
+    EnvironmentSetting("TORCH_FR_BUFFER_SIZE", "10000", "torch",
+        "calls that the flight recorder keeps; the default of 2,000 covers half a step: 4 layers x 8 all-to-alls x "
+        "120 micro-batches are 3,840", aliases=("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
+    EnvironmentSetting("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "torch",
+        "a collective that times out dumps the flight recorder"),
+    EnvironmentSetting(_DUMP_NAMES[0], f"{_RUN_DIR}/{FLIGHT_RECORDER_DIR}/rank_", "torch 2.13", _WHY_DUMPS,
+        aliases=_DUMP_NAMES),
+    EnvironmentSetting(_DUMP_NAMES[1], f"{_RUN_DIR}/{FLIGHT_RECORDER_DIR}/rank_", "earlier torch", _WHY_DUMPS,
+        aliases=_DUMP_NAMES),
+    EnvironmentSetting("TORCH_GLOO_LAZY_INIT", "1", "torch",
+        "gloo connects two ranks at their first message; at 2,048 ranks a group of all ranks would open 2,047 sockets "
+        "per rank, and on GPUs gloo carries only stop votes and saves"),
+)
+# fmt: on
+
+
 def environment_settings(run_dir: Path) -> tuple[EnvironmentSetting, ...]:
     """Return all settings of a run with the directory `run_dir`."""
-    dumps = str(run_dir.absolute() / FLIGHT_RECORDER_DIR / "rank_")
-    dump_names = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    dump_reason = "keeps the flight recorder's file of each rank in the run directory, not in one machine's home"
-    return (
-        EnvironmentSetting(
-            "TORCH_CPP_LOG_LEVEL",
-            "ERROR",
-            "torch",
-            "otherwise every rank prints the warnings of torch's C++ code",
-            gpu_only=False,
-            read_at_startup=True,
-        ),
-        EnvironmentSetting(
-            "OMP_NUM_THREADS",
-            "1",
-            "OpenMP",
-            "with one thread pool per rank, the ranks of a machine spend their time spinning",
-            gpu_only=False,
-            read_at_startup=True,
-        ),
-        *(
-            EnvironmentSetting(
-                name,
-                _MALLOC_THRESHOLD,
-                "glibc",
-                "by default the memory of freed large tensors returns to the kernel, and the next tensor faults it in "
-                "page by page; with this value up to 8 GiB stay in the process",
-                gpu_only=False,
-                read_at_startup=True,
-            )
-            for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-        ),
-        EnvironmentSetting(
-            "CUDA_DEVICE_MAX_CONNECTIONS",
-            "32",
-            "CUDA",
-            "a process has 8 hardware queues by default and a rank a dozen streams; if two streams share a queue, the "
-            "second waits for a receive that was posted early in the first",
-        ),
-        EnvironmentSetting(
-            "PYTORCH_ALLOC_CONF",
-            "expandable_segments:True",
-            "torch",
-            "row counts differ in every dispatch, which fragments fixed segments; DeepSeek-V3's largest rank has only "
-            "4.8 GiB free",
-            read_at_startup=True,
-            aliases=("PYTORCH_CUDA_ALLOC_CONF",),
-        ),
-        EnvironmentSetting(
-            "NCCL_LAUNCH_ORDER_IMPLICIT",
-            "1",
-            "NCCL 2.26 or later",
-            "kernels of several communicators start in the order of their launches on the host, so that no two GPUs "
-            "wait in kernels that the other has not started; a launch waits until the previous one has "
-            "started, so the first collective of a step waits until all buckets but the last are gathered; "
-            "set from CUDA 12.3 on, since before it NCCL serializes the kernels, and a receive posted early "
-            "blocks all others",
-        ),
-        EnvironmentSetting("NCCL_DEBUG", "WARN", "NCCL", "NCCL prints no errors by default"),
-        EnvironmentSetting(
-            "TORCH_FR_BUFFER_SIZE",
-            "10000",
-            "torch",
-            "calls that the flight recorder keeps; the default of 2,000 covers half a step: 4 layers x 8 all-to-alls x "
-            "120 micro-batches are 3,840",
-            aliases=("TORCH_NCCL_TRACE_BUFFER_SIZE",),
-        ),
-        EnvironmentSetting(
-            "TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "torch", "a collective that times out dumps the flight recorder"
-        ),
-        *(
-            EnvironmentSetting(
-                name, dumps, "torch 2.13" if name is dump_names[0] else "earlier torch", dump_reason, aliases=dump_names
-            )
-            for name in dump_names
-        ),
-        EnvironmentSetting(
-            "TORCH_GLOO_LAZY_INIT",
-            "1",
-            "torch",
-            "gloo connects two ranks at their first message; at 2,048 ranks a group of all ranks would open 2,047 "
-            "sockets per rank, and on GPUs gloo carries only stop votes and saves",
-        ),
-    )
+    folder = str(run_dir.absolute())
+    return tuple(replace(setting, value=setting.value.replace(_RUN_DIR, folder)) for setting in _SETTINGS)
 
 
 SAFE_PATH_ENVIRONMENT = {"PYTHONSAFEPATH": "1"}

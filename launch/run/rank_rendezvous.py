@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store
 from ...comm.errors import raise_if_any
-from .rendezvous import PeriodicMessage, master_address_problems
+from .node_connection import PeriodicMessage
+from .rendezvous import master_address_problems
 
 _POLL_SECONDS = 0.2
 

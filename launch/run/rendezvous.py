@@ -10,21 +10,17 @@ Instead of either answer node 0 may send an error, which all nodes receive. A me
 
 from __future__ import annotations
 
-import errno
-import json
-import selectors
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text, replace_file_atomically
-from ...comm.files.strict_json import JsonValue, MalformedFileError, parse_json
-from ...comm.loopback import open_listening_socket, resolve_to_loopback
+from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ...comm.rank_consistency import (
     MISMATCH_HINT,
     Fingerprints,
@@ -33,22 +29,14 @@ from ...comm.rank_consistency import (
     fingerprints_from_json,
     fingerprints_to_json,
 )
-from ..console import print_to_stderr
+from .node_connection import POLL_SECONDS, SECONDS_TO_SPEAK, NodeConnection, PeriodicMessage, first_messages, listen
 
-_MESSAGE_INTERVAL_SECONDS = 30
-_POLL_SECONDS = 0.5
-_SECONDS_TO_SPEAK = 10
-"""Limit for a connected node to send its message; within one network it takes milliseconds."""
 _SECONDS_TO_SEE = 60
 """Limit for a file to appear on the other nodes: NFS caches a directory for up to 60 s (acdirmax)."""
 _SECONDS_TO_HEAR = 20
 """Time after an error in which further nodes may connect, so that they receive it instead of waiting in vain."""
-_SECONDS_FOR_PORT = 20
 _SECONDS_TO_REPORT = 20
 """Time in which a node tries to report an error: node 0 has more to check, and listens later than others fail."""
-_MAX_BYTES = 4 * 2**20
-_MAX_UNIDENTIFIED = 256
-"""Limit on connections that have not sent their message; a node sends it within milliseconds."""
 _MAX_NOTE_BYTES = 1000
 _FILE = "rendezvous"
 
@@ -104,54 +92,45 @@ def host_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, ru
     `attempt` is the unique text of the shared file. Raises `ConfigError` for a node that does not match, and
     `RendezvousError` for one that does not connect.
     """
+    note, nodes = run_dir / _FILE, dict[int, NodeConnection]()
     with ExitStack() as cleanup:
-        note = run_dir / _FILE
         with config_error_context(note, "free disk space, or use another training.run_dir"):
             replace_file_atomically(note, attempt.encode())
-        cleanup.callback(lambda: note.unlink(missing_ok=True))
-        listener = cleanup.enter_context(_listener(endpoint))
-        nodes: dict[int, _Connection] = {}
+        cleanup.callback(note.unlink, missing_ok=True)
+        listener = cleanup.enter_context(listen(endpoint.address, endpoint.port))
         cleanup.callback(_close, nodes)
         try:
             _register_nodes(endpoint, listener, fingerprints, nodes)
-            for number, node in nodes.items():
-                _send(number, node, {"run_dir": str(run_dir), "attempt": attempt})
-            for number, node in nodes.items():
-                _check_shared_file(number, node, run_dir)
+            for node in nodes.values():
+                _send(node, {"run_dir": str(run_dir), "attempt": attempt})
+            for node in nodes.values():
+                _check_shared_file(node, run_dir)
         except ConfigError as error:
             for node in nodes.values():
                 with suppress(OSError):
                     node.send({"refused": str(error)})
             raise
-        for number, node in nodes.items():
-            _send(number, node, {"go": True})
+        for node in nodes.values():
+            _send(node, {"go": True})
 
 
-def _send(number: int, node: _Connection, message: Mapping[str, object]) -> None:
+def _close(nodes: Mapping[int, NodeConnection]) -> None:
+    for node in nodes.values():
+        node.connection.close()
+
+
+def _send(node: NodeConnection, message: Mapping[str, object]) -> None:
     try:
         node.send(message)
     except OSError as error:
-        raise RendezvousError(
-            f"node {number} ({node.host}) disconnected ({error.strerror}); see the output of that node"
-        ) from error
-
-
-def _close(nodes: Mapping[int, _Connection]) -> None:
-    for node in nodes.values():
-        node.close()
+        raise RendezvousError(f"{node.name} disconnected ({error.strerror}); see the output of that node") from error
 
 
 def join_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints) -> Path:
     """Connect to node 0; return the run directory of the launch once all nodes have connected and match."""
     peer = _connect(endpoint)
     try:
-        peer.send(
-            {
-                "node": endpoint.node_rank,
-                "host": socket.gethostname(),
-                "fingerprints": fingerprints_to_json(fingerprints),
-            }
-        )
+        peer.send(_introduction(endpoint) | {"fingerprints": fingerprints_to_json(fingerprints)})
         answer = _receive_answer(endpoint, peer)
         run_dir, attempt = _path(answer["run_dir"]), answer["attempt"].as_string()
         peer.send({"sees": _sees_file(run_dir / _FILE, attempt), "where": str(run_dir.absolute())})
@@ -161,8 +140,12 @@ def join_rendezvous(endpoint: RendezvousEndpoint, fingerprints: Fingerprints) ->
     except OSError as error:
         raise RendezvousError(f"lost the connection to node 0 at {endpoint.host_and_port}: {error}") from error
     finally:
-        peer.close()
+        peer.connection.close()
     return run_dir
+
+
+def _introduction(endpoint: RendezvousEndpoint) -> dict[str, object]:
+    return {"node": endpoint.node_rank, "host": socket.gethostname()}
 
 
 def _path(item: JsonValue) -> Path:
@@ -177,190 +160,39 @@ def report_config_error(endpoint: RendezvousEndpoint, error: ConfigError) -> Non
     deadline = time.monotonic() + _SECONDS_TO_REPORT
     while True:
         try:
-            connection = socket.create_connection((endpoint.address, endpoint.port), _POLL_SECONDS)
+            connection = socket.create_connection((endpoint.address, endpoint.port), POLL_SECONDS)
             break
         except (ConnectionRefusedError, TimeoutError):
             if time.monotonic() > deadline:
                 return
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         except OSError:
             return
-    with suppress(OSError):
-        peer = _Connection(connection)
-        peer.send({"node": endpoint.node_rank, "host": socket.gethostname(), "refused": str(error)})
-        peer.close()
-
-
-@dataclass(eq=False)
-class _Connection:
-    """Connection to another node that sends and receives lines of JSON."""
-
-    connection: socket.socket
-    host: str = "?"
-    _rest: bytes = field(default=b"")
-
-    def send(self, message: Mapping[str, object]) -> None:
-        self.connection.settimeout(_SECONDS_TO_SPEAK)
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, seconds: float) -> JsonValue | None:
-        """Return the next message, a mapping; None if the other side has closed the connection.
-
-        With 0 seconds, only bytes that have arrived are read. Raises `TimeoutError`, and `MalformedFileError` for
-        anything but a JSON object.
-        """
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._rest:
-            self.connection.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self.connection.recv(2**16)
-            if not data:
-                return None
-            self._rest += data
-            if len(self._rest) > _MAX_BYTES:
-                raise MalformedFileError("", len(self._rest), "is too long for a message")
-            if b"\n" not in self._rest and time.monotonic() >= deadline:
-                raise TimeoutError
-        text, _, self._rest = self._rest.partition(b"\n")
-        message = parse_json(text)
-        message.as_mapping()
-        return message
-
-    def close(self) -> None:
-        self.connection.close()
-
-
-class PeriodicMessage:
-    """Message on a wait, printed `first_after` seconds from now and every 30 seconds."""
-
-    def __init__(self, first_after: float = 0) -> None:
-        self._next = time.monotonic() + first_after
-
-    def print_if_due(self, text: str) -> None:
-        """Print `text` if it is due."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _MESSAGE_INTERVAL_SECONDS
-            print_to_stderr(f"shoestring train: {text}")
-
-
-@contextmanager
-def _listener(endpoint: RendezvousEndpoint) -> Iterator[socket.socket]:
-    """Listen on every address of this machine, or only on its loopback address if that is MASTER_ADDR."""
-    deadline = time.monotonic() + _SECONDS_FOR_PORT
-    while True:
-        try:
-            listener = _listen(endpoint)
-            break
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                hint = f"cannot be opened on this machine ({error.strerror}); use another port, the same on all nodes"
-                raise ConfigError([Problem("MASTER_PORT", endpoint.port, hint)]) from error
-        time.sleep(_POLL_SECONDS)  # the previous launch, or another program, still has the port
-    with listener:
-        listener.setblocking(False)
-        yield listener
-
-
-def _listen(endpoint: RendezvousEndpoint) -> socket.socket:
-    loopback = resolve_to_loopback(endpoint.address)
-    if loopback is not None:
-        return open_listening_socket(loopback, endpoint.port)
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", endpoint.port), family=family, dualstack_ipv6=both, backlog=2048)
-
-
-class _UnidentifiedConnections:
-    """Connections that have not sent their first message, polled together: a silent one delays no other."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener = listener
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._deadlines: dict[_Connection, float] = {}
-
-    def __enter__(self) -> _UnidentifiedConnections:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for peer in self._deadlines:
-            peer.close()
-        self._selector.close()
-
-    def wait_for_messages(self, seconds: float) -> Iterator[tuple[_Connection, JsonValue]]:
-        """Yield each connection that sends a message within `seconds`, with the message.
-
-        Connections that send anything else are closed without an error, since a port may be scanned.
-        """
-        for key, _ in self._selector.select(max(0.0, seconds)):
-            if key.data is None:
-                self._accept()
-            elif key.data in self._deadlines:
-                yield from self._receive(key.data)
-        late = [peer for peer, deadline in self._deadlines.items() if time.monotonic() > deadline]
-        for peer in late:
-            self._forget(peer).close()
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # it has disconnected already
-            return
-        if len(self._deadlines) >= _MAX_UNIDENTIFIED:
-            self._forget(next(iter(self._deadlines))).close()
-        peer = _Connection(connection)
-        self._deadlines[peer] = time.monotonic() + _SECONDS_TO_SPEAK
-        self._selector.register(connection, selectors.EVENT_READ, peer)
-
-    def _receive(self, peer: _Connection) -> Iterator[tuple[_Connection, JsonValue]]:
-        try:
-            message = peer.receive(0)
-        except TimeoutError:
-            return  # a part of a message
-        except (OSError, ValueError):
-            message = None
-        self._forget(peer)
-        if message is None:
-            peer.close()
-        else:
-            yield peer, message
-
-    def _forget(self, peer: _Connection) -> _Connection:
-        self._selector.unregister(peer.connection)
-        del self._deadlines[peer]
-        return peer
+    with suppress(OSError), connection:
+        NodeConnection(connection).send(_introduction(endpoint) | {"refused": str(error)})
 
 
 def _register_nodes(
-    endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, _Connection]
+    endpoint: RendezvousEndpoint, listener: socket.socket, fingerprints: Fingerprints, nodes: dict[int, NodeConnection]
 ) -> None:
     """Add every other node to `nodes`. Raises `ConfigError`, after a delay in which the other nodes may connect."""
-    with _UnidentifiedConnections(listener) as connections:
-        _register_nodes_from(connections, endpoint, fingerprints, nodes)
-
-
-def _register_nodes_from(
-    connections: _UnidentifiedConnections,
-    endpoint: RendezvousEndpoint,
-    fingerprints: Fingerprints,
-    nodes: dict[int, _Connection],
-) -> None:
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     hint = _not_local_hint(endpoint.address)
     errors: list[ConfigError] = []
-    while len(nodes) < endpoint.node_count - 1:
-        missing = [number for number in range(1, endpoint.node_count) if number not in nodes]
-        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        count = f"{len(missing)} of {endpoint.node_count} nodes"
-        waiting.print_if_due(f"waiting for {count} at {endpoint.host_and_port} (missing: {names}){hint}")
-        if errors and time.monotonic() > deadline:
-            break
-        if time.monotonic() > deadline:
-            late = f"{count} did not connect to {endpoint.host_and_port} within {endpoint.timeout_text}"
-            advice = "see their output, and check that they can reach that address"
-            raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
-        for peer, message in connections.wait_for_messages(min(_POLL_SECONDS, deadline - time.monotonic())):
+    with closing(first_messages(listener)) as arrivals:
+        while missing := [number for number in range(1, endpoint.node_count) if number not in nodes]:
+            names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+            count = f"{len(missing)} of {endpoint.node_count} nodes"
+            waiting.print_if_due(f"waiting for {count} at {endpoint.host_and_port} (missing: {names}){hint}")
+            if time.monotonic() > deadline:
+                if errors:
+                    break
+                late = f"{count} did not connect to {endpoint.host_and_port} within {endpoint.timeout_text}"
+                advice = "see their output, and check that they can reach that address"
+                raise RendezvousError(f"{late} (missing: {names}){hint}; {advice}")
             try:
-                _register_node(endpoint, peer, message, fingerprints, nodes)
+                if arrived := next(arrivals):
+                    _register_node(endpoint, *arrived, fingerprints, nodes)
             except ConfigError as error:
                 errors.append(error)
                 deadline = min(deadline, time.monotonic() + _SECONDS_TO_HEAR)
@@ -382,43 +214,44 @@ def _not_local_hint(address: str) -> str:
 
 def _register_node(
     endpoint: RendezvousEndpoint,
-    peer: _Connection,
+    peer: NodeConnection,
     message: JsonValue,
     fingerprints: Fingerprints,
-    nodes: dict[int, _Connection],
+    nodes: dict[int, NodeConnection],
 ) -> None:
     """Add `peer` to `nodes`, or close it if it is not a node of the launch. Raises `ConfigError` for a mismatch."""
     try:
-        number, peer.host = message["node"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
+        number, host = message["node"].as_integer(1, endpoint.node_count - 1), message["host"].as_string()
         item = message.get("refused")
         its_error = None if item is None else item.as_string()
         theirs = {} if its_error is not None else fingerprints_from_json(message["fingerprints"].as_string())
     except ValueError:
-        peer.close()
+        peer.connection.close()
         return
     if number in nodes:
-        nodes[number].close()  # the node was restarted
-    nodes[number] = peer
-    who = f"node {number} ({peer.host})"
+        nodes[number].connection.close()  # the node was restarted
+    nodes[number], peer.name = peer, f"node {number} ({host})"
     if its_error is not None:
-        raise ConfigError([Problem(f"node {number}", peer.host, f"reported an error: {its_error}")])
+        raise ConfigError([Problem(f"node {number}", host, f"reported an error: {its_error}")])
     name = find_first_mismatch(fingerprints, theirs)
     if name is not None:
         here = f"node 0 ({socket.gethostname()})"
-        raise ConfigError([Problem(name, describe_mismatch(name, (here, fingerprints), (who, theirs)), MISMATCH_HINT)])
+        raise ConfigError(
+            [Problem(name, describe_mismatch(name, (here, fingerprints), (peer.name, theirs)), MISMATCH_HINT)]
+        )
 
 
-def _check_shared_file(number: int, node: _Connection, run_dir: Path) -> None:
+def _check_shared_file(node: NodeConnection, run_dir: Path) -> None:
     try:
-        message = node.receive(_SECONDS_TO_SEE + _SECONDS_TO_SPEAK)
+        message = node.receive(_SECONDS_TO_SEE + SECONDS_TO_SPEAK)
     except (OSError, ValueError) as error:
-        raise RendezvousError(f"node {number} ({node.host}) has stopped answering: {error}") from error
+        raise RendezvousError(f"{node.name} has stopped answering: {error}") from error
     if message is None:
-        raise RendezvousError(f"node {number} ({node.host}) disconnected; see the output of that node")
+        raise RendezvousError(f"{node.name} disconnected; see the output of that node")
     tree = message.as_mapping()
     if tree.get("sees") is not True:
         hint = (
-            f"is not shared: node {number} ({node.host}) does not see in {tree.get('where')} the file that node 0 "
+            f"is not shared: {node.name} does not see in {tree.get('where')} the file that node 0 "
             f"wrote in {run_dir.absolute()}; use a directory on a file system that all nodes share"
         )
         raise ConfigError([Problem("training.run_dir", str(run_dir), hint)])
@@ -429,7 +262,7 @@ def _sees_file(note: Path, attempt: str) -> bool:
     is_there = False
     with suppress(OSError):
         is_there = note.parent.is_dir()
-    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else _POLL_SECONDS)
+    deadline = time.monotonic() + (_SECONDS_TO_SEE if is_there else POLL_SECONDS)
     while True:
         with suppress(OSError, MalformedFileError):
             names = {path.name for path in note.parent.iterdir()}
@@ -437,14 +270,14 @@ def _sees_file(note: Path, attempt: str) -> bool:
                 return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-def _connect(endpoint: RendezvousEndpoint) -> _Connection:
+def _connect(endpoint: RendezvousEndpoint) -> NodeConnection:
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds, PeriodicMessage()
     while True:
         try:
-            seconds = min(_SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
+            seconds = min(SECONDS_TO_SPEAK, max(0.1, deadline - time.monotonic()))
             connection = socket.create_connection((endpoint.address, endpoint.port), seconds)
         except OSError as error:
             waiting.print_if_due(f"waiting for node 0 at {endpoint.host_and_port} ({error.strerror or error})")
@@ -453,12 +286,12 @@ def _connect(endpoint: RendezvousEndpoint) -> _Connection:
                 raise RendezvousError(
                     f"node 0 did not listen at {endpoint.host_and_port} within {endpoint.timeout_text}; {hint}"
                 ) from error
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         else:
-            return _Connection(connection)
+            return NodeConnection(connection)
 
 
-def _receive_answer(endpoint: RendezvousEndpoint, peer: _Connection) -> JsonValue:
+def _receive_answer(endpoint: RendezvousEndpoint, peer: NodeConnection) -> JsonValue:
     """Return node 0's next message.
 
     Raises `ConfigError` that node 0 reports, `RendezvousError`, and `MalformedFileError` for anything but a message.
@@ -466,7 +299,7 @@ def _receive_answer(endpoint: RendezvousEndpoint, peer: _Connection) -> JsonValu
     deadline, waiting = time.monotonic() + endpoint.timeout_seconds + _SECONDS_TO_SEE, PeriodicMessage()
     while time.monotonic() < deadline:
         try:
-            message = peer.receive(_POLL_SECONDS)
+            message = peer.receive(POLL_SECONDS)
         except TimeoutError:
             others = f"waiting until all {endpoint.node_count} nodes have connected"
             waiting.print_if_due(f"connected to node 0 at {endpoint.host_and_port}; {others}")

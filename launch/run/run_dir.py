@@ -42,7 +42,9 @@ def lock_run_dir(run_dir: Path, *, fresh: bool) -> Iterator[None]:
         raise_if_not_regular_file(run_dir / _LOCK_FILE)
         lock = (run_dir / _LOCK_FILE).open("a")
     with lock:
-        _lock(lock.fileno(), run_dir)
+        # flock: the kernel releases the lock when this process ends, in whatever way it ends.
+        held = "another run is active in it; wait for it, stop it, or use another directory"
+        acquire_exclusive_lock(lock.fileno(), "training.run_dir", str(run_dir), held)
         if fresh:
             with _os_errors_as_config_errors(run_dir):
                 _empty(run_dir)
@@ -102,12 +104,6 @@ def _is_free_or_run_dir(run_dir: Path) -> bool:
     names = {path.name for path in run_dir.iterdir()}
     # Only the marker's temporary file: another node of this launch is creating the directory, or was killed meanwhile.
     return _MARKER_FILE in names or names <= {f"{_MARKER_FILE}.new"}
-
-
-def _lock(descriptor: int, run_dir: Path) -> None:
-    # flock: the kernel releases the lock when this process ends, in whatever way it ends.
-    held = "another run is active in it; wait for it, stop it, or use another directory"
-    acquire_exclusive_lock(descriptor, "training.run_dir", str(run_dir), held)
 
 
 def _empty(run_dir: Path) -> None:

@@ -1,9 +1,14 @@
-"""Entry point of a rank that the launcher starts: `python -m shoestring.launch.run.start_rank RUN_DIR/config.yaml`."""
+"""Entry point of every rank: `python -m shoestring.launch.run.start_rank MODULE:FUNCTION PATH`.
+
+The function takes the path and returns the exit code: `worker:run_rank_from_config_file` with RUN_DIR/config.yaml, or
+`on_ranks:run_call` with the folder of the call.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
+import pkgutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +19,10 @@ from .signals import die_with_launcher
 
 
 def main() -> None:
-    """Run the rank that torchrun's variables name, with the configuration that the launcher wrote."""
-    die_with_launcher()  # before the imports below, which take seconds
+    """Run the rank that torchrun's variables name, and exit with its code."""
+    die_with_launcher()  # before the function's module is imported, which takes seconds
     open_standard_streams()
-    from .worker import run_rank_from_config_file
-
-    exit_without_teardown(run_rank_from_config_file(Path(sys.argv[1])))
+    exit_without_teardown(pkgutil.resolve_name(sys.argv[1])(Path(sys.argv[2])))
 
 
 def exit_without_teardown(code: int) -> NoReturn:

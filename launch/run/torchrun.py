@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 
 from ...comm.loopback import find_loopback_address
 from .rank_environment import COMMON_SETTINGS, SAFE_PATH_ENVIRONMENT, build_rank_environment, single_node_settings
+from .signals import LAUNCHER_PID_ENV_VAR, die_with_parent
 
 # With -P the working directory is not on the path, where a user's `token.py` would hide Python's module.
 TORCHRUN_COMMAND = (sys.executable, "-P", "-m", "shoestring.launch.run.torchrun_agent")
+RANK_MODULE_ARGUMENTS = ("-m", "shoestring.launch.run.start_rank")
+"""Python's arguments for a rank; MODULE:FUNCTION and the path that the function takes follow them."""
 
 _SECONDS_TO_END = 30
 
@@ -33,9 +37,9 @@ def run_local_ranks(arguments: Sequence[str], processes: int, seconds: float) ->
     """Run `python <arguments>` as `processes` ranks on this machine, to the end. Raises `RanksFailed`."""
     with tempfile.TemporaryDirectory() as logs:  # without --log-dir torchrun leaves a folder behind
         command = [*TORCHRUN_COMMAND, *local_torchrun_arguments(processes), f"--log-dir={logs}", *arguments]
-        process = Popen(
-            command, env=build_rank_environment(SAFE_PATH_ENVIRONMENT, [*COMMON_SETTINGS, *single_node_settings()])
-        )
+        variables = {**SAFE_PATH_ENVIRONMENT, LAUNCHER_PID_ENV_VAR: str(os.getpid())}
+        environment = build_rank_environment(variables, [*COMMON_SETTINGS, *single_node_settings()])
+        process = Popen(command, env=environment, preexec_fn=die_with_parent)
         try:
             wait_for_torchruns([process], seconds)
         finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from datetime import timedelta
@@ -20,13 +19,14 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.run import parse_args, run
+from typing_extensions import override
 
 from ...comm.loopback import open_listening_socket
 from ..console import print_to_stderr
@@ -37,61 +37,26 @@ _SECONDS = 60
 _FAILURE = 1
 
 
-class LoopbackRendezvous(RendezvousHandler):
+class LoopbackRendezvous(StaticTCPRendezvous):
     """Rendezvous of one machine's ranks, with a store that listens only on the address of `parameters.endpoint`."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         listener = open_listening_socket(parameters.endpoint)
-        self._address, self._port = listener.getsockname()[:2]
-        self._run_id = parameters.run_id
-        self._store = dist.TCPStore(
-            self._address,
-            self._port,
-            None,
-            True,
-            timeout=timedelta(seconds=_SECONDS),
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=_detach(listener),
+        address, port = listener.getsockname()[:2]
+        super().__init__(address, port, rank=0, world_size=1, run_id=parameters.run_id, timeout=_SECONDS)
+        limit, descriptor = timedelta(seconds=_SECONDS), listener.detach()  # the store closes the descriptor
+        self._loopback_store = dist.TCPStore(
+            address, port, None, True, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
         )
 
-    @property
-    def use_agent_store(self) -> bool:
-        """See `RendezvousHandler`."""
-        return True
-
+    @override
     def get_backend(self) -> str:
-        """See `RendezvousHandler`."""
         return RENDEZVOUS_BACKEND
 
+    @override
     def next_rendezvous(self) -> RendezvousInfo:
-        """See `RendezvousHandler`; this machine is the only one."""
-        store = dist.PrefixStore(self._run_id, self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self._address, self._port))
-
-    def is_closed(self) -> bool:
-        """See `RendezvousHandler`."""
-        return False
-
-    def set_closed(self) -> None:
-        """See `RendezvousHandler`."""
-
-    def num_nodes_waiting(self) -> int:
-        """See `RendezvousHandler`."""
-        return 0
-
-    def get_run_id(self) -> str:
-        """See `RendezvousHandler`."""
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        """See `RendezvousHandler`."""
-        return True
-
-
-def _detach(listener: socket.socket) -> int:
-    """Detach the descriptor of `listener`, since the store closes it."""
-    return listener.detach()
+        store = dist.PrefixStore(self.run_id, self._loopback_store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self.master_addr, self.master_port))
 
 
 def main() -> None:

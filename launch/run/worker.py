@@ -17,8 +17,6 @@ import torch.distributed as dist
 
 from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store, init_default_process_group
 from ...comm.errors import CollectiveError, ConfigError, Problem
-from ...comm.group_factory import build_group_factory
-from ...comm.groups import ProcessGroups
 from ...comm.rank_consistency import RankMismatchError, verify_ranks_match
 from ...comm.watchdog import Watchdog
 from ...trainer.build import build_stage_layout
@@ -29,6 +27,7 @@ from ...trainer.run.exit import HaltReason, RankFailed, RunFailed, RunHalted
 from ..compose import config_to_yaml, read_config
 from ..console import print_to_stderr
 from .fingerprint import attempt_name, data_digest, run_fingerprint
+from .on_ranks import RankContext, pick_device
 from .rank_environment import (
     FLIGHT_RECORDER_DIR,
     applicable_settings,
@@ -90,9 +89,8 @@ def _run(config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callabl
         return _report_config_error(Path(config.training.run_dir), worker.rank, error)
     timeout = timedelta(seconds=config.training.collective_timeout_seconds)
     try:
-        replica_groups = build_stage_layout(config).replica_pp_groups()
-        make = build_group_factory(device, worker.rank, timeout)
-        groups = ProcessGroups.create(config.topology, worker.rank, timeout, replica_groups, make, watchdog)
+        rank = RankContext(**vars(worker), device=device, timeout=timeout)
+        groups = rank.open_groups(config.topology, build_stage_layout(config).replica_pp_groups(), watchdog)
         steps = train(config, groups, device, attempt_name(), stop_requested)
     except ConfigError as error:
         return _stop(config, worker, _CONFIG_ERROR, str(error))
@@ -141,7 +139,8 @@ def _connect_ranks(
         key = "start_timeout_seconds"
         verify_ranks_match(store, worker.rank, worker.world_size, run_fingerprint(config, data_digest(config)))
         _apply_settings(config, worker)
-        device = pick_device(config, worker)
+        print_unused_gpus(config.training.device, worker)
+        device = pick_device(config.training.device, worker)
         watchdog = _watch(config, worker) if device.type == "cuda" else None
         with nullcontext() if watchdog is None else watchdog.watch_call("opening NCCL", range(worker.world_size)):
             init_default_process_group(worker, device, limit, store)
@@ -161,13 +160,13 @@ def _report_config_error(run_dir: Path, rank: int, error: ConfigError, *, owns: 
     if (LAUNCHER_PID_ENV_VAR in os.environ or (owns and rank == 0)) and is_run_dir(run_dir):
         write_run_status(run_dir, _CONFIG_ERROR, str(error))
     if rank == 0 or LAUNCHER_PID_ENV_VAR not in os.environ or not isinstance(error, RankMismatchError):
-        print_to_stderr(f"shoestring train: {error}" if rank == 0 else f"shoestring train: rank {rank}: {error}")
+        _print(rank, str(error))
     return _CONFIG_ERROR
 
 
 def _apply_settings(config: RunConfig, worker: TorchrunEnvironment) -> None:
     """Set the variables that the user's torchrun has not set, before CUDA starts; rank 0 prints the differences."""
-    on_gpu = uses_gpus(config.training.device, _local_ranks())
+    on_gpu = uses_gpus(config.training.device, worker.local_world_size)
     run_dir = Path(config.training.run_dir)
     chosen = applicable_settings(run_dir, on_gpu=on_gpu)
     messages = [*describe_user_overrides(chosen, os.environ), *apply_late_settings(chosen, os.environ)]
@@ -177,10 +176,6 @@ def _apply_settings(config: RunConfig, worker: TorchrunEnvironment) -> None:
         (run_dir / FLIGHT_RECORDER_DIR).mkdir(exist_ok=True)
     for message in messages:
         print_to_stderr(f"shoestring train: {message}")
-
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _die(message: str) -> NoReturn:
@@ -215,12 +210,15 @@ def _hold_run_dir(config: RunConfig) -> Iterator[None]:
         yield
 
 
+def _print(rank: int, text: str) -> None:
+    """Print a message of this rank; rank 0 speaks for the run."""
+    print_to_stderr(f"shoestring train: {text}" if rank == 0 else f"shoestring train: rank {rank}: {text}")
+
+
 def _stop(config: RunConfig, worker: TorchrunEnvironment, code: int, reason: str) -> int:
     launched, run_dir = LAUNCHER_PID_ENV_VAR in os.environ, Path(config.training.run_dir)
     if code and (worker.rank == 0 or not launched):
-        print_to_stderr(
-            f"shoestring train: {reason}" if worker.rank == 0 else f"shoestring train: rank {worker.rank}: {reason}"
-        )
+        _print(worker.rank, reason)
     if worker.rank == 0:
         try:
             write_run_status(run_dir, code, reason)
@@ -232,20 +230,11 @@ def _stop(config: RunConfig, worker: TorchrunEnvironment, code: int, reason: str
     return 0 if launched else code
 
 
-def pick_device(config: RunConfig, worker: TorchrunEnvironment) -> torch.device:
-    """Return the device of this rank; `auto` uses GPUs if every local rank gets one."""
-    wanted = config.training.device
-    gpus = torch.cuda.device_count()
-    local = _local_ranks()
+def print_unused_gpus(wanted: str, worker: TorchrunEnvironment) -> None:
+    """Print on one rank of each machine if `auto` leaves GPUs unused, since there is not one for each rank."""
+    gpus, local = torch.cuda.device_count(), worker.local_world_size
     if wanted == "auto" and 0 < gpus < local and worker.local_rank == 0:
         has = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         choice = "topology=single" if gpus == 1 else f"topology=single for one of them, or a topology of {gpus} ranks"
         text = f"this machine has {has} for {local} ranks, so they compute on the CPU; to use {has}, write {choice}"
         print_to_stderr(f"shoestring train: {text}")
-    if not uses_gpus(wanted, local):
-        return torch.device("cpu")
-    device = torch.device("cuda", worker.local_rank)
-    torch.cuda.set_device(device)
-    # With the reduced-precision default, cuBLAS adds the parts of a split-K product in BF16.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return device

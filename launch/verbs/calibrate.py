@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +13,12 @@ from omegaconf import OmegaConf
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
+from ..bench.calibrate_rank import calibrate_rank
 from ..compose import compose_run_config, escape_interpolations
 from ..planner.compute_time import recipe_by_config_key
 from ..planner.config_adapter import configured_recipe, unsupported_config_problems
 from ..planner.kernel_times import KernelMeasurement, write_kernel_table
-from ..run.torchrun import run_local_ranks
+from ..run.on_ranks import run_on_ranks
 
 _SECONDS = 600.0
 
@@ -38,12 +37,7 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     except OSError as error:
         hint = f"cannot be created: {error.strerror}"
         raise ConfigError([Problem("--output", str(folder), hint)]) from None
-    described = json.dumps([list(overrides), None if config_dir is None else str(config_dir.absolute())])
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "rows.json"
-        rank = ["-m", "shoestring.launch.bench.calibrate_rank", described, str(output), str(repeats)]
-        run_local_ranks(rank, ranks, _SECONDS)
-        rows = [KernelMeasurement(**row) for row in json.loads(output.read_text())]
+    rows = run_on_ranks(calibrate_rank, (config, repeats), ranks, device="cpu", seconds=_SECONDS)[0]
     return write_cluster_config(folder, [*recipe_measurements(config), *rows], ranks)
 
 

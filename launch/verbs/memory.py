@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ from rich.table import Table
 
 from ...comm.errors import raise_if_any
 from ...comm.units import format_mega
+from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
-from ...trainer.memory.measured import MeasuredMemory
+from ...trainer.memory.measured import MeasuredMemory, measure_step_memory
 from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
 from ..compose import compose_run_config
+from ..run.on_ranks import RankContext, run_on_ranks
 from ..run.preflight import hardware_problems
-from ..run.torchrun import run_local_ranks
+from ..run.worker import print_unused_gpus
 
 _SECONDS = 900.0
 _STATE = "model states"
@@ -69,8 +70,16 @@ def build_memory_report(
     device = _device(config)
     if measure:
         raise_if_any(hardware_problems(config, config.topology.world_size))
-        devices, found = _measure(config, overrides, config_dir, all_tokens_to_one_rank=all_tokens_to_one_rank)
-        device = devices[0].partition(":")[0]
+        ranks = run_on_ranks(
+            measure_rank,
+            (config, all_tokens_to_one_rank),
+            config.topology.world_size,
+            device=config.training.device,
+            timeout=timedelta(seconds=config.training.collective_timeout_seconds),
+            seconds=_SECONDS,
+        )
+        found = [memory for _, memory in ranks]
+        device = ranks[0][0].partition(":")[0]
     return MemoryReport(config, device, MemoryPredictor(config, torch.device(device)), found, all_tokens_to_one_rank)
 
 
@@ -81,17 +90,12 @@ def _device(config: RunConfig) -> str:
     return "cuda" if config.cluster.sm_count is not None or torch.cuda.is_available() else "cpu"
 
 
-def _measure(
-    config: RunConfig, overrides: Sequence[str], config_dir: Path | None, *, all_tokens_to_one_rank: bool
-) -> tuple[list[str], list[MeasuredMemory]]:
-    directory = None if config_dir is None else str(config_dir.absolute())
-    described = json.dumps([list(overrides), directory, all_tokens_to_one_rank])
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "memory.json"
-        rank = ["-m", "shoestring.launch.bench.memory_rank", described, str(output)]
-        run_local_ranks(rank, config.topology.world_size, _SECONDS)
-        ranks = json.loads(output.read_text())
-    return [device for device, _ in ranks], [MeasuredMemory.from_dict(tree) for _, tree in ranks]
+def measure_rank(rank: RankContext, argument: tuple[RunConfig, bool]) -> tuple[str, MeasuredMemory]:
+    """Run steps on random tokens; return this rank's device and memory. The argument: `skewed` follows the run."""
+    config, skewed = argument
+    print_unused_gpus(config.training.device, rank)
+    groups = rank.open_groups(config.topology, build_stage_layout(config).replica_pp_groups())
+    return str(rank.device), measure_step_memory(config, groups, rank.device, skewed=skewed)
 
 
 def memory_as_dict(report: MemoryReport) -> dict[str, object]:

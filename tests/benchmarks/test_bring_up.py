@@ -17,8 +17,9 @@ import torch
 
 from shoestring.benchmarks import bring_up
 from shoestring.benchmarks.rows import providers
-from shoestring.benchmarks.rows.process import Rank, RowProcess
+from shoestring.benchmarks.rows.process import RowProcess
 from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, RowStatus, expect, run_check
+from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.groups import Group
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
 from shoestring.tests.benchmarks import endless
@@ -144,7 +145,7 @@ def test_a_process_that_does_not_start_says_so_once(monkeypatch: pytest.MonkeyPa
     """Later rows do not wait for it again. Here rank 0 of two waits for a rendezvous store that does not exist."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    process = RowProcess(Rank.read(), start_seconds=0.5)
+    process = RowProcess(TorchrunEnvironment.read(), start_seconds=0.5)
     reasons = [process.run_check(Check("row", endless.fine, mandatory=True)).reason for _ in range(2)]
     assert reasons == ["its process did not start within 0.5 s"] * 2
     process.close()

@@ -11,7 +11,8 @@ from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.node import NodeEnvironment, count_local_ranks, read_node_environment
-from shoestring.launch.run.worker import pick_device
+from shoestring.launch.run.on_ranks import pick_device
+from shoestring.launch.run.worker import print_unused_gpus
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.two_machines import SCRIPT, environment
 
@@ -91,12 +92,12 @@ def test_a_machine_of_another_size_gets_a_hint(
 def test_gpus_that_are_too_few_are_not_passed_over_in_silence(
     gpus: int, line: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    config = compose_run_config(["experiment=quickstart"])
-    devices = [pick_device(config, TorchrunEnvironment(rank, rank, 4)).type for rank in range(4)]
-    assert devices == ["cuda" if gpus == 4 else "cpu"] * 4
+    for rank in range(4):
+        place = TorchrunEnvironment(rank, rank, 4, local_world_size=4)
+        print_unused_gpus("auto", place)
+        assert pick_device("auto", place).type == ("cuda" if gpus == 4 else "cpu")
     said = capsys.readouterr().err
     assert said.count("\n") == (line is not None)
     assert said.endswith(line or "")

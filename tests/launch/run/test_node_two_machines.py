@@ -149,7 +149,7 @@ def refused_alike(
             pytest.param({1: [key]}, {}, f"{key.partition('=')[0]} = '", id=key, marks=pytest.mark.slow)
             for key in (
                 "model.moe_intermediate_size=40",
-                "optimizer.peak_learning_rate=1e-4",
+                "optimizer.peak_learning_rate=2e-3",
                 "training.collective_timeout_seconds=9",
             )
         ),

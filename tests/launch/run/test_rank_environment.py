@@ -13,6 +13,7 @@ from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import launcher, rank_environment, worker
 from shoestring.launch.run.launcher import LocalRanks
+from shoestring.launch.run.on_ranks import pick_device
 from shoestring.launch.run.rank_environment import (
     COMMON_ENVIRONMENT,
     NUMA_BINDING_FLAG,
@@ -173,7 +174,7 @@ def test_products_on_a_gpu_are_added_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
     before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     try:
-        device = worker.pick_device(compose_run_config([]), TorchrunEnvironment(rank=0, local_rank=0, world_size=1))
+        device = pick_device("auto", TorchrunEnvironment(rank=0, local_rank=0, world_size=1))
         assert device == torch.device("cuda", 0)
         assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
     finally:

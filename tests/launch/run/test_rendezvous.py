@@ -17,7 +17,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError, Problem
 from shoestring.comm.rank_consistency import Fingerprint, Fingerprints, describe_mismatch, fingerprints_to_json
-from shoestring.launch.run import rendezvous
+from shoestring.launch.run import node_connection, rendezvous
 from shoestring.launch.run.rendezvous import (
     RendezvousEndpoint,
     RendezvousError,
@@ -60,7 +60,8 @@ def run_rendezvous(run_dir: Path, own: list[Fingerprints]) -> list[Outcome]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.02)
+    for module in (rendezvous, node_connection):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(rendezvous, "_SECONDS_TO_SEE", 0.3)
 
 
@@ -177,12 +178,12 @@ def test_silent_connections_delay_no_node_and_no_limit(tmp_path: Path) -> None:
         hosting = nodes.submit(outcome, lambda: host_rendezvous(impatient, FINGERPRINTS, tmp_path, "attempt"))
         with _reached(impatient), _reached(impatient):
             assert "did not connect" in str(hosting.result(60))
-    assert time.monotonic() - began < rendezvous._SECONDS_TO_SPEAK
+    assert time.monotonic() - began < node_connection.SECONDS_TO_SPEAK
 
 
 def test_a_silent_connection_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_SECONDS_TO_SPEAK", 0.1)
-    monkeypatch.setattr(rendezvous, "_MAX_UNIDENTIFIED", 1)
+    monkeypatch.setattr(node_connection, "SECONDS_TO_SPEAK", 0.1)
+    monkeypatch.setattr(node_connection, "_MAX_UNIDENTIFIED", 1)
     host, _ = endpoints(2, seconds=2)
     with ThreadPoolExecutor(1) as nodes:
         hosting = nodes.submit(outcome, lambda: host_rendezvous(host, FINGERPRINTS, tmp_path, "attempt"))
@@ -207,7 +208,7 @@ def test_a_node_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as nodes:
         hosting = nodes.submit(outcome, lambda: host_rendezvous(host, FINGERPRINTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            rendezvous._Connection(gone).send(
+            node_connection.NodeConnection(gone).send(
                 {"node": 1, "host": "x", "fingerprints": fingerprints_to_json(FINGERPRINTS)}
             )
             gone.shutdown(socket.SHUT_WR)
@@ -223,7 +224,7 @@ def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as nodes:
         hosting = nodes.submit(outcome, lambda: host_rendezvous(host, FINGERPRINTS, tmp_path, "attempt"))
         with _reached(host) as gone:
-            line = rendezvous._Connection(gone)
+            line = node_connection.NodeConnection(gone)
             line.send({"node": 1, "host": "far", "fingerprints": fingerprints_to_json(FINGERPRINTS)})
             line.receive(10)
         assert "node 1 (far) disconnected" in str(hosting.result(30))
@@ -231,12 +232,12 @@ def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
 
 def test_a_node_that_leaves_before_it_is_answered_is_named() -> None:
     here, there = socket.socketpair()
-    joining = rendezvous._Connection(here)
-    joining.host = "far"
+    joining = node_connection.NodeConnection(here)
+    joining.name = "node 1 (far)"
     there.close()
     with pytest.raises(RendezvousError, match=r"node 1 \(far\) disconnected"):
-        rendezvous._send(1, joining, {"go": True})
-    joining.close()
+        rendezvous._send(joining, {"go": True})
+    here.close()
 
 
 def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_note_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "_SECONDS_FOR_PORT", 0.1)
+    monkeypatch.setattr(node_connection, "_SECONDS_FOR_PORT", 0.1)
     host, _ = endpoints(2)
     with (
         socket.create_server((host.address, host.port)),

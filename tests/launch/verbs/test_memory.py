@@ -118,3 +118,15 @@ def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[
     for rows in (0, 100, 200):
         text = memory(capsys, *SMALL, f"recompute.expert_block_rows={rows}", code=2)
         assert f"recompute.expert_block_rows = {rows}: must be a multiple of 128" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", [(), ("--one-rank",)], ids=["as it falls", "one rank"])
+def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str], routing: tuple[str, ...]) -> None:
+    figures = tree(capsys, *SMALL, "topology.ep=2", "training.sequence_length=128", "--measure", *routing)
+    assert len(figures["measured"]) == 2
+    bound = figures["worst_case_routing_bytes"][0]
+    assert all(found["total"] <= bound for found in figures["measured"])
+    if not routing:
+        for found in figures["measured"]:
+            assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)
