@@ -186,6 +186,13 @@ class JsonValue:
             raise self.malformed_error("must be text")
         return self.value
 
+    def as_one_of(self, names: Iterable[str]) -> str:
+        """Return one of `names`."""
+        found = self.as_string()
+        if found not in tuple(names):
+            raise self.malformed_error(f"must be one of {', '.join(names)}")
+        return found
+
     def as_boolean(self) -> bool:
         """Return a boolean."""
         if type(self.value) is not bool:
@@ -252,12 +259,21 @@ class JsonValue:
             raise self.malformed_error("must be a SHA-256: 64 hexadecimal digits")
         return found
 
-    def as_dataclass(self, cls: type[T]) -> T:
+    def require_format(self, file_kind: str, supported: int, *, default: int | None = None) -> None:
+        """Raise `UnsupportedFormatError` unless the key `format` is `supported`; without the key it is `default`."""
+        tree = self.as_mapping()
+        found = tree.get("format", default)
+        if found != supported or type(found) is not int:
+            raise UnsupportedFormatError(file_kind, found, supported, tree.get("version"))
+
+    def as_dataclass(self, cls: type[T], *, ignore_unknown_keys: bool = False) -> T:
         """Build the dataclass `cls`, reading every field by its type. Only fields with a default may be missing.
 
-        Integers are at least 0. Raises `MalformedFileError`, also for a key that is not a field.
+        Integers are at least 0; a field `Annotated[TYPE, READ]` is `READ(value)`, which gets the `JsonValue`. Raises
+        `MalformedFileError`, also for a key that is not a field unless `ignore_unknown_keys`.
         """
-        self.reject_unknown_keys(name for name, _, _ in _fields(cls))
+        if not ignore_unknown_keys:
+            self.reject_unknown_keys(name for name, _, _ in _fields(cls))
         tree = self.as_mapping()
         values = {
             name: self[name]._of(kind) for name, kind, has_default in _fields(cls) if name in tree or not has_default
@@ -266,10 +282,12 @@ class JsonValue:
 
     def _of(self, kind: Any) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin is typing.Annotated:
+            return arguments[1](self)
         if origin in (typing.Union, types.UnionType):
             return None if self.value is None else self._of(next(each for each in arguments if each is not type(None)))
-        if origin is tuple:
-            return tuple(item._of(arguments[0]) for item in self.as_list())
+        if origin in (tuple, list):
+            return origin(item._of(arguments[0]) for item in self.as_list())
         if dataclasses.is_dataclass(kind):
             return self.as_dataclass(typing.cast("type[Any]", kind))
         read: dict[Any, Callable[[], Any]]
@@ -289,7 +307,7 @@ def _fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
 # Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
 @functools.cache
 def _fields_of(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(
         (
             field.name,
