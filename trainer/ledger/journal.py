@@ -33,6 +33,8 @@ _MAX_RECORD_BYTES = 2**20
 
 GENESIS_HASH = "0" * 64
 """Hash that the first line is chained to."""
+_END_OF_HASH = len(GENESIS_HASH) + 1
+"""Bytes of a hash with its closing quote."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,11 @@ class JournalReader:
 def _split_hash(line: bytes) -> tuple[bytes, bytes]:
     """Return the text of `line` without its hash, and the hash; without one, an empty hash, which no chain contains."""
     # As text: parsing takes three times as long. In a canonical line no text value contains these quotes unescaped.
-    begin = line.find(b'"hash":"')
-    if begin < 0:
-        return line, b""
-    end = begin + len(b'"hash":""') + len(GENESIS_HASH)
-    found = line[begin + len(b'"hash":"') : end - 1]
-    if line[begin - 1 : begin] == b",":
-        return line[: begin - 1] + line[end:-1], found
-    return line[:begin] + line[end:-1].removeprefix(b","), found
+    before, _, rest = line.partition(b',"hash":"')
+    if rest:
+        return before + rest[_END_OF_HASH:-1], rest[: _END_OF_HASH - 1]
+    before, _, rest = line.partition(b'"hash":"')  # its first key
+    return before + rest[_END_OF_HASH:-1].removeprefix(b","), rest[: _END_OF_HASH - 1]
 
 
 def is_valid_position(path: Path, place: JournalPosition) -> bool:

@@ -75,7 +75,7 @@ def stream_records(reader: JournalReader, end: int | None = None) -> Iterator[Le
     for line in reader.stream_lines(end):
         found = _LINE.fullmatch(line)
         row = None if found is None else found.groups()
-        if rows and (row is None or len(rows) == MAX_BATCH_RECORDS or row[:2] != rows[0][:2]):
+        if rows and (row is None or row[0] != rows[0][0] or row[1] != rows[0][1] or len(rows) == MAX_BATCH_RECORDS):
             yield _make_batch(rows)
             rows = []
         if row is None:
