@@ -82,13 +82,15 @@ class TrainingReady(LedgerRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Charge(LedgerRecord):
+class ChargedRecord(LedgerRecord):
+    """Record that charges the time before it."""
+
     gpu_ms: _Count
     """GPU-milliseconds before this instant."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDone(_Charge):
+class StepDone(ChargedRecord):
     """A step was applied to the weights."""
 
     step: _Count
@@ -100,7 +102,7 @@ class StepSkipped(StepDone):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntervalCharged(_Charge):
+class IntervalCharged(ChargedRecord):
     """Time of a bucket outside steps."""
 
     bucket: _Bucket

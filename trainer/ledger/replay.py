@@ -17,6 +17,7 @@ from .record_batch import RecordBatch
 from .records import (
     AttemptClosed,
     AttemptOpened,
+    ChargedRecord,
     IntervalCharged,
     LedgerRecord,
     Rank0Ended,
@@ -109,6 +110,8 @@ class Attempt:
         else:
             passed_ns, self.cursor = record.ns_since(self.cursor), record.instant
         free_ms = self._advance(passed_ns) * self.ranks
+        if isinstance(record, RecordBatch | ChargedRecord):
+            free_ms -= record.gpu_ms
         match record:
             case Rank0Started():
                 self._charge_free_time(free_ms, crashed=self.state in (AttemptState.STARTING, AttemptState.RUNNING))
@@ -123,19 +126,15 @@ class Attempt:
             case TrainingReady():
                 self._charge_free_time(free_ms)
                 self.state = AttemptState.RUNNING
-            case RecordBatch():
-                self._charge_free_time(free_ms - record.gpu_ms)
-                self.gpu_ms_by_bucket.update(record.gpu_ms_by_bucket)
-            case StepSkipped():
-                self._charge_free_time(free_ms - record.gpu_ms)
-                self.gpu_ms_by_bucket["skipped"] += record.gpu_ms
-            case IntervalCharged():
-                self._charge_free_time(free_ms - record.gpu_ms)
-                self.gpu_ms_by_bucket[record.bucket] += record.gpu_ms
-            case StepDone():
-                self._charge_free_time(free_ms - record.gpu_ms)
             case _:
                 self._charge_free_time(free_ms)
+        match record:
+            case RecordBatch():
+                self.gpu_ms_by_bucket.update(record.gpu_ms_by_bucket)
+            case StepSkipped():
+                self.gpu_ms_by_bucket["skipped"] += record.gpu_ms
+            case IntervalCharged():
+                self.gpu_ms_by_bucket[record.bucket] += record.gpu_ms
 
     def _advance(self, nanoseconds: int) -> int:
         """Return the whole milliseconds of `nanoseconds` more; the remainder is carried to the next call."""

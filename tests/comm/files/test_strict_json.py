@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
-from shoestring.comm.files.strict_json import MAX_DEPTH, MAX_INTEGER, JsonValue, MalformedFileError, parse_json
+from shoestring.comm.files.strict_json import (
+    MAX_DEPTH,
+    MAX_INTEGER,
+    JsonValue,
+    MalformedFileError,
+    UnsupportedFormatError,
+    parse_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,31 @@ class Outer:
     rate: float
     rank: int | None
     on: bool
+
+
+@dataclass(frozen=True)
+class Signed:
+    value: Annotated[int, lambda item: item.as_integer(-9, 9)]
+
+
+def test_a_field_may_name_its_reader_and_unknown_keys_may_be_ignored() -> None:
+    item = parse_json('{"value": -9, "more": 1}')
+    assert item.as_dataclass(Signed, ignore_unknown_keys=True) == Signed(-9)
+    with pytest.raises(MalformedFileError, match="more = 1: is not a key of this format"):
+        item.as_dataclass(Signed)
+    with pytest.raises(MalformedFileError, match="value = 10: must be from -9 to 9"):
+        parse_json('{"value": 10}').as_dataclass(Signed)
+
+
+def test_one_of_some_names_and_the_number_of_a_format() -> None:
+    item = parse_json('{"name": "b", "format": 2, "version": "0.9"}')
+    assert item["name"].as_one_of(("a", "b")) == "b"
+    with pytest.raises(MalformedFileError, match="name = 'b': must be one of a, c"):
+        item["name"].as_one_of(("a", "c"))
+    item.require_format("plan", 2)
+    with pytest.raises(UnsupportedFormatError, match=r"reads plan format 3; use Shoestring 0\.9 that wrote it"):
+        item.require_format("plan", 3)
+    parse_json("{}").require_format("plan", 1, default=1)
 
 
 def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
