@@ -187,6 +187,13 @@ class JsonValue:
             raise self.malformed_error("must be text")
         return self.value
 
+    def as_word(self, names: Iterable[str]) -> str:
+        """Return one of `names`."""
+        found = self.as_string()
+        if found not in tuple(names):
+            raise self.malformed_error(f"must be one of {', '.join(names)}")
+        return found
+
     def as_boolean(self) -> bool:
         """Return a boolean."""
         if type(self.value) is not bool:
@@ -247,15 +254,23 @@ class JsonValue:
             raise self.malformed_error(hint)
         return self.as_string()
 
-    def as_dataclass(self, cls: type[T], *, other_keys: bool = False) -> T:
+    def require_format(self, file_kind: str, supported: int, *, default: int | None = None) -> None:
+        """Raise `UnsupportedFormatError` unless the key `format` is `supported`; without the key it is `default`."""
+        tree = self.as_mapping()
+        found = tree.get("format", default)
+        if found != supported or type(found) is not int:
+            raise UnsupportedFormatError(file_kind, found, supported, tree.get("version"))
+
+    def as_dataclass(self, cls: type[T], *, ignore_unknown_keys: bool = False) -> T:
         """Build the dataclass `cls`, reading every field by its type and declared range (`comm/files/ranges.py`).
 
-        Only fields with a default may be missing. Integers are at least 0. Raises `MalformedFileError`, also for a key
-        that is not a field unless `other_keys`. A union of dataclasses is read by `as_one_of`.
+        Only fields with a default may be missing. Integers are at least 0; a field `Annotated[TYPE, READ]` is
+        `READ(value)`, which gets the `JsonValue`. Raises `MalformedFileError`, also for a key that is not a field
+        unless `ignore_unknown_keys`. A union of dataclasses is read by `as_one_of`.
         """
         fields = _json_fields(typing.cast("Any", cls))
         tree = self.as_mapping()
-        if not other_keys:
+        if not ignore_unknown_keys:
             self.reject_unknown_keys(field.name for field in fields)
         given = (field for field in fields if field.is_required or field.name in tree)
         return cls(**{field.name: self[field.name]._of_field(field) for field in given})
@@ -278,11 +293,15 @@ class JsonValue:
 
     def _of(self, kind: Any) -> Any:
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin is typing.Annotated:
+            return arguments[1](self)
         if origin in (typing.Union, types.UnionType):
             if self.value is None and type(None) in arguments:
                 return None
             kinds = [each for each in arguments if each is not type(None)]
             return self._of(kinds[0]) if len(kinds) == 1 else self.as_one_of(kinds)
+        if origin is list:
+            return [item._of(arguments[0]) for item in self.as_list()]
         if origin in (tuple, collections.abc.Sequence):
             if arguments[0] is int and _is_integer_list(self.value):
                 return tuple(self.value)
@@ -316,7 +335,7 @@ class _JsonField(typing.NamedTuple):
 # Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
 @functools.cache
 def _json_fields(cls: Any) -> tuple[_JsonField, ...]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(
         _JsonField(
             field.name,

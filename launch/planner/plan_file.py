@@ -155,7 +155,7 @@ def _read_layouts(tree: JsonValue) -> Iterator[tuple[str, _PlannedLayout]]:
 
 
 def _read_layout(item: JsonValue) -> _PlannedLayout:
-    layout = item.as_dataclass(_PlannedLayout, other_keys=True)
+    layout = item.as_dataclass(_PlannedLayout, ignore_unknown_keys=True)
     for term in STEP_TIME_TERMS:
         item["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
     return layout

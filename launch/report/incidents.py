@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from ...comm.files.file_io import config_error_context, open_regular_file, read_bounded_lines
-from ...comm.files.strict_json import parse_json
-from ...trainer.ledger.journal import Record
-from ...trainer.ledger.records import check_record, read_checked_records
+from ...trainer.ledger.journal import JournalReader
+from ...trainer.ledger.record_batch import stream_records
+from ...trainer.ledger.records import AttemptClosed, Resumed, StepDone, parse_record
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
 from ..answers.blocks import Block, Cell, MissingDataNotice, PageSection, Paragraph, number, table
@@ -68,10 +68,9 @@ def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
 
 def _of_launches(run_dir: Path) -> Iterator[Incident]:
     """Yield attempts that did not complete the run; the launcher's reason for one that did is `196 steps done`."""
-    for record in read_checked_records(run_dir / ALLOCATION_FILE):
-        reason = str(record.get("reason", ""))
-        if record["kind"] == "close" and not reason.endswith("steps done"):
-            yield Incident(record["wall_ns"] / 1e9, None, "launch", reason)
+    for record in stream_records(JournalReader(run_dir / ALLOCATION_FILE)):
+        if isinstance(record, AttemptClosed) and not record.reason.endswith("steps done"):
+            yield Incident(record.wall_ns / 1e9, None, "launch", record.reason)
 
 
 def _undone(path: Path) -> Iterator[Incident]:
@@ -81,7 +80,7 @@ def _undone(path: Path) -> Iterator[Incident]:
     """
     if not path.exists():
         return
-    last = None
+    last = b""
     with config_error_context(path, "restore the file"), open_regular_file(path) as file:
         for line in read_bounded_lines(file):
             if not line.endswith(b"\n"):
@@ -89,17 +88,13 @@ def _undone(path: Path) -> Iterator[Incident]:
             if b'"kind":"step"' in line:
                 last = line
             elif b'"kind":"resume"' in line:
-                record, before = _step_record(line), 0 if last is None else _step_record(last).get("step", 0)
-                undone = before - record["step"]
-                text = f"resumed from step {record['step']:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+                record, before = parse_record(line), parse_record(last) if last else None
                 last = line
-                yield Incident(record["wall_ns"] / 1e9, record["step"], "resume", text)
-
-
-def _step_record(line: bytes) -> Record:
-    record = parse_json(line).as_mapping()
-    check_record(record)
-    return record
+                if not isinstance(record, Resumed):
+                    continue
+                undone = before.step - record.step if isinstance(before, StepDone | Resumed) else 0
+                text = f"resumed from step {record.step:,}" + (f"; {undone:,} steps undone" if undone > 0 else "")
+                yield Incident(record.wall_ns / 1e9, record.step, "resume", text)
 
 
 def _clock(time: float) -> str:

@@ -81,4 +81,4 @@ class RunFollower:
 
     def _silent(self) -> float | None:
         heartbeat = read_heartbeat(self._run_dir)
-        return None if heartbeat is None else Instant.now().ns_since(Instant.from_record(heartbeat)) / 1e9
+        return None if heartbeat is None else Instant.now().ns_since(heartbeat) / 1e9

@@ -337,13 +337,10 @@ def _chained(records: list[Any]) -> bytes:
         if not isinstance(record, dict):
             lines.append(dumps(record) + b"\n")
             continue
-        content = {key: value for key, value in record.items() if key != "hash"}
-        try:
-            text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        except (TypeError, ValueError):
-            text = ""
-        head = hashlib.sha256((head + text).encode()).hexdigest()
-        lines.append(dumps({**content, "hash": head}) + b"\n")
+        text = dumps({key: value for key, value in record.items() if key != "hash"})
+        head = hashlib.sha256(head.encode() + text).hexdigest()
+        comma = "," if len(record) > 1 else ""
+        lines.append(text[:-1] + f'{comma}"hash":"{head}"}}\n'.encode())
     return b"".join(lines)
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from ... import __version__
 from ...comm.files.file_io import read_json, replace_file_atomically
-from ...comm.files.strict_json import MAX_INTEGER, MalformedFileError
+from ...comm.files.strict_json import MalformedFileError
 from .clock import Instant
 from .config import BudgetConfig
-from .journal import JournalWriter, Record
-from .records import read_checked_records
-from .terms import ALLOCATION_FILE, HEARTBEAT_FILE, LEDGER_FORMAT
+from .journal import JournalReader, JournalWriter
+from .record_batch import RecordBatch, stream_records
+from .records import AttemptClosed, AttemptOpened, LedgerRecord, record_now, to_content
+from .terms import ALLOCATION_FILE, HEARTBEAT_FILE
 
 HEARTBEAT_SECONDS = 2.0
 """Interval of heartbeats; the ledger misses at most this much of a killed launcher's time."""
@@ -43,33 +45,25 @@ class AllocationJournal:
     ) -> None:
         self._journal = JournalWriter(run_dir / ALLOCATION_FILE)
         self._heartbeat_path = run_dir / HEARTBEAT_FILE
-        earlier = read_checked_records(run_dir / ALLOCATION_FILE)
-        if any(record["attempt"] == attempt for record in earlier):
+        earlier = list(stream_records(JournalReader(run_dir / ALLOCATION_FILE)))
+        if any(record.attempt == attempt for record in earlier):
             raise ValueError(f"attempt {attempt!r} is in the ledger already: each launch needs another name")
-        self._close_killed_attempt(earlier, read_heartbeat(run_dir))
+        if earlier:
+            self._close_killed_attempt(earlier[-1], read_heartbeat(run_dir))
         self._attempt = attempt
         self._heartbeat_seconds = heartbeat_seconds
         self._closing = threading.Event()
-        held = {} if job is None else {"job": job}
-        self._append(
-            "open",
-            format=LEDGER_FORMAT,
-            version=__version__,
-            ranks=ranks,
-            phase=budget.phase,
-            budget_gpu_hours=budget.gpu_hours,
-            **held,
-        )
+        own = {"ranks": ranks, "phase": budget.phase, "budget_gpu_hours": budget.gpu_hours, "job": job}
+        self._journal.append(record_now(AttemptOpened, attempt, version=__version__, **own))
         self._journal.require_written()
         self.write_heartbeat()
         self._thread = threading.Thread(target=self._run_heartbeat, name="ledger heartbeat", daemon=True)
         self._thread.start()
 
-    def _close_killed_attempt(self, earlier: list[Record], heartbeat: Record | None) -> None:
-        """Append the last heartbeat of a killed launcher to the chain as its `close` record."""
-        is_open = bool(earlier) and earlier[-1]["kind"] == "open"
-        if heartbeat is not None and is_open and heartbeat["attempt"] == earlier[-1]["attempt"]:
-            self._journal.append({"kind": "close", **heartbeat, "reason": "its launcher was killed"})
+    def _close_killed_attempt(self, last: LedgerRecord | RecordBatch, heartbeat: LedgerRecord | None) -> None:
+        """Append the last heartbeat of a killed launcher, whose last record is `last`, to the chain as its close."""
+        if heartbeat is not None and isinstance(last, AttemptOpened) and heartbeat.attempt == last.attempt:
+            self._journal.append(to_content(AttemptClosed(**vars(heartbeat), reason="its launcher was killed")))
 
     def _run_heartbeat(self) -> None:
         while not self._closing.wait(self._heartbeat_seconds):
@@ -77,29 +71,22 @@ class AllocationJournal:
 
     def write_heartbeat(self) -> None:
         """Write the current instant to `heartbeat.json`, a separate file: the chain holds only events."""
-        try:
-            replace_file_atomically(
-                self._heartbeat_path, json.dumps({"attempt": self._attempt, **Instant.now().to_record()}).encode()
-            )
-        except OSError:
-            return  # a full disk may have space for the next one
+        heartbeat = {"attempt": self._attempt, **vars(Instant.now())}
+        with suppress(OSError):  # a full disk may have space for the next one
+            replace_file_atomically(self._heartbeat_path, json.dumps(heartbeat).encode())
 
     def close(self, reason: str) -> None:
         """Record that the GPUs are released; `reason` is text for a reader of the file."""
         self._closing.set()
         self._thread.join()
-        self._append("close", reason=reason)
+        self._journal.append(record_now(AttemptClosed, self._attempt, reason=reason))
         self._journal.close()
 
-    def _append(self, kind: str, **content: int | float | str) -> None:
-        self._journal.append({"kind": kind, "attempt": self._attempt, **Instant.now().to_record(), **content})
 
-
-def read_heartbeat(run_dir: Path) -> Record | None:
-    """Return the last heartbeat (attempt and instant), or None if it cannot be read."""
+def read_heartbeat(run_dir: Path) -> LedgerRecord | None:
+    """Return the last heartbeat, or None if it cannot be read."""
     try:
         heartbeat = read_json(run_dir / HEARTBEAT_FILE, _HEARTBEAT_BYTES)
-        times = {key: heartbeat[key].as_integer(-MAX_INTEGER) for key in ("wall_ns", "monotonic_ns")}
-        return {"attempt": heartbeat["attempt"].as_string(), **times, "boot": heartbeat["boot"].as_string()}
+        return heartbeat.as_dataclass(LedgerRecord, ignore_unknown_keys=True)
     except (OSError, MalformedFileError):
         return None

@@ -1,4 +1,4 @@
-"""Budget enforcement: projection of a run's cost at its end, warnings and halts."""
+"""Running cost of a run, and budget enforcement: projection of the cost at its end, warnings and halts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from ...comm.errors import collect_problems
 from .clock import Instant
 from .config import BudgetConfig
-from .meter import CostMeter
 from .project import Project, ProjectReader
 from .summary import TRAILING_STEPS, LedgerSummary
 from .terms import to_gpu_hours
@@ -78,25 +77,61 @@ def _accounts(
         yield BudgetAccount(name, phase_spent, left, None if to_spend is None else phase_spent + to_spend)
 
 
+class CostMeter:
+    """Running cost: the ledger's totals at the start of this attempt, plus the elapsed time of all ranks.
+
+    Cheap enough to read at every step. `summary` is read after `carry_checkpoint_totals`.
+    """
+
+    def __init__(self, summary: LedgerSummary, *, ranks: int) -> None:
+        self._start = Instant.now()
+        self._before_ms = summary.total_ms
+        self._phase_before_ms = summary.gpu_ms_by_phase[summary.phase]
+        self._productive_ms = summary.productive_ms
+        self._allocated_ms = summary.allocated_ms
+        self._ranks = ranks
+
+    def add_step(self, gpu_ms: int) -> None:
+        """Add the cost of a finished step."""
+        self._productive_ms += gpu_ms
+
+    def gpu_hours(self) -> float:
+        """Return the GPU-hours from the first attempt until now, including inherited ones."""
+        return to_gpu_hours(self._before_ms + self._elapsed_ms())
+
+    def phase_gpu_hours(self) -> float:
+        """Return the GPU-hours of this run's attempts in the current phase."""
+        return to_gpu_hours(self._phase_before_ms + self._elapsed_ms())
+
+    def goodput(self) -> float:
+        """Return the share of allocated time that was spent on kept steps."""
+        return self._productive_ms / max(1, self._allocated_ms + self._elapsed_ms())
+
+    def _elapsed_ms(self) -> int:
+        return Instant.now().ns_since(self._start) // 1_000_000 * self._ranks
+
+
 class BudgetGuard:
     """Budget check of a running run. Steps of earlier attempts do not count: their layout may have been another."""
 
     def __init__(self, config: BudgetConfig, meter: CostMeter, run_dir: Path) -> None:
-        self._config, self._meter, self._run_dir = config, meter, run_dir
+        self._config, self.meter, self._run_dir = config, meter, run_dir
         self._rates: deque[float] = deque(maxlen=TRAILING_STEPS)
         self._project = None if config.project is None else ProjectReader(Project.read(Path(config.project)))
         self._left: float | None = None
         self._read_at: Instant | None = None
         self._has_warned = False
 
-    def observe_step(self, gpu_ms: int, tokens: int) -> None:
-        """Add a finished step of `tokens` tokens."""
-        self._rates.append(gpu_ms / tokens)
+    def add_step(self, gpu_ms: int, tokens: int | None) -> None:
+        """Add a finished step; without `tokens` its cost per token does not apply to the steps left."""
+        self.meter.add_step(gpu_ms)
+        if tokens is not None:
+            self._rates.append(gpu_ms / tokens)
 
     def current_accounts(self, tokens_left: int) -> list[BudgetAccount]:
         """Return the accounts as of now."""
         rate = sorted(self._rates)[len(self._rates) // 2] if len(self._rates) >= MIN_STEPS_TO_PROJECT else None
-        spent, phase_spent = self._meter.gpu_hours(), self._meter.phase_gpu_hours()
+        spent, phase_spent = self.meter.gpu_hours(), self.meter.phase_gpu_hours()
         return list(_accounts(self._config, spent, phase_spent, self._left_of_project(), tokens_left, rate))
 
     def halt_reason(self, tokens_left: int) -> str | None:

@@ -1,119 +1,192 @@
-"""Check of each ledger record's keys, types and ranges; the hash chain alone does not validate its content."""
+"""Records of both journals, one class for each kind; the hash chain alone does not validate their content.
+
+A record is the instant at which something happened to an attempt. On disk its keys are the fields, and `kind`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Annotated, Any
 
-from ...comm.files.strict_json import MAX_INTEGER, JsonValue, MalformedFileError, UnsupportedFormatError
-from .journal import JournalReader, Record
+from ...comm.files.strict_json import JsonValue, parse_json
+from .clock import Instant
 from .terms import LEDGER_BUCKETS, LEDGER_FORMAT, PUBLISHED_GPU_HOURS, STEP_TIME_TERMS
 
 _MOST_RANKS = 10**7
-_WHOLE = (
-    "gpu_ms",
-    "tokens",
-    "step",
-    "step_us",
-    "from_gpu_ms",
-    "from_tokens_consumed",
-    "from_tokens_retained",
-    "records",
-)
-_OPENING = ("open", "begin")
-"""Kinds of record that open an attempt: of the launcher's half and of rank 0's."""
-_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "open": ("version", "ranks", "phase", "budget_gpu_hours"),
-        "close": (),
-        "begin": ("version", "ranks", "phase", "budget_gpu_hours"),
-        "ready": (),
-        "step": ("step", "gpu_ms", "tokens"),
-        "skipped": ("step", "gpu_ms", "tokens"),
-        "interval": ("bucket", "gpu_ms"),
-        "resume": ("step",),
-        "terms": ("step", "step_us", "us"),
-        "inherited": ("from_gpu_ms", "from_tokens_consumed", "from_tokens_retained", "from_head"),
-        "end": ("clean",),
-        "left_out": ("records",),
-    }
-)
-"""Required keys of each kind, in addition to attempt and instant; an unknown kind is of a later version."""
 _MOST = 2**53
 """Largest count or time."""
 
 
-def read_checked_records(path: Path) -> list[Record]:
-    """Return a ledger journal's checked records. Raises `ConfigError` like `read_journal`, or for a bad value."""
-    return JournalReader(path, check=check_record).new_records()
+def _read_hours(item: JsonValue) -> float:
+    if not item.as_number() > 0:
+        raise item.malformed_error("must be greater than 0")
+    return float(item.value)
 
 
-def check_record(record: Record) -> None:
-    """Raise `MalformedFileError` for a record with a missing key, or a value of another type or range."""
-    kind = record.get("kind")
-    needed = _KEYS.get(kind) if type(kind) is str else None
-    if needed is not None and _is_valid_fast(record, needed):
-        return  # fast path: a long run has a million records
-    _find(JsonValue(record), needed)
+def _read_terms(item: JsonValue) -> Mapping[str, int]:
+    # A clock that goes back gives a term below 0.
+    return {term: item[term].as_integer(-_MOST, _MOST) for term in (*STEP_TIME_TERMS, "bubble")}
 
 
-def _is_valid_fast(record: Record, needed: tuple[str, ...]) -> bool:
-    """Return True for a valid record of a frequent kind; False means that `_find` must check it."""
-    for key in ("wall_ns", "monotonic_ns"):
-        value = record.get(key)
-        if type(value) is not int or not -MAX_INTEGER <= value <= MAX_INTEGER:
-            return False
-    if type(record.get("attempt")) is not str or type(record.get("boot")) is not str:
-        return False
-    for key in needed:
-        value = record.get(key)
-        if key not in _WHOLE or type(value) is not int or not 0 <= value <= _MOST:
-            return False
-    return True
+_Count = Annotated[int, lambda item: item.as_integer(0, _MOST)]
+_Ranks = Annotated[int, lambda item: item.as_integer(1, _MOST_RANKS)]
+_Phase = Annotated[str, lambda item: item.as_word(PUBLISHED_GPU_HOURS)]
+_Bucket = Annotated[str, lambda item: item.as_word(LEDGER_BUCKETS)]
 
 
-def _find(item: JsonValue, needed: tuple[str, ...] | None) -> None:
-    if item["kind"].as_string() in _OPENING:
-        _check_format(item)
-    for key in needed or ():
-        _check(item, key)
-    for key in ("wall_ns", "monotonic_ns"):
-        item[key].as_integer(-MAX_INTEGER)  # a wall clock may be set to anything
-    for key in ("attempt", "boot"):
-        item[key].as_string()
-    for key in ("job", "from_allocation_head"):
-        if item.get(key) is not None:
-            item[key].as_string()
+@dataclass(frozen=True, kw_only=True)
+class LedgerRecord(Instant):
+    """Instant of an attempt. A heartbeat is one, and so is a record of a kind that a later version has added."""
+
+    attempt: str
+
+    @property
+    def instant(self) -> Instant:
+        """The instant alone."""
+        return Instant(self.wall_ns, self.monotonic_ns, self.boot)
 
 
-def _check_format(opening: JsonValue) -> None:
-    found = opening.value.get("format", 1)
-    if found != LEDGER_FORMAT or type(found) is not int:
-        raise UnsupportedFormatError("ledger", found, LEDGER_FORMAT, opening.value.get("version"))
+@dataclass(frozen=True, kw_only=True)
+class _Opening(LedgerRecord):
+    version: str
+    """Version of Shoestring."""
+    ranks: _Ranks
+    """GPUs held."""
+    phase: _Phase
+    budget_gpu_hours: Annotated[float, _read_hours]
+    job: str | None = None
+    """Scheduler's job ID."""
+    format: int = LEDGER_FORMAT
 
 
-def _check(item: JsonValue, key: str) -> None:
-    value = item[key]
-    if key in _WHOLE:
-        value.as_integer(0, _MOST)
-    elif key == "ranks":
-        value.as_integer(1, _MOST_RANKS)
-    elif key == "budget_gpu_hours":
-        if not value.as_number() > 0:
-            raise value.malformed_error("must be greater than 0")
-    elif key == "phase":
-        if value.as_string() not in PUBLISHED_GPU_HOURS:
-            raise value.malformed_error(f"must be one of {', '.join(PUBLISHED_GPU_HOURS)}")
-    elif key == "bucket":
-        if value.as_string() not in LEDGER_BUCKETS:
-            raise value.malformed_error(f"must be one of {', '.join(LEDGER_BUCKETS)}")
-    elif key == "us":
-        for term in (*STEP_TIME_TERMS, "bubble"):
-            value[term].as_integer(-_MOST, _MOST)  # a clock that goes back gives a term below 0
-    elif key == "clean":
-        value.as_boolean()
-    elif key in ("from_head", "version"):
-        value.as_string()
-    else:
-        raise MalformedFileError(key, None, "is not known")  # a key of `_KEYS` without a rule
+class AttemptOpened(_Opening):
+    """The launcher holds the GPUs from here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptClosed(LedgerRecord):
+    """The launcher has released the GPUs."""
+
+    reason: str = ""
+    """Text for a reader of the file."""
+
+
+class Rank0Started(_Opening):
+    """A process of rank 0 begins; an attempt that no launcher has opened begins with it."""
+
+
+class TrainingReady(LedgerRecord):
+    """The first step begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChargedRecord(LedgerRecord):
+    """Record that charges the time before it."""
+
+    gpu_ms: _Count
+    """GPU-milliseconds before this instant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(ChargedRecord):
+    """A step was applied to the weights."""
+
+    step: _Count
+    tokens: _Count
+
+
+class StepSkipped(StepDone):
+    """A step was not applied: its tokens are consumed, not retained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalCharged(ChargedRecord):
+    """Time of a bucket outside steps."""
+
+    bucket: _Bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(LedgerRecord):
+    """The weights are those after `step` again: later steps are rolled back."""
+
+    step: _Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimed(LedgerRecord):
+    """A sampled step of `step_us` GPU-microseconds over all ranks."""
+
+    step: _Count
+    step_us: _Count
+    us: Annotated[Mapping[str, int], _read_terms]
+    """GPU-microseconds of each of `STEP_TIME_TERMS`, and of `bubble`, the pipeline wait of the ideal program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalsInherited(LedgerRecord):
+    """Totals of a checkpoint that came without its ledger."""
+
+    from_gpu_ms: _Count
+    from_tokens_consumed: _Count
+    from_tokens_retained: _Count
+    from_head: str
+    from_allocation_head: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank0Ended(LedgerRecord):
+    """The process of rank 0 ends; `clean` is False after a fault."""
+
+    clean: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsLeftOut(LedgerRecord):
+    """A full disk did not take a number of records."""
+
+    records: _Count
+
+
+_KINDS: Mapping[str, type[LedgerRecord]] = MappingProxyType(
+    {
+        "open": AttemptOpened,
+        "close": AttemptClosed,
+        "begin": Rank0Started,
+        "ready": TrainingReady,
+        "step": StepDone,
+        "skipped": StepSkipped,
+        "interval": IntervalCharged,
+        "resume": Resumed,
+        "terms": StepTimed,
+        "inherited": TotalsInherited,
+        "end": Rank0Ended,
+        "left_out": RecordsLeftOut,
+    }
+)
+_KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
+
+
+def parse_record(line: bytes) -> LedgerRecord:
+    """Parse a line of a journal.
+
+    Raises `MalformedFileError` for a record with a missing key, or a value of another type or range, and
+    `UnsupportedFormatError` for one that opens an attempt of another ledger format.
+    """
+    item = parse_json(line)
+    cls = _KINDS.get(item["kind"].as_string(), LedgerRecord)
+    if issubclass(cls, _Opening):
+        item.require_format("ledger", LEDGER_FORMAT, default=1)
+    return item.as_dataclass(cls, ignore_unknown_keys=True)
+
+
+def record_now(cls: Callable[..., LedgerRecord], attempt: str, **fields: Any) -> dict[str, Any]:
+    """Return the content, for a `JournalWriter`, of a record of class `cls` at this instant."""
+    return to_content(cls(**vars(Instant.now()), attempt=attempt, **fields))
+
+
+def to_content(record: LedgerRecord) -> dict[str, Any]:
+    """Return the content of `record` for a `JournalWriter`."""
+    return {"kind": _KIND_OF[type(record)], **{key: value for key, value in vars(record).items() if value is not None}}

@@ -5,108 +5,101 @@ from __future__ import annotations
 import operator
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from ...comm.files.strict_json import MAX_INTEGER, JsonValue
 
 MAX_STEPS_KEPT = 8192
 """Steps that a snapshot keeps individually; earlier ones are summed, since a run resumes from recent checkpoints."""
 
 
-class StepNoLongerKept(Exception):  # noqa: N818 -- says what happened
-    """Error for a rollback to a step that was summed: the ledger must be read from its beginning."""
+class LedgerOutOfOrder(Exception):  # noqa: N818 -- says what happened
+    """Error for a record that concerns what was summed or read before: the ledger must be read from its beginning."""
 
 
+def _read_column(item: JsonValue) -> MutableSequence[int]:
+    return array("q", [each.as_integer() for each in item.as_list()])
+
+
+def _read_counts(item: JsonValue) -> Counter[str]:
+    return Counter({key: value.as_integer(-MAX_INTEGER) for key, value in item.items()})
+
+
+Counts = Annotated[Counter[str], _read_counts]
+"""Numbers by name; below 0 where charged intervals overlap."""
+_Column = Annotated[MutableSequence[int], _read_column]
+
+
+def _make_column() -> MutableSequence[int]:
+    return array("q")
+
+
+@dataclass
 class RetainedSteps:
-    """Steps in order of their numbers: the last ones individually, earlier ones as sums. Times in GPU-ms."""
+    """Steps in order of their numbers: the last ones individually, earlier ones as sums. Times in GPU-ms.
 
-    def __init__(self) -> None:
-        self._numbers = array("q")
-        self._gpu_ms = array("q")
-        self._tokens = array("q")
-        self._phases = array("q")
-        self._names: list[str] = []
-        self._summed = 0
-        """Number of steps that are kept only as sums."""
-        self._floor = 0
-        """Number of the last summed step."""
-        self.gpu_ms = 0
-        self.tokens: Counter[str] = Counter()
-        """Tokens by phase."""
+    Two are equal if their sums are, whichever steps they keep individually.
+    """
 
-    def __len__(self) -> int:
-        return self._summed + len(self._numbers)
+    count: int = 0
+    gpu_ms: int = 0
+    tokens: Counts = field(default_factory=Counter)
+    """Tokens by phase."""
+    floor: int = field(default=0, compare=False)
+    """Lowest number of a step that is not summed."""
+    phases: list[str] = field(default_factory=list, compare=False)
+    """Names of the phases."""
+    step_numbers: _Column = field(default_factory=_make_column, compare=False)
+    step_gpu_ms: _Column = field(default_factory=_make_column, compare=False)
+    step_tokens: _Column = field(default_factory=_make_column, compare=False)
+    step_phases: _Column = field(default_factory=_make_column, compare=False)
+    """Index of each step's phase in `phases`."""
 
     def extend(self, numbers: Sequence[int], gpu_ms: Sequence[int], tokens: Sequence[int], phase: str) -> bool:
         """Add steps if their numbers increase from the last one; return False and change nothing otherwise."""
-        last = self._numbers[-1] if self._numbers else self._floor
+        last = self.step_numbers[-1] if self.step_numbers else self.floor - 1
         if not all(map(operator.lt, (last, *numbers), numbers)):
             return False
-        if not numbers:
-            return True
-        self._numbers.extend(numbers)
-        self._gpu_ms.extend(gpu_ms)
-        self._tokens.extend(tokens)
-        self._phases.extend([self._index(phase)] * len(numbers))
+        if phase not in self.phases:
+            self.phases.append(phase)
+        self.step_numbers.extend(numbers)
+        self.step_gpu_ms.extend(gpu_ms)
+        self.step_tokens.extend(tokens)
+        self.step_phases.extend([self.phases.index(phase)] * len(numbers))
+        self.count += len(numbers)
         self.gpu_ms += sum(gpu_ms)
         self.tokens[phase] += sum(tokens)
         return True
 
-    def _index(self, phase: str) -> int:
-        if phase not in self._names:
-            self._names.append(phase)
-        return self._names.index(phase)
-
-    def append(self, number: int, gpu_ms: int, tokens: int, phase: str) -> None:
-        """Add a step after the last one."""
-        self._numbers.append(number)
-        self._gpu_ms.append(gpu_ms)
-        self._tokens.append(tokens)
-        self._phases.append(self._index(phase))
-        self.gpu_ms += gpu_ms
-        self.tokens[phase] += tokens
-
     def roll_back_to(self, step: int) -> int:
-        """Remove the steps after `step`; return their cost. Raises `StepNoLongerKept` for a summed step."""
-        rolled_back_ms = 0
-        while self._numbers and self._numbers[-1] > step:
-            self._numbers.pop()
-            gpu_ms, phase = self._gpu_ms.pop(), self._names[self._phases.pop()]
-            self.gpu_ms -= gpu_ms
-            self.tokens[phase] -= self._tokens.pop()
-            rolled_back_ms += gpu_ms
-        if self._summed and not self._numbers and self._floor > step:
-            raise StepNoLongerKept
-        return rolled_back_ms
+        """Remove the steps after `step`; return their cost. Raises `LedgerOutOfOrder` for a summed step."""
+        before_ms = self.gpu_ms
+        while self.step_numbers and self.step_numbers[-1] > step:
+            self.step_numbers.pop()
+            self.count -= 1
+            self.gpu_ms -= self.step_gpu_ms.pop()
+            self.tokens[self.phases[self.step_phases.pop()]] -= self.step_tokens.pop()
+        if self.count and not self.step_numbers and self.floor > step + 1:
+            raise LedgerOutOfOrder
+        return before_ms - self.gpu_ms
 
     def recent_ms_per_token(self, last: int) -> list[float]:
         """Return the GPU-milliseconds per token of the last steps that have tokens."""
-        pairs = zip(self._gpu_ms[-last:], self._tokens[-last:], strict=True)
+        pairs = zip(self.step_gpu_ms[-last:], self.step_tokens[-last:], strict=True)
         return [gpu_ms / tokens for gpu_ms, tokens in pairs if tokens]
 
-    def comparable_totals(self) -> dict[str, Any]:
-        """Return the totals that any two readers of one ledger agree on."""
-        tokens = {phase: count for phase, count in sorted(self.tokens.items()) if count}
-        return {"steps": len(self), "gpu_ms": self.gpu_ms, "tokens": tokens}
-
-    def to_tree(self) -> dict[str, Any]:
-        """Return plain values; steps before the last `MAX_STEPS_KEPT` are summed."""
-        columns = (self._numbers, self._gpu_ms, self._tokens, self._phases)
-        dropped = max(0, len(self._numbers) - MAX_STEPS_KEPT)
-        return {
-            "summed": self._summed + dropped,
-            "floor": self._numbers[dropped - 1] if dropped else self._floor,
-            "gpu_ms": self.gpu_ms,
-            "tokens": dict(self.tokens),
-            "phases": self._names,
-            "steps": [list(column[dropped:]) for column in columns],
-        }
-
-    @staticmethod
-    def from_tree(tree: dict[str, Any]) -> RetainedSteps:
-        """Return the steps whose `to_tree` is `tree`."""
-        made = RetainedSteps()
-        columns = (array("q", column) for column in tree["steps"])
-        made._numbers, made._gpu_ms, made._tokens, made._phases = columns
-        made._names, made._summed, made._floor = tree["phases"], tree["summed"], tree["floor"]
-        made.gpu_ms, made.tokens = tree["gpu_ms"], Counter(tree["tokens"])
-        return made
+    def without_early_steps(self) -> RetainedSteps:
+        """Return the same with the steps before the last `MAX_STEPS_KEPT` summed."""
+        dropped = len(self.step_numbers) - MAX_STEPS_KEPT
+        if dropped <= 0:
+            return self
+        return replace(
+            self,
+            floor=self.step_numbers[dropped - 1] + 1,
+            step_numbers=self.step_numbers[dropped:],
+            step_gpu_ms=self.step_gpu_ms[dropped:],
+            step_tokens=self.step_tokens[dropped:],
+            step_phases=self.step_phases[dropped:],
+        )

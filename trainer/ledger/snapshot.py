@@ -10,21 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import read_json
-from ...comm.files.strict_json import JsonValue
+from ...comm.files.strict_json import MalformedFileError
 from .journal import JournalPosition, is_valid_position
 from .replay import Ledger
+from .retained_steps import RetainedSteps
 from .terms import ALLOCATION_FILE, SNAPSHOT_FILE, WORK_FILE
 
 SNAPSHOT_MIN_BYTES = 4 * 2**20
 """Work journals below this size (15,000 records) are always read whole, which takes a fifth of a second."""
-_FORMAT = 2
+_FORMAT = 3
 _MOST_BYTES = 2**26
 
 
@@ -35,6 +37,7 @@ class LedgerSnapshot:
     allocation: JournalPosition = field(default_factory=JournalPosition)
     work: JournalPosition = field(default_factory=JournalPosition)
     ledger: Ledger = field(default_factory=Ledger)
+    format: int = _FORMAT
 
 
 def read_snapshot(run_dir: Path, min_bytes: int | None = None) -> LedgerSnapshot | None:
@@ -59,7 +62,9 @@ def snapshot_problem(run_dir: Path) -> Problem | None:
         return None
     saved = _read_undamaged(run_dir)
     if saved is None:
-        return Problem(str(path), "saved totals", "are damaged; delete this file, and it is written again")
+        return Problem(
+            str(path), "saved totals", "are damaged or of another version; delete this file, and it is written again"
+        )
     lost = _missing_record(run_dir, saved)
     if lost is None:
         return None
@@ -70,18 +75,15 @@ def snapshot_problem(run_dir: Path) -> Problem | None:
 
 
 def _read_undamaged(run_dir: Path) -> LedgerSnapshot | None:
-    """Return the snapshot of `run_dir`; None if there is none or it is damaged."""
+    """Return the snapshot of `run_dir`; None if there is none, or it is damaged or of another version."""
     try:
-        saved = read_json(run_dir / SNAPSHOT_FILE, _MOST_BYTES).as_mapping()
+        saved = read_json(run_dir / SNAPSHOT_FILE, _MOST_BYTES)
         totals = saved["totals"]
-        if saved["sha256"] != _digest(totals) or totals["format"] != _FORMAT:
+        if saved["sha256"].as_string() != _digest(totals.value):
             return None
-        places = (
-            JsonValue(totals["allocation"]).as_dataclass(JournalPosition),
-            JsonValue(totals["work"]).as_dataclass(JournalPosition),
-        )
-        return LedgerSnapshot(*places, Ledger.from_tree(totals["ledger"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        totals.require_format("saved totals", _FORMAT)
+        return totals.as_dataclass(LedgerSnapshot)
+    except (OSError, MalformedFileError):
         return None
 
 
@@ -99,13 +101,12 @@ def is_small_ledger(run_dir: Path, min_bytes: int | None = None) -> bool:
 def write_snapshot(run_dir: Path, snapshot: LedgerSnapshot) -> None:
     """Write a snapshot; a full disk keeps the previous one."""
     # Not synced: after a power failure a damaged snapshot is detected and ignored.
-    places = {"allocation": asdict(snapshot.allocation), "work": asdict(snapshot.work)}
-    totals = {"format": _FORMAT, **places, "ledger": snapshot.ledger.to_tree()}
+    text = f'{{"sha256":"{_digest(snapshot)}","totals":{_canonical(snapshot)}}}\n'
     path = run_dir / SNAPSHOT_FILE
     new = path.with_name(f"{path.name}.{os.getpid()}")
     with suppress(OSError):
         try:
-            new.write_text(json.dumps({"sha256": _digest(totals), "totals": totals}) + "\n")
+            new.write_text(text)
             new.replace(path)
         except OSError:
             new.unlink(missing_ok=True)
@@ -113,11 +114,21 @@ def write_snapshot(run_dir: Path, snapshot: LedgerSnapshot) -> None:
 
 def refuse_snapshot_mismatch(run_dir: Path, saved: LedgerSnapshot, found: LedgerSnapshot) -> None:
     """Raise `ConfigError` if the snapshot `saved` in `run_dir` differs from the totals `found` in all records."""
-    is_same_place = (found.allocation, found.work) == (saved.allocation, saved.work)
-    if not is_same_place or found.ledger.comparable_totals() != saved.ledger.comparable_totals():
+    if found != saved:
         hint = "differ from the ledger's records; delete this file, and it is written again"
         raise ConfigError([Problem(str(run_dir / SNAPSHOT_FILE), "saved totals", hint)])
 
 
 def _digest(totals: Any) -> str:
-    return hashlib.sha256(json.dumps(totals, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(totals).encode()).hexdigest()
+
+
+def _canonical(totals: Any) -> str:
+    return json.dumps(totals, sort_keys=True, separators=(",", ":"), default=_to_plain)
+
+
+def _to_plain(value: Any) -> Any:
+    """Return a dataclass or a column of numbers as JSON can hold it."""
+    if isinstance(value, array):
+        return value.tolist()
+    return vars(value.without_early_steps() if isinstance(value, RetainedSteps) else value)

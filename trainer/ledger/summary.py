@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from .allocation_journal import read_heartbeat
-from .clock import Instant
-from .journal import JournalReader, Record
-from .records import check_record
-from .replay import FIRST_START_BUCKET, Attempt, AttemptOpenedLate, AttemptState
-from .retained_steps import StepNoLongerKept
+from .journal import JournalReader
+from .record_batch import stream_records
+from .records import LedgerRecord
+from .replay import FIRST_START_BUCKET, Attempt, AttemptState, UnopenedAttemptError
+from .retained_steps import LedgerOutOfOrder
 from .snapshot import (
     LedgerSnapshot,
     is_small_ledger,
@@ -217,29 +218,29 @@ class LedgerReader:
 
     def _begin(self, snapshot: LedgerSnapshot | None) -> None:
         start = LedgerSnapshot() if snapshot is None else snapshot
-        self._allocation = JournalReader(self._run_dir / ALLOCATION_FILE, start.allocation, check=check_record)
-        self._work = JournalReader(self._run_dir / WORK_FILE, start.work, check=check_record)
+        self._allocation = JournalReader(self._run_dir / ALLOCATION_FILE, start.allocation)
+        self._work = JournalReader(self._run_dir / WORK_FILE, start.work)
         self._ledger = start.ledger
 
     def read_new_records(self) -> str:
         """Read new records; return the hash of the last work record. Raises `ConfigError` like `summarize`."""
         try:
             self._read()
-        except (StepNoLongerKept, AttemptOpenedLate):
+        except LedgerOutOfOrder:
             self._begin(None)
             self._read()
-        return self._work.head
+        return self._work.position.head
 
     def _read(self, until: LedgerSnapshot | None = None) -> None:
         # Size first: the openings of all work up to here are then already in the allocation journal.
-        end = self._work.file_size()
-        opened = None
+        opened, end = None, self._work.file_size()
         if until is not None:
             opened, end = until.allocation.position, until.work.position
+        records = itertools.chain(stream_records(self._allocation, opened), stream_records(self._work, end))
         try:
-            self._ledger.replay_records(self._allocation.stream_records(opened), self._work.stream_batches(end))
-        except KeyError as error:
-            hint = f"has a record of attempt {error}, which no record opens; restore the ledger's files"
+            self._ledger.replay(records)
+        except UnopenedAttemptError as error:
+            hint = f"has a record of attempt {str(error)!r}, which no record opens; restore the ledger's files"
             raise ConfigError([Problem("RUN", str(self._run_dir), hint)]) from error
 
     def save_snapshot(self) -> None:
@@ -253,8 +254,9 @@ class LedgerReader:
         Raises `ConfigError` like `summarize`, and for a snapshot that is damaged or differs from the records.
         """
         self._begin(None)
-        for journal in (self._allocation, self._work):
-            journal.check_first_record()  # another format is refused as such, whatever its totals look like
+        for file in (ALLOCATION_FILE, WORK_FILE):
+            # Another format is refused as such, whatever its totals look like.
+            next(stream_records(JournalReader(self._run_dir / file), 1), None)
         problem = snapshot_problem(self._run_dir)
         raise_if_any([] if problem is None else [problem])
         saved = read_snapshot(self._run_dir, 0)
@@ -272,8 +274,8 @@ class LedgerReader:
         Raises `ConfigError` without a ledger, for another version, a broken chain, and intervals that overlap.
         """
         self.read_new_records()
-        attempts, tally, latest = list(self._ledger.attempts.values()), self._ledger.tally, self._ledger.latest_opening
-        if latest is None:
+        attempts, tally = self._ledger.attempts, self._ledger.tally
+        if not attempts:
             raise ConfigError([Problem("RUN", str(self._run_dir), "holds no ledger; name the directory of a run")])
         held, spent = _attempt_usages(attempts, read_heartbeat(self._run_dir))
         by_phase: Counter[str] = Counter()
@@ -282,8 +284,8 @@ class LedgerReader:
         retained = tally.retained
         self._refuse_overlap(spent)
         return LedgerSummary(
-            phase=latest["phase"],
-            budget_gpu_hours=latest["budget_gpu_hours"],
+            phase=attempts[-1].phase,
+            budget_gpu_hours=attempts[-1].budget_gpu_hours,
             attempt_usages=held,
             segments=sum(attempt.segments for attempt in attempts),
             is_running=not attempts[-1].closed,
@@ -298,13 +300,13 @@ class LedgerReader:
             sampled_steps=tally.sampled_steps,
             inherited_ms=tally.inherited_ms,
             inherited_head=tally.inherited_head,
-            steps_retained=len(retained),
+            steps_retained=retained.count,
             tokens_consumed=tally.tokens_consumed + tally.inherited_consumed,
             tokens_retained=retained.tokens.total() + tally.inherited_retained,
             tokens_by_phase=+retained.tokens,
             step_ms_per_token=_median(retained.recent_ms_per_token(TRAILING_STEPS)),
-            head=self._work.head,
-            allocation_head=self._allocation.head,
+            head=self._work.position.head,
+            allocation_head=self._allocation.position.head,
             num_records=self._work.position.number,
         )
 
@@ -318,14 +320,15 @@ class LedgerReader:
             raise ConfigError(problems)
 
 
-def _attempt_usages(attempts: Sequence[Attempt], heartbeat: Record | None) -> tuple[list[AttemptUsage], Counter[str]]:
+def _attempt_usages(
+    attempts: Sequence[Attempt], heartbeat: LedgerRecord | None
+) -> tuple[list[AttemptUsage], Counter[str]]:
     """Return the GPU time of each attempt, and the total GPU-milliseconds by bucket."""
     held: list[AttemptUsage] = []
     total: Counter[str] = Counter(unattributed=0)
     after_crash = False
     for attempt in attempts:
-        is_latest = heartbeat is not None and heartbeat["attempt"] == attempt.name
-        last_heartbeat = Instant.from_record(heartbeat) if heartbeat is not None and is_latest else None
+        last_heartbeat = heartbeat if heartbeat is not None and heartbeat.attempt == attempt.name else None
         is_over = attempt.closed or attempt is not attempts[-1]
         lasted_ms, gpu_ms, spent = attempt.compute_usage(is_over=is_over, last_heartbeat=last_heartbeat)
         held.append(AttemptUsage(attempt.name, attempt.job, attempt.ranks, lasted_ms, gpu_ms))

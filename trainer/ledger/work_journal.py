@@ -7,16 +7,31 @@ Intervals must not overlap; time that none of them covers is `unattributed`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ... import __version__
 from .clock import Instant
 from .config import BudgetConfig
 from .journal import JournalWriter
+from .records import (
+    IntervalCharged,
+    LedgerRecord,
+    Rank0Ended,
+    Rank0Started,
+    RecordsLeftOut,
+    Resumed,
+    StepDone,
+    StepSkipped,
+    StepTimed,
+    TotalsInherited,
+    TrainingReady,
+    record_now,
+)
 from .summary import LedgerReader
-from .terms import CHARGED_BUCKETS, LEDGER_FORMAT, WORK_FILE
+from .terms import CHARGED_BUCKETS, WORK_FILE
 
 RECORDS_PER_SNAPSHOT = 10_000
 """Records between snapshots: reading that many takes a tenth of a second."""
@@ -43,14 +58,8 @@ class WorkJournal:
         self._ranks = ranks
         self._remainder_ms = 0.0
         self._dropped = 0
-        self._append(
-            "begin",
-            format=LEDGER_FORMAT,
-            version=__version__,
-            ranks=ranks,
-            phase=budget.phase,
-            budget_gpu_hours=budget.gpu_hours,
-        )
+        own = {"ranks": ranks, "phase": budget.phase, "budget_gpu_hours": budget.gpu_hours}
+        self._append(Rank0Started, version=__version__, **own)
         self._journal.require_written()
 
     @property
@@ -71,30 +80,30 @@ class WorkJournal:
     def record_ready(self) -> None:
         """Record that the first step begins; uncharged time before it is `initialization` or `restart`."""
         self._remainder_ms = 0.0
-        self._append("ready")
+        self._append(TrainingReady)
 
     def record_step(self, step: int, productive_ms: float, tokens: int) -> int:
         """Record step `step` (from 1) with its wall time and new tokens; return the GPU-milliseconds charged."""
         gpu_ms = self._gpu_ms(productive_ms)
-        self._append("step", step=step, gpu_ms=gpu_ms, tokens=tokens)
+        self._append(StepDone, step=step, gpu_ms=gpu_ms, tokens=tokens)
         return gpu_ms
 
     def record_skipped_step(self, step: int, milliseconds: float, tokens: int) -> None:
         """Record a step that was not applied: its `tokens` are consumed, not retained."""
-        self._append("skipped", step=step, gpu_ms=self._gpu_ms(milliseconds), tokens=tokens)
+        self._append(StepSkipped, step=step, gpu_ms=self._gpu_ms(milliseconds), tokens=tokens)
 
     def record_step_time_terms(self, step: int, step_us: int, us: Mapping[str, int]) -> None:
         """Record a sampled step of `step_us` GPU-microseconds over all ranks.
 
         `us` maps `terms.STEP_TIME_TERMS` and `bubble`, the pipeline wait of the ideal program, to GPU-microseconds.
         """
-        self._append("terms", step=step, step_us=step_us, us=us)
+        self._append(StepTimed, step=step, step_us=step_us, us=us)
 
     def record_interval(self, bucket: str, milliseconds: float) -> None:
         """Charge `milliseconds` of wall time to `bucket`, one of `terms.CHARGED_BUCKETS`."""
         if bucket not in CHARGED_BUCKETS:
             raise ValueError(f"{bucket!r} is not a bucket to charge; one of {', '.join(CHARGED_BUCKETS)}")
-        self._append("interval", bucket=bucket, gpu_ms=self._gpu_ms(milliseconds))
+        self._append(IntervalCharged, bucket=bucket, gpu_ms=self._gpu_ms(milliseconds))
 
     @contextmanager
     def charge_time(self, bucket: str) -> Iterator[None]:
@@ -110,11 +119,11 @@ class WorkJournal:
 
         An attempt that is `ready` without a resume starts from initial weights.
         """
-        self._append("resume", step=step)
+        self._append(Resumed, step=step)
 
     def record_inherited_totals(self, totals: Mapping[str, int | str]) -> None:
         """Record the `totals` of a checkpoint that came without its ledger (see `carry_checkpoint_totals`)."""
-        self._append("inherited", **{f"from_{key}": value for key, value in totals.items()})
+        self._append(TotalsInherited, **{f"from_{key}": value for key, value in totals.items()})
 
     def sync(self) -> None:
         """Wait until all records are on disk: a checkpoint will refer to them."""
@@ -125,7 +134,7 @@ class WorkJournal:
 
         Time that the launcher holds the GPUs afterwards is `idle`, or `restart` after a fault.
         """
-        self._append("end", clean=clean)
+        self._append(Rank0Ended, clean=clean)
         self._journal.sync()
         self._save_snapshot()
         self._journal.close()
@@ -137,11 +146,11 @@ class WorkJournal:
         self._remainder_ms += milliseconds - whole_ms
         return whole_ms * self._ranks
 
-    def _append(self, kind: str, **content: bool | int | float | str | Mapping[str, int]) -> None:
-        header = {"attempt": self._attempt, **Instant.now().to_record()}
-        if self._dropped and self._journal.append({"kind": "left_out", **header, "records": self._dropped}):
+    def _append(self, cls: Callable[..., LedgerRecord], **fields: Any) -> None:
+        left_out = self._dropped
+        if left_out and self._journal.append(record_now(RecordsLeftOut, self._attempt, records=left_out)):
             self._dropped = 0
-        if not self._journal.append({"kind": kind, **header, **content}):
+        if not self._journal.append(record_now(cls, self._attempt, **fields)):
             self._dropped += 1
         self._since_snapshot += 1
         if self._since_snapshot >= RECORDS_PER_SNAPSHOT:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
-from ...comm.traffic import TrafficKind
-from ...parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER
 from ..checkpoint.saver import SaveResult
 from ..config import RunConfig
 from ..costs.flops import FLOP_CONVENTION, FlopCount
 from ..costs.parameters import count_parameters
-from ..ledger.budget_guard import BudgetGuard
+from ..ledger.budget_guard import BudgetGuard, CostMeter
 from ..ledger.checkpoint_totals import carry_checkpoint_totals
-from ..ledger.meter import CostMeter
 from ..ledger.work_journal import WorkJournal
 from ..structured_config import restore_interpolations
 from ..telemetry.alerts import AlertMonitor
@@ -27,9 +24,9 @@ from ..telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
 from ..telemetry.sinks import open_event_stream
 from .exit import RankFailed
 from .step import StepResult, StepSettings
+from .step_metrics import step_metrics
 
 if TYPE_CHECKING:
-    from ...comm.topology import Topology
     from ...comm.traffic import TrafficCounter
 
 
@@ -93,7 +90,13 @@ class _DirectoryIdentity:
 
 
 class Reporter:
-    """Writer of the run's event stream and of the work half of its ledger; only rank 0 has one."""
+    """Writer of the run's event stream and of the work half of its ledger; only rank 0 has one.
+
+    `report_run`, then `begin_training` come before the first step.
+    """
+
+    _speed: MfuInputs
+    _budget: BudgetGuard
 
     def __init__(self, config: RunConfig, run_dir: Path, attempt: str) -> None:
         self._config = config
@@ -101,9 +104,6 @@ class Reporter:
         self._ranks = config.topology.world_size
         self._work = WorkJournal(run_dir, ranks=self._ranks, attempt=attempt, budget=config.budget)
         self._stream: EventStream = open_event_stream(config.telemetry, run_dir, sys.stdout)
-        self._ledger = self._work.ledger
-        self._meter: CostMeter | None = None
-        self._budget_guard: BudgetGuard | None = None
         self._alerts = AlertMonitor()
         self._logging_seconds = 0.0
         self._is_logging = False
@@ -118,9 +118,7 @@ class Reporter:
         """Report configuration, device and model size; `attention` names the attention kernel and the reason for it."""
         self._speed = speed
         parameters = count_parameters(self._config.model)
-        peak_source = (
-            "cluster.peak_tflops" if self._config.cluster.peak_tflops else "matrix product measured at the start"
-        )
+        is_peak_configured = bool(self._config.cluster.peak_tflops)
         values: dict[str, Any] = {
             "format": METRICS_FORMAT,
             "version": __version__,
@@ -136,7 +134,7 @@ class Reporter:
             "flops_per_token": speed.flops.main_and_mtp,
             "mfu_convention": f"{FLOP_CONVENTION}; MTP included",
             "peak_tflops": speed.peak_tflops,
-            "peak_source": peak_source,
+            "peak_source": "cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
         }
         self._emit("run", 0, values)
 
@@ -154,8 +152,8 @@ class Reporter:
         """Start the clocks: the first step begins now."""
         # Ends the `initialization` bucket; the clocks below count from here.
         self._work.record_ready()
-        self._meter = CostMeter(self._ledger.summarize(), ranks=self._ranks)
-        self._budget_guard = BudgetGuard(self._config.budget, self._meter, self._run_dir)
+        meter = CostMeter(self._work.ledger.summarize(), ranks=self._ranks)
+        self._budget = BudgetGuard(self._config.budget, meter, self._run_dir)
         self._logging_seconds = 0.0
         self._unaccounted = UnaccountedTime()
         self._since = time.perf_counter()
@@ -218,7 +216,6 @@ class Reporter:
         of gradients and weights. Raises `RankFailed` if the run directory is gone.
         """
         config, tokens = self._config, self._tokens_of(step)
-        assert self._budget_guard is not None and self._meter is not None  # noqa: PT018
         self._unaccounted.add_accounted(seconds)
         gap = self._unaccounted.pop_unaccounted_seconds()
         with self.logging_overhead():
@@ -227,38 +224,23 @@ class Reporter:
             self._check_disk(step)
             # The projection multiplies the tokens left by the price of a full batch; a token of the ramp's smaller
             # batches costs more.
-            if config.batch_ramp.batch_size(step) == config.training.global_batch_size:
-                self._budget_guard.observe_step(gpu_ms, tokens)
-            self._meter.add_step(gpu_ms)
+            is_full = config.batch_ramp.batch_size(step) == config.training.global_batch_size
+            self._budget.add_step(gpu_ms, tokens if is_full else None)
             self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
-                self._report_logged_step(step, result, settings, traffic, between_replicas)
+                metrics = step_metrics(config, result, settings, traffic, between_replicas)
+                self._report_logged_step(step, result.loss, metrics)
                 self._charge_logging()
 
-    def _report_logged_step(
-        self,
-        step: int,
-        result: StepResult,
-        settings: StepSettings,
-        traffic: TrafficCounter,
-        between_replicas: TrafficCounter,
-    ) -> None:
+    def _report_logged_step(self, step: int, loss: float, metrics: Mapping[str, JSON]) -> None:
         config = self._config
         now = time.perf_counter()
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
-        assert self._meter is not None and self._budget_guard is not None  # noqa: PT018
-        account, *_ = self._budget_guard.current_accounts(self._tokens_left(step))
+        account, *_ = self._budget.current_accounts(self._tokens_left(step))
         tflops = rate * self._speed.flops.main_and_mtp / self._ranks / 1e12
         values: dict[str, JSON] = {
-            "loss": result.loss,
-            "loss/mtp": result.mtp_loss if config.model.num_nextn_predict_layers else None,
-            "loss/seq_aux": result.balance_loss,
-            "loss/total": result.total_loss,
-            "learning_rate": settings.learning_rate,
-            "mtp_loss_scaling_factor": settings.mtp_loss_scaling_factor,
-            "router_bias_update_rate": settings.router_bias_update_rate,
-            "grad_norm": result.grad_norm,
+            **metrics,
             "tokens": config.tokens_after(step),
             "tokens_per_second": rate,
             "tflops": tflops,
@@ -267,21 +249,14 @@ class Reporter:
             "budget_share": account.spent / account.limit,
             "budget_left": account.limit - account.spent,
             "projected_gpu_hours": account.projected,
-            "goodput": self._meter.goodput(),
+            "goodput": self._budget.meter.goodput(),
             "eta_seconds": self._tokens_left(step) / rate,
             "total_steps": config.total_steps,
-            # DeepEP does not report what it sends.
-            **(exchange_traffic_metrics(traffic) if config.exchange.name != "deepep" else {}),
-            **replica_traffic_metrics(between_replicas),
-            **load_balance_metrics(result, config.topology),
-            **routing_metrics(result),
         }
         self._emit("step", step, values)
-        warning = self._budget_guard.new_warning(self._tokens_left(step))
-        warnings = [
-            *self._alerts.check_logged_step(result.loss, rate),
-            *([] if warning is None else [("budget", warning)]),
-        ]
+        warnings = [*self._alerts.check_logged_step(loss, rate)]
+        if (projected := self._budget.new_warning(self._tokens_left(step))) is not None:
+            warnings.append(("budget", projected))
         for about, message in warnings:
             self._emit("warning", step, {"about": about, "message": message})
 
@@ -350,8 +325,7 @@ class Reporter:
         """Report a problem that does not end the run, as an event and on standard error."""
         with self.logging_overhead():
             self._emit("warning", step, {"about": about, "message": text})
-            with suppress(OSError):  # standard error may be a full disk or a closed pipe
-                print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+            _print_error(text)
 
     def report_trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """Report that a timeline was written; `values` are the seconds of each term, by rank."""
@@ -361,15 +335,14 @@ class Reporter:
     def budget_halt_reason(self, done: int) -> str | None:
         """Return why the budget requires a halt after `done` steps; None if it does not."""
         # Called inside a step, whose whole time is charged: charging this to `telemetry` would count it twice.
-        assert self._budget_guard is not None
-        return self._budget_guard.halt_reason(self._tokens_left(done))
+        return self._budget.halt_reason(self._tokens_left(done))
 
     def ledger_totals(self) -> dict[str, int | str]:
         """Return the ledger totals that a checkpoint carries."""
         with self.logging_overhead():
             # On disk first: a checkpoint must not know of records that a crash could still lose.
             self._work.sync()
-            return self._ledger.summarize().checkpoint_totals()
+            return self._work.ledger.summarize().checkpoint_totals()
 
     def close(self, step: int, reason: str, *, clean: bool = True) -> None:
         """Report the end of the run after `step` steps; `clean` is False if a fault has ended it."""
@@ -378,15 +351,12 @@ class Reporter:
             self._charge_stall(self._unaccounted.pop_unaccounted_seconds())
             self._charge_logging()
         self._work.close(clean=clean)
-        self._emit("budget", step, dict(_flatten(self._ledger.summarize().to_json())))
+        self._emit("budget", step, dict(_flatten(self._work.ledger.summarize().to_json())))
         self._emit("stop", step, {"reason": reason})
         self._stream.close()
         if lost := self._stream.pending_events + self._work.pending_records:
-            text = (
-                f"{lost} records of the run could not be written: {self._stream.write_error or self._work.write_error}"
-            )
-            with suppress(OSError):
-                print(f"shoestring train: {text}", file=sys.stderr, flush=True)
+            why = self._stream.write_error or self._work.write_error
+            _print_error(f"{lost} records of the run could not be written: {why}")
 
     def _tokens_left(self, done: int) -> int:
         return self._config.tokens_after(self._config.total_steps) - self._config.tokens_after(done)
@@ -398,59 +368,9 @@ class Reporter:
         self._stream.emit(Event(kind, step, values))
 
 
-def load_balance_metrics(result: StepResult, topology: Topology) -> dict[str, JSON]:
-    """Return the loads of experts, ranks and nodes of each MoE layer in this step, and the range of the routing biases.
-
-    `max_violation` (arXiv 2408.15664) is the largest load over the mean load, minus 1; 0 is perfect balance. The load
-    of a rank is the sum over its experts and over the replicas of the expert-parallel group; that of a node is the
-    sum over its ranks.
-    """
-    values: dict[str, JSON] = {}
-    members = {"load": None, "load/ranks": topology.ep, "load/nodes": topology.nodes_per_ep_group}
-    worst = dict.fromkeys(members, 0.0)
-    for name, counts_E in result.tokens_per_expert_E.items():
-        for kind, count in members.items():
-            load = counts_E if count is None else counts_E.view(count, -1).sum(dim=1)
-            violation = float(load.max() * load.numel() / load.sum()) - 1
-            worst[kind] = max(worst[kind], violation)
-            values[f"{kind}/{name}/max_violation"] = violation
-        values[f"tokens_per_expert/{name}"] = counts_E.tolist()
-    if result.tokens_per_expert_E:
-        values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
-        values["bias/min"], values["bias/max"] = result.router_bias_range
-    return values
-
-
-def exchange_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
-    """Return the bytes that rank 0 sent through the token exchange in this step by link: all, and the rows alone."""
-    all_bytes, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
-    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in all_bytes.items()}
-    return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
-
-
-def replica_traffic_metrics(traffic: TrafficCounter) -> dict[str, JSON]:
-    """Return the bytes of gradients and weights that rank 0 sent to ranks with the same parameters, by link."""
-    operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
-    return {
-        f"{key}/{link}": size
-        for key, operation in operations.items()
-        for link, size in traffic.bytes_by_link(operation=operation).items()
-    }
-
-
-def routing_metrics(result: StepResult) -> dict[str, JSON]:
-    """Return how many nodes and ranks each token is sent to, mean over tokens and MoE layers.
-
-    The report sends a token to at most 4 nodes, and could select 3.2 experts per node at the same cost (§3.2.2).
-    """
-    visits = result.token_counts
-    if not visits.tokens:
-        return {}
-    return {
-        "routing/nodes_per_token": visits.token_node_pairs / visits.tokens,
-        "routing/ranks_per_token": visits.token_rank_pairs / visits.tokens,
-        "routing/experts_per_token_and_node": visits.token_expert_pairs / visits.token_node_pairs,
-    }
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # standard error may be a full disk or a closed pipe
+        print(f"shoestring train: {text}", file=sys.stderr, flush=True)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

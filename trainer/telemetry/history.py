@@ -11,7 +11,7 @@ from typing import Any
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.line_reader import LineReader, read_complete_lines
-from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
+from ...comm.files.strict_json import MalformedFileError, UnsupportedFormatError, parse_json
 from .events import METRICS_FILE, METRICS_FORMAT, Event, parse_number
 
 _MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
@@ -134,7 +134,7 @@ def parse_event(path: Path, number: int, line: str) -> Event:
             item["time"].as_number(0, _LAST_SECOND),
         )
         if kind == "run":
-            _check_format(item)
+            item.require_format("metrics", METRICS_FORMAT, default=1)
         values = {key: value for key, value in item.as_mapping().items() if key not in ("kind", "step", "time")}
         return Event(kind=kind, step=step, time=time, values=values)
     except UnsupportedFormatError as error:
@@ -142,9 +142,3 @@ def parse_event(path: Path, number: int, line: str) -> Event:
     except MalformedFileError as error:
         hint = f"not an event ({error}); restore or delete this line"
         raise ConfigError([Problem(f"{path}:{number}", line[:80], hint)]) from error
-
-
-def _check_format(run: JsonValue) -> None:
-    found = run.value.get("format", 1)
-    if found != METRICS_FORMAT or type(found) is not int:
-        raise UnsupportedFormatError("metrics", found, METRICS_FORMAT, run.value.get("version"))

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
 from shoestring.comm.files.ranges import FILE_NAME, between, one_of
-from shoestring.comm.files.strict_json import MAX_DEPTH, MAX_INTEGER, JsonValue, MalformedFileError, parse_json
+from shoestring.comm.files.strict_json import (
+    MAX_DEPTH,
+    MAX_INTEGER,
+    JsonValue,
+    MalformedFileError,
+    UnsupportedFormatError,
+    parse_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,31 @@ class Outer:
     on: bool
 
 
+@dataclass(frozen=True)
+class Signed:
+    value: Annotated[int, lambda item: item.as_integer(-9, 9)]
+
+
+def test_a_field_may_name_its_reader_and_unknown_keys_may_be_ignored() -> None:
+    item = parse_json('{"value": -9, "more": 1}')
+    assert item.as_dataclass(Signed, ignore_unknown_keys=True) == Signed(-9)
+    with pytest.raises(MalformedFileError, match="more = 1: is not a key of this format"):
+        item.as_dataclass(Signed)
+    with pytest.raises(MalformedFileError, match="value = 10: must be from -9 to 9"):
+        parse_json('{"value": 10}').as_dataclass(Signed)
+
+
+def test_one_of_some_names_and_the_number_of_a_format() -> None:
+    item = parse_json('{"name": "b", "format": 2, "version": "0.9"}')
+    assert item["name"].as_word(("a", "b")) == "b"
+    with pytest.raises(MalformedFileError, match="name = 'b': must be one of a, c"):
+        item["name"].as_word(("a", "c"))
+    item.require_format("plan", 2)
+    with pytest.raises(UnsupportedFormatError, match=r"reads plan format 3; use Shoestring 0\.9 that wrote it"):
+        item.require_format("plan", 3)
+    parse_json("{}").require_format("plan", 1, default=1)
+
+
 def test_a_dataclass_is_built_by_the_types_of_its_fields() -> None:
     text = '{"inner": {"sizes": [1, 2]}, "rate": 1, "rank": null, "on": true}'
     assert parse_json(text).as_dataclass(Outer) == Outer(Inner((1, 2)), 1.0, None, True)
@@ -157,7 +189,7 @@ def test_unions_mappings_and_names_of_files_are_read_by_their_fields() -> None:
     text = f'{{"shapes": {shapes}, "layers": {{"top": 3}}, "file": "a"}}'
     drawing = Drawing((Square(2.0), Circle(1.0)), {"top": 3}, "a")
     assert parse_json(text).as_dataclass(Drawing) == drawing
-    assert parse_json(text.replace('"file"', '"more": 1, "file"')).as_dataclass(Drawing, other_keys=True) == drawing
+    assert parse_json(text.replace('"file"', '"more": 1, "file"')).as_dataclass(Drawing, ignore_unknown_keys=True) == drawing
     for old, new, gist in (
         ("Square", "Cube", r"shapes\[0\]\.kind = 'Cube': must be one of Circle, Square"),
         ('"kind": "Square", ', "", r"shapes\[0\]\.kind = None: is missing"),

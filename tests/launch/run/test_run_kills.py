@@ -13,8 +13,8 @@ import pytest
 
 from shoestring.tests.launch.real_run import command, lines_as_they_come, train
 from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.trainer.ledger.small_ledger import read_journal
 from shoestring.trainer.ledger.allocation_journal import HEARTBEAT_SECONDS
-from shoestring.trainer.ledger.journal import read_journal
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
+from shoestring.trainer.ledger.journal import JournalReader
 from shoestring.trainer.ledger.summary import LedgerSummary
 from shoestring.trainer.ledger.work_journal import WorkJournal
 
@@ -43,6 +46,11 @@ def do_steps(work: WorkJournal, time: Time, first: int, last: int, milliseconds:
     for step in range(first, last + 1):
         time.pass_ms(milliseconds)
         work.record_step(step, milliseconds, tokens=1000)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a journal as they stand in its lines, which must be chained."""
+    return [json.loads(line) for line in JournalReader(path).stream_lines()]
 
 
 def everything(summary: LedgerSummary) -> int:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.tests.trainer.ledger.small_ledger import Time
+from shoestring.tests.trainer.ledger.small_ledger import RANKS, Time, begin, launch
 from shoestring.tests.trainer.ledger.timed_runs import BUDGET, HOUR, project_file, run
 from shoestring.trainer.ledger.budget_guard import (
     MIN_STEPS_TO_PROJECT,
     BudgetGuard,
+    CostMeter,
     compute_budget_accounts,
     project_gpu_hours,
 )
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.meter import CostMeter
 from shoestring.trainer.ledger.project import Project
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS
@@ -35,7 +35,7 @@ def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, t
     guard = watched(tmp_path, time, BUDGET)
     for number in range(MIN_STEPS_TO_PROJECT):
         assert guard.halt_reason(10**9) is None  # too early to know
-        guard.observe_step(4000 if number else 10**9, 1000)  # the first step warms up: the median ignores it
+        guard.add_step(4000 if number else 10**9, 1000)  # the first step warms up: the median ignores it
     time.pass_seconds(360)  # x 4 ranks: 0.4 GPU-hours
     (account,) = guard.current_accounts(450_000)
     assert [account.spent, account.projected] == pytest.approx([0.4, 0.4 + 0.5])
@@ -47,9 +47,9 @@ def test_the_guard_waits_for_a_few_steps_then_warns_then_halts(tmp_path: Path, t
     assert reason is not None
     assert "has used 0.4 GPU-hours and is projected to use 1.022, of a budget of 1" in reason
     assert "budget.stop_at=null" in reason
-    patient = BudgetGuard(replace(BUDGET, stop_at=None), guard._meter, tmp_path)
+    patient = BudgetGuard(replace(BUDGET, stop_at=None), guard.meter, tmp_path)
     for _ in range(MIN_STEPS_TO_PROJECT):
-        patient.observe_step(4000, 1000)
+        patient.add_step(4000, 1000)
     assert patient.halt_reason(560_000) is None
     time.pass_seconds(540)
     assert "has used 1 GPU-hours and its budget is 1; raise budget.gpu_hours" in str(patient.halt_reason(100))
@@ -84,3 +84,18 @@ def test_the_configuration_of_the_guard_is_checked() -> None:
     fields = [problem.field for problem in wrong.problems()]
     assert fields == ["project", "warn_at", "stop_at", "planned_gpu_hours"]
     assert set(PUBLISHED_GPU_HOURS) == {"pre_train", "context_extension", "post_training"}
+
+
+def test_the_meter_reads_what_the_ledger_will(tmp_path: Path, time: Time) -> None:
+    allocation = launch(tmp_path, "a")
+    time.pass_ms(1000)
+    work = begin(tmp_path, "a")
+    meter = CostMeter(summarize_ledger(tmp_path), ranks=RANKS)
+    for step in range(1, 6):
+        time.pass_ms(100)
+        meter.add_step(work.record_step(step, 100, tokens=1000))
+    work.close()
+    allocation.close("done")
+    summary = summarize_ledger(tmp_path)
+    assert meter.gpu_hours() == meter.phase_gpu_hours() == pytest.approx(summary.gpu_hours)
+    assert meter.goodput() == pytest.approx(summary.goodput) == pytest.approx(1 / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger.journal import JournalReader, JournalWriter, contains_any, read_journal
+from shoestring.tests.trainer.ledger.small_ledger import read_journal
+from shoestring.trainer.ledger.journal import JournalReader, JournalWriter, contains_any
 
 WRITER = """
 import sys
@@ -36,6 +38,10 @@ def fill(path: Path, *numbers: int) -> None:
 
 def numbers(path: Path) -> list[int]:
     return [record["number"] for record in read_journal(path)]
+
+
+def new_numbers(reader: JournalReader) -> list[int]:
+    return [json.loads(line)["number"] for line in reader.stream_lines()]
 
 
 def test_records_are_chained_over_several_writers(tmp_path: Path) -> None:
@@ -81,28 +87,35 @@ def test_a_changed_journal_is_refused_by_line(tmp_path: Path, change: object, li
         JournalWriter(path)
 
 
+@pytest.mark.parametrize("line", [b"{}\n", b'{"hash":"' + b"0" * 64 + b'"}\n'])
+def test_a_line_is_checked_as_it_stands(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "work.jsonl").write_bytes(line)
+    with pytest.raises(ConfigError, match="chain of hashes is broken"):
+        read_journal(tmp_path / "work.jsonl")
+
+
 def test_a_growing_journal_is_read_on_from_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
     reader = JournalReader(path)
-    assert reader.new_records() == []
+    assert new_numbers(reader) == []
     fill(path, 1, 2)
-    assert [record["number"] for record in reader.new_records()] == [1, 2]
+    assert new_numbers(reader) == [1, 2]
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(b'{"number":3,')  # being written
-    assert reader.new_records() == []
+    assert new_numbers(reader) == []
     fill(path, 3)
-    assert [record["number"] for record in reader.new_records()] == [3]
-    assert reader.head == read_journal(path)[-1]["hash"]
+    assert new_numbers(reader) == [3]
+    assert reader.position.head == read_journal(path)[-1]["hash"]
     path.write_bytes(path.read_bytes().replace(b'"number":3', b'"number":8') + b"{}\n")
     with pytest.raises(ConfigError, match=r"work\.jsonl:4 "):
-        reader.new_records()
+        new_numbers(reader)
     path.write_bytes(whole)
     reader = JournalReader(path)
-    reader.new_records()
+    new_numbers(reader)
     path.write_bytes(whole[:10])
     with pytest.raises(ConfigError, match="shorter than when it was last read"):
-        reader.new_records()
+        new_numbers(reader)
 
 
 def test_the_disk_is_waited_for_once_an_interval_and_at_the_end(

@@ -12,10 +12,11 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.full_disk import largest_file
 from shoestring.tests.launch.refusals import by_field, refused
+from shoestring.tests.trainer.ledger.small_ledger import read_journal
 from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.checkpoint_totals import ledger_problems
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.journal import JournalWriter, read_journal, refuse_if_locked
+from shoestring.trainer.ledger.journal import JournalWriter, refuse_if_locked
 from shoestring.trainer.ledger.summary import LedgerSummary, summarize_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal

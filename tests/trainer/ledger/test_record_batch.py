@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.trainer.ledger import journal as journal_module
-from shoestring.trainer.ledger.journal import GENESIS_HASH, JournalReader, JournalWriter, Record
-from shoestring.trainer.ledger.record_batch import RecordBatch
-from shoestring.trainer.ledger.records import check_record
+from shoestring.trainer.ledger import record_batch
+from shoestring.trainer.ledger.journal import GENESIS_HASH, JournalReader, JournalWriter
+from shoestring.trainer.ledger.record_batch import RecordBatch, stream_records
+from shoestring.trainer.ledger.records import LedgerRecord, parse_record
 from shoestring.trainer.ledger.replay import Ledger
 from shoestring.trainer.ledger.terms import LEDGER_FORMAT
 
 
-def some_record(dice: random.Random, step: int, boot: str) -> Record:
+def some_record(dice: random.Random, step: int, boot: str) -> dict[str, Any]:
     wall, monotonic = dice.randrange(-10, 2**63), dice.randrange(0, 10**14)
     own = {"attempt": dice.choice("aab"), "boot": boot, "monotonic_ns": monotonic, "wall_ns": wall}
     gpu_ms = dice.choice((0, 7, 2**53))
@@ -51,20 +52,25 @@ def write(path: Path, seed: int, records: int = 300) -> None:
     journal.close()
 
 
+def stream_singly(reader: JournalReader, end: int | None = None) -> Iterator[LedgerRecord]:
+    return map(parse_record, reader.stream_lines(end))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_ledger_is_the_same_in_batches_and_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(journal_module, "MAX_BATCH_RECORDS", 5)
+    monkeypatch.setattr(record_batch, "MAX_BATCH_RECORDS", 5)
     path = tmp_path / "work.jsonl"
     write(path, seed)
-    one, many = (JournalReader(path, check=check_record) for _ in range(2))
+    one, many = JournalReader(path), JournalReader(path)
     singly, together = Ledger(), Ledger()
-    singly.replay_records([], one.stream_records())
-    batches = list(many.stream_batches())
-    together.replay_records([], batches)
+    singly.replay(stream_singly(one))
+    batches = list(stream_records(many))
+    together.replay(batches)
     assert sum(isinstance(each, RecordBatch) for each in batches) > 20
-    assert together.to_tree() == {**singly.to_tree(), "latest": together.latest_opening}
+    assert together == singly
+    assert together.tally.retained.step_numbers == singly.tally.retained.step_numbers
     assert many.position == one.position
 
 
@@ -73,9 +79,9 @@ def test_every_place_to_stop_at_is_kept(tmp_path: Path) -> None:
     write(path, 1, 40)
     for end in range(0, path.stat().st_size, 97):
         one, many = JournalReader(path), JournalReader(path)
-        for _ in one.stream_records(end):
+        for _ in stream_singly(one, end):
             pass
-        for _ in many.stream_batches(end):
+        for _ in stream_records(many, end):
             pass
         assert many.position == one.position
 
@@ -107,16 +113,16 @@ def test_a_line_that_was_changed_is_named(tmp_path: Path, old: bytes, new: bytes
     lines[4] = lines[4].replace(old, new)
     path.write_bytes(b"".join(lines))
     with pytest.raises(ConfigError, match=r"work\.jsonl:5.*chain of hashes is broken"):
-        list(JournalReader(path).stream_batches())
+        list(stream_records(JournalReader(path)))
     path.write_bytes(b"".join(lines[:3] + lines[5:]))
     with pytest.raises(ConfigError, match=r"work\.jsonl:4.*chain of hashes is broken"):
-        list(JournalReader(path).stream_batches())
+        list(stream_records(JournalReader(path)))
 
 
 def test_the_lines_of_a_run_are_read_in_batches(tmp_path: Path) -> None:
     path = tmp_path / "work.jsonl"
     lines_of_steps(path, 9)
-    (batch,) = JournalReader(path).stream_batches()
+    (batch,) = stream_records(JournalReader(path))
     assert isinstance(batch, RecordBatch)
     assert list(batch.steps) == list(range(1, 10))
     assert json.loads(path.read_bytes().splitlines()[-1])["hash"] != GENESIS_HASH

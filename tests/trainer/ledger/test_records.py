@@ -9,7 +9,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.ledger.journal import JournalReader, JournalWriter
-from shoestring.trainer.ledger.records import check_record
+from shoestring.trainer.ledger.record_batch import stream_records
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ def test_a_value_out_of_range_is_refused_with_a_right_hash(tmp_path: Path, chang
     journal.append({**record, "step": 1, "gpu_ms": 1, "tokens": 1, **change})
     journal.close()
     with pytest.raises(ConfigError, match=r"work\.jsonl:2"):
-        list(JournalReader(path, check=check_record).stream_batches())
+        list(stream_records(JournalReader(path)))

@@ -14,7 +14,7 @@ from shoestring.trainer.ledger import retained_steps as retained
 from shoestring.trainer.ledger import snapshot
 from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
-from shoestring.trainer.ledger.journal import JournalReader, is_chained
+from shoestring.trainer.ledger.journal import JournalReader
 from shoestring.trainer.ledger.snapshot import read_snapshot
 from shoestring.trainer.ledger.summary import (
     LedgerReader,
@@ -62,7 +62,7 @@ def test_totals_and_what_came_since_are_the_whole(tmp_path: Path) -> None:
     train(tmp_path, "b", 16, 30, close=False)
     saved = read_snapshot(tmp_path)
     assert saved is not None
-    assert 0 < saved.work.number < len(JournalReader(tmp_path / WORK_FILE).new_records())
+    assert 0 < saved.work.number < len(list(JournalReader(tmp_path / WORK_FILE).stream_lines()))
     assert summarize_ledger(tmp_path) == full(tmp_path)
     assert (summarize_ledger(tmp_path).steps_retained, summarize_ledger(tmp_path).num_attempts) == (30, 2)
     assert summarize_verified_ledger(tmp_path) == full(tmp_path)
@@ -195,12 +195,6 @@ def test_verifying_finds_what_totals_hide(tmp_path: Path) -> None:
     path.write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match="differ from the ledger's records"):
         summarize_verified_ledger(tmp_path)
-
-
-def test_a_line_is_checked_as_it_stands() -> None:
-    genesis = "0" * 64
-    assert not is_chained(b"{}\n", genesis)
-    assert not is_chained(b'{"hash":"' + b"0" * 64 + b'"}\n', genesis)
 
 
 @pytest.mark.parametrize("place", [{"position": -1}, {"position": 1.0}, {"number": "1"}, {"head": 5}, {"other": 1}])

@@ -22,9 +22,10 @@ from shoestring.tests.trainer.ledger.small_ledger import (
     do_steps,
     everything,
     launch,
+    read_journal,
 )
 from shoestring.tests.tree import ROOT
-from shoestring.trainer.ledger.journal import JournalWriter, read_journal
+from shoestring.trainer.ledger.journal import JournalWriter
 from shoestring.trainer.ledger.render import render_ledger
 from shoestring.trainer.ledger.summary import LedgerReader, LedgerSummary, summarize_ledger, summarize_verified_ledger
 from shoestring.trainer.ledger.terms import ALLOCATION_FILE, LEDGER_BUCKETS, SNAPSHOT_FILE, WORK_FILE
@@ -216,6 +217,7 @@ def test_an_opening_names_the_format_and_the_version(tmp_path: Path, time: Time)
 def test_an_opening_without_what_it_must_hold_is_refused_by_name(tmp_path: Path) -> None:
     journal = JournalWriter(tmp_path / ALLOCATION_FILE)
     opening = {"kind": "open", "attempt": "a", "format": 2, "version": __version__, "phase": "pre_train"}
+    opening |= {"wall_ns": 1, "monotonic_ns": 1, "boot": "one"}
     journal.append(opening)
     journal.close()
     with pytest.raises(

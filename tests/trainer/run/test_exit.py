@@ -19,7 +19,7 @@ from shoestring.comm.groups import ProcessGroups
 from shoestring.tests.processes import RanksFailed, World, run_processes
 from shoestring.tests.trainer.small_loop import BATCH, LENGTH, STEPS, run_config, run_rank
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.ledger.meter import CostMeter
+from shoestring.trainer.ledger.budget_guard import CostMeter
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RunHalted

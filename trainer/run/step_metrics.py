@@ -1,0 +1,95 @@
+"""Metrics of one step: losses, load balance of the experts, bytes sent, and where the tokens went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...comm.traffic import TrafficKind
+from ...parallelism.zero.reduce import ALL_GATHER, REDUCE_SCATTER
+from ..telemetry.events import JSON
+
+if TYPE_CHECKING:
+    from ...comm.topology import Topology
+    from ...comm.traffic import TrafficCounter
+    from ..config import RunConfig
+    from .step import StepResult, StepSettings
+
+
+def step_metrics(
+    config: RunConfig,
+    result: StepResult,
+    settings: StepSettings,
+    traffic: TrafficCounter,
+    between_replicas: TrafficCounter,
+) -> dict[str, JSON]:
+    """Return all metrics of a step; `traffic` and `between_replicas` as in `Reporter.report_step`."""
+    return {
+        "loss": result.loss,
+        "loss/mtp": result.mtp_loss if config.model.num_nextn_predict_layers else None,
+        "loss/seq_aux": result.balance_loss,
+        "loss/total": result.total_loss,
+        "learning_rate": settings.learning_rate,
+        "mtp_loss_scaling_factor": settings.mtp_loss_scaling_factor,
+        "router_bias_update_rate": settings.router_bias_update_rate,
+        "grad_norm": result.grad_norm,
+        # DeepEP does not report what it sends.
+        **(_exchange_traffic(traffic) if config.exchange.name != "deepep" else {}),
+        **_replica_traffic(between_replicas),
+        **_load_balance(result, config.topology),
+        **_routing(result),
+    }
+
+
+def _load_balance(result: StepResult, topology: Topology) -> dict[str, JSON]:
+    """Return the loads of experts, ranks and nodes of each MoE layer in this step, and the range of the routing biases.
+
+    `max_violation` (arXiv 2408.15664) is the largest load over the mean load, minus 1; 0 is perfect balance. The load
+    of a rank is the sum over its experts and over the replicas of the expert-parallel group; that of a node is the
+    sum over its ranks.
+    """
+    values: dict[str, JSON] = {}
+    members = {"load": None, "load/ranks": topology.ep, "load/nodes": topology.nodes_per_ep_group}
+    worst = dict.fromkeys(members, 0.0)
+    for name, counts_E in result.tokens_per_expert_E.items():
+        for kind, count in members.items():
+            load = counts_E if count is None else counts_E.view(count, -1).sum(dim=1)
+            violation = float(load.max() * load.numel() / load.sum()) - 1
+            worst[kind] = max(worst[kind], violation)
+            values[f"{kind}/{name}/max_violation"] = violation
+        values[f"tokens_per_expert/{name}"] = counts_E.tolist()
+    if result.tokens_per_expert_E:
+        values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
+        values["bias/min"], values["bias/max"] = result.router_bias_range
+    return values
+
+
+def _exchange_traffic(traffic: TrafficCounter) -> dict[str, JSON]:
+    """Return the bytes that rank 0 sent through the token exchange in this step by link: all, and the rows alone."""
+    all_bytes, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
+    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in all_bytes.items()}
+    return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
+
+
+def _replica_traffic(traffic: TrafficCounter) -> dict[str, JSON]:
+    """Return the bytes of gradients and weights that rank 0 sent to ranks with the same parameters, by link."""
+    operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
+    return {
+        f"{key}/{link}": size
+        for key, operation in operations.items()
+        for link, size in traffic.bytes_by_link(operation=operation).items()
+    }
+
+
+def _routing(result: StepResult) -> dict[str, JSON]:
+    """Return how many nodes and ranks each token is sent to, mean over tokens and MoE layers.
+
+    The report sends a token to at most 4 nodes, and could select 3.2 experts per node at the same cost (§3.2.2).
+    """
+    visits = result.token_counts
+    if not visits.tokens:
+        return {}
+    return {
+        "routing/nodes_per_token": visits.token_node_pairs / visits.tokens,
+        "routing/ranks_per_token": visits.token_rank_pairs / visits.tokens,
+        "routing/experts_per_token_and_node": visits.token_expert_pairs / visits.token_node_pairs,
+    }
