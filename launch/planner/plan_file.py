@@ -1,10 +1,10 @@
-"""The planned figures of a run's layout, read from the JSON of `shoestring plan` or `shoestring simulate`."""
+"""The JSON of `shoestring plan` and `shoestring simulate`: its keys, and the planned figures of a run read from it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from ...comm.files.strict_json import JsonValue, MalformedFileError, shorten_for
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.ledger.terms import STEP_TIME_TERMS
-from ..verbs.simulate import PLAN_FORMAT, run_description
 from .config_adapter import configured_recipe
+from .forecast import StepForecast
 
+PLAN_FORMAT = 2
+"""Number in the JSON of `simulate` and `plan`; without it, the format is 1, whose keys had other names."""
 _OPTION = "--against"
 _COMMAND = "write one with `shoestring plan … --format json > FILE`, or with simulate"
 _MAX_BYTES = 2**28
@@ -28,7 +30,61 @@ _SAME = ("model", "sequence_length", "global_batch_size")
 """Values of a plan that a run must share: with others its steps are different work."""
 _PRICE = ("rampup_start_batch_size", "rampup_batch_size_increment", "rampup_tokens", "tokens", "cluster")
 """Values of a plan that change a run's price but not its steps."""
-_LAYOUT = ("pp", "edp", "ep", "schedule", "micro_batch", "layers_per_stage")
+
+
+def plan_header() -> dict[str, object]:
+    """Return the first keys of the JSON of `simulate` and `plan`: its format, and the version that writes it."""
+    return {"format": PLAN_FORMAT, "version": __version__}
+
+
+def run_description(config: RunConfig) -> dict[str, object]:
+    """Return what determines the price of a run besides the layout."""
+    names = ("sequence_length", "global_batch_size", *_PRICE[:-1])
+    training = {name: getattr(config.training, name) for name in names}
+    return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+
+
+def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
+    """Return a layout and its forecast as plain values; `gpu_hours` are of pre-training, terms are means over ranks."""
+    topology, recipe = forecast.layout.topology, forecast.recipe
+    return {
+        "pp": topology.pp,
+        "edp": topology.edp,
+        "ep": topology.ep,
+        "schedule": forecast.layout.schedule,
+        "micro_batch": forecast.layout.micro_batch_size,
+        "layers_per_stage": [stage.dense_layers + stage.moe_layers for stage in forecast.stage_shapes],
+        "precision": recipe.precision.value,
+        "recompute": sorted(recipe.recompute),
+        "exchange": recipe.exchange_name,
+        "overlap": recipe.overlap,
+        "moment_bytes": recipe.moment_bytes,
+        "comm_sms": recipe.comm_sms,
+        "step_seconds": forecast.step_seconds,
+        "tokens_per_second_per_gpu": forecast.tokens_per_second_per_gpu,
+        "mfu": forecast.mfu,
+        "memory_bytes": forecast.peak_memory.total,
+        "memory_bytes_with_fragmentation": forecast.peak_bytes_with_fragmentation,
+        "gpu_hours": gpu_hours,
+        "time_terms": forecast.mean_time_terms,
+        "bottleneck": forecast.bottleneck,
+    }
+
+
+@dataclass(frozen=True)
+class PlannedGrid:
+    """Parallel layout by the keys of the file."""
+
+    pp: int
+    edp: int
+    ep: int
+    schedule: str
+    micro_batch: int
+    layers_per_stage: tuple[int, ...]
+
+    def __str__(self) -> str:
+        layers = "+".join(map(str, self.layers_per_stage))
+        return f"pp{self.pp} edp{self.edp} ep{self.ep} {self.schedule} micro-batch {self.micro_batch} layers {layers}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +93,9 @@ class PlanEntry:
 
     layout_name: str
     """Which layout of the plan this is, in words."""
+    grid: PlannedGrid
+    recipe: Mapping[str, str | bool | int]
+    """Precision, recompute, exchange, overlap and moment bytes, by the keys of the file."""
     time_terms: Mapping[str, float]
     """Seconds per step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
     step_seconds: float
@@ -47,8 +106,57 @@ class PlanEntry:
     """GPU-hours of the whole pre-training, steps only."""
     memory_bytes: float
     """Bytes of the rank that needs most memory."""
-    deviations: Sequence[str]
+    deviations: Sequence[str] = ()
     """Differences between plan and run that leave the plan comparable, in words."""
+
+    @staticmethod
+    def parse(name: str, row: JsonValue) -> PlanEntry:
+        """Parse a layout. Raises `MalformedFileError` for a missing key or a value of another type or range."""
+        pp, edp, ep, micro_batch, moment_bytes = (
+            row[key].as_integer(1, _MAX_COUNT) for key in ("pp", "edp", "ep", "micro_batch", "moment_bytes")
+        )
+        layers = tuple(count.as_integer(0, _MAX_COUNT) for count in row["layers_per_stage"].as_list())
+        recipe: dict[str, str | bool | int] = {
+            "precision": row["precision"].as_string(),
+            "recompute": _parts([part.as_string() for part in row["recompute"].as_list()]),
+            "exchange": row["exchange"].as_string(),
+            "overlap": row["overlap"].as_boolean(),
+            "moment_bytes": moment_bytes,
+        }
+        return PlanEntry(
+            layout_name=name,
+            grid=PlannedGrid(pp, edp, ep, row["schedule"].as_string(), micro_batch, layers),
+            recipe=recipe,
+            time_terms={t: row["time_terms"][t].as_number(-_MAX_NUMBER, _MAX_NUMBER) for t in STEP_TIME_TERMS},
+            step_seconds=row["step_seconds"].as_number(0, _MAX_NUMBER),
+            tokens_per_second=row["tokens_per_second_per_gpu"].as_number(0, _MAX_NUMBER) * pp * edp * ep,
+            gpu_hours=row["gpu_hours"].as_number(0, _MAX_NUMBER),
+            memory_bytes=row["memory_bytes"].as_number(0, _MAX_NUMBER),
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of a plan."""
+
+    run: Mapping[str, Any]
+    """What the plan is for, by the keys of `run_description`; any JSON values."""
+    layouts: Sequence[PlanEntry]
+    """Layouts of the file, the fastest first."""
+
+    @staticmethod
+    def parse(tree: JsonValue) -> _Plan:
+        """Parse a plan. Raises `MalformedFileError`."""
+        run = tree["run"]
+        run["model"].as_mapping()
+        for key in (*_SAME, *_PRICE):
+            run[key]  # raises if it is missing
+        if "layouts" not in tree:
+            return _Plan(run.as_mapping(), [PlanEntry.parse("the simulated layout", tree["layout"])])
+        rows = tree["layouts"].as_list()
+        named = [(f"layout {place} of {len(rows)}", row) for place, row in enumerate(rows, 1)]
+        named.append(("the configured layout", tree["configured"]))
+        return _Plan(run.as_mapping(), [PlanEntry.parse(*each) for each in named])
 
 
 def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> PlanEntry:
@@ -58,21 +166,19 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     fastest. Raises `ConfigError` for a file that is not a plan, and for a plan of another model, sequence length,
     batch or layout.
     """
-    tree = _read(path)
+    plan = _read(path)
     wanted = _layout_of(config)
-    raise_if_any(_other_run(path, tree["run"], _run_description(config)))
-    rows = dict(_rows(tree))
-    same = {name: row for name, row in rows.items() if all(row[key] == wanted[key] for key in _LAYOUT)}
+    raise_if_any(_other_run(path, plan.run, _run_description(config)))
+    same = [each for each in plan.layouts if each.grid == wanted]
     if not same:
-        raise ConfigError([_no_such_layout(path, rows, wanted)])
+        raise ConfigError([_no_such_layout(path, plan, wanted)])
     # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
     # and the file lists the fastest first.
-    name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
-    row = same[name]
-    return _planned(name, row, [*_other_price(tree["run"], config), *_other_recipe(row, config, precision)])
+    planned = min(same, key=lambda each: len(list(_other_recipe(each, config, precision))))
+    return replace(planned, deviations=[*_other_price(plan.run, config), *_other_recipe(planned, config, precision)])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Plan:
     """Read the file. Raises `ConfigError` unless it is a plan of this format with all keys that are read here."""
     try:
         tree = read_json(path, _MAX_BYTES)
@@ -80,8 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = tree.get("format")
         if found is None or found.value != PLAN_FORMAT:
             raise ConfigError([_other_format(path, tree)])
-        _check_keys(tree)
-        return tree.as_mapping()
+        return _Plan.parse(tree)
     except OSError as error:
         raise ConfigError([Problem(_OPTION, str(path), f"cannot be read: {error.strerror}")]) from error
     except MalformedFileError as error:
@@ -99,68 +204,16 @@ def _other_format(path: Path, tree: JsonValue) -> Problem:
     return Problem(_OPTION, str(path), f"{hint}; {_COMMAND}")
 
 
-def _check_keys(tree: JsonValue) -> None:
-    """Raise `MalformedFileError` for a missing key or a value of another type, among those that are read here."""
-    run = tree["run"]
-    run["model"].as_mapping()
-    for key in (*_SAME, *_PRICE):
-        run[key]  # raises if it is missing
-    rows = [*tree["layouts"].as_list(), tree["configured"]] if "layouts" in tree else [tree["layout"]]
-    for row in rows:
-        for key in ("pp", "edp", "ep", "micro_batch", "moment_bytes"):
-            row[key].as_integer(1, _MAX_COUNT)
-        for key in ("schedule", "precision", "exchange"):
-            row[key].as_string()
-        for layers in row["layers_per_stage"].as_list():
-            layers.as_integer(0, _MAX_COUNT)
-        for part in row["recompute"].as_list():
-            part.as_string()
-        row["overlap"].as_boolean()
-        for key in ("step_seconds", "tokens_per_second_per_gpu", "gpu_hours", "memory_bytes"):
-            row[key].as_number(0, _MAX_NUMBER)
-        for term in STEP_TIME_TERMS:
-            row["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
-
-
-def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name, layout) of every layout of the file, the fastest first."""
-    if "layouts" not in tree:
-        yield "the simulated layout", tree["layout"]
-        return
-    count = len(tree["layouts"])
-    for place, row in enumerate(tree["layouts"], 1):
-        yield f"layout {place} of {count}", row
-    yield "the configured layout", tree["configured"]
-
-
-def _planned(name: str, row: Mapping[str, Any], deviations: Sequence[str]) -> PlanEntry:
-    return PlanEntry(
-        layout_name=name,
-        time_terms={term: float(row["time_terms"][term]) for term in STEP_TIME_TERMS},
-        step_seconds=float(row["step_seconds"]),
-        tokens_per_second=float(row["tokens_per_second_per_gpu"]) * row["pp"] * row["edp"] * row["ep"],
-        gpu_hours=float(row["gpu_hours"]),
-        memory_bytes=float(row["memory_bytes"]),
-        deviations=deviations,
-    )
-
-
 def _run_description(config: RunConfig) -> dict[str, Any]:
     """Return `run_description` as JSON gives it back: tuples are lists, for example."""
     description: dict[str, Any] = json.loads(json.dumps(run_description(config)))
     return description
 
 
-def _layout_of(config: RunConfig) -> dict[str, Any]:
+def _layout_of(config: RunConfig) -> PlannedGrid:
     topology, schedule = config.topology, config.schedule
-    return {
-        "pp": topology.pp,
-        "edp": topology.edp,
-        "ep": topology.ep,
-        "schedule": schedule.name,
-        "micro_batch": schedule.micro_batch_size,
-        "layers_per_stage": [len(layers) for layers in build_stage_layout(config).stage_layers],
-    }
+    layers = tuple(len(layers) for layers in build_stage_layout(config).stage_layers)
+    return PlannedGrid(topology.pp, topology.edp, topology.ep, schedule.name, schedule.micro_batch_size, layers)
 
 
 def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Problem]:
@@ -176,16 +229,10 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
                 yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
 
 
-def _no_such_layout(path: Path, rows: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Any]) -> Problem:
-    listed = list(dict.fromkeys(map(_words, rows.values())))
-    hint = f"does not contain the run's layout, {_words(wanted)}; it contains {'; '.join(listed) or 'none'}"
+def _no_such_layout(path: Path, plan: _Plan, wanted: PlannedGrid) -> Problem:
+    listed = list(dict.fromkeys(str(each.grid) for each in plan.layouts))
+    hint = f"does not contain the run's layout, {wanted}; it contains {'; '.join(listed) or 'none'}"
     return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
-
-
-def _words(row: Mapping[str, Any]) -> str:
-    grid = f"pp{row['pp']} edp{row['edp']} ep{row['ep']}"
-    layers = "+".join(map(str, row["layers_per_stage"]))
-    return f"{grid} {row['schedule']} micro-batch {row['micro_batch']} layers {layers}"
 
 
 def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
@@ -196,18 +243,15 @@ def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]
             yield f"{key}: {_word(planned[key])} planned, {_word(ours[key])} run"
 
 
-def _other_recipe(row: Mapping[str, Any], config: RunConfig, precision: str | None) -> Iterator[str]:
+def _other_recipe(planned: PlanEntry, config: RunConfig, precision: str | None) -> Iterator[str]:
     """Yield differences that change the time of a step."""
-    if precision is not None and row["precision"] != precision:
-        yield f"precision: {row['precision']} planned, {precision} run"
     run = configured_recipe(config)
-    planned, parts = _parts(row["recompute"]), _parts(sorted(run.recompute))
-    if planned != parts:
-        yield f"recompute: {planned} planned, {parts} run"
-    ours = {"exchange": run.exchange_name, "overlap": run.overlap, "moment_bytes": run.moment_bytes}
+    ours: dict[str, str | bool | int] = {} if precision is None else {"precision": precision}
+    ours |= {"recompute": _parts(sorted(run.recompute)), "exchange": run.exchange_name}
+    ours |= {"overlap": run.overlap, "moment_bytes": run.moment_bytes}
     for key, value in ours.items():
-        if row[key] != value and (key != "exchange" or row["ep"] > 1):
-            yield f"{key}: {row[key]} planned, {value} run"
+        if planned.recipe[key] != value and (key != "exchange" or planned.grid.ep > 1):
+            yield f"{key}: {planned.recipe[key]} planned, {value} run"
 
 
 def _parts(names: Sequence[str]) -> str:

@@ -49,11 +49,6 @@ class RehearsalResult:
         return tuple(sorted(found, key=lambda finding: order.get(finding.kind, len(order))))
 
     @property
-    def exit_code(self) -> int:
-        """Exit code of the verb: 0 without findings, 1 with findings."""
-        return 1 if self.findings else 0
-
-    @property
     def mismatch_count(self) -> int:
         """Number of communicators and pairs of ranks on which two logs differ."""
         return sum(finding.kind in ("collective", "message") for finding in self.findings)

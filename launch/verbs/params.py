@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def params_answer(config: RunConfig) -> Answer:
     return Answer.from_blocks(f"Parameters of {config.model.name}", data, list(_blocks(config, activations)))
 
 
-def _blocks(config: RunConfig, activations: dict[str, dict[str, int]]) -> Iterator[Block]:
+def _blocks(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -> Iterator[Block]:
     model, length = config.model, config.training.sequence_length
     count, flops, has_mtp = count_parameters(model), count_flops(model, length), model.num_nextn_predict_layers > 0
     rows = {
@@ -68,7 +68,7 @@ def _blocks(config: RunConfig, activations: dict[str, dict[str, int]]) -> Iterat
         "  head": (count.head, count.head),
         "  routed experts": (count.routed_experts, _active_experts(config)),
     } | ({"MTP modules, in addition": (count.mtp, count.mtp_active)} if has_mtp else {})
-    cells = [(name, *map(_big, sizes)) for name, sizes in rows.items()]
+    cells: list[Sequence[Cell]] = [(name, *map(_big, sizes)) for name, sizes in rows.items()]
     yield table(f"Parameters of {model.name}", ("part", "all", "active per token"), cells)
     conventions = {"main model, causal attention": flops.main_model}
     if has_mtp:
@@ -86,7 +86,7 @@ def _active_experts(config: RunConfig) -> int:
     return all_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
 
 
-def _activations(config: RunConfig, activations: dict[str, dict[str, int]]) -> TableBlock:
+def _activations(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -> TableBlock:
     """Return the saved activations per layer, without recompute and with the configured modules."""
     length, policy = config.training.sequence_length, config.recompute.recompute_modules
     title = f"Saved activations per layer, one sequence of {length} tokens, BF16 on a GPU (predicted)"

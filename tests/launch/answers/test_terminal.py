@@ -7,6 +7,7 @@ from markupsafe import Markup
 from shoestring.launch.answers.blocks import (
     Answer,
     BarSegment,
+    Block,
     ConfigurationBlock,
     Figure,
     FigureRow,
@@ -26,7 +27,7 @@ from shoestring.launch.answers.terminal import terminal_text
 def test_each_block_is_printed() -> None:
     long = "x" * 70  # wider than the terminal
     figure = Figure("timeline", Markup("<svg/>"), text="rank 0 |FB|")
-    blocks = [
+    blocks: list[Block] = [
         Paragraph("A sentence [not markup]."),
         MissingDataNotice("No cost figures.", "Rank 0 writes the ledger."),
         PreformattedText("Stacks", f"line 1\n{long}"),
@@ -43,6 +44,7 @@ def test_each_block_is_printed() -> None:
     answer = Answer("Title", {}, [PageSection("cost", "Cost", blocks)], cards)
     lines = [line.rstrip() for line in terminal_text(answer, width=60, colors=False).splitlines()]
     assert lines == [
+        "Title",
         "step: 17.848 s (forecast)",
         "",
         "Cost",

@@ -7,10 +7,13 @@ import torch
 
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.compose import compose_run_config
+from shoestring.launch.verbs.memory import MemoryReport, memory_answer
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.launch.verbs.memory_command import SMALL, tree
 from shoestring.trainer.memory.forecast import MemoryPredictor
+from shoestring.trainer.memory.measured import MeasuredMemory
 
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
@@ -115,3 +118,12 @@ def test_rows_that_are_no_whole_tiles_are_refused(capsys: pytest.CaptureFixture[
     for rows in (0, 100, 200):
         text = memory(capsys, *SMALL, f"recompute.expert_block_rows={rows}", code=2)
         assert f"recompute.expert_block_rows = {rows}: must be a multiple of 128" in text
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    config = compose_run_config(SMALL)
+    predictor = MemoryPredictor(config, torch.device("cpu"))
+    rank = predictor.predict_rank(0)
+    measured = MeasuredMemory(rank.state, 0.9 * rank.between_instructions, 1.1 * rank.total)
+    report = MemoryReport(config, "cpu", predictor, [measured], all_tokens_to_one_rank=False)
+    check_renderings(memory_answer(report), smallest_number_of_quantities=15)
