@@ -22,7 +22,15 @@ from ..answers.blocks import (
 )
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
 from .findings import format_ranks
-from .launch_counts import DENSE_LAYER, MOE_LAYER, MTP_MODULE, WHOLE_STEP, MeanKernelLaunches, has_weight_gradients
+from .launch_counts import (
+    DENSE_LAYER,
+    MOE_LAYER,
+    MTP_MODULE,
+    WHOLE_STEP,
+    MeanKernelLaunches,
+    has_weight_gradients,
+    moe_layer_totals,
+)
 from .log import RankLog
 from .result import RehearsalResult, count_collectives, count_p2p_batches, step_host_waits
 
@@ -49,7 +57,7 @@ def rehearsal_answer(result: RehearsalResult, operations: int) -> Answer:
 
 def _data(result: RehearsalResult) -> dict[str, Any]:
     shared, messages = result.compared_counts
-    totals = result.moe_layer_totals
+    totals = moe_layer_totals(result.launches_by_phase)
     return {
         "findings": [asdict(finding) for finding in result.findings],
         "mismatches": result.mismatch_count,
@@ -163,7 +171,7 @@ def _phases(result: RehearsalResult) -> TableBlock:
         [(*key[:1], count.phase, *key[1:], *_launches(count.launches, count.bytes)) for count in same]
         for key, same in groupby(counts, key=lambda count: (count.owner, count.stream))
     ]
-    totals = result.moe_layer_totals
+    totals = moe_layer_totals(result.launches_by_phase)
     if len(totals) > 1:
         totals = {**totals, "all": _sum(totals.values())}
     is_complete = has_weight_gradients(result.launches_by_phase)  # needs a rehearsed rank that holds only MoE layers

@@ -63,7 +63,7 @@ def rehearse(
     from .device.shim import build_autograd_shim
     from .gpu_config import gpu_run_config
     from .processes import RANK_MODULE_ARGUMENTS, RehearsalRequest, max_concurrent_processes, rehearse_ranks
-    from .result import evaluate_rank_logs
+    from .result import RehearsalResult
     from .select_ranks import micro_batch_problems, select_ranks
 
     config = compose_run_config(overrides, config_dir)
@@ -73,4 +73,4 @@ def rehearse(
     directory = None if config_dir is None else str(config_dir.absolute())
     request = RehearsalRequest(tuple(overrides), directory, micro_batches, str(build_autograd_shim()))
     logs = rehearse_ranks(request, ranks, tell, max_concurrent_processes(), entry or RANK_MODULE_ARGUMENTS)
-    return evaluate_rank_logs(config, logs)
+    return RehearsalResult(config, logs)

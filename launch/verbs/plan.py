@@ -26,15 +26,14 @@ from ..planner.config_adapter import (
 )
 from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
 from ..planner.plan_file import layout_as_dict, plan_header, run_description
-from ..planner.published import is_deepseek_v3_run
 from ..planner.recipe import ForecastRecipe, GemmPrecision
 from ..planner.run_cost import (
     FailureModel,
     RunPhaseCost,
     WhatIfStep,
-    estimate_phase_costs,
     format_significant,
     pretraining_gpu_hours,
+    run_phase_costs,
     sensitivity_analysis,
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
@@ -63,9 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the best layouts of the run that the options describe."""
-    return print_answer(
-        options, plan_answer(plan(options.overrides, options.config_dir, options.keep, given_inputs(options)))
-    )
+    result = plan(options.overrides, options.config_dir, options.keep, given_inputs(options))
+    return print_answer(options, plan_answer(result))
 
 
 @dataclass(frozen=True)
@@ -119,24 +117,14 @@ def plan(
     refusal = partial(_refusal, config, comm_sms_limit(config))
     found = search_layouts(forecaster, candidates, training.global_batch_size, keep, find_refusal=refusal)
     rows = tuple(_row(config, forecaster, forecast) for forecast in found.best_forecasts)
-    what_ifs: list[WhatIfStep] = []
-    if found.best_forecasts:
-        what_ifs = sensitivity_analysis(
-            forecaster, found.best_forecasts[0].layout, found.best_forecasts[0].recipe, training.global_batch_size
-        )
+    best = found.best_forecasts[0] if found.best_forecasts else None
+    batch = training.global_batch_size
+    what_ifs = [] if best is None else sensitivity_analysis(forecaster, best.layout, best.recipe, batch)
     return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, FailureModel())
 
 
 def _row(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> PlannedLayout:
-    phases = estimate_phase_costs(
-        forecaster,
-        forecast.layout,
-        forecast.recipe,
-        tokens=config.training.tokens,
-        batch_ramp=config.batch_ramp,
-        include_published_phases=is_deepseek_v3_run(config),
-    )
-    return PlannedLayout(forecast, phases)
+    return PlannedLayout(forecast, run_phase_costs(config, forecaster, forecast))
 
 
 def _space(config: RunConfig, recipe: ForecastRecipe) -> SearchSpace:

@@ -41,12 +41,11 @@ from ..planner.published import (
     TRACED_EXPOSED_SHARE,
     exposed_communication_share,
     is_deepseek_v3_layout,
-    is_deepseek_v3_run,
     seconds_by_published_phase,
     simulate_traced_chunk_pair,
 )
 from ..planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, PeerWaits
-from ..planner.run_cost import RunPhaseCost, batch_size_problem, estimate_phase_costs, pretraining_gpu_hours
+from ..planner.run_cost import RunPhaseCost, batch_size_problem, pretraining_gpu_hours, run_phase_costs
 from ..planner.simulated_trace import write_simulated_trace
 from .forecast_blocks import (
     add_input_arguments,
@@ -119,14 +118,7 @@ class SimulatedLayout:
     @cached_property
     def phase_costs(self) -> list[RunPhaseCost]:
         """Cost of each phase of the run."""
-        return estimate_phase_costs(
-            self.forecaster,
-            self.layout,
-            self.forecast.recipe,
-            tokens=self.config.training.tokens,
-            batch_ramp=self.config.batch_ramp,
-            include_published_phases=is_deepseek_v3_run(self.config),
-        )
+        return run_phase_costs(self.config, self.forecaster, self.forecast)
 
 
 def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:

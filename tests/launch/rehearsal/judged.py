@@ -9,7 +9,7 @@ from shoestring.launch.answers.terminal import terminal_text
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.answer import rehearsal_answer
 from shoestring.launch.rehearsal.log import KernelLaunches, RankLog
-from shoestring.launch.rehearsal.result import RehearsalResult, evaluate_rank_logs
+from shoestring.launch.rehearsal.result import RehearsalResult
 
 CONFIG = compose_run_config(["experiment=quickstart"])
 """DualPipeV on two pipeline ranks; the model has a dense layer, three MoE layers and an MTP module."""
@@ -34,7 +34,7 @@ ENDS = (
 
 
 def judged(*logs: RankLog) -> RehearsalResult:
-    return evaluate_rank_logs(CONFIG, logs)
+    return RehearsalResult(CONFIG, logs)
 
 
 def printed(result: RehearsalResult, operations: int = 0) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.rehearsal.findings import RunFinding
+from shoestring.launch.rehearsal.launch_counts import moe_layer_totals
 from shoestring.launch.rehearsal.result import RehearsalResult
 from shoestring.launch.rehearsal.verb import rehearse
 from shoestring.tests.launch.rehearsal.small_grid import SMALL
@@ -35,7 +36,7 @@ def test_nothing_is_found_on_sound_ranks(sound: RehearsalResult) -> None:
     assert [log.rank for log in sound.logs] == [0, 2, 3]
     assert not sound.findings
     assert sound.compared_counts > (10, 8)
-    assert {"compute", "exchange"} == set(sound.moe_layer_totals)
+    assert {"compute", "exchange"} == set(moe_layer_totals(sound.launches_by_phase))
 
 
 def test_pipeline_ranks_that_were_not_connected_hang() -> None:
