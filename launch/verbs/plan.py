@@ -235,7 +235,7 @@ def _figures(name: str, forecast: StepForecast) -> TableRow:
     return TableRow(
         (
             name,
-            f"{topology.pp} {topology.edp} {topology.ep}",
+            f"{topology.pp}\u00a0{topology.edp}\u00a0{topology.ep}",  # kept together on a narrow page
             forecast.layout.schedule,
             number(forecast.layout.micro_batch_size),
             forecast.recipe.precision.value,

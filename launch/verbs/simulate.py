@@ -45,7 +45,13 @@ from ..planner.published import (
     simulate_traced_chunk_pair,
 )
 from ..planner.recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_NOTHING, ForecastRecipe, PeerWaits
-from ..planner.run_cost import RunPhaseCost, batch_size_problem, pretraining_gpu_hours, run_phase_costs
+from ..planner.run_cost import (
+    RunPhaseCost,
+    batch_size_problem,
+    format_significant,
+    pretraining_gpu_hours,
+    run_phase_costs,
+)
 from ..planner.simulated_trace import write_simulated_trace
 from .forecast_blocks import (
     add_input_arguments,
@@ -177,7 +183,7 @@ def simulation_answer(simulation: SimulatedLayout) -> Answer:
     grid = f"pp{topology.pp} edp{topology.edp} ep{topology.ep}"
     names = f"{simulation.config.model.name} on {topology.world_size} {cluster.name}"
     title = f"{names}: {grid}, {simulation.layout.schedule}"
-    return Answer.from_blocks(title, data, blocks, list(_cards(forecast, cluster.memory_gb)))
+    return Answer.from_blocks(title, data, blocks, [*_cards(forecast, cluster.memory_gb), _cost_card(simulation)])
 
 
 def _cards(forecast: StepForecast, memory_gb: float | None) -> Iterator[HeadlineCard]:
@@ -191,6 +197,12 @@ def _cards(forecast: StepForecast, memory_gb: float | None) -> Iterator[Headline
         verdict = "fits" if needed <= memory_gb else "does NOT fit"
         without = f"{forecast.peak_memory.total / 1e9:.1f} without fragmentation"
         yield HeadlineCard("peak memory per rank", f"{needed:.1f}", "GB", f"of {memory_gb:g}: {verdict}; {without}")
+
+
+def _cost_card(simulation: SimulatedLayout) -> HeadlineCard:
+    hours, price = pretraining_gpu_hours(simulation.phase_costs), simulation.config.cluster.price_per_gpu_hour
+    note = "" if price is None else f"{format_significant(hours * price)} USD"
+    return HeadlineCard("pre-training", format_significant(hours), "GPU-hours", note)
 
 
 def published_step_errors(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
