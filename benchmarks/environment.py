@@ -22,6 +22,7 @@ import torch
 IMPORTED = {
     "antlr4": "antlr4-python3-runtime",
     "hydra": "hydra-core",
+    "markupsafe": "MarkupSafe",
     "numpy": "numpy",
     "omegaconf": "omegaconf",
     "packaging": "packaging",

@@ -28,8 +28,8 @@ DATA = (
     ("trainer", "data", "corpus"),
     ("launch", "planner", "tables"),
     ("launch", "rehearsal", "device", "cpp"),
-    ("launch", "report", "page.html"),
-    ("launch", "report", "style.css"),
+    ("launch", "answers", "page.html"),
+    ("launch", "answers", "style.css"),
 )
 # What a machine or its package index leaves behind in text.
 TRACES = re.compile(

@@ -106,12 +106,14 @@ class TableRow:
     style: str = ""
     """Style class of the color in its first cell; empty: none."""
     is_total: bool = False
+    """True: a rule separates it from the row above, and the page prints it bold."""
+    begins_group: bool = False
     """True: a rule separates it from the row above."""
 
 
 @dataclass(frozen=True)
 class TableBlock:
-    """Table of text and numbers. A column whose cells are quantities, or empty, is aligned to the right."""
+    """Table of text and numbers. A column whose cells are quantities, or a dash or empty, is aligned to the right."""
 
     headings: Sequence[str]
     """Column headings; empty for a table of names and values."""
@@ -128,12 +130,12 @@ class TableBlock:
         return frozenset(
             index
             for index, cells in columns
-            if any(isinstance(cell, Quantity) for cell in cells)
-            and all(isinstance(cell, Quantity) or cell in _NO_VALUE for cell in cells)
+            if any(isinstance(cell, Quantity) or cell in _DASHES for cell in cells)
+            and all(isinstance(cell, Quantity) or cell in ("", *_DASHES) for cell in cells)
         )
 
 
-_NO_VALUE = ("", "-", "–")
+_DASHES = ("-", "–")
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Cell] | TableRow], note: str = "") -> TableBlock:

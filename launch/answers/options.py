@@ -20,16 +20,17 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add --format and --html, which `print_answer` reads."""
     parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
+    add_html_option(parser)
+
+
+def add_html_option(parser: argparse.ArgumentParser) -> None:
+    """Add --html, which `write_page` reads."""
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the answer as an HTML page")
 
 
 def print_answer(options: argparse.Namespace, answer: Answer) -> int:
     """Print the answer as --format says, write the page of --html, and return the verb's exit code."""
-    if options.html is not None:
-        from .page import html_page
-
-        write_output(options.html, html_page(answer, f"shoestring {options.verb}"), "--html")
-        print_to_stderr(f"Wrote {options.html}")
+    write_page(options, answer)
     if options.format == "json":
         print_or_raise(json.dumps(answer.data, indent=1))
     else:
@@ -37,6 +38,16 @@ def print_answer(options: argparse.Namespace, answer: Answer) -> int:
 
         print_or_raise(terminal_text(answer))
     return answer.exit_code
+
+
+def write_page(options: argparse.Namespace, answer: Answer) -> None:
+    """Write the page of --html, if it is given. Raises `ConfigError` if it cannot be written."""
+    if options.html is None:
+        return
+    from .page import html_page
+
+    write_output(options.html, html_page(answer, f"shoestring {options.verb}"), "--html")
+    print_to_stderr(f"Wrote {options.html}")
 
 
 def write_output(path: Path, text: str, option: str) -> None:

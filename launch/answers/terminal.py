@@ -6,7 +6,8 @@ import io
 import sys
 from collections.abc import Iterator
 
-from rich.console import Console, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, OverflowMethod, RenderableType
 from rich.table import Table
 
 from .blocks import (
@@ -22,11 +23,15 @@ from .blocks import (
     TableBlock,
 )
 
+_MOST_LINED_COLUMNS = 7
+
 
 def terminal_text(answer: Answer, *, width: int | None = None, colors: bool | None = None) -> str:
     """Return the answer as text; the defaults of width and colors are those of standard output."""
     drawn, terminal = io.StringIO(), sys.stdout.isatty() if colors is None else colors
     console = Console(file=drawn, force_terminal=terminal or None, markup=False, width=width)
+    if answer.cards:
+        console.print(answer.title, style="bold")
     for card in answer.cards:
         console.print(" ".join(filter(None, (f"{card.name}:", card.value, card.unit, card.note and f"({card.note})"))))
     for section in answer.sections:
@@ -69,11 +74,16 @@ def _parts(block: Block) -> Iterator[RenderableType | PreformattedText]:
 def _table(block: TableBlock) -> Table:
     drawn = Table(title=block.title or None, title_justify="left", show_header=bool(block.headings))
     columns = len(block.headings) or max((len(row.cells) for row in block.rows), default=0)
+    if columns > _MOST_LINED_COLUMNS:  # lines between them would take a third of a narrow terminal
+        drawn.box, drawn.padding, drawn.pad_edge, drawn.show_edge = SIMPLE_HEAD, (0, 1, 0, 0), False, False
     for index in range(columns):
         heading = block.headings[index] if block.headings else ""
-        drawn.add_column(heading, justify="right" if index in block.right_aligned_columns else "left")
+        is_number = index in block.right_aligned_columns
+        # A long word, such as a path, is folded; of a number that does not fit an ellipsis must say so.
+        overflow: OverflowMethod = "ellipsis" if is_number else "fold"
+        drawn.add_column(heading, justify="right" if is_number else "left", overflow=overflow)
     for row in block.rows:
-        if row.is_total:
+        if row.is_total or row.begins_group:
             drawn.add_section()
         drawn.add_row(*(str(cell) for cell in row.cells))
     return drawn

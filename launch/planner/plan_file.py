@@ -1,10 +1,10 @@
-"""The planned figures of a run's layout, read from the JSON of `shoestring plan` or `shoestring simulate`."""
+"""The JSON of `shoestring plan` and `shoestring simulate`: its keys, and the planned figures of a run read from it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from ...comm.files.strict_json import JsonValue, MalformedFileError, shorten_for
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.ledger.terms import STEP_TIME_TERMS
-from ..verbs.simulate import PLAN_FORMAT, run_description
 from .config_adapter import configured_recipe
+from .forecast import StepForecast
+
+PLAN_FORMAT = 2
+"""Number in the JSON of `simulate` and `plan`; without it, the format is 1, whose keys had other names."""
 
 _OPTION = "--against"
 _COMMAND = "write one with `shoestring plan … --format json > FILE`, or with simulate"
@@ -29,6 +32,45 @@ _SAME = ("model", "sequence_length", "global_batch_size")
 """Values of a plan that a run must share: with others its steps are different work."""
 _PRICE = ("rampup_start_batch_size", "rampup_batch_size_increment", "rampup_tokens", "tokens", "cluster")
 """Values of a plan that change a run's price but not its steps."""
+
+
+def plan_header() -> dict[str, object]:
+    """Return the first keys of the JSON of `simulate` and `plan`: its format, and the version that writes it."""
+    return {"format": PLAN_FORMAT, "version": __version__}
+
+
+def run_description(config: RunConfig) -> dict[str, object]:
+    """Return what determines the price of a run besides the layout."""
+    names = ("sequence_length", "global_batch_size", *_PRICE[:-1])
+    training = {name: getattr(config.training, name) for name in names}
+    return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+
+
+def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
+    """Return a layout and its forecast as plain values; `gpu_hours` are of pre-training, terms are means over ranks."""
+    topology, recipe = forecast.layout.topology, forecast.recipe
+    return {
+        "pp": topology.pp,
+        "edp": topology.edp,
+        "ep": topology.ep,
+        "schedule": forecast.layout.schedule,
+        "micro_batch": forecast.layout.micro_batch_size,
+        "layers_per_stage": [stage.dense_layers + stage.moe_layers for stage in forecast.stage_shapes],
+        "precision": recipe.precision.value,
+        "recompute": sorted(recipe.recompute),
+        "exchange": recipe.exchange_name,
+        "overlap": recipe.overlap,
+        "moment_bytes": recipe.moment_bytes,
+        "comm_sms": recipe.comm_sms,
+        "step_seconds": forecast.step_seconds,
+        "tokens_per_second_per_gpu": forecast.tokens_per_second_per_gpu,
+        "mfu": forecast.mfu,
+        "memory_bytes": forecast.peak_memory.total,
+        "memory_bytes_with_fragmentation": forecast.peak_bytes_with_fragmentation,
+        "gpu_hours": gpu_hours,
+        "time_terms": forecast.mean_time_terms,
+        "bottleneck": forecast.bottleneck,
+    }
 
 
 @dataclass(frozen=True)

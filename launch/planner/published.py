@@ -26,6 +26,8 @@ PUBLISHED_PHASE_SECONDS: Mapping[str, float] = MappingProxyType(
 """Phases of that table in seconds per step; see `seconds_by_published_phase`."""
 TRACED_CHUNK_PAIR_SECONDS = 0.129012
 """Seconds of a forward and a backward chunk of four MoE layers (deepseek-ai/profile-data train.json)."""
+TRACED_EXPOSED_SHARE = 0.033
+"""Share of those seconds in which only an exchange's kernel runs."""
 TRACED_EXPERT_ROWS = ((31_104, 30_976, 36_864, 31_104), (34_688, 32_512, 32_896, 28_416))
 """Rows that reached the traced rank's experts, per layer, in the forward and in the backward."""
 PUBLISHED_GLOBAL_BATCH, PUBLISHED_SEQUENCE_LENGTH, PUBLISHED_GPUS = 15_360, 4096, 2048

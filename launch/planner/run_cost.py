@@ -17,9 +17,11 @@ from itertools import pairwise
 from ...comm.errors import ConfigError, Problem
 from ...comm.units import format_count
 from ...parallelism.pipeline.schedules.registry import nearest_valid_micro_batches, schedule_problems
+from ...trainer.config import RunConfig
 from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS
 from ...trainer.run.batch_ramp import BatchRamp
-from .forecast import ParallelLayout, StepForecaster
+from .forecast import ParallelLayout, StepForecast, StepForecaster
+from .published import is_deepseek_v3_run
 from .recipe import MIN_COMM_SMS, ForecastRecipe
 
 SIMULATED = "simulated"
@@ -48,6 +50,18 @@ class ContextExtensionPhase:
 
 
 CONTEXT_EXTENSION_PHASES = (ContextExtensionPhase(32_768, 1920), ContextExtensionPhase(131_072, 480))
+
+
+def run_phase_costs(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> list[RunPhaseCost]:
+    """Estimate the cost of each phase of the run of `config` in the layout of `forecast`."""
+    return estimate_phase_costs(
+        forecaster,
+        forecast.layout,
+        forecast.recipe,
+        tokens=config.training.tokens,
+        batch_ramp=config.batch_ramp,
+        include_published_phases=is_deepseek_v3_run(config),
+    )
 
 
 def estimate_phase_costs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from .compare import compare_rank_logs
 from .deadlock.communicators import group_collectives, group_p2p_ops
 from .deadlock.diagnosis import find_hangs
 from .findings import RunFinding, code_line_of_location, group_findings, has_raised
-from .launch_counts import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase, moe_layer_totals
+from .launch_counts import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase
 from .log import CollectiveRecord, HostWait, P2PBatchRecord, RankLog
 
 _FATAL_KINDS = ("error", "device", "hang", "first contact", "collective", "message")
@@ -49,11 +49,6 @@ class RehearsalResult:
         return tuple(sorted(found, key=lambda finding: order.get(finding.kind, len(order))))
 
     @property
-    def exit_code(self) -> int:
-        """Exit code of the verb: 0 without findings, 1 with findings."""
-        return 1 if self.findings else 0
-
-    @property
     def mismatch_count(self) -> int:
         """Number of communicators and pairs of ranks on which two logs differ."""
         return sum(finding.kind in ("collective", "message") for finding in self.findings)
@@ -79,11 +74,6 @@ class RehearsalResult:
     def launches_by_phase(self) -> list[MeanKernelLaunches]:
         """See `mean_launches_by_phase`."""
         return mean_launches_by_phase(self.config, build_stage_layout(self.config), self.logs)
-
-    @property
-    def moe_layer_totals(self) -> dict[str, tuple[float, float]]:
-        """See `launch_counts.moe_layer_totals`."""
-        return moe_layer_totals(self.launches_by_phase)
 
     @property
     def launches_by_operation(self) -> list[MeanKernelLaunches]:
@@ -126,8 +116,3 @@ def count_p2p_batches(log: RankLog) -> int:
 def step_host_waits(log: RankLog) -> Iterator[HostWait]:
     """Yield the waits of the rank's host for its device in the step."""
     return (event for event in log.events if isinstance(event, HostWait) and not event.is_warm_up)
-
-
-def evaluate_rank_logs(config: RunConfig, logs: Sequence[RankLog]) -> RehearsalResult:
-    """Return the result for the logs of the run's ranks."""
-    return RehearsalResult(config, tuple(logs))

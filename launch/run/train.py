@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...comm.bootstrap import TorchrunEnvironment
 from ...comm.errors import ConfigError, Problem
-from ..compose import compose_run_config
-from .fingerprint import ATTEMPT_ENV_VAR
-from .launcher import LocalRanks, launch_run
-from .preflight import run_preflight_checks
-from .torchrun import local_torchrun_arguments
-from .worker import run_rank
+from ..answers.options import add_override_arguments
+from ..console import print_or_raise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    add_fresh_option(parser)
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, do not train")
+
+
+def add_fresh_option(parser: argparse.ArgumentParser) -> None:
+    """Add --fresh, an option of every verb that trains."""
+    text = "first delete the files of an earlier run in training.run_dir"
+    parser.add_argument("--fresh", action="store_true", help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train the run that the options describe, or print its configuration."""
+    if not options.cfg:
+        return train_command(options.overrides, options.config_dir, fresh=options.fresh)
+    from ..compose import compose_run_config, config_to_yaml
+
+    config = compose_run_config(options.overrides, options.config_dir)
+    print_or_raise(config_to_yaml(config).removesuffix("\n"))
+    return 0
 
 
 def train_command(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) -> int:
     """Run `shoestring train`; return its exit code. Raises `ConfigError` before any process or file exists."""
+    # Not at the top: --help needs no torch, whose import takes seconds.
+    from ...comm.bootstrap import TorchrunEnvironment
+    from ..compose import compose_run_config
+    from .fingerprint import ATTEMPT_ENV_VAR
+    from .launcher import LocalRanks, launch_run
+    from .preflight import run_preflight_checks
+    from .torchrun import local_torchrun_arguments
+    from .worker import run_rank
+
     config = compose_run_config(overrides, config_dir)
     worker = TorchrunEnvironment.read()
     if worker is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,14 +14,34 @@ from omegaconf import OmegaConf
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
+from ..answers.options import add_override_arguments
 from ..bench.calibrate_rank import calibrate_rank
 from ..compose import compose_run_config, escape_interpolations
+from ..console import print_to_stdout
 from ..planner.compute_time import recipe_by_config_key
 from ..planner.config_adapter import configured_recipe, unsupported_config_problems
 from ..planner.kernel_times import KernelMeasurement, write_kernel_table
 from ..run.on_ranks import run_on_ranks
 
 _SECONDS = 600.0
+_FOLDER = Path("runs/calibration")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    text = f"output directory (default {_FOLDER})"
+    parser.add_argument("--output", type=Path, default=_FOLDER, metavar="DIR", help=text)
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of processes (default 2)")
+    text = "repetitions of each measurement (default 20)"
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print how to use the cluster."""
+    written = calibrate(options.overrides, options.config_dir, options.output, options.ranks, options.repeats)
+    print_to_stdout(f"Wrote {written}. Use it with: --config-dir {options.output} cluster=measured")
+    return 0
 
 
 def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, ranks: int, repeats: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
 
-from ...comm.errors import raise_if_any
-from ...comm.units import format_mega
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
 from ...trainer.memory.measured import MeasuredMemory, measure_step_memory
 from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
+from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, TableBlock, TableRow, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..run.on_ranks import RankContext, run_on_ranks
 from ..run.preflight import hardware_problems
@@ -29,6 +29,27 @@ _SECONDS = 900.0
 _STATE = "model states"
 _BETWEEN = "between instructions"
 _PEAK = "peak"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    parser.add_argument(
+        "--measure", action="store_true", help="run two steps of all ranks on this machine, and compare"
+    )
+    text = "with --measure: route all tokens of each expert-parallel group to one rank"
+    parser.add_argument("--one-rank", action="store_true", help=text)
+    add_answer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the memory of the run that the options describe."""
+    if options.one_rank and not options.measure:
+        raise ConfigError([Problem("--one-rank", True, "needs --measure too")])
+    report = build_memory_report(
+        options.overrides, options.config_dir, measure=options.measure, all_tokens_to_one_rank=options.one_rank
+    )
+    return print_answer(options, memory_answer(report))
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,11 @@ class MemoryReport:
     def host_bytes_by_pp_rank(self) -> list[HostMemoryBytes]:
         """Host memory of each pipeline rank, besides that of its device."""
         return [self.run_memory.predict_host(pp_rank) for pp_rank in range(self.config.topology.pp)]
+
+    @cached_property
+    def worst_case_bytes_by_pp_rank(self) -> list[float]:
+        """Bound of each pipeline rank's memory under any routing."""
+        return [self.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(self.config.topology.pp)]
 
     def predict_rank(self, rank: int) -> RankMemory:
         """Predict the memory of a global rank, with the routing of the measured run."""
@@ -98,18 +124,24 @@ def measure_rank(rank: RankContext, argument: tuple[RunConfig, bool]) -> tuple[s
     return str(rank.device), measure_step_memory(config, groups, rank.device, skewed=skewed)
 
 
-def memory_as_dict(report: MemoryReport) -> dict[str, object]:
-    """Return the figures as plain values, in bytes."""
-    return {
+def memory_answer(report: MemoryReport) -> Answer:
+    """Return the figures, in bytes."""
+    on = "a GPU" if report.device == "cuda" else "a CPU"
+    title = f"Predicted memory of one rank per pipeline rank on {on}"
+    compared = list(_comparisons(report))
+    data = {
         "device": report.device,
         "predicted": [_rank_tree(memory) for memory in report.predicted_by_pp_rank],
         "host_bytes": [vars(host) for host in report.host_bytes_by_pp_rank],
-        "worst_case_routing_bytes": [
-            report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank))
-        ],
+        "worst_case_routing_bytes": report.worst_case_bytes_by_pp_rank,
         "measured": [memory.to_dict() for memory in report.measured_by_rank],
+        "predicted_and_measured": [vars(each) | {"relative_error": each.relative_error} for each in compared],
         "routing_measured": "all_to_one_rank" if report.all_tokens_to_one_rank else "model",
     }
+    blocks: list[Block] = [_predicted(report, f"{title}, MB")]
+    if compared:
+        blocks += [_compared(report, compared), Paragraph(_MEASUREMENT_NOTES[report.device])]
+    return Answer.from_blocks(title, data, blocks)
 
 
 def _rank_tree(memory: RankMemory) -> dict[str, Any]:
@@ -122,36 +154,20 @@ def _rank_tree(memory: RankMemory) -> dict[str, Any]:
     }
 
 
-def memory_table(report: MemoryReport) -> RenderableType:
-    """Return the figures as tables."""
-    parts: list[RenderableType] = [_predicted(report)]
-    if report.measured_by_rank:
-        parts += [_compared(report), _MEASUREMENT_NOTES[report.device]]
-    return Group(*parts)
+def _predicted(report: MemoryReport, title: str) -> TableBlock:
+    ranks, hosts = report.predicted_by_pp_rank, report.host_bytes_by_pp_rank
+    kinds = [dict(_kinds(memory)) for memory in ranks]
+    rows = [_row(kind, [of_rank[kind] for of_rank in kinds]) for kind in kinds[0] if any(row[kind] for row in kinds)]
+    rows.append(_row(_PEAK, [memory.total for memory in ranks], is_total=True))
+    rows.append(_row("worst-case routing", report.worst_case_bytes_by_pp_rank))
+    rows.append(_row("host, checkpoint staging", [host.copy_for_saves for host in hosts], begins_group=True))
+    if any(host.average for host in hosts):
+        rows.append(_row("host, EMA", [host.average for host in hosts]))
+    return table(title, ("kind", *(f"pp {pp_rank}" for pp_rank in range(len(ranks)))), rows)
 
 
-def _predicted(report: MemoryReport) -> Table:
-    on = "a GPU" if report.device == "cuda" else "a CPU"
-    title = f"Predicted memory of one rank per pipeline rank on {on}, MB"
-    table = Table(title=title, title_justify="left")
-    table.add_column("kind")
-    for pp_rank in range(len(report.predicted_by_pp_rank)):
-        table.add_column(f"pp {pp_rank}", justify="right")
-    rows = [dict(_kinds(memory)) for memory in report.predicted_by_pp_rank]
-    for kind in rows[0]:
-        if any(row[kind] for row in rows):
-            table.add_row(kind, *(format_mega(row[kind]) for row in rows))
-    table.add_section()
-    table.add_row(_PEAK, *(format_mega(memory.total) for memory in report.predicted_by_pp_rank))
-    bounds = (report.run_memory.upper_bound_bytes(pp_rank) for pp_rank in range(len(report.predicted_by_pp_rank)))
-    table.add_row("worst-case routing", *(format_mega(bound) for bound in bounds))
-    table.add_section()
-    table.add_row(
-        "host, checkpoint staging", *(format_mega(host.copy_for_saves) for host in report.host_bytes_by_pp_rank)
-    )
-    if any(host.average for host in report.host_bytes_by_pp_rank):
-        table.add_row("host, EMA", *(format_mega(host.average) for host in report.host_bytes_by_pp_rank))
-    return table
+def _row(name: str, sizes: Sequence[float], *, is_total: bool = False, begins_group: bool = False) -> TableRow:
+    return TableRow((name, *map(_mega, sizes)), is_total=is_total, begins_group=begins_group)
 
 
 def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
@@ -163,22 +179,38 @@ def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
     yield "exchange buffers, outside allocator", memory.non_allocator.exchange
 
 
-def _compared(report: MemoryReport) -> Table:
-    routing = "all tokens to one rank per group" if report.all_tokens_to_one_rank else "model's own routing"
-    table = Table(title=f"Predicted and measured, MB; {routing}", title_justify="left")
-    for heading in ("rank", "quantity", "predicted", "measured", "difference"):
-        table.add_column(heading, justify="left" if heading == "quantity" else "right")
+@dataclass(frozen=True)
+class _Comparison:
+    """Predicted and measured bytes of a rank."""
+
+    rank: int
+    quantity: str
+    predicted_bytes: float
+    measured_bytes: float
+
+    @property
+    def relative_error(self) -> float:
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def _comparisons(report: MemoryReport) -> Iterator[_Comparison]:
     for rank, measured in enumerate(report.measured_by_rank):
         predicted = report.predict_rank(rank)
-        rows = {
-            _STATE: (predicted.state.total, measured.state.total),
-            _BETWEEN: (predicted.between_instructions, measured.between_instructions),
-            _PEAK: (predicted.allocator_bytes, measured.total),
-        }
-        for name, (expected, found) in rows.items():
-            cells = format_mega(expected), format_mega(found), f"{expected / found - 1:+.1%}"
-            table.add_row(str(rank) if name == _STATE else "", name, *cells, end_section=name == _PEAK)
-    return table
+        yield _Comparison(rank, _STATE, predicted.state.total, measured.state.total)
+        yield _Comparison(rank, _BETWEEN, predicted.between_instructions, measured.between_instructions)
+        yield _Comparison(rank, _PEAK, predicted.allocator_bytes, measured.total)
+
+
+def _compared(report: MemoryReport, compared: Sequence[_Comparison]) -> TableBlock:
+    routing = "all tokens to one rank per group" if report.all_tokens_to_one_rank else "model's own routing"
+    rows = []
+    for each in compared:
+        is_first = each.quantity == _STATE
+        rank: Cell = number(each.rank) if is_first else ""
+        sizes = _mega(each.predicted_bytes), _mega(each.measured_bytes), number(each.relative_error, "+.1%")
+        rows.append(TableRow((rank, each.quantity, *sizes), begins_group=is_first))
+    headings = ("rank", "quantity", "predicted", "measured", "difference")
+    return table(f"Predicted and measured, MB; {routing}", headings, rows)
 
 
 _MEASUREMENT_NOTES = {
@@ -186,3 +218,7 @@ _MEASUREMENT_NOTES = {
     "and of math libraries, and without the interpreter.",
     "cuda": "Measured: the peak of torch's caching allocator; without the CUDA context and NCCL.",
 }
+
+
+def _mega(size: float) -> Quantity:
+    return number(size, ",.2f", scale=1e-6)

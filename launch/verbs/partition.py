@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.units import format_giga
 from ...parallelism.pipeline.partition import LayerPartition, partition_problems
 from ...parallelism.pipeline.placement import StagePlacement
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION, ModelPartCosts, count_part_costs
 from ...trainer.model.stage_layout import split_layers
+from ..answers.blocks import Answer, Cell, Paragraph, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from .params import compose_model_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    parser.add_argument("--stages", type=int, required=True, metavar="N", help="number of pipeline stages")
+    text = "number of layers of each stage (default: balanced by FLOPs)"
+    parser.add_argument("--layers-per-stage", metavar="L,L,…", help=text)
+    text = "schedule that places stages on ranks (default 1f1b)"
+    parser.add_argument("--schedule", default="1f1b", metavar="NAME", help=text)
+    add_answer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the stages of the model that the options describe."""
+    size = options.stages, options.schedule, options.layers_per_stage
+    return print_answer(options, partition_answer(partition_model(options.overrides, options.config_dir, *size)))
 
 
 @dataclass(frozen=True)
@@ -80,50 +96,55 @@ def partition_model(
     return PartitionedModel(config, count_part_costs(config.model, length), placement, split)
 
 
-def partition_as_dict(model: PartitionedModel) -> dict[str, object]:
-    """Return the stages as plain values."""
-    return {
-        "model": model.config.model.name,
-        "sequence_length": model.config.training.sequence_length,
+def partition_answer(model: PartitionedModel) -> Answer:
+    """Return the stages; FLOPs are per token, forward plus backward."""
+    costs, name, length = model.partition.stage_costs, model.config.model.name, model.config.training.sequence_length
+    stages = [
+        {
+            "ranks": model.stage_ranks(stage),
+            "layers": list(layers),
+            "non_layer_modules": model.non_layer_modules(stage),
+            "parameters": model.stage_parameters(stage),
+            "flops_per_token": costs[stage],
+            "share_of_mean_flops": costs[stage] * len(costs) / sum(costs),
+        }
+        for stage, layers in enumerate(model.partition.layer_ranges)
+    ]
+    data = {
+        "model": name,
+        "sequence_length": length,
         "layout": list(model.partition.layers_per_stage),
         "imbalance": model.partition.imbalance,
-        "stages": [
-            {
-                "ranks": model.stage_ranks(stage),
-                "layers": list(model.partition.layer_ranges[stage]),
-                "non_layer_modules": model.non_layer_modules(stage),
-                "parameters": model.stage_parameters(stage),
-                "flops_per_token": model.partition.stage_costs[stage],
-            }
-            for stage in range(model.placement.num_stages)
-        ],
+        "stages": stages,
         "convention": FLOP_CONVENTION,
     }
+    title = f"{name} on {len(costs)} stages, sequence length {length}"
+    headings = ("stage", "ranks", "layers", "contents", "parameters", "GFLOP per token", "% of mean")
+    rows = [_row(model, stage) for stage in range(len(costs))]
+    notes = (
+        f"The largest stage is {100 * model.partition.imbalance:.1f} % above the mean.",
+        f"Layers per stage: {','.join(map(str, model.partition.layers_per_stage))}",
+        f"Convention: {FLOP_CONVENTION}.",
+    )
+    return Answer.from_blocks(title, data, [table(title, headings, rows), *map(Paragraph, notes)])
 
 
-def partition_table(model: PartitionedModel) -> RenderableType:
-    """Return the stages as a table."""
-    costs, stages = model.partition.stage_costs, model.placement.num_stages
-    mean = sum(costs) / stages
-    name, length = model.config.model.name, model.config.training.sequence_length
-    table = Table(title=f"{name} on {stages} stages, sequence length {length}", title_justify="left")
-    for heading in ("stage", "ranks", "layers", "contents", "parameters", "GFLOP per token", "% of mean"):
-        table.add_column(heading, justify="left" if heading == "contents" else "right")
-    for stage, layers in enumerate(model.partition.layer_ranges):
-        dense = model.num_dense_layers(stage)
-        kinds = [f"{count} {kind}" for count, kind in ((dense, "dense"), (len(layers) - dense, "MoE")) if count]
-        table.add_row(
-            str(stage),
-            ", ".join(map(str, model.stage_ranks(stage))),
-            f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0]),
-            ", ".join(kinds + model.non_layer_modules(stage)),
-            f"{format_giga(model.stage_parameters(stage), 3)} B",
-            f"{costs[stage] / 1e9:.4g}",
-            f"{100 * costs[stage] / mean:.1f}",
-        )
-    layout = ",".join(map(str, model.partition.layers_per_stage))
-    largest = f"The largest stage is {100 * model.partition.imbalance:.1f} % above the mean."
-    return Group(table, largest, f"Layers per stage: {layout}", f"Convention: {FLOP_CONVENTION}.")
+def _row(model: PartitionedModel, stage: int) -> list[Cell]:
+    costs, layers, dense = (
+        model.partition.stage_costs,
+        model.partition.layer_ranges[stage],
+        model.num_dense_layers(stage),
+    )
+    kinds = [f"{count} {kind}" for count, kind in ((dense, "dense"), (len(layers) - dense, "MoE")) if count]
+    return [
+        str(stage),
+        ", ".join(map(str, model.stage_ranks(stage))),
+        f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0]),
+        ", ".join(kinds + model.non_layer_modules(stage)),
+        number(model.stage_parameters(stage), ".3f", " B", scale=1e-9),
+        number(costs[stage], ".4g", scale=1e-9),
+        number(costs[stage] * len(costs) / sum(costs), ".1f", scale=100),
+    ]
 
 
 def _parse_layout(text: str) -> tuple[int, ...]:

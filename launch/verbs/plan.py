@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -10,13 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-
 from ...comm.errors import ConfigError, Problem
-from ...comm.units import format_giga, format_significant
+from ...comm.units import format_significant
 from ...trainer.config import RunConfig
+from ..answers.blocks import Answer, Block, HeadlineCard, Paragraph, TableBlock, TableRow, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..planner.compute_time import ComputeTimeModel
 from ..planner.config_adapter import (
@@ -27,23 +26,44 @@ from ..planner.config_adapter import (
     recipe_from_config,
 )
 from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
-from ..planner.published import is_deepseek_v3_run
+from ..planner.plan_file import layout_as_dict, plan_header, run_description
 from ..planner.recipe import ForecastRecipe, GemmPrecision
 from ..planner.run_cost import (
     FailureModel,
     RunPhaseCost,
     WhatIfStep,
-    estimate_phase_costs,
     pretraining_gpu_hours,
+    run_phase_costs,
     sensitivity_analysis,
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
-from ..report.forecast_page import forecast_html
-from .simulate import layout_as_dict, phase_cost_table, plan_header, run_description
+from .forecast_blocks import (
+    add_input_arguments,
+    forecast_figures,
+    given_inputs,
+    phase_cost_blocks,
+    phase_cost_data,
+    relative,
+    significant,
+)
 
 _RESOLUTION = 0.01
 """Relative difference below which two forecasts count as equal: they share most of their errors, not all."""
 NO_FORECAST_INPUTS: Mapping[str, Any] = MappingProxyType({})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_override_arguments(parser)
+    parser.add_argument("--keep", type=int, default=5, metavar="N", help="number of layouts to print (default 5)")
+    add_answer_options(parser)
+    add_input_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the best layouts of the run that the options describe."""
+    result = plan(options.overrides, options.config_dir, options.keep, given_inputs(options))
+    return print_answer(options, plan_answer(result))
 
 
 @dataclass(frozen=True)
@@ -97,24 +117,14 @@ def plan(
     refusal = partial(_refusal, config, comm_sms_limit(config))
     found = search_layouts(forecaster, candidates, training.global_batch_size, keep, find_refusal=refusal)
     rows = tuple(_row(config, forecaster, forecast) for forecast in found.best_forecasts)
-    what_ifs: list[WhatIfStep] = []
-    if found.best_forecasts:
-        what_ifs = sensitivity_analysis(
-            forecaster, found.best_forecasts[0].layout, found.best_forecasts[0].recipe, training.global_batch_size
-        )
+    best = found.best_forecasts[0] if found.best_forecasts else None
+    batch = training.global_batch_size
+    what_ifs = [] if best is None else sensitivity_analysis(forecaster, best.layout, best.recipe, batch)
     return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, FailureModel())
 
 
 def _row(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> PlannedLayout:
-    phases = estimate_phase_costs(
-        forecaster,
-        forecast.layout,
-        forecast.recipe,
-        tokens=config.training.tokens,
-        batch_ramp=config.batch_ramp,
-        include_published_phases=is_deepseek_v3_run(config),
-    )
-    return PlannedLayout(forecast, phases)
+    return PlannedLayout(forecast, run_phase_costs(config, forecaster, forecast))
 
 
 def _space(config: RunConfig, recipe: ForecastRecipe) -> SearchSpace:
@@ -134,10 +144,32 @@ def _refusal(config: RunConfig, sms: int | None, layout: ParallelLayout, recipe:
     return None if problem is None else f"{problem.field} ({layout.schedule})"
 
 
-def plan_as_dict(result: Plan) -> dict[str, object]:
-    """Return the plan as plain values, which `shoestring budget --against` reads."""
-    found, best = result.search_result, result.best_layout
+def plan_answer(result: Plan) -> Answer:
+    """Return the best layout and its cost, the layouts that come next, and how the search came to them.
+
+    `shoestring budget --against` reads the JSON.
+    """
+    cluster, best = result.config.cluster, result.best_layout
+    batch = f"{result.config.training.global_batch_size:,} sequences"
+    title = f"{result.config.model.name} on {cluster.total_gpus} {cluster.name}, {batch}"
+    blocks: list[Block] = [*_layouts(result), _counts(result.search_result)]
+    if best is None:
+        return Answer.from_blocks(title, _data(result), blocks, [HeadlineCard("best layout", "none", note=_NO_LAYOUT)])
+    blocks += phase_cost_blocks(best.phase_costs, cluster.price_per_gpu_hour)
+    blocks += [_sensitivity(best, result.what_ifs)] if result.what_ifs else []
+    blocks += forecast_figures(best.forecast, cluster.memory_gb)
+    notes = _failures(result.failure_model, best), _comparison(result, best), _how_to_run(result, best)
+    blocks += map(Paragraph, notes)
+    return Answer.from_blocks(title, _data(result), blocks, list(_cards(best, result.config.budget.gpu_hours)))
+
+
+_NO_LAYOUT = "no layout is legal and fits"
+
+
+def _data(result: Plan) -> dict[str, object]:
+    found, best, failures = result.search_result, result.best_layout, result.failure_model
     gpus = result.config.cluster.total_gpus
+    step = None if best is None else best.forecast.step_seconds
     return plan_header() | {
         "run": run_description(result.config),
         "considered": found.considered,
@@ -151,10 +183,14 @@ def plan_as_dict(result: Plan) -> dict[str, object]:
         "layouts": [_row_tree(row, result.config) for row in result.best_layouts],
         "configured": _row_tree(result.configured_layout, result.config),
         "budget_gpu_hours": result.config.budget.gpu_hours,
-        "phase_costs": [] if best is None else [phase.__dict__ for phase in best.phase_costs],
-        "sensitivity": [{"change": w.name, "step_seconds": w.step_seconds} for w in result.what_ifs],
-        "effective_training_share": None if best is None else result.failure_model.effective_training_share(gpus),
-        "checkpoint_interval_seconds": None if best is None else result.failure_model.best_checkpoint_interval(gpus),
+        **phase_cost_data([] if best is None else best.phase_costs, result.config.cluster.price_per_gpu_hour),
+        "sensitivity": [
+            {"change": w.name, "step_seconds": w.step_seconds, "relative_change": w.step_seconds / step - 1}
+            for w in result.what_ifs
+            if step is not None
+        ],
+        "effective_training_share": None if best is None else failures.effective_training_share(gpus),
+        "checkpoint_interval_seconds": None if best is None else failures.best_checkpoint_interval(gpus),
     }
 
 
@@ -163,74 +199,51 @@ def _row_tree(row: PlannedLayout, config: RunConfig) -> dict[str, object]:
     return layout_as_dict(row.forecast, row.pretraining_gpu_hours) | extra
 
 
-def write_plan_html(result: Plan, path: Path) -> None:
-    """Write the best layout with its timeline and memory as HTML. Raises `ConfigError`."""
-    memory = result.config.cluster.memory_gb
-    if result.best_layout is None or memory is None:
-        raise ConfigError([Problem("--html", str(path), "cannot be written: no layout is legal and fits")])
-    forecast = result.best_layout.forecast
-    grid = forecast.layout.topology
-    title = f"{result.config.model.name}: pp{grid.pp} edp{grid.edp} ep{grid.ep}, {forecast.layout.schedule}"
-    try:
-        path.write_text(forecast_html(forecast, title, memory))
-    except OSError as error:
-        raise ConfigError([Problem("--html", str(path), f"cannot be written: {error.strerror}")]) from error
+def _cards(best: PlannedLayout, budget: float) -> Iterator[HeadlineCard]:
+    forecast, hours = best.forecast, best.pretraining_gpu_hours
+    topology, recipe = forecast.layout.topology, forecast.recipe
+    how = f"{forecast.layout.schedule}, micro-batch {forecast.layout.micro_batch_size}, {recipe.precision.value}"
+    yield HeadlineCard("best layout", f"pp{topology.pp} edp{topology.edp} ep{topology.ep}", note=how)
+    rate = f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+    yield HeadlineCard("step", f"{forecast.step_seconds:.3f}", "s", rate)
+    relation, share = "within" if hours <= budget else "over", format_significant(100 * hours / budget)
+    note = f"{relation} the budget of {format_significant(budget)}: {share} %"
+    yield HeadlineCard("pre-training", format_significant(hours), "GPU-hours", note)
 
 
-def plan_table(result: Plan) -> RenderableType:
-    """Return the plan as tables."""
-    parts: list[RenderableType] = [_layouts(result), _counts(result.search_result)]
-    if result.best_layout is not None:
-        parts += [
-            phase_cost_table(result.best_layout.phase_costs, result.config.cluster.price_per_gpu_hour),
-            _budget(result),
-        ]
-        parts += [_sensitivity(result)] if result.what_ifs else []
-        parts += [_failures(result), _comparison(result), _how_to_run(result)]
-    return Group(*parts)
-
-
-_COLUMNS = ("", "pp edp ep", "schedule", "micro-\nbatch", "precision", "step, s", "tok/s\n/GPU", "MFU", "peak\nGB")
-_TEXT_COLUMNS = ("", "pp edp ep", "schedule", "precision")
-
-
-def _layouts(result: Plan) -> RenderableType:
-    """Return two tables of the same layouts, each at most 80 columns wide."""
-    cluster, training = result.config.cluster, result.config.training
-    figures, limits = _slim_table(), _slim_table()
-    figures.title = (
-        f"{result.config.model.name} on {cluster.total_gpus} {cluster.name}, {training.global_batch_size:,} sequences"
-    )
-    figures.caption = (
+def _layouts(result: Plan) -> Iterator[TableBlock]:
+    """Yield two tables of the same layouts, each at most 80 columns wide."""
+    named = [(str(place), row) for place, row in enumerate(result.best_layouts, 1)]
+    named.append(("current", result.configured_layout))
+    columns = ("", "pp edp ep", "schedule", "micro-\nbatch", "precision", "step, s", "tok/s\n/GPU", "MFU", "peak\nGB")
+    note = (
         "peak GB: of the rank that needs most, with fragmentation;\n"
         "MFU: main model, causal, without MTP, of the dense BF16 peak."
     )
-    for heading in _COLUMNS:
-        figures.add_column(heading, justify="left" if heading in _TEXT_COLUMNS else "right", no_wrap=True)
-    limits.add_column("")
-    limits.add_column("GPU-hours", justify="right", no_wrap=True)
-    limits.add_column("recompute", no_wrap=True)
-    limits.add_column("bottleneck")
-    limits.caption = "current: the layout of the configuration."
-    named = [(str(place), row) for place, row in enumerate(result.best_layouts, 1)]
-    for name, row in [*named, ("current", result.configured_layout)]:
-        forecast = row.forecast
-        figures.add_row(name, *_cells(forecast))
-        fits = _fits(forecast, result.config)
-        limit = forecast.bottleneck if fits else f"memory: does NOT fit into {cluster.memory_gb:g} GB"
-        limits.add_row(name, format_significant(row.pretraining_gpu_hours), forecast.recipe.recompute_name, limit)
-    return Group(figures, "", limits, "")
+    yield table("", columns, [_figures(name, row.forecast) for name, row in named], note)
+    memory_gb, limits = result.config.cluster.memory_gb, list[TableRow]()
+    for name, row in named:
+        fits, hours = _fits(row.forecast, result.config), significant(row.pretraining_gpu_hours)
+        limit = row.forecast.bottleneck if fits else f"memory: does NOT fit into {memory_gb:g} GB"
+        limits.append(TableRow((name, hours, row.forecast.recipe.recompute_name, limit)))
+    note = "current: the layout of the configuration."
+    yield table("", ("", "GPU-hours", "recompute", "bottleneck"), limits, note)
 
 
-def _slim_table() -> Table:
-    """Return a table without lines between columns, which would take a third of a narrow terminal."""
-    return Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        title_justify="left",
-        caption_justify="left",
+def _figures(name: str, forecast: StepForecast) -> TableRow:
+    topology = forecast.layout.topology
+    return TableRow(
+        (
+            name,
+            f"{topology.pp}\u00a0{topology.edp}\u00a0{topology.ep}",  # kept together on a narrow page
+            forecast.layout.schedule,
+            number(forecast.layout.micro_batch_size),
+            forecast.recipe.precision.value,
+            number(forecast.step_seconds, ".3f"),
+            number(forecast.tokens_per_second_per_gpu, ",.0f"),
+            number(forecast.mfu, ".1%"),
+            number(forecast.peak_bytes_with_fragmentation, ".1f", scale=1e-9),
+        )
     )
 
 
@@ -244,62 +257,28 @@ def _overrides(forecast: StepForecast, config: RunConfig) -> list[str]:
     return diff_overrides(config, config_with_layout(config, forecast.layout, forecast.recipe))
 
 
-def _cells(forecast: StepForecast) -> list[str]:
-    topology = forecast.layout.topology
-    return [
-        f"{topology.pp} {topology.edp} {topology.ep}",
-        forecast.layout.schedule,
-        str(forecast.layout.micro_batch_size),
-        forecast.recipe.precision.value,
-        f"{forecast.step_seconds:.3f}",
-        f"{forecast.tokens_per_second_per_gpu:,.0f}",
-        f"{forecast.mfu:.1%}",
-        format_giga(forecast.peak_bytes_with_fragmentation, 1),
-    ]
-
-
-def _counts(found: SearchResult) -> Table:
-    table = Table(title=f"{found.considered:,} combinations in {found.search_seconds:.1f} s", title_justify="left")
-    table.add_column("outcome")
-    table.add_column("number", justify="right")
-    for reason, count in found.illegal.most_common():
-        table.add_row(f"illegal: {reason}", f"{count:,}")
-    for reason, count in found.out_of_memory.most_common():
-        table.add_row(f"does not fit: {reason}", f"{count:,}")
-    for reason, count in found.missing_figures.most_common():
-        table.add_row(f"missing figures: {reason}", f"{count:,}")
+def _counts(found: SearchResult) -> TableBlock:
     rate = found.simulated / found.simulation_cpu_seconds if found.simulation_cpu_seconds else 0.0
-    table.add_row(f"simulated, {rate:.0f}/s per core", f"{found.simulated:,}")
+    outcomes = {f"illegal: {reason}": count for reason, count in found.illegal.most_common()}
+    outcomes |= {f"does not fit: {reason}": count for reason, count in found.out_of_memory.most_common()}
+    outcomes |= {f"missing figures: {reason}": count for reason, count in found.missing_figures.most_common()}
+    outcomes[f"simulated, {rate:.0f}/s per core"] = found.simulated
     if found.pruned:
-        table.add_row(f"pruned: lower bound ≥ {found.smallest_pruned_bound:.3f} s", f"{found.pruned:,}")
-    return table
+        outcomes[f"pruned: lower bound ≥ {found.smallest_pruned_bound:.3f} s"] = found.pruned
+    title = f"{found.considered:,} combinations in {found.search_seconds:.1f} s"
+    return table(title, ("outcome", "number"), [(outcome, number(count)) for outcome, count in outcomes.items()])
 
 
-def _budget(result: Plan) -> str:
-    assert result.best_layout is not None
-    planned, budget = result.best_layout.pretraining_gpu_hours, result.config.budget.gpu_hours
-    relation, share = "within" if planned <= budget else "over", format_significant(100 * planned / budget)
-    hours = f"{format_significant(planned)} GPU-hours"
-    return f"Pre-training: {hours}, {relation} the budget of {format_significant(budget)} ({share} %)."
+def _sensitivity(best: PlannedLayout, what_ifs: Sequence[WhatIfStep]) -> TableBlock:
+    rows = [
+        (each.name, number(each.step_seconds, ".3f"), relative(each.step_seconds, best.forecast.step_seconds))
+        for each in what_ifs
+    ]
+    return table("The best layout's step with one input changed", ("change", "seconds", "relative"), rows)
 
 
-def _sensitivity(result: Plan) -> Table:
-    assert result.best_layout is not None
-    table = Table(title="The best layout's step with one input changed", title_justify="left")
-    for heading in ("change", "seconds", "relative"):
-        table.add_column(heading, justify="left" if heading == "change" else "right")
-    for what_if in result.what_ifs:
-        table.add_row(
-            what_if.name,
-            f"{what_if.step_seconds:.3f}",
-            f"{what_if.step_seconds / result.best_layout.forecast.step_seconds - 1:+.1%}",
-        )
-    return table
-
-
-def _failures(result: Plan) -> str:
-    assert result.best_layout is not None
-    failures, gpus = result.failure_model, result.best_layout.forecast.gpus
+def _failures(failures: FailureModel, best: PlannedLayout) -> str:
+    gpus = best.forecast.gpus
     hours = failures.mean_seconds_between_failures(gpus) / 3600
     blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
     interval, share = failures.best_checkpoint_interval(gpus) / 60, failures.effective_training_share(gpus)
@@ -310,9 +289,8 @@ def _failures(result: Plan) -> str:
     )
 
 
-def _comparison(result: Plan) -> str:
-    assert result.best_layout is not None
-    best, configured = result.best_layout.forecast, result.configured_layout.forecast
+def _comparison(result: Plan, planned: PlannedLayout) -> str:
+    best, configured = planned.forecast, result.configured_layout.forecast
     if not _fits(configured, result.config):
         return "The configured layout does not fit, so there is no comparison."
     if best.step_seconds >= configured.step_seconds:
@@ -322,9 +300,8 @@ def _comparison(result: Plan) -> str:
     return f"The best layout is {gain:.2%} faster than the configured one{caution}."
 
 
-def _how_to_run(result: Plan) -> str:
-    assert result.best_layout is not None
-    overrides = _overrides(result.best_layout.forecast, result.config)
+def _how_to_run(result: Plan, best: PlannedLayout) -> str:
+    overrides = _overrides(best.forecast, result.config)
     if not overrides:
         return "The best layout is the configured one."
     return f"To run the best layout, add: {' '.join(overrides)}"

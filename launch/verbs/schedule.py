@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+
+from markupsafe import Markup
 
 from ...comm.errors import Problem, raise_if_any
 from ...parallelism.pipeline.check import verify_program
 from ...parallelism.pipeline.program import Op, PipelineProgram, program_as_dict
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
 from ...parallelism.pipeline.simulate import OpDurations, simulate_program
-from ..report.timeline import ascii_timeline, svg_timeline
+from ..answers.blocks import Answer, Figure
+from ..answers.options import add_html_option, write_output, write_page
+from ..console import print_or_raise
+from ..report.timeline import ascii_timeline, program_title, svg_timeline
 
 _OPTIONS = {"schedule": "NAME", "ranks": "--pp", "micro_batches": "--micro-batches", "chunks": "--chunks"}
 
 
-def draw_schedule(
-    name: str,
-    ranks: int,
-    micro_batches: int,
-    chunks: int | None = None,
-    output_format: str = "ascii",
-    durations: str = "",
-) -> str:
-    """Build and check a program; return it as `output_format`: ascii, svg or json.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("name", metavar="NAME", help="gpipe, 1f1b, interleaved, zb_h1, dualpipe or dualpipev")
+    parser.add_argument("--pp", type=int, required=True, metavar="P", help="number of pipeline ranks")
+    text = "micro-batches per step and data-parallel rank"
+    parser.add_argument("--micro-batches", type=int, required=True, metavar="N", help=text)
+    parser.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved (default 2)")
+    text = "output format: a drawing as text (ascii, table) or SVG, or the instructions (default ascii)"
+    parser.add_argument("--format", choices=["ascii", "table", "svg", "json"], default="ascii", help=text)
+    text = "durations to draw with (default 1; B and FB: the sum of their parts)"
+    parser.add_argument("--times", default="", metavar="F=1,I=1,W=1,FB=3", help=text)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of the terminal")
+    add_html_option(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw the program that the options describe."""
+    answer = schedule_answer(options.name, options.pp, options.micro_batches, options.chunks, options.times)
+    (figure,) = (block for block in answer.sections[0].blocks if isinstance(block, Figure))
+    write_page(options, answer)
+    if options.format == "json":
+        drawing = json.dumps(answer.data)
+    else:
+        drawing = figure.drawn if options.format == "svg" else figure.text
+    if options.output is None:
+        print_or_raise(drawing)
+    else:
+        write_output(options.output, f"{drawing}\n", "--output")
+    return answer.exit_code
+
+
+def schedule_answer(
+    name: str, ranks: int, micro_batches: int, chunks: int | None = None, durations: str = ""
+) -> Answer:
+    """Build and check a program; return it with its timeline.
 
     `durations` are units of time, such as `F=1,I=1.6,W=0.8,FB=2.6`; the default is 1, for B and FB the sum of their
-    parts.
+    parts. Raises `ConfigError`.
     """
     given: dict[Op, float] = {}
     sizes = schedule_problems(name, ranks, micro_batches, chunks)
@@ -36,13 +69,14 @@ def draw_schedule(
     raise_if_any((*renamed, *_parse_times(durations, given)))
     program = build_program(name, ranks, micro_batches, chunks)
     verify_program(program)
-    if output_format == "json":
-        return json.dumps(program_as_dict(program))
     unit_times = _unit_times(given)
     simulated = simulate_program(program, unit_times)
-    if output_format == "ascii":
-        return ascii_timeline(simulated)
-    return svg_timeline(simulated, subtitle=_describe(unit_times, program))
+
+    def picture() -> Markup:
+        return Markup(svg_timeline(simulated, subtitle=_describe(unit_times, program)))
+
+    figure = Figure("", picture, is_wide=True, text=ascii_timeline(simulated))
+    return Answer.from_blocks(program_title(program), program_as_dict(program), [figure])
 
 
 def _unit_times(given: Mapping[Op, float]) -> OpDurations:

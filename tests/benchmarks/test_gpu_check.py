@@ -59,8 +59,9 @@ def test_every_import_of_a_command_is_looked_for() -> None:
     """The script's commands start with these packages and torch alone; other imports are an error."""
     code = (
         "import sys, torch; before = set(sys.modules)\n"
-        "import shoestring.launch.cli, shoestring.launch.run.train\n"
-        "import shoestring.launch.verbs.doctor, shoestring.launch.verbs.memory, shoestring.trainer.data.prepare\n"
+        "import shoestring.launch.cli, shoestring.launch.run.launcher, shoestring.launch.run.worker\n"
+        "import shoestring.launch.verbs.doctor, shoestring.launch.verbs.memory, shoestring.launch.answers.terminal\n"
+        "import shoestring.trainer.data.prepare\n"
         "known = {name.split('.')[0] for name in before} | set(sys.stdlib_module_names) | {'shoestring'}\n"
         "print(*{name.split('.')[0] for name in sys.modules} - known)"
     )

@@ -1,4 +1,4 @@
-"""The real parser: overrides at any place, and no argument ignored."""
+"""The parsers of all verbs: overrides at any place, no argument ignored, no heavy import; and how a verb ends."""
 
 from __future__ import annotations
 
@@ -20,6 +20,100 @@ from shoestring.tests.tree import ROOT
 from shoestring.trainer.run.exit import HaltReason
 
 A, B, C = "experiment=quickstart", "training.run_dir=x", "training.seed=1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides"),
+    [
+        (["train", A, "--fresh", B], [A, B]),
+        (["train", "--fresh", A, B], [A, B]),
+        (["train", A, "--config-dir", "own", B, "--fresh", C], [A, B, C]),
+        (["simulate", A, "--format", "json", B], [A, B]),
+        (["plan", "--keep", "3", A, "--skew", "0.1", B], [A, B]),
+        (["data", "prepare", A, "--config-dir", "own", B], [A, B]),
+        (["cluster", "--nodes", "2", "--gpus-per-node", "2", "--", A, B], [A, B]),
+        (["cluster", A, "--nodes", "2", B, "--gpus-per-node", "2", "--", C], [A, B, C]),
+        (["train"], []),
+    ],
+)
+def test_overrides_on_both_sides_of_an_option(arguments: list[str], overrides: list[str]) -> None:
+    options = parse_arguments(arguments)
+    assert options.overrides == overrides
+    assert getattr(options, "fresh", True) is ("--fresh" in arguments or "fresh" not in options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", A, "--frsh", B], "--frsh"),
+        (["train", A, "--fresh", "--bogus", B], "--bogus"),
+        (["checkpoint", "ls", "run", "other"], "other"),
+        (["doctor", A], A),
+    ],
+)
+def test_an_unknown_option_is_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(arguments)
+    assert stop.value.code == 2
+    assert f"unrecognized arguments: {named}" in capsys.readouterr().err
+
+
+LIGHT = {
+    "train": [],
+    "cluster": ["--nodes", "2", "--gpus-per-node", "2"],
+    "schedule": ["1f1b", "--pp", "2", "--micro-batches", "4"],
+    "rehearse": [],
+    "bench": ["exchange"],
+    "budget": ["run"],
+    "report": ["run"],
+    "watch": ["run"],
+    "trace": ["run"],
+    "checkpoint": ["ls", "run"],
+    "data": ["inspect"],
+}
+"""Verbs whose options are read without torch, which takes seconds to load, and their least arguments."""
+OTHERS = {
+    "params": [],
+    "memory": [],
+    "partition": ["--stages", "2"],
+    "simulate": [],
+    "plan": [],
+    "calibrate": [],
+    "doctor": [],
+    "dashboard": [],
+    "import": ["from", "to"],
+    "export": ["run", "to"],
+    "generate": ["run", "--prompt", "x"],
+}
+NO_ANSWER = {"train", "cluster", "calibrate", "watch", "import", "export", "generate"}
+"""Verbs that do something and answer no question."""
+
+
+@pytest.mark.parametrize(("verb", "arguments"), [*LIGHT.items(), *OTHERS.items()])
+def test_every_verb_is_parsed(verb: str, arguments: list[str]) -> None:
+    options = parse_arguments([verb, *arguments])
+    assert options.verb == verb
+    assert callable(options.run)
+    if verb not in NO_ANSWER:
+        assert {"format", "html"} <= vars(options).keys()
+
+
+def test_all_verbs_are_covered() -> None:
+    assert {*LIGHT, *OTHERS} == set(cli._VERBS)
+
+
+def test_a_verb_loads_its_own_module_only_and_nothing_heavy() -> None:
+    lines = [[verb, *arguments] for verb, arguments in LIGHT.items()]
+    code = (
+        "import sys; from shoestring.launch.cli import parse_arguments\n"
+        f"for line in {lines}:\n"
+        "    parse_arguments(line); print(line[0], *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {words[0]: set(words[1:]) for words in map(str.split, done.stdout.splitlines())}
+    assert not any("shoestring.launch.verbs." in name for name in loaded["train"])
+    for verb, names in loaded.items():
+        assert not {"torch", "numpy", "omegaconf", "rich", "jinja2"} & names, verb
 
 
 def test_the_same_over_several_machines() -> None:

@@ -189,7 +189,10 @@ def test_unions_mappings_and_names_of_files_are_read_by_their_fields() -> None:
     text = f'{{"shapes": {shapes}, "layers": {{"top": 3}}, "file": "a"}}'
     drawing = Drawing((Square(2.0), Circle(1.0)), {"top": 3}, "a")
     assert parse_json(text).as_dataclass(Drawing) == drawing
-    assert parse_json(text.replace('"file"', '"more": 1, "file"')).as_dataclass(Drawing, ignore_unknown_keys=True) == drawing
+    assert (
+        parse_json(text.replace('"file"', '"more": 1, "file"')).as_dataclass(Drawing, ignore_unknown_keys=True)
+        == drawing
+    )
     for old, new, gist in (
         ("Square", "Cube", r"shapes\[0\]\.kind = 'Cube': must be one of Circle, Square"),
         ('"kind": "Square", ', "", r"shapes\[0\]\.kind = None: is missing"),

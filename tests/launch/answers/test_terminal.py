@@ -44,6 +44,7 @@ def test_each_block_is_printed() -> None:
     answer = Answer("Title", {}, [PageSection("cost", "Cost", blocks)], cards)
     lines = [line.rstrip() for line in terminal_text(answer, width=60, colors=False).splitlines()]
     assert lines == [
+        "Title",
         "step: 17.848 s (forecast)",
         "",
         "Cost",

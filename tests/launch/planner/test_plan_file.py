@@ -10,8 +10,7 @@ import pytest
 from shoestring import __version__
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.planner.plan_file import read_plan_entry
-from shoestring.launch.verbs.simulate import PLAN_FORMAT
+from shoestring.launch.planner.plan_file import PLAN_FORMAT, read_plan_entry
 
 
 @pytest.mark.parametrize(

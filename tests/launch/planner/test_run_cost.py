@@ -23,7 +23,7 @@ from .v3 import simulated
 
 def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
     simulation = simulated()
-    phases = {phase.name: phase for phase in simulation.phase_costs()}
+    phases = {phase.name: phase for phase in simulation.phase_costs}
     tokens = simulation.config.training.rampup_tokens
     full = simulation.forecast.gpu_hours(tokens)
     assert 1.02 * full < phases["batch ramp"].gpu_hours < 1.3 * full
@@ -41,8 +41,8 @@ def test_without_a_ramp_there_is_no_such_phase() -> None:
 
 def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
     simulation = simulate(["experiment=deepseek_v3_h800", "training.tokens=1_000_000_000_000"], None, {})
-    assert [phase.name for phase in simulation.phase_costs()] == ["batch ramp", "pre-training"]
-    assert pretraining_gpu_hours(simulation.phase_costs()) == sum(phase.gpu_hours for phase in simulation.phase_costs())
+    assert [phase.name for phase in simulation.phase_costs] == ["batch ramp", "pre-training"]
+    assert pretraining_gpu_hours(simulation.phase_costs) == sum(phase.gpu_hours for phase in simulation.phase_costs)
 
 
 def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:

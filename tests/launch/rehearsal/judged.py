@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
-
+from shoestring.launch.answers.terminal import terminal_text
 from shoestring.launch.compose import compose_run_config
+from shoestring.launch.rehearsal.answer import rehearsal_answer
 from shoestring.launch.rehearsal.log import KernelLaunches, RankLog
-from shoestring.launch.rehearsal.result import RehearsalResult, evaluate_rank_logs
-from shoestring.launch.rehearsal.tables import rehearsal_tables, rehearsal_to_dict
+from shoestring.launch.rehearsal.result import RehearsalResult
 
 CONFIG = compose_run_config(["experiment=quickstart"])
 """DualPipeV on two pipeline ranks; the model has a dense layer, three MoE layers and an MTP module."""
@@ -35,17 +34,13 @@ ENDS = (
 
 
 def judged(*logs: RankLog) -> RehearsalResult:
-    return evaluate_rank_logs(CONFIG, logs)
+    return RehearsalResult(CONFIG, logs)
 
 
 def printed(result: RehearsalResult, operations: int = 0) -> str:
-    console = Console(width=110, markup=False)
-    text, tables = rehearsal_tables(result, operations)
-    with console.capture() as capture:
-        console.print(tables)
-    return f"{text}\n{capture.get()}"
+    return terminal_text(rehearsal_answer(result, operations), width=110, colors=False)
 
 
 def tree(result: RehearsalResult) -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_to_dict(result)))
+    parsed: dict[str, Any] = json.loads(json.dumps(rehearsal_answer(result, 0).data))
     return parsed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.rehearsal.result import evaluate_rank_logs
+from shoestring.launch.rehearsal.launch_counts import moe_layer_totals
+from shoestring.launch.rehearsal.result import RehearsalResult
 from shoestring.tests.launch.rehearsal.judged import ENDS, MIDDLE, judged
 from shoestring.tests.launch.rehearsal.logs import log
 
@@ -25,12 +26,12 @@ def test_launches_are_those_of_one_layer_and_micro_batch() -> None:
         ("step", "attn(W)"): (50.0, 3500.0),
         ("step", "optimizer"): (20.0, 7000.0),
     }
-    assert result.moe_layer_totals == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
+    assert moe_layer_totals(result.launches_by_phase) == {"compute": (10.5, 2450.0), "exchange": (0.5, 100.0)}
     moved = [(each.operation, each.phase) for each in result.launches_by_operation if each.owner == "MoE layer"]
     assert moved[:3] == [("add", "attn(F)"), ("mm", "attn(F)"), ("mm", "attn(W)")]
 
 
 def test_in_a_bidirectional_program_a_layer_sees_half_of_the_micro_batches() -> None:
     both = compose_run_config(["experiment=quickstart", "schedule=dualpipe"])
-    (count,) = evaluate_rank_logs(both, [replace(log(1), launches=MIDDLE[2:3])]).launches_by_phase
+    (count,) = RehearsalResult(both, (replace(log(1), launches=MIDDLE[2:3]),)).launches_by_phase
     assert (count.launches, count.bytes) == (6 / 2 / 3, 1200 / 2 / 3)

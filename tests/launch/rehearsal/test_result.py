@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shoestring.launch.rehearsal.answer import rehearsal_answer
 from shoestring.launch.rehearsal.log import RankFinding
-from shoestring.launch.rehearsal.tables import rehearsal_summary_lines
 from shoestring.tests.launch.rehearsal.judged import judged, printed, tree
 from shoestring.tests.launch.rehearsal.logs import MEMORY, batch, collective, log, message, swapped
 
@@ -14,8 +14,8 @@ def test_nothing_found() -> None:
     lower = log(0, collective("dispatch"), batch([message("a", 1)], [message("b", 1)]))
     upper = log(1, collective("dispatch"), batch([message("b", 0)], [message("a", 0)]))
     result = judged(lower, upper)
-    assert result.exit_code == 0
-    assert rehearsal_summary_lines(result) == [
+    assert rehearsal_answer(result, 0).exit_code == 0
+    assert printed(result).splitlines()[:3] == [
         "no findings: 2 of 4 ranks, 4 micro-batches",
         "0 mismatches in 1 collectives and 2 messages between rehearsed ranks",
         "assumed: routing is balanced",
@@ -30,7 +30,7 @@ def test_the_result_comes_first_and_faults_that_end_a_run_before_others() -> Non
     rows = [collective("x"), collective("y"), collective("x"), collective("y")]
     result = judged(log(0, *rows, findings=[slow, broken]), swapped(log(1, *rows, findings=[slow]), 2, 3))
     assert [fault.kind for fault in result.findings] == ["device", "collective", "deprecated"]
-    assert result.exit_code == 1
+    assert rehearsal_answer(result, 0).exit_code == 1
     first, *others = printed(result).splitlines()
     assert first == "3 findings: 2 of 4 ranks, 4 micro-batches"
     assert others[0].startswith("device, rank 0: add takes a host tensor [F: trainer/y.py:4 g]")
@@ -44,5 +44,5 @@ def test_after_an_error_only_the_error_is_reported() -> None:
     )
     result = judged(log(0, collective("x")), cut)
     assert [fault.kind for fault in result.findings] == ["error"]
-    assert "deadlock check: not run, because the step of rank 1 failed" in rehearsal_summary_lines(result)
+    assert "deadlock check: not run, because the step of rank 1 failed" in printed(result).splitlines()
     assert tree(result)["deadlock_check"] == "not run"

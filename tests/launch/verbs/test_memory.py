@@ -8,10 +8,13 @@ import torch
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.planner.layout_memory import MemoryForecast
+from shoestring.launch.verbs.memory import MemoryReport, memory_answer
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.launch.verbs.memory_command import SMALL, tree
 from shoestring.trainer.memory.forecast import MemoryPredictor
+from shoestring.trainer.memory.measured import MeasuredMemory
 
 DEEPSEEK = ["experiment=deepseek_v3_h800", "precision=fp8", "recompute=deepseek_v3"]
 
@@ -130,3 +133,12 @@ def test_real_processes_need_what_is_predicted(capsys: pytest.CaptureFixture[str
     if not routing:
         for found in figures["measured"]:
             assert found["total"] == pytest.approx(figures["predicted"][0]["total"], rel=0.05)
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    config = compose_run_config(SMALL)
+    predictor = MemoryPredictor(config, torch.device("cpu"))
+    rank = predictor.predict_rank(0)
+    measured = MeasuredMemory(rank.state, 0.9 * rank.between_instructions, 1.1 * rank.total)
+    report = MemoryReport(config, "cpu", predictor, [measured], all_tokens_to_one_rank=False)
+    check_renderings(memory_answer(report), smallest_number_of_quantities=15)

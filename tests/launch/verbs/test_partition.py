@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from shoestring.launch.verbs.partition import partition_answer, partition_model
 from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.tests.launch.renderings import check_renderings
 
 EMBEDDING = 129_280 * 7_168
 
@@ -83,3 +85,8 @@ def test_a_layout_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
     assert words in run(capsys, "model=tiny", *arguments, code=2)
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    model = partition_model(["model=deepseek_v3"], None, 16, "1f1b", None)
+    check_renderings(partition_answer(model), smallest_number_of_quantities=48)

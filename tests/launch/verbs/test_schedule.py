@@ -40,6 +40,17 @@ def test_svg_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "F = 1, B = 2, I = 1, W = 1, FB = 2.5" in text
 
 
+def test_a_page_with_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "schedule.html"
+    size = ("dualpipev", "--pp", "2", "--micro-batches", "4")
+    assert schedule(*size, "--format", "table", "--html", str(page)) == 0
+    drawn = capsys.readouterr().out
+    assert schedule(*size) == 0
+    assert drawn == capsys.readouterr().out
+    assert "<svg " in page.read_text()
+    assert "dualpipev: 2 ranks, 2 chunks per rank, 4 micro-batches" in page.read_text()
+
+
 def test_interleaved_with_more_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     assert schedule("interleaved", "--pp", "2", "--micro-batches", "2", "--chunks", "3") == 0
     assert "interleaved: 2 ranks, 3 chunks per rank, 2 micro-batches" in capsys.readouterr().out

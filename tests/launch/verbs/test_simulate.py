@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from shoestring import __version__
-from shoestring.launch.verbs.simulate import PLAN_FORMAT
+from shoestring.launch.planner.plan_file import PLAN_FORMAT
+from shoestring.launch.verbs.simulate import simulate, simulation_answer
 from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS, to_label
 from shoestring.trainer.memory.chunk import MemoryKind
 
@@ -124,3 +126,7 @@ def test_json_and_table_stand_on_the_same_evidence(
     shares = tree_of(capsys, "simulate", V3)["evidence_shares"]
     words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     assert f"by time of distinct operations: {words}" in answer(capsys, "simulate", V3)
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    check_renderings(simulation_answer(simulate([V3], None, {})), smallest_number_of_quantities=90)

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from shoestring.launch.rehearsal.answer import rehearsal_answer
 from shoestring.launch.rehearsal.log import HostWait
 from shoestring.tests.launch.rehearsal.judged import ENDS, MIDDLE, judged, printed, tree
 from shoestring.tests.launch.rehearsal.logs import batch, collective, log, message
+from shoestring.tests.launch.renderings import check_renderings
 
 
 def test_the_tables_say_what_the_tree_says() -> None:
@@ -28,3 +30,9 @@ def test_the_tables_say_what_the_tree_says() -> None:
     assert "comm/exchange/permutation.py:spread" in text
     assert "attention.py" not in text
     assert "comm/exchange/permutation.py:spread" not in printed(result)
+
+
+def test_three_renderings_show_the_same_numbers() -> None:
+    wait = HostWait(None, "compute", "read", "F: comm/exchange/two_hop.py:9 sizes")
+    result = judged(replace(log(0, wait), launches=ENDS), replace(log(1), launches=MIDDLE))
+    check_renderings(rehearsal_answer(result, operations=2), smallest_number_of_quantities=60)

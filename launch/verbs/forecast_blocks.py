@@ -1,0 +1,122 @@
+"""Blocks that the answers of `simulate` and `plan` share: timeline, memory per pipeline rank, cost of the whole run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+
+from markupsafe import Markup
+
+from ...comm.units import format_significant
+from ...trainer.memory.peak import MEMORY_LABELS
+from ..answers.blocks import Block, Cell, Figure, LegendEntry, Quantity, TableRow, number, table
+from ..planner.forecast import StepForecast
+from ..planner.layout_memory import MemoryForecast
+from ..planner.run_cost import RunPhaseCost
+from ..report.timeline import svg_timeline
+
+_STYLES = {
+    "weights": "k1",
+    "gradients": "k3",
+    "optimizer_states": "k5",
+    "activations": "k2",
+    "delayed_wgrad": "k4",
+    "p2p_messages": "k7",
+    "exchange_buffers": "k9",
+    "workspace": "k8",
+    "outside_allocator": "k6",
+}
+"""Style class of each kind of memory in the page's style sheet."""
+_BAR_LEFT, _BAR_WIDTH, _BAR_HEIGHT, _BAR_STEP = 60, 760, 20, 26
+
+
+def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterator[Figure]:
+    """Yield the timeline of all pipeline ranks and their memory; `memory_gb` is the capacity of one GPU."""
+    yield Figure("Timeline", lambda: Markup(svg_timeline(forecast.program_times, "seconds")), is_wide=True)
+    yield Figure(
+        "Memory per pipeline rank",
+        lambda: _memory_bars(forecast.memory_by_rank, memory_gb),
+        [LegendEntry(MEMORY_LABELS[part], style) for part, style in _STYLES.items()],
+        "" if memory_gb is None else f"Dashed: the {memory_gb:g} GB of one GPU. Without fragmentation.",
+        is_wide=True,
+    )
+
+
+def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | None) -> Markup:
+    """Draw a stacked bar per pipeline rank."""
+    scale = _BAR_WIDTH / 1.05 / max(memory_gb or 0.0, *(memory.total / 1e9 for memory in memory_by_rank))
+    width, height = _BAR_LEFT + _BAR_WIDTH + 80, _BAR_STEP * len(memory_by_rank) + 8
+    head = Markup('<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" font-size="13" style="fill:var(--soft)">')
+    marks = [head.format(width, height)]
+    for rank, memory in enumerate(memory_by_rank):
+        x, y = float(_BAR_LEFT), 4 + rank * _BAR_STEP
+        text = Markup('<text x="{:.1f}" y="{}">{}</text>')
+        marks.append(text.format(0, y + 15, f"rank {rank}"))
+        for part, style in _STYLES.items():
+            size = vars(memory)[part] / 1e9
+            box = Markup('<rect x="{:.1f}" y="{}" width="{:.1f}" height="{}" style="fill:var(--{})">').format(
+                x, y, size * scale, _BAR_HEIGHT, style
+            )
+            marks.append(box + Markup("<title>{}: {:.1f} GB</title></rect>").format(MEMORY_LABELS[part], size))
+            x += size * scale
+        marks.append(text.format(_BAR_LEFT + _BAR_WIDTH + 8, y + 15, f"{memory.total / 1e9:.1f} GB"))
+    if memory_gb is not None:
+        style = Markup('style="stroke:var(--bad)" stroke-dasharray="4 3"')
+        line = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1}" {2}/>')
+        marks.append(line.format(_BAR_LEFT + memory_gb * scale, height, style))
+    return Markup("").join([*marks, Markup("</svg>")])
+
+
+def phase_cost_blocks(phases: Sequence[RunPhaseCost], price: float | None) -> Iterator[Block]:
+    """Yield the table of phases in GPU-hours, and USD if there is a price; notes on phases follow it."""
+    total = RunPhaseCost("total", sum(phase.gpu_hours for phase in phases), "")
+    rows = [TableRow(_phase_cells(phase, price), is_total=phase is total) for phase in (*phases, total)]
+    yield table("The whole run", ("phase", "GPU-hours", "USD", "evidence"), rows)
+    yield table("", (), [(phase.name, phase.note.replace("; ", "\n")) for phase in phases if phase.note])
+
+
+def _phase_cells(phase: RunPhaseCost, price: float | None) -> list[Cell]:
+    dollars: Cell = "-" if price is None else significant(phase.gpu_hours * price)
+    return [phase.name, significant(phase.gpu_hours), dollars, phase.evidence]
+
+
+def phase_cost_data(phases: Sequence[RunPhaseCost], price: float | None) -> Mapping[str, object]:
+    """Return the cost of the phases by the keys of the JSON of `simulate` and `plan`; USD are None without a price."""
+
+    def usd(hours: float) -> float | None:
+        return None if price is None else hours * price
+
+    hours = sum(phase.gpu_hours for phase in phases)
+    return {
+        "phase_costs": [vars(phase) | {"usd": usd(phase.gpu_hours)} for phase in phases],
+        "total_gpu_hours": hours,
+        "total_usd": usd(hours),
+    }
+
+
+def significant(value: float) -> Quantity:
+    """Return a number with the digits of `format_significant`."""
+    return Quantity(value, format_significant(value))
+
+
+def relative(value: float, reference: float) -> Quantity:
+    """Return the difference of `value` from `reference`, relative to it."""
+    return number(value / reference - 1, "+.1%")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for forecast inputs that no configuration has."""
+    text = "SMs reserved for communication (default: as measured)"
+    parser.add_argument("--comm-sms", type=int, metavar="N", help=text)
+    text = "expert load of the most loaded rank over the mean, minus 1 (default 0)"
+    parser.add_argument("--skew", type=float, metavar="X", help=text)
+    text = "standard deviation of node speed, as a fraction (default 0)"
+    parser.add_argument("--jitter", type=float, metavar="X", help=text)
+    text = "fraction of memory lost to fragmentation, of what is allocated within a step (default 0.1)"
+    parser.add_argument("--fragmentation", type=float, metavar="X", help=text)
+
+
+def given_inputs(options: argparse.Namespace) -> dict[str, object]:
+    """Return the inputs that were given, by recipe field."""
+    named = {name: getattr(options, name) for name in ("comm_sms", "skew", "jitter", "fragmentation")}
+    return {name: value for name, value in named.items() if value is not None}
