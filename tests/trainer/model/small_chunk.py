@@ -15,7 +15,7 @@ from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
 from shoestring.comm.groups import ProcessGroups
 from shoestring.comm.topology import Topology
-from shoestring.comm.trace import ExchangeLabel
+from shoestring.comm.trace import NULL_RECORDER, ExchangeLabel, SpanRecorder
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
@@ -120,7 +120,9 @@ class WatchedExchange:
 
 
 def make_chunk(
-    recompute: frozenset[RecomputeModule] = frozenset(), dtype: torch.dtype = torch.float32
+    recompute: frozenset[RecomputeModule] = frozenset(),
+    dtype: torch.dtype = torch.float32,
+    recorder: SpanRecorder = NULL_RECORDER,
 ) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
     initialize_weights(model, seed=0)
@@ -130,7 +132,7 @@ def make_chunk(
         groups, CONFIG.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0), ExchangeConfig()
     )
     watched = WatchedExchange(exchange)
-    return Chunk(model, watched, dtype, recompute=recompute), watched
+    return Chunk(model, watched, dtype, recorder=recorder, recompute=recompute), watched
 
 
 def window() -> tuple[Tensor, Tensor]:
