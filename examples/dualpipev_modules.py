@@ -5,14 +5,12 @@ Run it: python dualpipev_modules.py
 
 from __future__ import annotations
 
-import tempfile
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from shoestring.comm.groups import Group
+from shoestring.launch.run.on_ranks import RankContext, run_on_ranks
 from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p_channels
 from shoestring.parallelism.pipeline.module_stage import ModuleStage
 from shoestring.parallelism.pipeline.placement import StageLocation
@@ -39,9 +37,9 @@ def loss(output: Tensor, number: int) -> Tensor:
     return output.square().mean() / MICRO_BATCHES
 
 
-def run_rank(rank: int, store: str) -> None:
+def run_rank(context: RankContext, micro_batches: int) -> None:
     """Run forward and backward of every micro-batch as one rank."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    rank = context.rank
     groups = [Group.from_process_group(dist.new_group()) for _ in range(2)]  # one per direction
     channels = build_p2p_channels(groups[0], groups[1], torch.device("cpu"))
     stages = []
@@ -50,7 +48,7 @@ def run_rank(rank: int, store: str) -> None:
             ModuleStage(
                 make_stage(PLACEMENT.stage_at(place)),
                 activation=torch.empty(ROWS, WIDTH),
-                inputs=[micro_batch(n) for n in range(MICRO_BATCHES)] if PLACEMENT.is_first_stage(place) else None,
+                inputs=[micro_batch(n) for n in range(micro_batches)] if PLACEMENT.is_first_stage(place) else None,
                 loss=loss if PLACEMENT.is_last_stage(place) else None,
             )
         )
@@ -60,12 +58,10 @@ def run_rank(rank: int, store: str) -> None:
     losses = [each for stage in stages for _, each in sorted(stage.losses.items())]
     if losses:  # DualPipeV folds the stages: rank 0 holds the first and the last one
         print(f"rank {rank}: loss {torch.stack(losses).sum():.6f} over {len(losses)} micro-batches")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (f"{folder}/store",), nprocs=RANKS)
+    run_on_ranks(run_rank, MICRO_BATCHES, RANKS, device="cpu")
     model = nn.Sequential(*(make_stage(number) for number in range(PLACEMENT.num_stages)))
     serial = sum(loss(model(micro_batch(number)), number) for number in range(MICRO_BATCHES))
     print(f"one process: loss {serial:.6f}")

@@ -5,15 +5,13 @@ Run it: python two_hop_moe.py. Shapes: T tokens of a rank, D width, K experts pe
 
 from __future__ import annotations
 
-import tempfile
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from shoestring.comm.exchange import ExpertGroups, TwoHopExchange, combine, dispatch
+from shoestring.launch.run.on_ranks import RankContext, run_on_ranks
 
 NODES, RANKS_PER_NODE = 2, 2
 EXPERTS, TOP_K, WIDTH, TOKENS, STEPS = 8, 2, 32, 64, 20
@@ -37,9 +35,9 @@ class MyMoE(nn.Module):
         return tokens_TD + combine(self.exchange, gates_R[:, None] * out_RD, received)
 
 
-def train(rank: int, store: str) -> None:
+def train(context: RankContext, steps: int) -> None:
     """Teach the layer to reverse its input, as one rank of the group."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NODES * RANKS_PER_NODE)
+    rank = context.rank
     mesh = init_device_mesh("cpu", (NODES, RANKS_PER_NODE), mesh_dim_names=("node", "rank"))
     groups = ExpertGroups.from_process_groups(dist.group.WORLD, mesh.get_group("node"), mesh.get_group("rank"))
     torch.manual_seed(rank)
@@ -48,7 +46,7 @@ def train(rank: int, store: str) -> None:
         dist.broadcast(parameter.data, src=0)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
     tokens_TD = torch.randn(TOKENS, WIDTH)
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = (layer(tokens_TD) - tokens_TD.flip(1)).square().mean() / groups.ep.size
         loss.backward()  # an expert's gradient comes from the tokens of all ranks, the router's from this rank's
@@ -57,14 +55,12 @@ def train(rank: int, store: str) -> None:
             dist.all_reduce(parameter.grad)
         optimizer.step()
         dist.all_reduce(total := loss.detach().clone())
-        if rank == 0 and step in (0, STEPS - 1):
+        if rank == 0 and step in (0, steps - 1):
             print(f"step {step}: loss {total:.4f}")
     if rank == 0:
         sent = layer.exchange.traffic.bytes_by_link(operation="dispatch")
         print("bytes that dispatch sent from rank 0:", {str(link): size for link, size in sent.items()})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (f"{folder}/store",), nprocs=NODES * RANKS_PER_NODE)
+    run_on_ranks(train, STEPS, NODES * RANKS_PER_NODE, device="cpu")

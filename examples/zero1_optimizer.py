@@ -5,14 +5,12 @@ Run it: python zero1_optimizer.py
 
 from __future__ import annotations
 
-import tempfile
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from shoestring.comm.groups import Group
+from shoestring.launch.run.on_ranks import RankContext, run_on_ranks
 from shoestring.parallelism.zero import ShardedOptimizer
 from shoestring.trainer.optimizer.adamw import AdamW
 from shoestring.trainer.optimizer.config import OptimizerConfig
@@ -20,16 +18,16 @@ from shoestring.trainer.optimizer.config import OptimizerConfig
 RANKS, ROWS, WIDTH, STEPS, RATE = 2, 64, 32, 50, 0.01
 
 
-def train(rank: int, store: str) -> None:
+def train(context: RankContext, steps: int) -> None:
     """Train on this rank's rows; the weights stay equal on all ranks."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    rank = context.rank
     torch.manual_seed(0)  # the same weights on every rank
     model = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)).to(torch.bfloat16)
     group = Group.from_process_group(dist.new_group())  # of its own: the optimizer's thread uses it
     update = AdamW(OptimizerConfig(weight_decay=0.1))
     optimizer = ShardedOptimizer.over_parameters(model.named_parameters(), group, update)
     rows = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1 + rank))
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.reducer.begin_step()  # in place of zero_grad: gradients are views of FP32 buckets
         loss = (model(rows) - rows).square().mean()
         loss.backward()
@@ -37,15 +35,13 @@ def train(rank: int, store: str) -> None:
         norm = optimizer.reducer.gradient_norm(group) / RANKS
         optimizer.step(RATE, grad_scale=min(1.0, 1.0 / norm) / RANKS)  # the mean over ranks, clipped to norm 1
         optimizer.wait_for_weights()
-        if rank == 0 and step in (0, STEPS - 1):
+        if rank == 0 and step in (0, steps - 1):
             print(f"step {step}: loss {loss.item():.4f}, gradient norm {norm:.4f}")
     held = sum(shard.master.numel() for shard in optimizer.local_shards())
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(f"rank {rank} holds masters and moments of {held:,} of {weights:,} weights")
     optimizer.close()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (f"{folder}/store",), nprocs=RANKS)
+    run_on_ranks(train, STEPS, RANKS, device="cpu")
