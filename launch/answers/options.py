@@ -17,9 +17,10 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", type=Path, help="directory with your own configuration groups")
 
 
-def add_answer_options(parser: argparse.ArgumentParser) -> None:
+def add_answer_options(parser: argparse.ArgumentParser, *, default_format: str = "table") -> None:
     """Add --format and --html, which `print_answer` reads."""
-    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
+    words = f"output format (default {default_format})"
+    parser.add_argument("--format", choices=["table", "json"], default=default_format, help=words)
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the answer as an HTML page")
 
 
@@ -42,6 +43,6 @@ def print_answer(options: argparse.Namespace, answer: Answer) -> int:
 def write_output(path: Path, text: str, option: str) -> None:
     """Write `text` to the file of `option`. Raises `ConfigError` if it cannot be written."""
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError([Problem(option, str(path), f"cannot be written: {error.strerror}")]) from None
