@@ -17,10 +17,9 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", type=Path, help="directory with your own configuration groups")
 
 
-def add_answer_options(parser: argparse.ArgumentParser, *, default_format: str = "table") -> None:
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add --format and --html, which `print_answer` reads."""
-    words = f"output format (default {default_format})"
-    parser.add_argument("--format", choices=["table", "json"], default=default_format, help=words)
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the answer as an HTML page")
 
 
