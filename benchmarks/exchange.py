@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_tables
+from shoestring.launch.answers.terminal import terminal_text
+from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_answer
 from shoestring.launch.bench.bench_exchange_rank import ExchangeBenchmarkSpec
 
 UPLINK = "200mbit"
@@ -72,14 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     output = parser.parse_args().json
-    console = Console(width=120)
     wide = bench_exchange(spec(4, 2, 512, overlap=False), UPLINK)
-    console.print(benchmark_tables(wide))
+    print(terminal_text(benchmark_answer(wide), width=120))
     narrow = bench_exchange(spec(2, 1, 2048, overlap=True), UPLINK)
-    console.print(benchmark_tables(narrow))
+    print(terminal_text(benchmark_answer(narrow), width=120))
     found = target_ratios(wide, narrow)
     for name, ratio in found.items():
-        console.print(f"{name}: {ratio:.3f}")
+        print(f"{name}: {ratio:.3f}")
     if output is not None:
         machine = {"cores": os.cpu_count(), "torch": torch.__version__, "load": os.getloadavg()[0]}
         output.write_text(

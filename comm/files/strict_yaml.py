@@ -6,8 +6,6 @@ from io import StringIO
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .file_io import read_text
 from .strict_json import MAX_DEPTH, MalformedFileError
@@ -20,6 +18,9 @@ _MAX_NODES = 100_000
 
 def read_yaml(path: Path, *, resolve: bool = True) -> object:
     """Read a YAML file into plain values; `resolve` interpolations. Raises `MalformedFileError` and `OSError`."""
+    from omegaconf import OmegaConf  # takes 0.1 s, and most readers of a run directory need no YAML
+    from omegaconf.errors import OmegaConfBaseException
+
     text = read_checked_yaml_text(path)
     try:
         tree: object = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=resolve)

@@ -53,6 +53,6 @@ def write_page(options: argparse.Namespace, answer: Answer) -> None:
 def write_output(path: Path, text: str, option: str) -> None:
     """Write `text` to the file of `option`. Raises `ConfigError` if it cannot be written."""
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError([Problem(option, str(path), f"cannot be written: {error.strerror}")]) from None

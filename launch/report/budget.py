@@ -1,26 +1,43 @@
-"""Budget section of a report: cost over steps, and time by category."""
+"""Cost of a run as figures and blocks, for `shoestring budget` and the report: buckets, terms, DeepSeek-V3."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from ...comm.units import format_gpu_hours, format_percent
-from ...trainer.ledger.render import PAPER_TERM_MEANINGS, TERM_MEANINGS
+from ...comm.units import format_gpu_hours, format_percent, format_usd
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import (
     LEDGER_BUCKETS,
+    PAPER_TERM_MEANINGS,
     PUBLISHED_GPU_HOURS,
     PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
     PUBLISHED_TOTAL_GPU_HOURS,
+    PUBLISHED_USD_PER_GPU_HOUR,
+    TERM_MEANINGS,
     to_gpu_hours,
     to_label,
 )
-from ..answers.blocks import BarSegment, Block, MissingDataNotice, PageSection, StackedBar, TableBlock, TableRow
+from ..answers.blocks import (
+    BarSegment,
+    Block,
+    Cell,
+    HeadlineCard,
+    MissingDataNotice,
+    PageSection,
+    Quantity,
+    StackedBar,
+    TableBlock,
+    TableRow,
+    number,
+    table,
+)
 from .loss import step_annotations
 from .plot import Plot, Series
 from .run_record import RunRecord
 
-_STYLES = {
+_BUCKET_STYLES = {
     "productive": "k-good",
     "rolled_back": "k-bad",
     "initialization": "k1",
@@ -51,7 +68,7 @@ _TERM_STYLES = {
 
 
 def budget_section(record: RunRecord) -> PageSection:
-    """Return the section: burn-down, buckets, terms, and a comparison with DeepSeek-V3."""
+    """Return the section: burn-down and the blocks of the cost."""
     blocks: list[Block] = [*_burn_down(record)]
     if record.summary is None:
         blocks.append(
@@ -60,7 +77,7 @@ def budget_section(record: RunRecord) -> PageSection:
             )
         )
     else:
-        blocks += [*_buckets(record.summary), *_terms(record.summary), _comparison(record.summary)]
+        blocks += cost_blocks(record.summary)
     return PageSection("budget", "Budget", blocks)
 
 
@@ -92,34 +109,76 @@ def _burn_down(record: RunRecord) -> Iterator[Block]:
     yield from plot.figures("GPU-hours left of the budget, over optimizer steps", note)
 
 
-def _buckets(summary: LedgerSummary) -> Iterator[Block]:
-    meanings = {
-        "productive": f"time in the {summary.steps_retained:,} steps kept",
-        "rolled_back": "steps undone by a crash",
-        **LEDGER_BUCKETS,
-        "unattributed": "time in no other category",
+def cost_cards(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_PER_GPU_HOUR) -> Iterator[HeadlineCard]:
+    """Yield the main figures of a run's cost."""
+    share = f"{format_percent(summary.budget_share)} of the budget of {format_gpu_hours(summary.budget_gpu_hours)}"
+    spent, logging = summary.gpu_hours, format_percent(summary.telemetry_share)
+    yield HeadlineCard("GPU-hours", format_gpu_hours(spent), "", f"{share}; {format_usd(spent, usd_per_gpu_hour)}")
+    yield rate_card(summary.gpu_hours_per_trillion_tokens)
+    note = f"share of allocated time spent on kept steps; logging took {logging} of step time"
+    yield HeadlineCard("goodput", format_percent(summary.goodput), "", note)
+
+
+def rate_card(gpu_hours_per_trillion_tokens: float | None) -> HeadlineCard:
+    """Return the card of the cost per retained token, beside the published one."""
+    rate = gpu_hours_per_trillion_tokens
+    published = f"DeepSeek-V3: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
+    return HeadlineCard("GPU-hours per trillion tokens", "–" if rate is None else f"{rate:,.0f}", "", published)
+
+
+def cost_as_dict(summary: LedgerSummary) -> dict[str, Any]:
+    """Return the ledger's figures, and the shares and ratios that `cost_blocks` shows, as plain values."""
+    allocated, productive = max(1, summary.allocated_ms), max(1, summary.productive_ms)
+    return summary.to_json() | {
+        "shares": {name: gpu_ms / allocated for name, gpu_ms in spent_by_bucket(summary).items()},
+        "term_shares": {name: gpu_ms / productive for name, gpu_ms in summary.gpu_ms_by_term.items()},
+        "report_term_shares": {name: gpu_ms / productive for name, gpu_ms in summary.gpu_ms_by_paper_term.items()},
+        "published": [asdict(each) for each in _published_figures(summary)],
     }
-    spent = {
+
+
+def cost_blocks(summary: LedgerSummary) -> Iterator[Block]:
+    """Yield allocated time by bucket, productive time by term, and the comparison with DeepSeek-V3."""
+    yield from _buckets(summary)
+    yield from _terms(summary)
+    yield published_table(_published_figures(summary))
+
+
+def spent_by_bucket(summary: LedgerSummary) -> dict[str, int]:
+    """Return the GPU-milliseconds of every bucket; the sum is the allocated time."""
+    return {
         "productive": summary.productive_ms,
         "rolled_back": summary.rolled_back_ms,
         **summary.gpu_ms_by_bucket,
         "unattributed": summary.unattributed_ms,
     }
-    whole = max(1, summary.allocated_ms)
-    some = {name: gpu_ms for name, gpu_ms in spent.items() if gpu_ms}
-    yield _bar("Where the time went", some, whole, _STYLES)
-    lines = [_line(name, some[name], whole, meanings[name], _STYLES[name]) for name in some]
-    attempts = "1 attempt" if summary.num_attempts == 1 else f"{summary.num_attempts} attempts"
-    total = TableRow(
-        ("allocated", format_gpu_hours(to_gpu_hours(summary.allocated_ms)), "100 %", f"total of {attempts}"),
-        is_total=True,
-    )
-    nothing = ", ".join(to_label(name) for name in spent if name not in some)
-    note = f"No time: {nothing}." if nothing else ""
+
+
+def _buckets(summary: LedgerSummary) -> Iterator[Block]:
+    spent, whole = spent_by_bucket(summary), max(1, summary.allocated_ms)
+    meanings = {
+        "productive": f"time in the {plural(summary.steps_retained, 'step')} kept",
+        "rolled_back": "steps undone by a crash",
+        **LEDGER_BUCKETS,
+        "unattributed": "covered by no record",
+    }
+    yield _bar("Where the time went", spent, whole, _BUCKET_STYLES)
+    attempts = [plural(summary.num_attempts, "attempt")]
+    if summary.segments > summary.num_attempts:
+        attempts.append(f"{summary.segments} segments")
+    state = "running as of its last heartbeat" if summary.is_running else "closed"
+    sums = [("allocated", time_quantity(summary.allocated_ms), "", f"total of {', '.join(attempts)}, the last {state}")]
     if summary.inherited_ms:
-        inherited = format_gpu_hours(to_gpu_hours(summary.inherited_ms))
-        note += f" {inherited} GPU-hours more are inherited from the initial checkpoint."
-    yield _table([*lines, total], note)
+        inherited = time_quantity(summary.inherited_ms)
+        sums.append(("inherited", inherited, "", "cost of the checkpoint that it started from"))
+        total = Quantity(summary.gpu_hours, format_gpu_hours(summary.gpu_hours))
+        sums.append(("total", total, "", "allocated plus inherited"))
+    nothing = ", ".join(to_label(name) for name, gpu_ms in spent.items() if not gpu_ms)
+    note = "One rank is one GPU, also on CPU." + (f" No time: {nothing}." if nothing else "")
+    lines = _lines(spent, whole, meanings, _BUCKET_STYLES)
+    yield table(
+        f"Phase: {to_label(summary.phase)}", _HEADINGS, [*lines, *(TableRow(cells, "", True) for cells in sums)], note
+    )
 
 
 def _terms(summary: LedgerSummary) -> Iterator[Block]:
@@ -128,58 +187,92 @@ def _terms(summary: LedgerSummary) -> Iterator[Block]:
         yield MissingDataNotice("No step time breakdown: no step was sampled.", hint)
         return
     whole = max(1, summary.productive_ms)
-    some = {name: gpu_ms for name, gpu_ms in summary.gpu_ms_by_term.items() if gpu_ms}
-    yield _bar("Where a step goes", some, whole, _TERM_STYLES)
-    lines = [_line(name, some[name], whole, TERM_MEANINGS[name], _TERM_STYLES[name]) for name in some]
-    samples = "1 step" if summary.sampled_steps == 1 else f"{summary.sampled_steps} steps"
-    yield _table(lines, f"Share of productive time, from {samples} sampled on all ranks.")
-    meanings = TERM_MEANINGS | PAPER_TERM_MEANINGS
-    view = [
-        _line(name, gpu_ms, whole, meanings[name], "")
-        for name, gpu_ms in summary.gpu_ms_by_paper_term.items()
+    yield _bar("Where a step goes", summary.gpu_ms_by_term, whole, _TERM_STYLES)
+    note = f"Share of productive time. From {plural(summary.sampled_steps, 'step')} sampled on all ranks."
+    yield table("", _HEADINGS, _lines(summary.gpu_ms_by_term, whole, TERM_MEANINGS, _TERM_STYLES), note)
+    lines = _lines(summary.gpu_ms_by_paper_term, whole, PAPER_TERM_MEANINGS, {})
+    yield TableBlock(_HEADINGS, lines, "The same by the terms of arXiv 2505.09343", is_collapsed=True)
+
+
+_HEADINGS = ("spent on", "GPU-hours", "share", "meaning")
+
+
+def _lines(
+    spent: Mapping[str, int], whole: int, meanings: Mapping[str, str], styles: Mapping[str, str]
+) -> list[TableRow]:
+    return [
+        TableRow(
+            (to_label(name), time_quantity(gpu_ms), share_quantity(gpu_ms / whole), meanings[name]),
+            styles.get(name, ""),
+        )
+        for name, gpu_ms in spent.items()
         if gpu_ms
     ]
-    yield _table(view, "", title="In the terms of the DeepSeek-V3 report", is_folded=True)
-
-
-def _comparison(summary: LedgerSummary) -> TableBlock:
-    rate = summary.gpu_hours_per_trillion_tokens
-    lines = [
-        (
-            "per trillion tokens",
-            "–" if rate is None else f"{rate:,.0f}",
-            f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}",
-            "–" if rate is None else _ratio(rate / PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
-        )
-    ]
-    for phase, published in PUBLISHED_GPU_HOURS.items():
-        spent = to_gpu_hours(
-            summary.gpu_ms_by_phase.get(phase, 0) + (summary.inherited_ms if phase == summary.phase else 0)
-        )
-        if spent:
-            lines.append((to_label(phase), format_gpu_hours(spent), f"{published:,}", _ratio(spent / published)))
-    whole = PUBLISHED_TOTAL_GPU_HOURS
-    lines.append(("total", format_gpu_hours(summary.gpu_hours), f"{whole:,}", _ratio(summary.gpu_hours / whole)))
-    heads, title = ("GPU-hours", "this run", "DeepSeek-V3", "ratio"), "Compared with DeepSeek-V3 on H800"
-    return TableBlock(heads, [TableRow(cells) for cells in lines], title)
-
-
-def _ratio(share: float) -> str:
-    return format_percent(share) if share < 10 else f"{share:,.0f} times"
 
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> StackedBar:
+    some = {name: gpu_ms for name, gpu_ms in spent.items() if gpu_ms}
     return StackedBar(
-        title, [BarSegment(to_label(name), gpu_ms / whole, styles[name]) for name, gpu_ms in spent.items()]
+        title, [BarSegment(to_label(name), gpu_ms / whole, styles[name]) for name, gpu_ms in some.items()]
     )
 
 
-def _line(name: str, gpu_ms: int, whole: int, meaning: str, style: str) -> TableRow:
-    return TableRow(
-        (to_label(name), format_gpu_hours(to_gpu_hours(gpu_ms)), format_percent(gpu_ms / whole), meaning), style
-    )
+@dataclass(frozen=True)
+class PublishedFigure:
+    """Figure in GPU-hours beside that of DeepSeek-V3."""
+
+    name: str
+    gpu_hours: float | None
+    published_gpu_hours: int
+    ratio: float | None
 
 
-def _table(lines: list[TableRow], note: str, *, title: str = "", is_folded: bool = False) -> TableBlock:
-    heads = ("category", "GPU-hours", "share", "meaning")
-    return TableBlock(heads, lines, title, note, is_folded)
+def published_figures(spent: float, spent_by_phase: Mapping[str, float], rate: float | None) -> list[PublishedFigure]:
+    """Compare GPU-hours in all, of each phase, and per trillion retained tokens with DeepSeek-V3's."""
+    figures: dict[str, tuple[float | None, int]] = {
+        "per trillion retained tokens": (rate, PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS)
+    }
+    figures |= {phase: (spent, PUBLISHED_GPU_HOURS[phase]) for phase, spent in spent_by_phase.items() if spent}
+    figures["total"] = spent, PUBLISHED_TOTAL_GPU_HOURS
+    return [
+        PublishedFigure(name, own, published, None if own is None else own / published)
+        for name, (own, published) in figures.items()
+    ]
+
+
+def _published_figures(summary: LedgerSummary) -> list[PublishedFigure]:
+    spent = {phase: to_gpu_hours(gpu_ms) for phase, gpu_ms in summary.gpu_ms_by_phase.items()}
+    spent[summary.phase] = spent.get(summary.phase, 0.0) + to_gpu_hours(summary.inherited_ms)
+    return published_figures(summary.gpu_hours, spent, summary.gpu_hours_per_trillion_tokens)
+
+
+def published_table(figures: Sequence[PublishedFigure]) -> TableBlock:
+    """Return the comparison with DeepSeek-V3 as a table."""
+
+    def cells(each: PublishedFigure) -> Iterator[Cell]:
+        yield to_label(each.name)
+        yield "–" if each.gpu_hours is None else Quantity(each.gpu_hours, format_gpu_hours(each.gpu_hours))
+        yield number(each.published_gpu_hours)
+        yield "–" if each.ratio is None else Quantity(each.ratio, _times(each.ratio))
+
+    headings = ("GPU-hours", "this run", "DeepSeek-V3", "ratio")
+    return table("Compared with DeepSeek-V3 on H800", headings, [tuple(cells(each)) for each in figures])
+
+
+def _times(ratio: float) -> str:
+    return format_percent(ratio) if ratio < 10 else f"{ratio:,.0f} times"
+
+
+def time_quantity(gpu_ms: int) -> Quantity:
+    """Return GPU-milliseconds, shown in GPU-hours."""
+    return Quantity(gpu_ms, format_gpu_hours(to_gpu_hours(gpu_ms)))
+
+
+def share_quantity(share: float) -> Quantity:
+    """Return a share of 1, shown in percent."""
+    return Quantity(share, format_percent(share))
+
+
+def plural(count: int, noun: str) -> str:
+    """Return the count with its noun: `1 step`, `2 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

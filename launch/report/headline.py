@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from statistics import median
 
-from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
-from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
+from ...comm.units import format_duration, format_percent, format_si
 from ...trainer.telemetry.events import parse_number
 from ..answers.blocks import HeadlineCard
+from .budget import cost_cards
 from .run_record import Point, RunRecord
 
 UNKNOWN_VALUE = "–"
@@ -84,18 +84,11 @@ def _tokens(record: RunRecord) -> HeadlineCard:
 
 
 def _cost(record: RunRecord) -> Iterator[HeadlineCard]:
-    summary = record.summary
-    published = f"{PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
-    if summary is None:
-        for name in ("GPU-hours", "GPU-hours per trillion tokens", "goodput"):
-            yield HeadlineCard(name, UNKNOWN_VALUE, "", "no readable ledger")
+    if record.summary is not None:
+        yield from cost_cards(record.summary)
         return
-    share = f"{format_percent(summary.budget_share)} of the budget of {format_gpu_hours(summary.budget_gpu_hours)}"
-    yield HeadlineCard("GPU-hours", format_gpu_hours(summary.gpu_hours), "", share)
-    rate = summary.gpu_hours_per_trillion_tokens
-    shown = UNKNOWN_VALUE if rate is None else f"{rate:,.0f}"
-    yield HeadlineCard("GPU-hours per trillion tokens", shown, "", f"DeepSeek-V3: {published}")
-    yield HeadlineCard("goodput", format_percent(summary.goodput), "", "share of allocated time spent on kept steps")
+    for name in ("GPU-hours", "GPU-hours per trillion tokens", "goodput"):
+        yield HeadlineCard(name, UNKNOWN_VALUE, "", "no readable ledger")
 
 
 def _speed(record: RunRecord) -> HeadlineCard:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from ..answers.blocks import Answer
-from ..answers.page import html_page
-from .budget import budget_section
+from ... import __version__
+from ..answers.blocks import (
+    Answer,
+    Block,
+    ConfigurationBlock,
+    Figure,
+    FigureRow,
+    MissingDataNotice,
+    Paragraph,
+    PreformattedText,
+    Quantity,
+    StackedBar,
+    TableBlock,
+)
+from .budget import budget_section, cost_as_dict
 from .configuration import configuration_section
 from .expert_load import expert_load_section
 from .headline import header_lines, headline_cards, run_state
@@ -28,20 +42,45 @@ _SECTIONS = (
 )
 
 
-def html_report(record: RunRecord) -> str:
-    """Return the HTML page of one run."""
-    return html_page(report_answer(record), "shoestring report")
-
-
 def report_answer(record: RunRecord) -> Answer:
     """Return the report of one run: its main figures, then a section for each question."""
     word, style = run_state(record)
+    sections, cards = [section(record) for section in _SECTIONS], headline_cards(record)
     return Answer(
         title=Path(os.path.realpath(record.run_dir)).name,
-        data=None,
-        sections=[section(record) for section in _SECTIONS],
-        cards=headline_cards(record),
+        data={
+            "version": __version__,
+            "state": word,
+            "figures": {card.name: asdict(card) for card in cards},
+            "ledger": None if record.summary is None else cost_as_dict(record.summary),
+            "sections": {
+                section.anchor: [values for block in section.blocks if (values := block_values(block)) is not None]
+                for section in sections
+            },
+        },
+        sections=sections,
+        cards=cards,
         header_lines=list(header_lines(record)),
         state=word,
         state_style=style,
     )
+
+
+def block_values(block: Block) -> Any:
+    """Return the text and the numbers of a block as plain values; None for a picture."""
+    match block:
+        case Figure() | FigureRow():
+            return None
+        case TableBlock():
+            cells = [[cell.value if isinstance(cell, Quantity) else cell for cell in row.cells] for row in block.rows]
+            return {"title": block.title, "headings": list(block.headings), "rows": cells}
+        case StackedBar(title, segments):
+            return {"title": title, "shares": {segment.name: segment.share for segment in segments}}
+        case ConfigurationBlock(groups):
+            return {name: dict(values) for name, values in groups}
+        case PreformattedText(title, text):
+            return {"title": title, "text": text}
+        case Paragraph(text):
+            return text
+        case MissingDataNotice(text, hint):
+            return f"{text} {hint}".rstrip()

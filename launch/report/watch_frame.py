@@ -13,9 +13,10 @@ from rich.text import Text
 
 from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
 from ...trainer.ledger.summary import LedgerSummary
-from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
+from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS, to_label
 from ...trainer.telemetry.events import Event, parse_number
 from ...trainer.telemetry.format import describe_event, strip_control_codes
+from .budget import spent_by_bucket
 from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
@@ -116,9 +117,9 @@ def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rend
 
 def _losses(summary: LedgerSummary) -> list[str]:
     """Return the three largest buckets of time that was not productive."""
-    rest = {**summary.gpu_ms_by_bucket, "rolled_back": summary.rolled_back_ms, "unattributed": summary.unattributed_ms}
-    largest = sorted((name for name in rest if rest[name]), key=lambda name: -rest[name])[:3]
-    return [f"{name.replace('_', ' ')} {format_percent(rest[name] / max(1, summary.allocated_ms))}" for name in largest]
+    spent = spent_by_bucket(summary)
+    rest = sorted((name for name in spent if spent[name] and name != "productive"), key=lambda name: -spent[name])
+    return [f"{to_label(name)} {format_percent(spent[name] / max(1, summary.allocated_ms))}" for name in rest[:3]]
 
 
 def _latest(events: Sequence[Event]) -> Iterator[Text]:

@@ -2,143 +2,142 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
-
 from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.units import parse_token_count
+from ...comm.units import format_gpu_hours, format_si, format_usd, parse_token_count
 from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
-    Invoice,
     ReconciliationLine,
     describe_invoice_price,
     read_invoice,
     read_sacct_jobs,
     reconcile_invoice,
     reconcile_jobs,
-    render_reconciliation,
 )
-from ...trainer.ledger.render import render_ledger, render_project, render_what_if, what_if_gpu_hours
 from ...trainer.ledger.snapshot import snapshot_problem
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger, summarize_verified_ledger
-from ...trainer.ledger.terms import PUBLISHED_USD_PER_GPU_HOUR, SNAPSHOT_FILE, to_gpu_hours
+from ...trainer.ledger.terms import (
+    PUBLISHED_GPU_HOURS,
+    PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
+    PUBLISHED_USD_PER_GPU_HOUR,
+    SNAPSHOT_FILE,
+    to_gpu_hours,
+    to_label,
+)
+from ..answers.blocks import Answer, Block, Cell, HeadlineCard, Paragraph, Quantity, TableBlock, number, table
+from ..answers.options import add_answer_options, print_answer
 from ..console import print_to_stderr
+from ..report.budget import (
+    cost_as_dict,
+    cost_blocks,
+    cost_cards,
+    plural,
+    published_figures,
+    published_table,
+    rate_card,
+    share_quantity,
+    time_quantity,
+)
 
 
-@dataclass(frozen=True)
-class BudgetQuery:
-    """Options of the verb, as on the command line."""
-
-    run_or_project: Path
-    """Directory of a run, or a project file."""
-    tokens: str | None
-    gpus: int | None
-    usd_per_gpu_hour: float | None
-    sacct: Path | None
-    invoice: Path | None
-    invoice_columns: str
-    against: Path | None
-    """Plan file to compare with."""
-    verify: bool = False
-    """True: read every record of the ledger instead of the saved totals."""
-
-    @property
-    def price_per_gpu_hour(self) -> float:
-        """USD per GPU-hour."""
-        return PUBLISHED_USD_PER_GPU_HOUR if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour
-
-    @property
-    def is_project(self) -> bool:
-        """True for a project file, which lists several runs."""
-        return self.run_or_project.is_file()
-
-    def validate(self) -> None:
-        """Raise `ConfigError` with every problem of the options."""
-        raise_if_any(self._problems())
-
-    def _problems(self) -> Iterator[Problem]:
-        if self.is_project:
-            asked = {
-                "--tokens": self.tokens,
-                "--sacct": self.sacct,
-                "--invoice": self.invoice,
-                "--against": self.against,
-                "--verify": self.verify or None,
-            }
-            for option, value in asked.items():
-                if value is not None:
-                    yield Problem(option, str(value), "is for one run; name a run's directory, not a project")
-        if (self.tokens is None) != (self.gpus is None):
-            given = "--tokens" if self.gpus is None else "--gpus"
-            yield Problem(given, self.tokens or self.gpus, "needs the other: --tokens 14.8T --gpus 2048")
-        if self.gpus is not None and self.gpus < 1:
-            yield Problem("--gpus", self.gpus, "must be at least 1")
-        if not (self.price_per_gpu_hour >= 0 and math.isfinite(self.price_per_gpu_hour)):
-            yield Problem("--usd-per-gpu-hour", self.price_per_gpu_hour, "must be at least 0 and finite")
-
-
-def budget_tables(question: BudgetQuery) -> Iterator[RenderableType]:
-    """Yield the answer as tables. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
-    question.validate()
-    if question.is_project:
-        project = Project.read(question.run_or_project)
-        yield render_project(project, ProjectReader(project).summarize_runs(), question.price_per_gpu_hour)
-        return
-    summary = _summary(question)
-    comparisons, invoice = _comparisons(question, summary), _invoice(question)
-    plan = (
-        None
-        if question.against is None
-        else _against(question.run_or_project, summary, question.against, as_json=False)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("run_or_project", type=Path, metavar="RUN", help="run directory, or project file")
+    parser.add_argument(
+        "--tokens", metavar="14.8T", help="forecast the cost of this many tokens at this run's rate; needs --gpus"
     )
-    yield render_ledger(summary, question.price_per_gpu_hour)
-    if question.verify:
-        yield f"Verified all {summary.num_records:,} work records; {_saved(question.run_or_project)}."
-    if plan is not None:
-        yield plan
-    if question.tokens is not None and question.gpus is not None:
-        tokens = parse_token_count(question.tokens, "--tokens")
-        yield render_what_if(summary, tokens, question.gpus, question.price_per_gpu_hour)
-    for title, lines in comparisons.items():
-        yield render_reconciliation(title, lines)
-    if invoice is not None:
-        yield describe_invoice_price(invoice, question.price_per_gpu_hour)
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs of that forecast")
+    parser.add_argument(
+        "--usd-per-gpu-hour",
+        type=float,
+        metavar="PRICE",
+        default=PUBLISHED_USD_PER_GPU_HOUR,
+        help="USD per GPU-hour (default 2, as in DeepSeek's report)",
+    )
+    parser.add_argument("--sacct", type=Path, metavar="FILE", help="reconcile with the output of sacct")
+    parser.add_argument("--invoice", type=Path, metavar="FILE", help="reconcile with an invoice, a CSV file")
+    columns = "names of the invoice's columns for gpu_hours and amount"
+    parser.add_argument("--invoice-columns", default="", metavar="gpu_hours=NAME,amount=NAME", help=columns)
+    plan = "compare with a plan: output of `shoestring plan` or `simulate` with --format json"
+    parser.add_argument("--against", type=Path, metavar="PLAN", help=plan)
+    everything = "read every record of the ledger, and compare with its saved totals"
+    parser.add_argument("--verify", action="store_true", help=everything)
+    add_answer_options(parser)
 
 
-def budget_as_dict(question: BudgetQuery) -> dict[str, object]:
-    """Return the answer as plain values."""
-    question.validate()
-    if question.is_project:
-        return _project_tree(Project.read(question.run_or_project))
-    summary = _summary(question)
-    tree = summary.to_json() | {"version": __version__, "usd": summary.gpu_hours * question.price_per_gpu_hour}
-    if question.tokens is not None and question.gpus is not None:
-        needed = what_if_gpu_hours(summary, parse_token_count(question.tokens, "--tokens"))
-        tree["what_if"] = {
-            name: {"gpu_hours": hours, "days": hours / question.gpus / 24, "usd": hours * question.price_per_gpu_hour}
-            for name, hours in needed.items()
-        }
-    if question.against is not None:
-        tree["against"] = _against(question.run_or_project, summary, question.against, as_json=True)
-    for title, lines in _comparisons(question, summary).items():
-        tree[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
-    invoice = _invoice(question)
-    return tree if invoice is None else tree | {"invoice": asdict(invoice)}
+def run(options: argparse.Namespace) -> int:
+    """Print the cost of the run or project that the options name."""
+    return print_answer(options, budget_answer(options))
 
 
-def _summary(question: BudgetQuery) -> LedgerSummary:
-    """Return the run's summary; with `--verify` from all records, which must agree with totals and checkpoint."""
-    if question.verify:
-        raise_if_any(_missing_for_checkpoint(question.run_or_project))
-        return summarize_verified_ledger(question.run_or_project)
-    summary, problem = summarize_ledger(question.run_or_project), snapshot_problem(question.run_or_project)
+def budget_answer(options: argparse.Namespace) -> Answer:
+    """Return the cost. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
+    raise_if_any(_problems(options))
+    if options.run_or_project.is_file():
+        return _project_answer(Project.read(options.run_or_project), options.usd_per_gpu_hour)
+    return _run_answer(options)
+
+
+def _problems(options: argparse.Namespace) -> Iterator[Problem]:
+    if options.run_or_project.is_file():
+        for name in ("tokens", "sacct", "invoice", "against", "verify"):
+            if (value := getattr(options, name)) not in (None, False):
+                yield Problem(f"--{name}", str(value), "is for one run; name a run's directory, not a project")
+    if (options.tokens is None) != (options.gpus is None):
+        given = "--tokens" if options.gpus is None else "--gpus"
+        yield Problem(given, options.tokens or options.gpus, "needs the other: --tokens 14.8T --gpus 2048")
+    if options.gpus is not None and options.gpus < 1:
+        yield Problem("--gpus", options.gpus, "must be at least 1")
+    if not 0 <= options.usd_per_gpu_hour < math.inf:
+        yield Problem("--usd-per-gpu-hour", options.usd_per_gpu_hour, "must be at least 0 and finite")
+
+
+def _run_answer(options: argparse.Namespace) -> Answer:
+    run_dir, price = options.run_or_project, options.usd_per_gpu_hour
+    summary = _summary(run_dir, verify=options.verify)
+    data = cost_as_dict(summary) | {"version": __version__, "usd": summary.gpu_hours * price}
+    blocks: list[Block] = [*cost_blocks(summary)]
+    if options.verify:
+        data["verified_records"] = summary.num_records
+        blocks.append(Paragraph(f"Verified all {summary.num_records:,} work records; {_saved(run_dir)}."))
+    if options.against is not None:
+        from ..report.plan_comparison import compare_with_plan, comparison_as_dict, comparison_blocks  # imports torch
+
+        comparison = compare_with_plan(run_dir, summary, options.against)
+        data["against"] = comparison_as_dict(comparison)
+        blocks += comparison_blocks(comparison)
+    if options.tokens is not None:
+        tokens = parse_token_count(options.tokens, "--tokens")
+        costs = _costs_of_tokens(summary, tokens, options.gpus, price)
+        data["what_if"], data["published_what_if"] = costs, _published_cost(options.gpus)
+        blocks.append(_what_if_table(costs, tokens, options.gpus, price))
+    if options.sacct is not None:
+        lines = reconcile_jobs(summary, read_sacct_jobs(options.sacct))
+        _add_reconciliation(data, blocks, "scheduler and ledger", lines)
+    if options.invoice is not None:
+        invoice = read_invoice(options.invoice, _columns(options.invoice_columns))
+        _add_reconciliation(data, blocks, "invoice and ledger", reconcile_invoice(summary, invoice))
+        data["invoice"] = asdict(invoice)
+        blocks.append(Paragraph(describe_invoice_price(invoice, price)))
+    consumed = f"of {summary.tokens_consumed:,} consumed"
+    cards = [*cost_cards(summary, price), HeadlineCard("tokens retained", f"{summary.tokens_retained:,}", "", consumed)]
+    return Answer.from_blocks(f"Cost of {run_dir}", data, blocks, cards)
+
+
+def _summary(run_dir: Path, *, verify: bool) -> LedgerSummary:
+    """Return the run's summary; with `verify` from all records, which must agree with totals and checkpoint."""
+    if verify:
+        raise_if_any(_missing_for_checkpoint(run_dir))
+        return summarize_verified_ledger(run_dir)
+    summary, problem = summarize_ledger(run_dir), snapshot_problem(run_dir)
     if problem is not None:
         print_to_stderr(f"shoestring budget: {problem}")
     return summary
@@ -159,39 +158,66 @@ def _saved(run_dir: Path) -> str:
     return "the saved totals agree" if is_there else "there are no saved totals to compare with"
 
 
-def _project_tree(project: Project) -> dict[str, object]:
-    summaries = ProjectReader(project).summarize_runs()
-    totals = ProjectTotals.from_summaries(project, summaries)
-    return {
-        "version": __version__,
-        "gpu_hours": to_gpu_hours(totals.allocated_ms),
-        "phase_gpu_hours": {phase: to_gpu_hours(spent) for phase, spent in totals.gpu_ms_by_phase.items()},
-        "budget_gpu_hours": dict(project.gpu_hours),
-        "tokens_retained": dict(totals.tokens_by_phase),
-        "foreign_gpu_hours": to_gpu_hours(totals.inherited_from_others_ms),
-        "runs": {str(run): summary.to_json() for run, summary in summaries.items()},
+_RATE_LABELS = {
+    "its last steps, their median": "the last steps (median)",
+    "everything it was charged": "the whole run",
+}
+"""What tables show for the rates of `_costs_of_tokens`."""
+
+
+def _costs_of_tokens(summary: LedgerSummary, tokens: float, gpus: int, price: float) -> dict[str, dict[str, float]]:
+    """Return the cost of `tokens` at the rate of the last steps and of the whole run; empty before the first step.
+
+    The rates hold for this model on this hardware only.
+    """
+    rates = {
+        "its last steps, their median": None if (ms := summary.step_ms_per_token) is None else ms / 3.6e6,
+        "everything it was charged": None if (rate := summary.gpu_hours_per_trillion_tokens) is None else rate / 1e12,
     }
+    return {name: _cost(each * tokens, each * 1e12, gpus, price) for name, each in rates.items() if each is not None}
 
 
-def _comparisons(question: BudgetQuery, summary: LedgerSummary) -> dict[str, Sequence[ReconciliationLine]]:
-    found: dict[str, Sequence[ReconciliationLine]] = {}
-    if question.sacct is not None:
-        found["scheduler and ledger"] = reconcile_jobs(summary, read_sacct_jobs(question.sacct))
-    invoice = _invoice(question)
-    if invoice is not None:
-        found["invoice and ledger"] = reconcile_invoice(summary, invoice)
-    return found
+def _published_cost(gpus: int) -> dict[str, float]:
+    """Return the cost of DeepSeek-V3's pre-training, on as many GPUs."""
+    rate = PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
+    return _cost(PUBLISHED_GPU_HOURS["pre_train"], rate, gpus, PUBLISHED_USD_PER_GPU_HOUR)
 
 
-def _against(run_dir: Path, summary: LedgerSummary, plan: Path, *, as_json: bool) -> Any:
-    """Return the comparison with a plan as a table or as plain values."""
-    from .plan_comparison import compare_with_plan, comparison_as_dict, comparison_table
+def _cost(gpu_hours: float, per_trillion_tokens: float, gpus: int, price: float) -> dict[str, float]:
+    usd = gpu_hours * price
+    days = gpu_hours / gpus / 24
+    return {"gpu_hours": gpu_hours, "days": days, "usd": usd, "gpu_hours_per_trillion_tokens": per_trillion_tokens}
 
-    return (comparison_as_dict if as_json else comparison_table)(compare_with_plan(run_dir, summary, plan))
+
+def _what_if_table(costs: Mapping[str, Mapping[str, float]], tokens: float, gpus: int, price: float) -> TableBlock:
+    def cells(name: str, cost: Mapping[str, float], usd_per_gpu_hour: float) -> tuple[Cell, ...]:
+        hours, days, usd, rate = cost.values()
+        return (
+            name,
+            _hours(hours),
+            number(days, ",.1f"),
+            Quantity(usd, format_usd(hours, usd_per_gpu_hour)),
+            number(rate, ",.0f"),
+        )
+
+    title = f"{format_si(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run"
+    headings = ("at the rate of", "GPU-hours", "days", "cost", "per trillion tokens")
+    rows = [cells(_RATE_LABELS[name], cost, price) for name, cost in costs.items()]
+    published = cells("DeepSeek-V3's pre-training, 14.8 T tokens", _published_cost(gpus), PUBLISHED_USD_PER_GPU_HOUR)
+    return table(title, headings, [*rows, published])
 
 
-def _invoice(question: BudgetQuery) -> Invoice | None:
-    return None if question.invoice is None else read_invoice(question.invoice, _columns(question.invoice_columns))
+def _add_reconciliation(
+    data: dict[str, Any], blocks: list[Block], title: str, lines: Sequence[ReconciliationLine]
+) -> None:
+    """Add a table whose lines between the first and the last are the differences."""
+    data[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
+
+    def hours(line: ReconciliationLine) -> Quantity:
+        sign = "+" if line.is_difference and line.gpu_ms > 0 else ""
+        return Quantity(line.gpu_ms, sign + format_gpu_hours(to_gpu_hours(line.gpu_ms)))
+
+    blocks.append(table(title, ("line", "GPU-hours"), [(line.name, hours(line)) for line in lines]))
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -201,3 +227,77 @@ def _columns(text: str) -> dict[str, str]:
         hint = "must be of the form gpu_hours=NAME,amount=NAME"
         raise ConfigError([Problem("--invoice-columns", text, hint)])
     return {key: name for key, _, name in pairs}
+
+
+def _project_answer(project: Project, price: float) -> Answer:
+    """Return a project's runs, the budget left in each phase, and the published figures."""
+    summaries = ProjectReader(project).summarize_runs()
+    totals = ProjectTotals.from_summaries(project, summaries)
+    spent = {phase: to_gpu_hours(gpu_ms) for phase, gpu_ms in totals.gpu_ms_by_phase.items()}
+    tokens, whole = totals.tokens_by_phase["pre_train"], to_gpu_hours(totals.allocated_ms)
+    rate = spent["pre_train"] / tokens * 1e12 if tokens else None
+    published = published_figures(whole, spent, rate)
+    phases = [_phase(phase, hours, project.gpu_hours.get(phase)) for phase, hours in spent.items()]
+    data = {
+        "version": __version__,
+        "gpu_hours": whole,
+        "usd": whole * price,
+        "phase_gpu_hours": spent,
+        "budget_gpu_hours": dict(project.gpu_hours),
+        "tokens_retained": dict(totals.tokens_by_phase),
+        "foreign_gpu_hours": to_gpu_hours(totals.inherited_from_others_ms),
+        "runs": {str(run): summary.to_json() | _own(summary) for run, summary in summaries.items()},
+        "phases": phases,
+        "published": [asdict(each) for each in published],
+    }
+    cards = [HeadlineCard("GPU-hours", format_gpu_hours(whole), "", format_usd(whole, price)), rate_card(rate)]
+    if totals.inherited_from_others_ms:
+        inherited = format_gpu_hours(to_gpu_hours(totals.inherited_from_others_ms))
+        cards.append(HeadlineCard("inherited", inherited, "GPU-hours", "from runs outside the project"))
+    blocks = [_runs_table(project, summaries), _phases_table(phases), published_table(published)]
+    return Answer.from_blocks(f"Cost of {project.path}", data, blocks, cards)
+
+
+def _own(summary: LedgerSummary) -> dict[str, int]:
+    return {"own_tokens_retained": sum(summary.tokens_by_phase.values())}
+
+
+def _runs_table(project: Project, summaries: Mapping[Path, LedgerSummary]) -> TableBlock:
+    def cells(run: Path) -> tuple[Cell, ...]:
+        summary = summaries.get(run)
+        if summary is None:
+            return run.name, "-", "-", "-", "-"
+        spent, tokens = time_quantity(summary.allocated_ms), number(_own(summary)["own_tokens_retained"])
+        return run.name, to_label(summary.phase), spent, share_quantity(summary.goodput), tokens
+
+    headings = ("run", "phase", "GPU-hours", "goodput", "tokens retained")
+    title = f"{project.path}: {plural(len(project.runs), 'run')}"
+    return table(title, headings, [cells(run) for run in project.runs])
+
+
+def _phase(phase: str, spent: float, budget: float | None) -> dict[str, Any]:
+    """Return a phase's figures in GPU-hours; `left` and `share` are of its budget, None without one."""
+    left, share = (None, None) if budget is None else (budget - spent, spent / budget)
+    figures = {"phase": phase, "gpu_hours": spent, "budget": budget, "left": left, "share": share}
+    return figures | {"published": PUBLISHED_GPU_HOURS[phase]}
+
+
+def _phases_table(phases: Sequence[Mapping[str, Any]]) -> TableBlock:
+    def cells(phase: str, spent: float, *of_budget: float | None) -> tuple[Cell, ...]:
+        budget, left, share, published = of_budget
+        limits = [_hours(budget), _hours(left)]
+        return (
+            to_label(phase),
+            _hours(spent),
+            *limits,
+            "-" if share is None else share_quantity(share),
+            number(published or 0),
+        )
+
+    headings = ("phase", "GPU-hours", "budget", "left", "of the budget", "DeepSeek-V3")
+    rows = [cells(*each.values()) for each in phases if each["budget"] is not None or each["gpu_hours"]]
+    return table("budget by phase", headings, rows)
+
+
+def _hours(gpu_hours: float | None) -> Cell:
+    return "-" if gpu_hours is None else Quantity(gpu_hours, format_gpu_hours(gpu_hours))

@@ -2,213 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from ...comm.errors import ConfigError, Problem
-from ...comm.files.file_io import config_error_context
-from ...comm.files.strict_json import JsonValue
 from ...comm.units import format_mega
-from ...trainer.checkpoint.checkpoint import Checkpoint
-from ...trainer.checkpoint.find import (
-    find_checkpoint,
-    find_checkpoint_directory,
-    open_checkpoint_store,
-    unreadable_checkpoint_error,
-)
-from ...trainer.checkpoint.manifest import MANIFEST_FILE, CheckpointDamaged, read_manifest_only, read_manifest_summary
+from ..answers.blocks import Answer, Block, Cell, PreformattedText, Quantity, number, table
+from ..answers.options import add_answer_options, print_answer
 
 
-@dataclass(frozen=True)
-class CheckpointListing:
-    """Directory of a checkpoint store, as `ls` shows it."""
-
-    name: str
-    state: str
-    """`complete` (marker, manifest, file sizes), `damaged`, `refused`, `unreadable`, `unfinished` or `quarantined`."""
-    reason: str = ""
-    """Reason for any state but `complete`."""
-    step: int | None = None
-    bytes: int | None = None
-    tensors: int | None = None
-    ranks: int | None = None
-    layout: str | None = None
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's actions with their options."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    _add_action(actions.add_parser("ls", help="list the checkpoints of a run"))
+    words = "read every byte of a checkpoint and check its hashes; exit code 1 if it is damaged"
+    add_step_option(_add_action(actions.add_parser("verify", help=words)))
+    diff = _add_action(actions.add_parser("diff", help="compare two checkpoints; exit code 1 if they differ"))
+    diff.add_argument("other", type=Path, metavar="RUN", help="run or checkpoint to compare with")
+    diff.add_argument("--other-step", type=int, metavar="N", help="step of the second checkpoint (default: the newest)")
+    add_step_option(diff)
 
 
-@dataclass(frozen=True)
-class VerificationResult:
-    """Result of verifying one checkpoint."""
-
-    path: str
-    tensors: int | None
-    """None if the manifest is damaged."""
-    bytes: int | None
-    """Bytes of all files, from the manifest."""
-    damage: list[str]
-    """One line per damaged file, header or piece; empty for an intact checkpoint."""
-
-    @property
-    def report_text(self) -> str:
-        """Result in words."""
-        if self.damage:
-            return "\n".join(self.damage)
-        return f"{self.path}: {self.tensors:,} tensors, {self.bytes:,} bytes, all hashes and headers are correct"
+def _add_action(action: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add_path_argument(action)
+    add_answer_options(action)
+    return action
 
 
-@dataclass(frozen=True)
-class CheckpointDiff:
-    """Differences of two checkpoints in one kind of state."""
-
-    kind: str
-    tensors: int
-    """Tensors in both."""
-    equal: int
-    """Tensors that are bitwise equal."""
-    only_first: int
-    only_second: int
-    reshaped: int
-    """Tensors with another shape or dtype."""
-    largest: float
-    """Largest absolute difference of an element."""
-    where: str
-    """Tensor with that difference."""
+def add_path_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the run or checkpoint that a verb reads."""
+    parser.add_argument("path", type=Path, metavar="RUN", help="run directory, or one checkpoint")
 
 
-def list_checkpoints(path: Path) -> list[CheckpointListing]:
-    """List the checkpoint directories of a run, oldest first. Raises `ConfigError` if there are none."""
-    directory = open_checkpoint_store(path).directory
-    if not directory.is_dir():
-        raise ConfigError([Problem("checkpoint", str(path), "is not a directory; name the directory of a run")])
-    found = [_listed(each) for each in sorted(directory.glob("step_*"))]
-    if not found:
-        raise ConfigError(
-            [
-                Problem(
-                    "checkpoint",
-                    str(directory),
-                    "has no checkpoint; a run saves one every training.checkpoint_every steps",
-                )
-            ]
-        )
-    return found
+def add_step_option(parser: argparse.ArgumentParser) -> None:
+    """Add --step."""
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
 
 
-def checkpoints_table(listed: list[CheckpointListing]) -> tuple[Table | str, ...]:
-    """Return the list as a table, and a line below it for each checkpoint that is not complete."""
-    table = Table(box=None)
-    for heading in ("checkpoint", "tensors", "MB", "saved with layout", "state"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "MB") else "left")
-    for each in listed:
-        numbers = ("", "", "") if each.bytes is None else (f"{each.tensors:,}", format_mega(each.bytes, 1), each.layout)
-        table.add_row(each.name, *(number or "" for number in numbers), each.state)
+def add_ema_option(parser: argparse.ArgumentParser) -> None:
+    """Add --average."""
+    parser.add_argument("--average", action="store_true", help="use the EMA of the weights (optimizer.ema_decay)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the answer of the action that the options name."""
+    answers = {"ls": list_answer, "verify": verify_answer, "diff": diff_answer}
+    return print_answer(options, answers[options.action](options))
+
+
+def list_answer(options: argparse.Namespace) -> Answer:
+    """Return the checkpoints of a run, with a line below the table for each that is not complete."""
+    from ...trainer.checkpoint.inspect import CheckpointListing, list_checkpoints
+
+    def cells(each: CheckpointListing) -> tuple[Cell, ...]:
+        if each.bytes is None or each.tensors is None:
+            return each.name, "", "", "", each.state
+        size = Quantity(each.bytes, format_mega(each.bytes, 1))
+        return each.name, number(each.tensors), size, each.layout or "", each.state
+
+    found = list_checkpoints(options.path)
+    headings = ("checkpoint", "tensors", "MB", "saved with layout", "state")
     # Not in a column: there a reason breaks over many lines.
-    return table, *(f"{each.name}: {each.reason}" for each in listed if each.reason)
+    reasons = [PreformattedText("", f"{each.name}: {each.reason}") for each in found if each.reason]
+    blocks: list[Block] = [table("", headings, [cells(each) for each in found]), *reasons]
+    return Answer.from_blocks(f"Checkpoints of {options.path}", [asdict(each) for each in found], blocks)
 
 
-def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
-    """Read and check every byte of a checkpoint. Raises `ConfigError` if there is none, or it cannot be read now."""
-    try:
-        directory = find_checkpoint_directory(path, step)
-        try:
-            checkpoint = Checkpoint(directory, read_manifest_only(directory))
-        except CheckpointDamaged as damaged:
-            words = (
-                f"{damaged}; nothing else can be checked: restore that file, or choose another checkpoint with --step"
-            )
-            return VerificationResult(str(directory), None, None, [words])
-        manifest = checkpoint.manifest
-        return VerificationResult(
-            str(directory), len(manifest.tensors), manifest.total_bytes, list(checkpoint.find_damage())
-        )
-    except OSError as error:
-        raise unreadable_checkpoint_error(error) from error
+def verify_answer(options: argparse.Namespace) -> Answer:
+    """Return the damage of a checkpoint; exit code 1 if there is any."""
+    from ...trainer.checkpoint.inspect import verify_checkpoint
+
+    found = verify_checkpoint(options.path, options.step)
+    sizes = f"{found.tensors:,} tensors, {found.bytes:,} bytes" if found.bytes is not None else ""
+    words = "\n".join(found.damage) or f"{found.path}: {sizes}, all hashes and headers are correct"
+    blocks, code = [PreformattedText("", words)], 1 if found.damage else 0
+    return Answer.from_blocks(f"Verification of {options.path}", asdict(found), blocks, exit_code=code)
 
 
-def diff_checkpoints(
-    first: Path, second: Path, steps: tuple[int | None, int | None]
-) -> tuple[list[str], list[CheckpointDiff]]:
-    """Compare two checkpoints: return one line per different metadata or configuration value, and tensors by kind."""
-    one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
-    try:
-        return list(_metadata_differences(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
-    except CheckpointDamaged as damaged:
-        hint = "is damaged; run `shoestring checkpoint verify` for details"
-        raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
+def diff_answer(options: argparse.Namespace) -> Answer:
+    """Return the differences of two checkpoints; exit code 1 if their tensors differ."""
+    from ...trainer.checkpoint.inspect import CheckpointDiff, diff_checkpoints
 
+    def cells(each: CheckpointDiff) -> tuple[Cell, ...]:
+        counts = each.tensors, each.equal, each.only_first, each.only_second, each.reshaped
+        return each.kind, *map(number, counts), number(each.largest, ".3g"), each.where
 
-def diff_table(differences: list[CheckpointDiff]) -> Table:
-    """Return the differences of tensors as a table."""
-    table = Table(box=None)
-    for heading in ("state", "common", "equal", "only 1st", "only 2nd", "shape/dtype differs", "max |Δ|"):
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    table.add_column("tensor", overflow="fold")
-    for each in differences:
-        values = list(asdict(each).values())
-        table.add_row(*map(str, values[:6]), f"{each.largest:.3g}", each.where)
-    return table
-
-
-def _listed(path: Path) -> CheckpointListing:
-    if path.suffix in (".partial", ".old"):
-        return CheckpointListing(path.name, "unfinished", "the next save deletes it")
-    if path.suffix == ".damaged":
-        return CheckpointListing(path.name, "quarantined", "renamed by a run that found it damaged")
-    try:
-        return _complete(path)
-    except CheckpointDamaged as damaged:
-        return CheckpointListing(path.name, "damaged", str(damaged))
-    except ConfigError as refused:
-        return CheckpointListing(path.name, "refused", str(refused))
-    except OSError as error:
-        return CheckpointListing(path.name, "unreadable", f"cannot be read now: {error}")
-
-
-def _complete(path: Path) -> CheckpointListing:
-    outline = read_manifest_summary(path)
-    with config_error_context(path / MANIFEST_FILE, "take another checkpoint"):
-        metadata = JsonValue(outline.metadata, "metadata")
-        grid, layout = metadata["config"].get("topology"), "an import"
-        if grid is not None:
-            layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
-        step = metadata["step"].as_integer()
-    return CheckpointListing(
-        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
-    )
-
-
-def _size(grid: JsonValue, axis: str) -> int:
-    found = grid.get(axis)
-    return 1 if found is None else found.as_integer(1)
-
-
-def _metadata_differences(one: Mapping[str, Any], two: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in sorted(one.keys() | two.keys()):
-        name, a, b = f"{prefix}{key}", one.get(key), two.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from _metadata_differences(a, b, f"{name}.")
-        elif a != b:
-            yield f"{name}: {a!r} | {b!r}"
-
-
-def _differences(one: Checkpoint, two: Checkpoint) -> Iterator[CheckpointDiff]:
-    names = sorted(one.manifest.tensors.keys() | two.manifest.tensors.keys())
-    for kind in dict.fromkeys(name.partition("/")[0] for name in names):
-        of_kind = [name for name in names if name.partition("/")[0] == kind]
-        both = [name for name in of_kind if not one.missing_tensors([name]) and not two.missing_tensors([name])]
-        equal = reshaped = 0
-        largest, where = 0.0, ""
-        for name in both:
-            a, b = one.read_tensor(name), two.read_tensor(name)
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
-                reshaped += 1
-                continue
-            equal += bool((a == b).all())
-            difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-            if difference > largest:
-                largest, where = difference, name
-        only = len(one.missing_tensors(of_kind)), len(two.missing_tensors(of_kind))
-        yield CheckpointDiff(kind, len(both), equal, only[1], only[0], reshaped, largest, where)
+    metadata, found = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
+    headings = ("state", "common", "equal", "only 1st", "only 2nd", "shape/dtype differs", "max |Δ|", "tensor")
+    blocks: list[Block] = [PreformattedText("", "\n".join(metadata))] * bool(metadata)
+    blocks.append(table("", headings, [cells(each) for each in found]))
+    data = {"metadata": metadata, "tensors": [asdict(each) for each in found]}
+    title, code = f"{options.path} and {options.other}", 0 if all(each.is_equal for each in found) else 1
+    return Answer.from_blocks(title, data, blocks, exit_code=code)

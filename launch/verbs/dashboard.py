@@ -6,8 +6,8 @@ panels. Creation on a server needs an account and has not been tried.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,48 @@ from ...comm.errors import ConfigError, Problem
 from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
 from ...trainer.telemetry.dashboard import Panel, make_dashboard
+from ..answers.blocks import Answer, table
+from ..answers.options import add_override_arguments, print_answer
 from ..compose import compose_run_config
+from ..console import print_to_stdout
 
 _RANDOM = ("__id__", "id", "ref")
 _WIDTH = 8
 _HEIGHT = 6
 
 
-def dashboard_json(overrides: Sequence[str], config_dir: Path | None) -> str:
-    """Return the workspace for runs of this configuration, as JSON."""
-    spec = _workspace(compose_run_config(overrides, config_dir))._to_model().spec
-    tree = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
-    return json.dumps(_without_random_ids(tree), indent=1, sort_keys=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options; JSON is the default format, as wandb takes it."""
+    add_override_arguments(parser)
+    parser.add_argument("--save", action="store_true", help="create it on the wandb server instead; needs an account")
+    parser.add_argument("--format", choices=["table", "json"], default="json", help="output format (default json)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the panels as an HTML page")
 
 
-def save_dashboard(overrides: Sequence[str], config_dir: Path | None) -> str:
+def run(options: argparse.Namespace) -> int:
+    """Print the dashboard, or create it on the server."""
+    config = compose_run_config(options.overrides, options.config_dir)
+    if not options.save:
+        return print_answer(options, dashboard_answer(config))
+    print_to_stdout(save_dashboard(config))
+    return 0
+
+
+def dashboard_answer(config: RunConfig) -> Answer:
+    """Return the workspace for runs of this configuration; blocks list its panels."""
+    spec = _workspace(config)._to_model().spec
+    workspace = json.loads(spec.model_dump_json(by_alias=True, exclude_none=True))
+    blocks = [
+        table(section.name, ("panel", "metrics"), [(panel.title, ", ".join(panel.metrics)) for panel in section.panels])
+        for section in make_dashboard(router_names(config.model))
+    ]
+    return Answer.from_blocks("Dashboard of a run", _without_random_ids(workspace), blocks)
+
+
+def save_dashboard(config: RunConfig) -> str:
     """Create the workspace on the server and return its URL. Raises `ConfigError` without an account or an entity."""
     from ...trainer.telemetry.wandb_sink import wandb_account_problems
 
-    config = compose_run_config(overrides, config_dir)
     problems = list(wandb_account_problems())
     if config.telemetry.wandb.entity is None:
         problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
@@ -65,7 +88,7 @@ def _workspace(config: RunConfig) -> Any:
 
 
 def _without_random_ids(tree: Any) -> Any:
-    """Return `tree` without ids that are random in each call."""
+    """Return `tree` without ids that are random in each call, and with sorted keys."""
     if isinstance(tree, dict):
-        return {key: _without_random_ids(value) for key, value in tree.items() if key not in _RANDOM}
+        return {key: _without_random_ids(tree[key]) for key in sorted(tree) if key not in _RANDOM}
     return [_without_random_ids(value) for value in tree] if isinstance(tree, list) else tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -10,9 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 
 from ...comm.exchange.deepep import missing_deepep_requirements
 from ...comm.groups import P2P_MAX_CTAS, REDUCE_MAX_CTAS
@@ -27,6 +25,8 @@ from ...trainer.model.attention_backend import (
     unsupported_shape_reasons,
 )
 from ...trainer.precision.backend import BACKEND_NAMES, choose_backend, unavailable_reasons
+from ..answers.blocks import Answer, Block, Paragraph, table
+from ..answers.options import add_answer_options, print_answer
 from ..cluster.namespaces import namespace_problems
 from ..run.rank_environment import (
     NUMA_BINDING_FLAG,
@@ -45,6 +45,16 @@ DEEPSEEK_V3_ATTENTION = AttentionShape(
     batch=1, heads=128, sequence_length=4096, qk_head_dim=192, v_head_dim=128, dtype=torch.bfloat16
 )
 """Attention shape of DeepSeek-V3."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_answer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what this machine has."""
+    return print_answer(options, doctor_answer())
 
 
 @dataclass(frozen=True)
@@ -198,32 +208,31 @@ def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSett
     )
 
 
-def doctor_as_dict() -> dict[str, object]:
-    """Return implementations and settings as plain values."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "implementations": [asdict(each) for each in list_implementations()],
-        "settings": [asdict(setting) for setting in effective_settings(os.environ)],
+def doctor_answer() -> Answer:
+    """Return implementations and settings."""
+    found, settings = list_implementations(), list(effective_settings(os.environ))
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    data = versions | {
+        "implementations": [asdict(each) for each in found],
+        "settings": [asdict(setting) for setting in settings],
     }
-
-
-def doctor_table() -> RenderableType:
-    """Return implementations and settings as tables."""
-    table = Table(title="Which implementation runs each operation on this machine", title_justify="left")
-    for heading in ("operation", "implementation", "available", "note"):
-        table.add_column(heading)
-    for each in list_implementations():
-        table.add_row(each.operation, each.implementation, "yes" if each.available else "no", each.note)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}."
-    advice = "`python benchmarks/bring_up.py` runs each of them and reports which work."
-    return Group(table, _settings_table(), f"{versions} {advice}")
-
-
-def _settings_table() -> Table:
-    table = Table(title="Settings of ranks on this machine", title_justify="left")
-    for heading in ("setting", "value", "set by", "reason"):
-        table.add_column(heading)
-    for setting in effective_settings(os.environ):
-        table.add_row(*map(escape, (setting.name, setting.value, setting.set_by, setting.reason)))
-    return table
+    available = sum(each.available for each in found)
+    verdict = f"{available} of {len(found)} implementations are available here"
+    implementations = [
+        (each.operation, each.implementation, "yes" if each.available else "no", each.note) for each in found
+    ]
+    blocks: list[Block] = [
+        Paragraph(f"{verdict}, with Python {versions['python']} and torch {versions['torch']}."),
+        table(
+            "Which implementation runs each operation on this machine",
+            ("operation", "implementation", "available", "note"),
+            implementations,
+            "`python benchmarks/bring_up.py` runs each of them and reports which work.",
+        ),
+        table(
+            "Settings of ranks on this machine",
+            ("setting", "value", "set by", "reason"),
+            [(each.name, each.value, each.set_by, each.reason) for each in settings],
+        ),
+    ]
+    return Answer.from_blocks("Implementations on this machine", data, blocks)

@@ -7,20 +7,57 @@ import argparse
 from ...comm.errors import raise_if_any
 from ...trainer.generation.load import generation_problems, load_model
 from ...trainer.generation.speculative_decoding import Continuation
-from ..console import print_or_raise, print_to_stderr
+from ..answers.blocks import Answer, PageSection, PreformattedText
+from ..answers.options import add_answer_options, print_answer
+from ..console import print_to_stderr
+from .checkpoint import add_ema_option, add_path_argument, add_step_option
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_path_argument(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default 100)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature; 0 is greedy (default 0.8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed (default 0)")
+    parser.add_argument("--no-draft", action="store_true", help="one token per forward, without MTP drafts")
+    add_step_option(parser)
+    add_ema_option(parser)
+    add_answer_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the prompt with its continuation, and the counts; return the exit code. Raises `ConfigError`."""
+    """Print the prompt with its continuation on standard output, and the counts on standard error."""
+    answer = generate_answer(options)
+    code = print_answer(options, answer)
+    for line in answer.header_lines:
+        print_to_stderr(line)
+    return code
+
+
+def generate_answer(options: argparse.Namespace) -> Answer:
+    """Return the prompt with its continuation; the counts stand in the header. Raises `ConfigError`."""
     prompt, tokens, temperature = options.prompt, options.tokens, options.temperature
     raise_if_any(generation_problems(prompt, tokens, temperature))  # before the weights are read
     model = load_model(options.path, step=options.step, ema_weights=options.average)
     found = model.generate(
         prompt, tokens, temperature=temperature, seed=options.seed, use_mtp_draft=not options.no_draft
     )
-    print_or_raise(prompt + model.decode(found.tokens))
-    print_to_stderr(describe_acceptance(found))
-    return 0
+    text = prompt + model.decode(found.tokens)
+    data = {
+        "text": text,
+        "prompt": prompt,
+        "tokens": len(found.tokens),
+        "forwards": found.num_forwards,
+        "tokens_per_forward": len(found.tokens) / found.num_forwards if found.num_forwards else None,
+        "drafted": found.num_drafted,
+        "accepted": found.num_accepted,
+        "acceptance_rate": found.num_accepted / found.num_drafted if found.num_drafted else None,
+    }
+    sections = [PageSection("", "", [PreformattedText("", text)])]
+    return Answer(f"Text of {options.path}", data, sections, header_lines=[describe_acceptance(found)])
 
 
 def describe_acceptance(found: Continuation) -> str:

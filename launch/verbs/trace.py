@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-from rich.console import RenderableType
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.ledger.terms import STEP_TIME_TERMS
-from ...trainer.run.profiling import TRACE_FOLDER
-from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace, summarize_trace
-from ..report.trace_svg import svg_layer_pair
+from ..answers.blocks import Answer, Block, Cell, Figure, number, table
+from ..answers.options import add_answer_options, print_answer, write_output
+
+if TYPE_CHECKING:
+    from ...trainer.telemetry.trace import Span
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("place", type=Path, metavar="TRACE", help="run directory, or its merged trace.json")
+    picture = "write a picture of an overlapped pair of MoE layers"
+    parser.add_argument("--svg", type=Path, metavar="FILE", help=picture)
+    add_answer_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the terms of the trace that the options name, and write its picture. Raises `ConfigError`."""
+    ranks = open_trace(options.place)
+    if options.svg is not None:
+        from ..report.trace_svg import svg_layer_pair
+
+        try:
+            picture = svg_layer_pair(ranks)
+        except ValueError as error:  # the trace has no such pair
+            raise ConfigError([Problem("--svg", str(options.svg), str(error))]) from None
+        write_output(options.svg, f"{picture}\n", "--svg")
+    return print_answer(options, trace_answer(ranks))
 
 
 def open_trace(place: Path) -> dict[int, list[Span]]:
     """Read the spans of each rank; `place` is a run's directory or its merged file. Raises `ConfigError`."""
+    from ...trainer.run.profiling import TRACE_FOLDER
+    from ...trainer.telemetry.trace import TRACE_FILE, read_trace
+
     path = place / TRACE_FOLDER / TRACE_FILE if place.is_dir() else place
     try:
         return read_trace(path)
@@ -27,30 +53,23 @@ def open_trace(place: Path) -> dict[int, list[Span]]:
         raise ConfigError([Problem("TRACE", str(path), str(error))]) from None
 
 
-def trace_as_dict(ranks: Mapping[int, Sequence[Span]]) -> dict[str, dict[str, float]]:
-    """Return the seconds of each term by rank."""
-    return {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
+def trace_answer(ranks: Mapping[int, Sequence[Span]]) -> Answer:
+    """Return the seconds of each term by rank; blocks show milliseconds, without terms that are 0 on every rank."""
+    from ...trainer.telemetry.trace import summarize_trace
 
-
-def trace_time_table(ranks: Mapping[int, Sequence[Span]]) -> RenderableType:
-    """Return a table of the terms in milliseconds, without terms that are 0 on every rank."""
-    terms = {rank: summarize_trace(spans) for rank, spans in sorted(ranks.items())}
+    terms = {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
     shown = [name for name in STEP_TIME_TERMS if any(seconds[name] for seconds in terms.values())]
-    table = Table(
-        title="Milliseconds per term, all traced steps; instructions without their waits", title_justify="left"
-    )
-    for heading in ("rank", *shown):
-        table.add_column(heading, justify="right")
-    for rank, seconds in terms.items():
-        table.add_row(str(rank), *(f"{1e3 * seconds[name]:.1f}" for name in shown))
-    return table
+    rows: list[tuple[Cell, ...]] = [
+        (rank, *(number(seconds[name], ".1f", scale=1e3) for name in shown)) for rank, seconds in terms.items()
+    ]
+    title = "Milliseconds per term, all traced steps; instructions without their waits"
+    blocks: list[Block] = [table(title, ("rank", *shown), rows), *_picture(ranks)]
+    return Answer.from_blocks("Time of a traced run", terms, blocks)
 
 
-def write_layer_pair_svg(ranks: Mapping[int, Sequence[Span]], path: Path) -> None:
-    """Write the picture of an overlapped pair of MoE layers. Raises `ConfigError` if the trace has none."""
-    try:
-        path.write_text(f"{svg_layer_pair(ranks)}\n")
-    except ValueError as error:
-        raise ConfigError([Problem("--svg", str(path), str(error))]) from None
-    except OSError as error:
-        raise ConfigError([Problem("--svg", str(path), f"cannot be written: {error.strerror}")]) from None
+def _picture(ranks: Mapping[int, Sequence[Span]]) -> Iterator[Block]:
+    """Yield the picture of an overlapped pair of MoE layers, if the trace has one."""
+    from ..report.trace_svg import find_layer_pairs, svg_layer_pair
+
+    if any(pair for rank, spans in ranks.items() for pair in find_layer_pairs(rank, spans)):
+        yield Figure("", lambda: svg_layer_pair(ranks), is_wide=True)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-
-from rich.console import Console
-from rich.live import Live
+from typing import TYPE_CHECKING
 
 from ..report.run_follower import RunFollower
 from ..report.run_record import require_run_dir
-from ..report.watch_frame import render_frame
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REFRESH_SECONDS = 1.0
 """Seconds between frames."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--once", action="store_true", help="print the present state and exit")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show the run that the options name."""
+    from rich.console import Console
+
+    watch(options.run_dir, Console(), once=options.once)
+    return 0
 
 
 def watch(
@@ -29,6 +44,10 @@ def watch(
 
     A console that is not a terminal gets the last frame only.
     """
+    from rich.live import Live
+
+    from ..report.watch_frame import render_frame
+
     require_run_dir(run_dir)
     follower = RunFollower(run_dir)
     if once:

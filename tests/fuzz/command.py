@@ -23,15 +23,18 @@ from typing import Any
 
 import torch
 
+import shoestring.launch.report.page
+import shoestring.launch.report.plan_comparison
 import shoestring.launch.verbs.budget
 import shoestring.launch.verbs.checkpoint
-import shoestring.launch.verbs.convert
+import shoestring.launch.verbs.export_weights
 import shoestring.launch.verbs.generate
-import shoestring.launch.verbs.plan_comparison
+import shoestring.launch.verbs.import_weights
 import shoestring.launch.verbs.report
 import shoestring.launch.verbs.simulate
 import shoestring.launch.verbs.trace
 import shoestring.launch.verbs.watch
+import shoestring.trainer.checkpoint.inspect
 import shoestring.trainer.data.inspect  # noqa: F401
 
 from .kinds import KINDS

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.launch.cli import main
+from shoestring.launch.cli import main, parse_arguments
 
 
 def exit_code(*arguments: object) -> int:
@@ -15,6 +15,13 @@ def exit_code(*arguments: object) -> int:
         main([str(argument) for argument in arguments])
     code: object = stopped.value.code or 0
     assert isinstance(code, int)
+    return code
+
+
+def run_verb(*arguments: object) -> int:
+    """Run a command without the handling of errors, and return its exit code."""
+    options = parse_arguments([str(argument) for argument in arguments])
+    code: int = options.run(options)
     return code
 
 

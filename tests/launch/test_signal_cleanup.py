@@ -13,10 +13,9 @@ import torch
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch import console as say
-from shoestring.launch.cli import parse_arguments
 from shoestring.launch.signal_cleanup import clean_up_on_signal
-from shoestring.launch.verbs import convert
-from shoestring.launch.verbs.convert import export_command, import_command
+from shoestring.launch.verbs import export_weights, import_weights
+from shoestring.tests.launch.command_line import run_verb
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
 from shoestring.trainer.data.unfinished_directory import lock_directory
@@ -32,8 +31,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def export_to(store: Path, directory: Path) -> Path:
-    return export_command(store, None, directory, "bf16", "pairs", "5GB", ema_weights=False)
+def export_to(store: Path, directory: Path) -> int:
+    return run_verb("export", store, directory)
 
 
 def prepare(root: Path) -> int:
@@ -41,9 +40,7 @@ def prepare(root: Path) -> int:
     for name in ("alpha", "held"):
         (corpus / f"{name}.txt").write_text("The owl and the pussycat went to sea in a beautiful pea-green boat. " * 20)
     sizes = ("data.vocab_size=300", "model.vocab_size=300", "data.validation=[held]")
-    options = parse_arguments(["data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes])
-    code: int = options.run(options)
-    return code
+    return run_verb("data", "prepare", f"data.corpus={corpus}", f"data.prepared={root}/made/data", *sizes)
 
 
 def killing(number: signal.Signals, words: str) -> Callable[[str], None]:
@@ -77,10 +74,11 @@ def test_a_signal_leaves_nothing_half_made(
 ) -> None:
     export_to(store, tmp_path / "released")
     before = signal.getsignal(number)
-    monkeypatch.setattr(convert, "print_to_stdout", killing(number, "tensors|up to"))
+    for verb in (export_weights, import_weights):
+        monkeypatch.setattr(verb, "print_to_stdout", killing(number, "tensors|up to"))
     monkeypatch.setattr(say, "print_to_stdout", killing(number, "^train:"))
     ended_by(number, lambda: export_to(store, tmp_path / "out"))
-    ended_by(number, lambda: import_command(tmp_path / "released", tmp_path / "imported"))
+    ended_by(number, lambda: run_verb("import", tmp_path / "released", tmp_path / "imported"))
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
     ended_by(number, lambda: prepare(tmp_path))
     assert list((tmp_path / "made").iterdir()) == []
@@ -118,8 +116,8 @@ def test_what_a_killed_export_or_import_has_left_is_removed_with_a_message(
             (each / "half").touch()
     export_to(store, tmp_path / "out")
     with lock_directory(partial), pytest.raises(ConfigError, match="another import is writing it"):
-        import_command(tmp_path / "out", tmp_path / "imported")
-    import_command(tmp_path / "out", tmp_path / "imported")
+        run_verb("import", tmp_path / "out", tmp_path / "imported")
+    run_verb("import", tmp_path / "out", tmp_path / "imported")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "imported"}
     words = capsys.readouterr().out
     for each in (left, partial):

@@ -79,25 +79,6 @@ def describe_prepared_data(directory: Path, excerpt_tokens: int = 128) -> Prepar
     )
 
 
-def render_description(description: PreparedDataDescription) -> str:
-    """Return the description as lines for a terminal."""
-    lines = [
-        f"{description.directory}: byte-level BPE of {description.vocabulary} entries, {description.dtype} shards",
-        f"source fingerprint  {description.fingerprint}",
-        f"content hash        {description.digest}",
-        "",
-        f"{'split':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"
-        f"{'bytes/token':>13}{'shards':>8}{'unigram nats':>14}",
-    ]
-    lines += [
-        f"{split.name:<12}{split.documents:>10}{split.tokens:>14}{split.bytes:>14}{split.bytes_per_token:>13.3f}"
-        f"{split.shards:>8}{split.unigram_entropy:>14.4f}"
-        for split in description.splits
-    ]
-    lines += [f"{split.name}: {', '.join(split.works)}" for split in description.splits]
-    return "\n".join([*lines, "", "Start of the training text:", description.excerpt])
-
-
 def _describe_split(manifest: DataManifest, split: TokenSplit) -> SplitDescription:
     entry = {"train": manifest.train, "validation": manifest.validation}[split.name]
     return SplitDescription(

@@ -13,13 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text
-from ...comm.units import format_gpu_hours
 from .summary import LedgerSummary
-from .terms import to_gpu_hours
 
 _SACCT = ("JobID", "ElapsedRaw", "AllocTRES")
 _GPUS = re.compile(r"(?:^|,)gres/gpu=([0-9]{1,9})(?:,|$)")
@@ -132,17 +128,6 @@ def reconcile_invoice(summary: LedgerSummary, invoice: Invoice) -> list[Reconcil
         ReconciliationLine(name, billed, True),
         ReconciliationLine("ledger", summary.allocated_ms),
     ]
-
-
-def render_reconciliation(title: str, lines: Sequence[ReconciliationLine]) -> Table:
-    """Return a table whose lines between the first and the last are the differences."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("line")
-    table.add_column("GPU-hours", justify="right")
-    for line in lines:
-        sign = "+" if line.is_difference and line.gpu_ms > 0 else ""
-        table.add_row(line.name, sign + format_gpu_hours(to_gpu_hours(line.gpu_ms)))
-    return table
 
 
 def describe_invoice_price(invoice: Invoice, usd_per_gpu_hour: float) -> str:

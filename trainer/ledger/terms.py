@@ -65,6 +65,35 @@ INSTRUCTIONS = ("F", "I", "W", "B", "FB")
 STEP_TIME_TERMS = (*INSTRUCTIONS, EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, GRADIENT_SYNC_WAIT, OPTIMIZER)
 """Disjoint terms of productive time on each rank. The rest of a step is `other`."""
 
+TERM_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "F": "forward",
+        "I": "gradients of inputs",
+        "W": "gradients of weights",
+        "B": "whole backward",
+        "FB": "forward and backward, overlapped",
+        "exposed_all_to_all": "waiting for the tokens of an all-to-all",
+        "pipeline_wait": "waiting for a pipeline neighbor",
+        "gradient_sync_wait": "waiting for reductions over ranks",
+        "optimizer": "weight update",
+        "other": "the rest of the step",
+    }
+)
+"""Meanings of `STEP_TIME_TERMS` and `other`."""
+PAPER_TERM_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        **TERM_MEANINGS,
+        "1F": "F",
+        "bubble": "pipeline wait of the ideal schedule (derived)",
+        "imbalance": "the rest of pipeline wait (derived)",
+        "1B": "I and B",
+        "1W": "W",
+        "1F1B": "FB",
+        "opt": "optimizer",
+    }
+)
+"""Meanings of the terms that `to_paper_terms` returns."""
+
 LEDGER_FORMAT = 2
 """Number in each record that opens an attempt; without it, the format is 1, whose terms and buckets had other names."""
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_tables
+from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_answer
 from shoestring.launch.cluster.namespaces import namespace_problems
 from shoestring.tests.launch.bench.small_exchange import SPEC
+from shoestring.tests.launch.renderings import check_renderings
 
 
 @pytest.mark.skipif(bool(list(namespace_problems())), reason="needs root, and namespaces")
@@ -29,4 +30,4 @@ def test_what_is_counted_is_what_leaves_the_nodes() -> None:
         4 * result["minimum_inter_node_bytes"]["bf16"]["once_per_node"]
         == result["minimum_inter_node_bytes"]["bf16"]["once_per_expert"]
     )
-    assert benchmark_tables(result)
+    check_renderings(benchmark_answer(result), smallest_number_of_quantities=4 * (5 + 6 + 5))

@@ -11,8 +11,9 @@ from unittest import mock
 
 from shoestring import __version__
 from shoestring.comm.trace import OPTIMIZER, PIPELINE_WAIT, TimelineTrack
+from shoestring.launch.answers.page import html_page
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.report.page import html_report
+from shoestring.launch.report.page import report_answer
 from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.parallelism.pipeline.program import PipelineProgram
@@ -159,4 +160,4 @@ def record_trace(run_dir: Path, steps: int = 2) -> None:
 
 
 def report_of(run_dir: Path) -> Reader:
-    return Reader(html_report(read_run_record(run_dir)))
+    return Reader(html_page(report_answer(read_run_record(run_dir)), "shoestring report"))

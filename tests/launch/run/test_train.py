@@ -16,14 +16,13 @@ from rich.console import Console
 
 from shoestring import __version__
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.report.page import html_report
 from shoestring.launch.report.run_record import read_run_record
 from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.machines import alive
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
-from shoestring.tests.launch.report.reader import Reader
+from shoestring.tests.launch.report.recorded import report_of
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.data.prepare import prepare_corpus
@@ -141,7 +140,7 @@ def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
     evaluation, summary = read_run_record(finished).last_event("evaluation"), summarize_ledger(finished)
     assert evaluation is not None
     loss: Any = evaluation.values["loss"]
-    page = Reader(html_report(read_run_record(finished)))
+    page = report_of(finished)
     assert f"validation loss {loss:.3f} nats/token" in page.words()
     assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
     assert f"time in the {STEPS} steps kept" in page.words("budget")

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from shoestring import __version__
+from shoestring.launch.cli import parse_arguments
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
+from shoestring.launch.verbs.budget import budget_answer
 from shoestring.tests.launch.command_line import answer, exit_code
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE, STEP_TIME_TERMS, WORK_FILE
@@ -46,6 +49,8 @@ def test_the_budget_splits_productive_time_and_shows_the_published_one(
     for words in ("all-to-all not overlapped", "1F1B", "bubble", "imbalance", "From 10 steps sampled on all ranks"):
         assert words in text
     for figure in ("180,000", "2,664,000", "2,788,000", "200,000,000", "$4.00 at $2 per GPU-hour", "90.0 %"):
+        assert figure in text
+    for figure in ("GPU-hours: 2.0000 (50.0 % of the budget of 4.0000", "tokens retained: 10,000 (of 10,000 consumed)"):
         assert figure in text
     tree = json.loads(answer(capsys, "budget", run_dir, "--format", "json"))
     assert sum(tree["terms_gpu_ms"].values()) == sum(tree["report_gpu_ms"].values()) == tree["gpu_ms"]["productive"]
@@ -106,6 +111,16 @@ def test_the_ledger_is_reconciled_from_the_command_line(run_dir: Path, capsys: p
     text = answer(capsys, "budget", run_dir, "--sacct", accounting, "--invoice", invoice)
     for words in ("job 7: no attempt of this run", "attempt a: outside of any job", "-0.5000", "invoiced $6.00"):
         assert words in text
+
+
+def test_three_renderings_show_the_same_numbers(run_dir: Path) -> None:
+    project, invoice = run_dir.parent / "project.yaml", run_dir.parent / "invoice.csv"
+    project.write_text("gpu_hours: {pre_train: 5}\nruns: [run, later]\n")
+    invoice.write_text("gpu_hours,amount\n2.5,6\n")
+    of_run = ("--tokens", "14.8T", "--gpus", "2048", "--invoice", invoice, "--verify")
+    for arguments, quantities in (((run_dir, *of_run), 60), ((project,), 15)):
+        options = parse_arguments(["budget", *map(str, arguments)])
+        check_renderings(budget_answer(options), smallest_number_of_quantities=quantities)
 
 
 def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, str]:

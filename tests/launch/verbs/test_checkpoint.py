@@ -10,7 +10,10 @@ from unittest.mock import patch
 
 import pytest
 
+from shoestring.launch.cli import parse_arguments
+from shoestring.launch.verbs.checkpoint import diff_answer, list_answer, verify_answer
 from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.launch.small_checkpoint import SHAPE, fifo, flip_bit, folder, model
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.checkpoint.store import CheckpointStore
@@ -38,7 +41,7 @@ def test_ls_distinguishes_whole_damaged_and_unfinished(saves: Path, capsys: pyte
     assert "reads checkpoint format 4; use the version that wrote it" in reasons["step_00000005"]
     assert [name for name, reason in reasons.items() if not reason] == ["step_00000002"]
     shown = shoestring(capsys, "checkpoint", "ls", saves)[1].splitlines()
-    assert any(line.split()[0] == "step_00000002" for line in shown if line)
+    assert any("step_00000002" in line and "complete" in line for line in shown)
     assert f"step_00000005: {reasons['step_00000005']}" in shown  # on one line
 
 
@@ -144,6 +147,17 @@ def test_diff_finds_what_differs(saves: Path, capsys: pytest.CaptureFixture[str]
     assert code == 1
     assert json.loads(output)["tensors"][0]["only_first"] > 0
     assert "config.model.num_hidden_layers: 2 | 1" in json.loads(output)["metadata"]
+
+
+def test_three_renderings_show_the_same_numbers(saves: Path) -> None:
+    for arguments, quantities in (
+        (("ls", saves), 4),
+        (("verify", saves), 0),
+        (("diff", saves, saves, "--other-step", "2"), 6),
+    ):
+        options = parse_arguments(["checkpoint", *map(str, arguments)])
+        find = {"ls": list_answer, "verify": verify_answer, "diff": diff_answer}[options.action]
+        check_renderings(find(options), smallest_number_of_quantities=quantities)
 
 
 def test_what_is_not_there_is_refused(saves: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.command_line import shoestring, tree_of
 from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, model, part, reseal
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
@@ -86,6 +86,7 @@ def test_generate_prints_text_and_the_acceptance_of_drafts(
     code, plain, counts = shoestring(capsys, *greedy, "--no-draft")
     assert plain == drafted
     assert "nothing was drafted" in counts
+    assert tree_of(capsys, *greedy)["text"] == drafted.removesuffix("\n")
     code, _, errors = shoestring(capsys, "generate", saves, "--prompt", "", "--tokens", "0")
     assert code == 2
     assert "--prompt" in errors

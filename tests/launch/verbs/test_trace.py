@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.launch.verbs.trace import open_trace, trace_answer
 from shoestring.tests.launch.command_line import exit_code
+from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.launch.report.layer_spans import trace
 from shoestring.trainer.telemetry.trace import merge_rank_traces, write_rank_trace
 
@@ -32,6 +34,9 @@ def test_terms_and_picture_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture
     assert picture.read_text().startswith("<svg ")
     assert run(run_dir / "trace" / "trace.json", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["0"]["1F1B"] == pytest.approx(0.35)
+    check_renderings(trace_answer(open_trace(run_dir)), smallest_number_of_quantities=2)
+    assert run(run_dir, "--html", run_dir / "page.html") == 0
+    assert "<svg " in (run_dir / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoestring.tests.trainer.data.small_data import InMemory, edit_manifest, refusal
-from shoestring.trainer.data.inspect import describe_prepared_data, render_description, unigram_entropy
+from shoestring.trainer.data.inspect import describe_prepared_data, unigram_entropy
 from shoestring.trainer.data.prepared import open_prepared_directory
 from shoestring.trainer.data.shards import TokenSplit
 
@@ -24,7 +24,6 @@ def test_the_description_counts_what_is_there(directory: Path) -> None:
     assert validation.bytes == len("Of shoes and ships and sealing-wax, of cabbages and kings. " * 5)
     assert 0 < validation.unigram_entropy < np.log(290)
     assert description.excerpt.startswith("The time has come, the walrus said")
-    assert f"{manifest.train.tokens}" in render_description(description)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(directory: Path) -> None:

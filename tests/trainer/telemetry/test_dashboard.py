@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.verbs.dashboard import dashboard_json
+from shoestring.launch.verbs.dashboard import dashboard_answer
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import make_dashboard
 
@@ -13,8 +13,8 @@ QUICKSTART = ["experiment=quickstart"]
 
 
 def test_every_panel_is_in_the_workspace() -> None:
-    text = dashboard_json(QUICKSTART, None)
-    sections = json.loads(text)["section"]["panelBankConfig"]["sections"]
+    workspace: Any = dashboard_answer(compose_run_config(QUICKSTART)).data
+    sections = workspace["section"]["panelBankConfig"]["sections"]
     wanted = make_dashboard(router_names(compose_run_config(QUICKSTART).model))
     assert [section["name"] for section in sections] == [section.name for section in wanted]
     for drawn, section in zip(sections, wanted, strict=True):

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-
 from ...comm.errors import ConfigError, Problem
 from ...comm.units import format_giga, format_gpu_hours
 from ...trainer.config import RunConfig
@@ -18,6 +15,7 @@ from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
 from ...trainer.telemetry.events import Event, numbers_in_list
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
+from ..answers.blocks import Block, Cell, Paragraph, Quantity, TableRow, table
 from ..compose import read_config
 from ..planner.plan_file import PlanEntry, read_plan_entry
 from ..run.run_dir import CONFIG_FILE
@@ -39,6 +37,11 @@ class PlannedVsMeasured:
     def difference(self) -> float | None:
         """Measured minus planned, or None."""
         return None if self.planned is None or self.measured is None else self.measured - self.planned
+
+    @property
+    def relative(self) -> float | None:
+        """Difference divided by the planned figure, or None."""
+        return None if self.difference is None or not self.planned else self.difference / self.planned
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
     """Return the comparison as plain values: seconds, tokens/s, GPU-hours and bytes."""
 
     def line(each: PlannedVsMeasured) -> dict[str, object]:
-        return asdict(each) | {"difference": each.difference}
+        return asdict(each) | {"difference": each.difference, "relative": each.relative}
 
     return {
         "layout": comparison.layout_name,
@@ -158,30 +161,29 @@ def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
     }
 
 
-def comparison_table(comparison: PlanComparison) -> RenderableType:
-    """Return the comparison as a table with notes."""
+def comparison_blocks(comparison: PlanComparison) -> Iterator[Block]:
+    """Yield the comparison as a table, with notes."""
     longest = max(comparison.step.planned or 0.0, comparison.step.measured or 0.0)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
-    table = Table(
-        title=f"Planned and measured: {comparison.layout_name}",
-        caption=f"Terms in {unit} per step, mean over ranks. GPU-hours at the end of the run: a plan counts "
+
+    def time_row(each: PlannedVsMeasured, *, is_total: bool = False) -> TableRow:
+        cells = _cells(each, lambda seconds: f"{seconds * scale:.4f}", least=longest / 1e5)
+        return TableRow((to_label(each.name), *cells), is_total=is_total)
+
+    yield table(
+        f"Planned and measured: {comparison.layout_name}",
+        ("", "planned", "measured", "difference", "relative"),
+        [
+            *map(time_row, comparison.time_terms),
+            time_row(comparison.step, is_total=True),
+            *((name, *_cells(each, show)) for each in comparison.totals for name, show in [_TOTALS[each.name]]),
+        ],
+        f"Terms in {unit} per step, mean over ranks. GPU-hours at the end of the run: a plan counts "
         "steps only; the total includes start-up, checkpoints and all other time.",
-        title_justify="left",
-        caption_justify="left",
     )
-    for heading in ("", "planned", "measured", "difference", "relative"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for each in (*comparison.time_terms, comparison.step):
-        figures = _figures(each, lambda figure: f"{figure * scale:.4f}")
-        is_last = each in (comparison.time_terms[-1], comparison.step)
-        table.add_row(to_label(each.name), *figures, _share(each, least=longest / 1e5), end_section=is_last)
-    for each in comparison.totals:
-        name, show = _TOTALS[each.name]
-        table.add_row(name, *_figures(each, show), _share(each))
-    lines = [f"{note[0].upper()}{note[1:]}." for note in comparison.notes]
     if comparison.deviations:
-        lines.insert(0, f"Not as planned: {'; '.join(comparison.deviations)}.")
-    return Group(table, *lines)
+        yield Paragraph(f"Not as planned: {'; '.join(comparison.deviations)}.")
+    yield from (Paragraph(f"{note[0].upper()}{note[1:]}.") for note in comparison.notes)
 
 
 _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
@@ -192,17 +194,16 @@ _TOTALS: Mapping[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _figures(each: PlannedVsMeasured, show: Callable[[float], str]) -> list[str]:
-    """Return planned, measured, and the signed difference."""
-    sign = "+" if each.difference is not None and each.difference >= 0 else ""
-    planned = "-" if each.planned is None else show(each.planned)
-    measured = "not recorded" if each.measured is None else show(each.measured)
-    return [planned, measured, "-" if each.difference is None else f"{sign}{show(each.difference)}"]
-
-
-def _share(each: PlannedVsMeasured, least: float = 0.0) -> str:
-    """Return the difference relative to the plan, or the ratio from 10 on; empty for a plan of at most `least`."""
-    if each.planned is None or each.planned <= least or each.measured is None:
-        return ""
-    ratio = each.measured / each.planned
-    return f"x {ratio:,.0f}" if ratio >= 10 else f"{ratio - 1:+.1%}"
+def _cells(each: PlannedVsMeasured, show: Callable[[float], str], least: float = 0.0) -> Iterator[Cell]:
+    """Yield planned, measured, and the signed and the relative difference, which is empty for a plan below `least`."""
+    yield "-" if each.planned is None else Quantity(each.planned, show(each.planned))
+    yield "not recorded" if each.measured is None else Quantity(each.measured, show(each.measured))
+    if each.difference is None or each.planned is None:
+        yield from ("-", "")
+        return
+    yield Quantity(each.difference, f"{'+' if each.difference >= 0 else ''}{show(each.difference)}")
+    if each.relative is None or each.planned <= least:
+        yield ""
+    else:
+        ratio = each.relative + 1
+        yield Quantity(each.relative, f"x {ratio:,.0f}" if ratio >= 10 else f"{each.relative:+.1%}")

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.verbs.convert import export_command, import_command
-from shoestring.tests.launch.command_line import shoestring
+from shoestring.tests.launch.command_line import run_verb, shoestring
 from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, dangling, device, fifo, flip_bit, folder, model
 from shoestring.tests.launch.verbs.refused_import import edit_config, refused_import
 from shoestring.tests.trainer.checkpoint.saved import save_model
@@ -215,11 +214,11 @@ def test_a_name_with_escape_codes_is_shown_as_text(hf: Path, capsys: pytest.Capt
 def test_a_name_of_no_file_is_refused(hf: Path, run: Path) -> None:
     target = hf.parent / "a\0b"
     with pytest.raises(ConfigError, match=r"target = .*holds a NUL"):
-        import_command(hf, target)
+        run_verb("import", hf, target)
     with pytest.raises(ConfigError, match=r"source = .*holds a NUL"):
-        import_command(target, hf.parent / "made")
+        run_verb("import", target, hf.parent / "made")
     with pytest.raises(ConfigError, match=r"directory = .*holds a NUL"):
-        export_command(run, None, target, "fp32", "pairs", "5GB", ema_weights=False)
+        run_verb("export", run, target)
 
 
 def test_an_import_goes_to_a_directory_outside_its_source(

@@ -15,8 +15,8 @@ import torch
 from shoestring.comm.errors import ConfigError
 from shoestring.comm.groups import ProcessGroups
 from shoestring.launch.compose import compose_run_config, config_to_yaml
+from shoestring.launch.report.plan_comparison import PlanComparison, PlannedVsMeasured, compare_with_plan
 from shoestring.launch.run.run_dir import CONFIG_FILE
-from shoestring.launch.verbs.plan_comparison import PlanComparison, PlannedVsMeasured, compare_with_plan
 from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.small_run import BATCH, SEQUENCE, small_run
 from shoestring.tests.processes import World, run_processes

@@ -1,0 +1,65 @@
+"""`shoestring data`: prepare a corpus as token shards, and inspect them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ...comm.errors import escape_unprintable
+from ..answers.blocks import Answer, Block, Paragraph, PreformattedText, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's actions with their options."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    add_override_arguments(actions.add_parser("prepare", help="train the tokenizer and write token shards"))
+    inspect = actions.add_parser("inspect", help="describe prepared data")
+    add_override_arguments(inspect)
+    add_answer_options(inspect)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare the data of the configuration, or only inspect them, and print their description."""
+    from ..compose import compose_run_config
+
+    config = compose_run_config(options.overrides, options.config_dir).data
+    if options.action == "inspect":
+        return print_answer(options, inspect_answer(Path(config.prepared)))
+    from ...trainer.data.prepare import prepare_corpus
+    from ..answers.terminal import terminal_text
+    from ..console import print_to_stdout
+    from ..signal_cleanup import clean_up_on_signal
+
+    with clean_up_on_signal("data prepare"):
+        prepare_corpus(config, print_to_stdout)
+    print_to_stdout(terminal_text(inspect_answer(Path(config.prepared))))
+    return 0
+
+
+def inspect_answer(directory: Path) -> Answer:
+    """Return sizes, hashes and the first text of prepared data. Raises `ConfigError` for damaged files."""
+    from ...trainer.data.inspect import describe_prepared_data
+
+    found = describe_prepared_data(directory)
+    rows = [
+        (
+            split.name,
+            number(split.documents),
+            number(split.tokens),
+            number(split.bytes),
+            number(split.bytes_per_token, ".3f"),
+            number(split.shards),
+            number(split.unigram_entropy, ".4f"),
+        )
+        for split in found.splits
+    ]
+    blocks: list[Block] = [
+        Paragraph(f"{found.directory}: byte-level BPE of {found.vocabulary} entries, {found.dtype} shards"),
+        PreformattedText("", f"source fingerprint  {found.fingerprint}\ncontent hash        {found.digest}"),
+        table("", ("split", "documents", "tokens", "bytes", "bytes/token", "shards", "unigram nats"), rows),
+        *(Paragraph(f"{split.name}: {', '.join(split.works)}") for split in found.splits),
+        PreformattedText("Start of the training text:", escape_unprintable(found.excerpt)),
+    ]
+    return Answer.from_blocks(f"Prepared data in {directory}", asdict(found), blocks)
