@@ -15,6 +15,15 @@ from ...comm.errors import ConfigError, Problem
 from ...comm.units import format_significant
 from ...trainer.config import RunConfig
 from ..answers.blocks import Answer, Block, HeadlineCard, Paragraph, TableBlock, TableRow, number, table
+from ..answers.forecast_blocks import (
+    add_input_arguments,
+    forecast_figures,
+    given_inputs,
+    phase_cost_blocks,
+    phase_cost_data,
+    relative,
+    significant,
+)
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..planner.compute_time import ComputeTimeModel
@@ -37,15 +46,6 @@ from ..planner.run_cost import (
     sensitivity_analysis,
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
-from .forecast_blocks import (
-    add_input_arguments,
-    forecast_figures,
-    given_inputs,
-    phase_cost_blocks,
-    phase_cost_data,
-    relative,
-    significant,
-)
 
 _RESOLUTION = 0.01
 """Relative difference below which two forecasts count as equal: they share most of their errors, not all."""

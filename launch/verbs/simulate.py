@@ -28,6 +28,14 @@ from ..answers.blocks import (
     number,
     table,
 )
+from ..answers.forecast_blocks import (
+    add_input_arguments,
+    forecast_figures,
+    given_inputs,
+    phase_cost_blocks,
+    phase_cost_data,
+    relative,
+)
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
@@ -53,14 +61,6 @@ from ..planner.run_cost import (
     run_phase_costs,
 )
 from ..planner.simulated_trace import write_simulated_trace
-from .forecast_blocks import (
-    add_input_arguments,
-    forecast_figures,
-    given_inputs,
-    phase_cost_blocks,
-    phase_cost_data,
-    relative,
-)
 
 _FORECAST = "+ both = forecast"
 

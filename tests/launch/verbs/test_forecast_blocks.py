@@ -9,15 +9,15 @@ from xml.etree import ElementTree
 import pytest
 
 from shoestring.launch.answers.blocks import Quantity, TableBlock
-from shoestring.launch.planner.layout_memory import MemoryForecast
-from shoestring.launch.planner.run_cost import RunPhaseCost
-from shoestring.launch.verbs.forecast_blocks import (
+from shoestring.launch.answers.forecast_blocks import (
     add_input_arguments,
     forecast_figures,
     given_inputs,
     phase_cost_blocks,
     phase_cost_data,
 )
+from shoestring.launch.planner.layout_memory import MemoryForecast
+from shoestring.launch.planner.run_cost import RunPhaseCost
 from shoestring.launch.verbs.simulate import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from ...comm.units import format_significant
 from ...trainer.memory.peak import MEMORY_LABELS
-from ..answers.blocks import Block, Cell, Figure, LegendEntry, Quantity, TableRow, number, table
 from ..planner.forecast import StepForecast
 from ..planner.layout_memory import MemoryForecast
 from ..planner.run_cost import RunPhaseCost
 from ..report.timeline import svg_timeline
+from .blocks import Block, Cell, Figure, LegendEntry, Quantity, TableRow, number, table
 
 _STYLES = {
     "weights": "k1",
