@@ -38,7 +38,7 @@ _VERBS = {
     "bench": ("bench.verb", "benchmark a part of this machine"),
     "budget": ("verbs.budget", "cost of a run, compared with DeepSeek-V3's 2.788 M GPU-hours"),
     "report": ("verbs.report", "report of a run: loss, cost, timeline, incidents"),
-    "watch": ("verbs.watch", "live view of a run in the terminal, until it ends or Ctrl-C"),
+    "watch": ("report.watch", "live view of a run in the terminal, until it ends or Ctrl-C"),
     "dashboard": ("verbs.dashboard", "print the wandb workspace for a run's metrics as JSON"),
     "trace": ("verbs.trace", "time per term of a traced run, and a picture of its timeline"),
     "checkpoint": ("verbs.checkpoint", "list, verify and compare checkpoints"),

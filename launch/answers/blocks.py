@@ -92,7 +92,7 @@ class BarSegment:
 
 @dataclass(frozen=True)
 class StackedBar:
-    """Stacked bar of shares of a whole."""
+    """Stacked bar of shares of a whole; a table after it has the numbers."""
 
     title: str
     segments: Sequence[BarSegment]

@@ -59,9 +59,8 @@ def _parts(block: Block) -> Iterator[RenderableType | PreformattedText]:
         case PreformattedText(title):
             yield from filter(None, (title,))
             yield block
-        case StackedBar(title, segments):
-            shares = ", ".join(f"{segment.name} {segment.share:.1%}" for segment in segments)
-            yield f"{title}: {shares}"
+        case StackedBar(title):
+            yield title  # the table after it has the shares
         case Figure():
             yield from [PreformattedText("", block.text)] * bool(block.text)
         case FigureRow(figures):

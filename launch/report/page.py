@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ..answers.blocks import (
     Figure,
     FigureRow,
     MissingDataNotice,
+    PageSection,
     Paragraph,
     PreformattedText,
     Quantity,
@@ -22,7 +25,6 @@ from ..answers.blocks import (
     TableBlock,
 )
 from .budget import budget_section, cost_as_dict
-from .configuration import configuration_section
 from .expert_load import expert_load_section
 from .headline import header_lines, headline_cards, run_state
 from .incidents import incidents_section
@@ -31,6 +33,23 @@ from .memory import memory_section
 from .run_record import RunRecord
 from .schedule import schedule_section
 
+
+def _configuration_section(record: RunRecord) -> PageSection:
+    """Return the section with the configuration of the last attempt, by group."""
+    if not record.config:
+        return PageSection("configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.")])
+    groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
+    return PageSection("configuration", "Configuration", [ConfigurationBlock(groups)])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+
+
 _SECTIONS = (
     loss_section,
     budget_section,
@@ -38,7 +57,7 @@ _SECTIONS = (
     expert_load_section,
     memory_section,
     incidents_section,
-    configuration_section,
+    _configuration_section,
 )
 
 

@@ -25,6 +25,7 @@ import torch
 
 import shoestring.launch.report.page
 import shoestring.launch.report.plan_comparison
+import shoestring.launch.report.watch
 import shoestring.launch.verbs.budget
 import shoestring.launch.verbs.checkpoint
 import shoestring.launch.verbs.export_weights
@@ -33,7 +34,6 @@ import shoestring.launch.verbs.import_weights
 import shoestring.launch.verbs.report
 import shoestring.launch.verbs.simulate
 import shoestring.launch.verbs.trace
-import shoestring.launch.verbs.watch
 import shoestring.trainer.checkpoint.inspect
 import shoestring.trainer.data.inspect  # noqa: F401
 

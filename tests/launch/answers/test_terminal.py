@@ -53,7 +53,7 @@ def test_each_block_is_printed() -> None:
         "Stacks",
         "line 1",
         long,
-        "Time: productive 75.0%, idle 25.0%",
+        "Time",
         "rank 0 |FB|",
         "training.seed=7",
         "Sizes",

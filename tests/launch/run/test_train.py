@@ -17,9 +17,9 @@ from rich.console import Console
 from shoestring import __version__
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.report.run_record import read_run_record
+from shoestring.launch.report.watch import watch
 from shoestring.launch.run import signals
 from shoestring.launch.run.run_dir import read_run_status
-from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.machines import alive
 from shoestring.tests.launch.real_run import command, lines_as_they_come, processes_of, train, wait_until
 from shoestring.tests.launch.report.recorded import report_of

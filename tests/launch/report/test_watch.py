@@ -11,9 +11,9 @@ from rich.console import Console
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.cli import main
 from shoestring.launch.report.run_follower import RunFollower
+from shoestring.launch.report.watch import watch
 from shoestring.launch.report.watch_frame import HEARTBEAT_TIMEOUT_SECONDS
 from shoestring.launch.run.run_dir import create_run_dir
-from shoestring.launch.verbs.watch import watch
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import BUDGET, LAST, Clock, events, record_run, step
 from shoestring.trainer.ledger.allocation_journal import AllocationJournal

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..report.run_follower import RunFollower
-from ..report.run_record import require_run_dir
+from .run_follower import RunFollower
+from .run_record import require_run_dir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def watch(
     """
     from rich.live import Live
 
-    from ..report.watch_frame import render_frame
+    from .watch_frame import render_frame
 
     require_run_dir(run_dir)
     follower = RunFollower(run_dir)
