@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,17 +14,18 @@ from omegaconf import OmegaConf
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
-from ..answers.options import add_override_arguments
+from ..answers.blocks import Answer, Paragraph, number, table
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..bench.calibrate_rank import calibrate_rank
 from ..compose import compose_run_config, escape_interpolations
-from ..console import print_to_stdout
 from ..planner.compute_time import recipe_by_config_key
 from ..planner.config_adapter import configured_recipe, unsupported_config_problems
-from ..planner.kernel_times import KernelMeasurement, write_kernel_table
+from ..planner.kernel_times import KernelMeasurement, read_kernel_table, write_kernel_table
 from ..run.on_ranks import run_on_ranks
 
 _SECONDS = 600.0
 _FOLDER = Path("runs/calibration")
+_TABLE = "measured.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of processes (default 2)")
     text = "repetitions of each measurement (default 20)"
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help=text)
+    add_answer_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and print how to use the cluster."""
     written = calibrate(options.overrides, options.config_dir, options.output, options.ranks, options.repeats)
-    print_to_stdout(f"Wrote {written}. Use it with: --config-dir {options.output} cluster=measured")
-    return 0
+    return print_answer(options, calibration_answer(written, options.output))
+
+
+def calibration_answer(written: Path, folder: Path) -> Answer:
+    """Return the times in the table of the cluster `written` to `folder`, and how to use it."""
+    measured = [row for row in read_kernel_table(str(folder.absolute() / _TABLE)).rows if row.unit]
+    rows = [(row.kind, f"{row.name} {row.role}", number(row.value, ".4g"), row.unit) for row in measured]
+    use = f"Wrote {written}. Use it with: --config-dir {folder} cluster=measured"
+    data = {"cluster_file": str(written), "measurements": [asdict(row) for row in measured]}
+    title = "Times measured on this machine"
+    return Answer.from_blocks(title, data, [Paragraph(use), table(title, ("kind", "operation", "time", "unit"), rows)])
 
 
 def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, ranks: int, repeats: int) -> Path:
@@ -93,7 +104,7 @@ def _unmeasured(config: RunConfig) -> Iterator[Problem]:
 
 def write_cluster_config(folder: Path, rows: Sequence[KernelMeasurement], ranks: int) -> Path:
     """Write the kernel table and the YAML file of the measured cluster to `folder`, an absolute path that exists."""
-    table, cluster = folder / "measured.csv", folder / "cluster" / "measured.yaml"
+    table, cluster = folder / _TABLE, folder / "cluster" / "measured.yaml"
     write_kernel_table(table, rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks / 1e9
     description = {

@@ -85,7 +85,7 @@ OTHERS = {
     "export": ["run", "to"],
     "generate": ["run", "--prompt", "x"],
 }
-NO_ANSWER = {"train", "cluster", "calibrate", "watch", "import", "export", "generate"}
+NO_ANSWER = {"train", "cluster", "watch", "import", "export"}
 """Verbs that do something and answer no question."""
 
 

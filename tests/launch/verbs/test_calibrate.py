@@ -13,11 +13,12 @@ from shoestring.launch.planner.forecast import StepForecaster
 from shoestring.launch.planner.kernel_times import KernelMeasurement, read_kernel_table
 from shoestring.launch.planner.operations import ComputePhase
 from shoestring.launch.planner.recipe import RECOMPUTE_NOTHING, GemmPrecision
-from shoestring.launch.verbs.calibrate import calibrate, recipe_measurements, write_cluster_config
+from shoestring.launch.verbs.calibrate import calibrate, calibration_answer, recipe_measurements, write_cluster_config
 from shoestring.launch.verbs.plan import plan
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.parallelism.pipeline.chunk_walk import ExchangeOperation
 from shoestring.tests.launch.refusals import refused
+from shoestring.tests.launch.renderings import check_renderings
 
 
 def test_impossible_numbers_are_refused_before_a_process_starts(tmp_path: Path) -> None:
@@ -120,3 +121,10 @@ def test_a_calibrated_machine_prices_the_layouts_of_its_ranks(tmp_path: Path) ->
         assert not forecast.evidence_coverage.substituted_rows
         assert set(forecast.evidence_coverage.seconds_by_evidence) == {"measured"}
         assert 1e-3 < forecast.step_seconds < 60
+
+
+def test_three_renderings_show_the_same_numbers(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    rows = [*recipe_measurements(compose_run_config([])), *invented(1)]
+    written = write_cluster_config(tmp_path, rows, 1)
+    check_renderings(calibration_answer(written, tmp_path), smallest_number_of_quantities=len(ComputePhase))
