@@ -144,7 +144,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Cell] | T
 
 @dataclass(frozen=True)
 class PreformattedText:
-    """Text whose lines are kept as they are."""
+    """Text that is kept as it is, with its control characters."""
 
     title: str
     text: str

@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
 
     with clean_up_on_signal("data prepare"):
         prepare_corpus(config, print_to_stdout)
-    print_to_stdout(terminal_text(inspect_answer(Path(config.prepared))))
+    # Without colors, whose codes print_to_stdout would show as text.
+    print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0
 
 
