@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -145,7 +146,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Cell] | T
 
 @dataclass(frozen=True)
 class PreformattedText:
-    """Text whose lines are kept as they are."""
+    """Text that is kept as it is, with its control characters."""
 
     title: str
     text: str
@@ -205,3 +206,32 @@ class Answer:
     ) -> Answer:
         """Build an answer of one section without a title."""
         return Answer(title, data, [PageSection("", "", blocks)], cards, exit_code=exit_code)
+
+
+Formats = Mapping[str, Callable[[Any], str]]
+"""Format of values by key."""
+
+
+def records_table(
+    title: str,
+    headings: Mapping[str, str],
+    records: Sequence[Mapping[str, Any]],
+    formats: Formats | None = None,
+    note: str = "",
+) -> TableBlock:
+    """Return a table of records of the answer's JSON: `headings` by key, and the formats of keys that need one.
+
+    A number without a format has separators of thousands, a truth value is yes or no, None is a dash.
+    """
+
+    def cell(key: str, value: Any) -> Cell:
+        shown = (formats or {}).get(key)
+        if value is None:
+            return "-"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, str):
+            return value if shown is None else shown(value)
+        return number(value) if shown is None else Quantity(value, shown(value))
+
+    return table(title, list(headings.values()), [[cell(key, each[key]) for key in headings] for each in records], note)

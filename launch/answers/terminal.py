@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, OverflowMethod, RenderableType
 from rich.table import Table
 
+from ...comm.errors import escape_unprintable
 from .blocks import (
     Answer,
     Block,
@@ -42,7 +43,7 @@ def terminal_text(answer: Answer, *, width: int | None = None, colors: bool | No
                 if isinstance(part, PreformattedText):
                     drawn.write(f"{part.text}\n")  # rich would wrap its lines
                 else:
-                    console.print(part)
+                    console.print(_escaped(part) if isinstance(part, str) else part)
     return drawn.getvalue().removesuffix("\n")
 
 
@@ -84,5 +85,10 @@ def _table(block: TableBlock) -> Table:
     for row in block.rows:
         if row.is_total or row.begins_group:
             drawn.add_section()
-        drawn.add_row(*(str(cell) for cell in row.cells))
+        drawn.add_row(*(_escaped(str(cell)) for cell in row.cells))
     return drawn
+
+
+def _escaped(text: str) -> str:
+    """Escape control characters of messages and names, which may come from other people."""
+    return escape_unprintable(text, keep="\n\t\u00a0")

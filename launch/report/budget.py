@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...comm.units import format_gpu_hours, format_percent, format_usd
@@ -22,7 +21,7 @@ from ...trainer.ledger.terms import (
 from ..answers.blocks import (
     BarSegment,
     Block,
-    Cell,
+    Formats,
     HeadlineCard,
     MissingDataNotice,
     PageSection,
@@ -30,7 +29,7 @@ from ..answers.blocks import (
     StackedBar,
     TableBlock,
     TableRow,
-    number,
+    records_table,
     table,
 )
 from .loss import step_annotations
@@ -133,7 +132,7 @@ def cost_as_dict(summary: LedgerSummary) -> dict[str, Any]:
         "shares": {name: gpu_ms / allocated for name, gpu_ms in spent_by_bucket(summary).items()},
         "term_shares": {name: gpu_ms / productive for name, gpu_ms in summary.gpu_ms_by_term.items()},
         "report_term_shares": {name: gpu_ms / productive for name, gpu_ms in summary.gpu_ms_by_paper_term.items()},
-        "published": [asdict(each) for each in _published_figures(summary)],
+        "published": _published_figures(summary),
     }
 
 
@@ -167,9 +166,9 @@ def _buckets(summary: LedgerSummary) -> Iterator[Block]:
     if summary.segments > summary.num_attempts:
         attempts.append(f"{summary.segments} segments")
     state = "running as of its last heartbeat" if summary.is_running else "closed"
-    sums = [("allocated", time_quantity(summary.allocated_ms), "", f"total of {', '.join(attempts)}, the last {state}")]
+    sums = [("allocated", _hours(summary.allocated_ms), "", f"total of {', '.join(attempts)}, the last {state}")]
     if summary.inherited_ms:
-        inherited = time_quantity(summary.inherited_ms)
+        inherited = _hours(summary.inherited_ms)
         sums.append(("inherited", inherited, "", "cost of the checkpoint that it started from"))
         total = Quantity(summary.gpu_hours, format_gpu_hours(summary.gpu_hours))
         sums.append(("total", total, "", "allocated plus inherited"))
@@ -202,12 +201,16 @@ def _lines(
 ) -> list[TableRow]:
     return [
         TableRow(
-            (to_label(name), time_quantity(gpu_ms), share_quantity(gpu_ms / whole), meanings[name]),
+            (to_label(name), _hours(gpu_ms), Quantity(gpu_ms / whole, format_percent(gpu_ms / whole)), meanings[name]),
             styles.get(name, ""),
         )
         for name, gpu_ms in spent.items()
         if gpu_ms
     ]
+
+
+def _hours(gpu_ms: int) -> Quantity:
+    return Quantity(gpu_ms, format_gpu_hours(to_gpu_hours(gpu_ms)))
 
 
 def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, str]) -> StackedBar:
@@ -217,60 +220,36 @@ def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, 
     )
 
 
-@dataclass(frozen=True)
-class PublishedFigure:
-    """Figure in GPU-hours beside that of DeepSeek-V3."""
-
-    name: str
-    gpu_hours: float | None
-    published_gpu_hours: int
-    ratio: float | None
-
-
-def published_figures(spent: float, spent_by_phase: Mapping[str, float], rate: float | None) -> list[PublishedFigure]:
-    """Compare GPU-hours in all, of each phase, and per trillion retained tokens with DeepSeek-V3's."""
-    figures: dict[str, tuple[float | None, int]] = {
-        "per trillion retained tokens": (rate, PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS)
-    }
-    figures |= {phase: (spent, PUBLISHED_GPU_HOURS[phase]) for phase, spent in spent_by_phase.items() if spent}
-    figures["total"] = spent, PUBLISHED_TOTAL_GPU_HOURS
+def published_figures(
+    spent: float, spent_by_phase: Mapping[str, float], rate: float | None
+) -> list[dict[str, str | float | None]]:
+    """Return GPU-hours per trillion retained tokens, of each phase and in all, beside DeepSeek-V3's."""
+    figures: list[tuple[str, float | None, int]] = [
+        ("per trillion retained tokens", rate, PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
+        *((phase, spent, PUBLISHED_GPU_HOURS[phase]) for phase, spent in spent_by_phase.items() if spent),
+        ("total", spent, PUBLISHED_TOTAL_GPU_HOURS),
+    ]
     return [
-        PublishedFigure(name, own, published, None if own is None else own / published)
-        for name, (own, published) in figures.items()
+        {"name": name, "gpu_hours": own, "published": published, "ratio": None if own is None else own / published}
+        for name, own, published in figures
     ]
 
 
-def _published_figures(summary: LedgerSummary) -> list[PublishedFigure]:
+def _published_figures(summary: LedgerSummary) -> list[dict[str, str | float | None]]:
     spent = {phase: to_gpu_hours(gpu_ms) for phase, gpu_ms in summary.gpu_ms_by_phase.items()}
     spent[summary.phase] = spent.get(summary.phase, 0.0) + to_gpu_hours(summary.inherited_ms)
     return published_figures(summary.gpu_hours, spent, summary.gpu_hours_per_trillion_tokens)
 
 
-def published_table(figures: Sequence[PublishedFigure]) -> TableBlock:
-    """Return the comparison with DeepSeek-V3 as a table."""
-
-    def cells(each: PublishedFigure) -> Iterator[Cell]:
-        yield to_label(each.name)
-        yield "–" if each.gpu_hours is None else Quantity(each.gpu_hours, format_gpu_hours(each.gpu_hours))
-        yield number(each.published_gpu_hours)
-        yield "–" if each.ratio is None else Quantity(each.ratio, _times(each.ratio))
-
-    headings = ("GPU-hours", "this run", "DeepSeek-V3", "ratio")
-    return table("Compared with DeepSeek-V3 on H800", headings, [tuple(cells(each)) for each in figures])
+def published_table(figures: Sequence[Mapping[str, str | float | None]]) -> TableBlock:
+    """Return `published_figures` as a table."""
+    headings = {"name": "GPU-hours", "gpu_hours": "this run", "published": "DeepSeek-V3", "ratio": "ratio"}
+    formats: Formats = {"name": to_label, "gpu_hours": format_gpu_hours, "ratio": _times}
+    return records_table("Compared with DeepSeek-V3 on H800", headings, figures, formats)
 
 
 def _times(ratio: float) -> str:
     return format_percent(ratio) if ratio < 10 else f"{ratio:,.0f} times"
-
-
-def time_quantity(gpu_ms: int) -> Quantity:
-    """Return GPU-milliseconds, shown in GPU-hours."""
-    return Quantity(gpu_ms, format_gpu_hours(to_gpu_hours(gpu_ms)))
-
-
-def share_quantity(share: float) -> Quantity:
-    """Return a share of 1, shown in percent."""
-    return Quantity(share, format_percent(share))
 
 
 def plural(count: int, noun: str) -> str:

@@ -67,7 +67,7 @@ def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> Plan
 
     Raises `ConfigError` for a run without a step or configuration, and for a plan of another run.
     """
-    config = _configuration(run_dir)
+    config = read_config(run_dir / CONFIG_FILE)  # of the last attempt
     planned = read_plan_entry(plan, config, _precision(run_dir, config))
     if not summary.steps_retained:
         raise ConfigError([Problem("--against", str(plan), f"{run_dir} has no step to compare with yet")])
@@ -122,11 +122,6 @@ def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[s
         yield f"mean tokens per step {tokens / summary.steps_retained:,.0f}; planned {full:,}"
     if summary.inherited_ms:
         yield "the initial checkpoint's GPU-hours are in the total, not in those of steps"
-
-
-def _configuration(run_dir: Path) -> RunConfig:
-    """Read the configuration of the last attempt."""
-    return read_config(run_dir / CONFIG_FILE)
 
 
 def _precision(run_dir: Path, config: RunConfig) -> str | None:

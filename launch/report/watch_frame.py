@@ -13,10 +13,10 @@ from rich.text import Text
 
 from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
 from ...trainer.ledger.summary import LedgerSummary
-from ...trainer.ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS, to_label
+from ...trainer.ledger.terms import to_label
 from ...trainer.telemetry.events import Event, parse_number
 from ...trainer.telemetry.format import describe_event, strip_control_codes
-from .budget import spent_by_bucket
+from .budget import rate_card, spent_by_bucket
 from .run_follower import RunSnapshot
 
 HEARTBEAT_TIMEOUT_SECONDS = 30.0
@@ -104,12 +104,11 @@ def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rend
         ),
     )
     projected = None if step is None else parse_number(step.values.get("projected_gpu_hours"))
-    rate, words = summary.gpu_hours_per_trillion_tokens, []
+    rate, words = rate_card(summary.gpu_hours_per_trillion_tokens), []
     if projected is not None and not snapshot.has_ended:
         words.append(f"{format_gpu_hours(projected)} GPU-hours projected at the end")
-    if rate is not None:
-        published = f"DeepSeek-V3: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
-        words.append(f"{rate:,.0f} GPU-hours per trillion tokens ({published})")
+    if summary.tokens_retained:
+        words.append(f"{rate.value} {rate.name} ({rate.note})")
     if words:
         yield "", Text("  ".join(words))
     yield "goodput", Text("  ".join([format_percent(summary.goodput), *_losses(summary)]))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ... import __version__
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.units import format_gpu_hours, format_si, format_usd, parse_token_count
+from ...comm.units import format_gpu_hours, format_percent, format_si, format_significant, format_usd, parse_token_count
 from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.project import Project, ProjectReader, ProjectTotals
 from ...trainer.ledger.reconcile import (
@@ -32,7 +32,7 @@ from ...trainer.ledger.terms import (
     to_gpu_hours,
     to_label,
 )
-from ..answers.blocks import Answer, Block, Cell, HeadlineCard, Paragraph, Quantity, TableBlock, number, table
+from ..answers.blocks import Answer, Block, Formats, HeadlineCard, Paragraph, Quantity, TableBlock, records_table, table
 from ..answers.options import add_answer_options, print_answer
 from ..console import print_to_stderr
 from ..report.budget import (
@@ -43,8 +43,6 @@ from ..report.budget import (
     published_figures,
     published_table,
     rate_card,
-    share_quantity,
-    time_quantity,
 )
 
 
@@ -117,8 +115,10 @@ def _run_answer(options: argparse.Namespace) -> Answer:
     if options.tokens is not None:
         tokens = parse_token_count(options.tokens, "--tokens")
         costs = _costs_of_tokens(summary, tokens, options.gpus, price)
-        data["what_if"], data["published_what_if"] = costs, _published_cost(options.gpus)
-        blocks.append(_what_if_table(costs, tokens, options.gpus, price))
+        rate = PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
+        published = _cost(PUBLISHED_GPU_HOURS["pre_train"], rate, options.gpus, PUBLISHED_USD_PER_GPU_HOUR)
+        data["what_if"], data["published_what_if"] = costs, published
+        blocks.append(_what_if_table(costs, published, tokens, options.gpus))
     if options.sacct is not None:
         lines = reconcile_jobs(summary, read_sacct_jobs(options.sacct))
         _add_reconciliation(data, blocks, "scheduler and ledger", lines)
@@ -158,65 +158,58 @@ def _saved(run_dir: Path) -> str:
     return "the saved totals agree" if is_there else "there are no saved totals to compare with"
 
 
-_RATE_LABELS = {
-    "its last steps, their median": "the last steps (median)",
-    "everything it was charged": "the whole run",
-}
-"""What tables show for the rates of `_costs_of_tokens`."""
-
-
 def _costs_of_tokens(summary: LedgerSummary, tokens: float, gpus: int, price: float) -> dict[str, dict[str, float]]:
     """Return the cost of `tokens` at the rate of the last steps and of the whole run; empty before the first step.
 
     The rates hold for this model on this hardware only.
     """
+    ms_per_token, per_trillion = summary.step_ms_per_token, summary.gpu_hours_per_trillion_tokens
     rates = {
-        "its last steps, their median": None if (ms := summary.step_ms_per_token) is None else ms / 3.6e6,
-        "everything it was charged": None if (rate := summary.gpu_hours_per_trillion_tokens) is None else rate / 1e12,
+        "its last steps, their median": None if ms_per_token is None else ms_per_token / 3.6e6,
+        "everything it was charged": None if per_trillion is None else per_trillion / 1e12,
     }
-    return {name: _cost(each * tokens, each * 1e12, gpus, price) for name, each in rates.items() if each is not None}
+    return {name: _cost(rate * tokens, rate * 1e12, gpus, price) for name, rate in rates.items() if rate is not None}
 
 
-def _published_cost(gpus: int) -> dict[str, float]:
-    """Return the cost of DeepSeek-V3's pre-training, on as many GPUs."""
-    rate = PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
-    return _cost(PUBLISHED_GPU_HOURS["pre_train"], rate, gpus, PUBLISHED_USD_PER_GPU_HOUR)
+def _cost(gpu_hours: float, rate: float, gpus: int, price: float) -> dict[str, float]:
+    cost = {"gpu_hours": gpu_hours, "days": gpu_hours / gpus / 24, "usd": gpu_hours * price}
+    return cost | {"usd_per_gpu_hour": price, "gpu_hours_per_trillion_tokens": rate}
 
 
-def _cost(gpu_hours: float, per_trillion_tokens: float, gpus: int, price: float) -> dict[str, float]:
-    usd = gpu_hours * price
-    days = gpu_hours / gpus / 24
-    return {"gpu_hours": gpu_hours, "days": days, "usd": usd, "gpu_hours_per_trillion_tokens": per_trillion_tokens}
-
-
-def _what_if_table(costs: Mapping[str, Mapping[str, float]], tokens: float, gpus: int, price: float) -> TableBlock:
-    def cells(name: str, cost: Mapping[str, float], usd_per_gpu_hour: float) -> tuple[Cell, ...]:
-        hours, days, usd, rate = cost.values()
-        return (
-            name,
-            _hours(hours),
-            number(days, ",.1f"),
-            Quantity(usd, format_usd(hours, usd_per_gpu_hour)),
-            number(rate, ",.0f"),
-        )
-
+def _what_if_table(
+    costs: Mapping[str, Mapping[str, float]], published: Mapping[str, float], tokens: float, gpus: int
+) -> TableBlock:
     title = f"{format_si(tokens)} tokens on {gpus:,} GPUs, each as fast as a rank of this run"
-    headings = ("at the rate of", "GPU-hours", "days", "cost", "per trillion tokens")
-    rows = [cells(_RATE_LABELS[name], cost, price) for name, cost in costs.items()]
-    published = cells("DeepSeek-V3's pre-training, 14.8 T tokens", _published_cost(gpus), PUBLISHED_USD_PER_GPU_HOUR)
-    return table(title, headings, [*rows, published])
+    headings = {
+        "rate": "at the rate of",
+        "gpu_hours": "GPU-hours",
+        "days": "days",
+        "usd": "cost",
+        "usd_per_gpu_hour": "per GPU-hour",
+        "gpu_hours_per_trillion_tokens": "GPU-hours per trillion tokens",
+    }
+    formats = {
+        "gpu_hours": format_gpu_hours,
+        "days": "{:,.1f}".format,
+        "usd": lambda usd: f"${format_significant(usd)}",
+        "usd_per_gpu_hour": "${:g}".format,
+        "gpu_hours_per_trillion_tokens": "{:,.0f}".format,
+    }
+    records = [{"rate": rate} | dict(cost) for rate, cost in costs.items()]
+    reference = {"rate": "DeepSeek-V3's pre-training, 14.8 T tokens"} | dict(published)
+    return records_table(title, headings, [*records, reference], formats)
 
 
 def _add_reconciliation(
     data: dict[str, Any], blocks: list[Block], title: str, lines: Sequence[ReconciliationLine]
 ) -> None:
     """Add a table whose lines between the first and the last are the differences."""
-    data[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
 
     def hours(line: ReconciliationLine) -> Quantity:
         sign = "+" if line.is_difference and line.gpu_ms > 0 else ""
         return Quantity(line.gpu_ms, sign + format_gpu_hours(to_gpu_hours(line.gpu_ms)))
 
+    data[title] = [{"line": line.name, "gpu_ms": line.gpu_ms} for line in lines]
     blocks.append(table(title, ("line", "GPU-hours"), [(line.name, hours(line)) for line in lines]))
 
 
@@ -237,7 +230,8 @@ def _project_answer(project: Project, price: float) -> Answer:
     tokens, whole = totals.tokens_by_phase["pre_train"], to_gpu_hours(totals.allocated_ms)
     rate = spent["pre_train"] / tokens * 1e12 if tokens else None
     published = published_figures(whole, spent, rate)
-    phases = [_phase(phase, hours, project.gpu_hours.get(phase)) for phase, hours in spent.items()]
+    rows = [_run_figures(run.name, summaries.get(run)) for run in project.runs]
+    phases = [_phase_figures(phase, hours, project.gpu_hours.get(phase)) for phase, hours in spent.items()]
     data = {
         "version": __version__,
         "gpu_hours": whole,
@@ -246,58 +240,50 @@ def _project_answer(project: Project, price: float) -> Answer:
         "budget_gpu_hours": dict(project.gpu_hours),
         "tokens_retained": dict(totals.tokens_by_phase),
         "foreign_gpu_hours": to_gpu_hours(totals.inherited_from_others_ms),
-        "runs": {str(run): summary.to_json() | _own(summary) for run, summary in summaries.items()},
+        "runs": {str(run): summary.to_json() for run, summary in summaries.items()},
+        "run_figures": rows,
         "phases": phases,
-        "published": [asdict(each) for each in published],
+        "published": published,
     }
     cards = [HeadlineCard("GPU-hours", format_gpu_hours(whole), "", format_usd(whole, price)), rate_card(rate)]
     if totals.inherited_from_others_ms:
         inherited = format_gpu_hours(to_gpu_hours(totals.inherited_from_others_ms))
         cards.append(HeadlineCard("inherited", inherited, "GPU-hours", "from runs outside the project"))
-    blocks = [_runs_table(project, summaries), _phases_table(phases), published_table(published)]
+    formats: Formats = {
+        "phase": to_label,
+        "gpu_hours": format_gpu_hours,
+        "budget": format_gpu_hours,
+        "left": format_gpu_hours,
+        "share": format_percent,
+        "goodput": format_percent,
+    }
+    run_headings = {"run": "run", "phase": "phase", "gpu_hours": "GPU-hours", "goodput": "goodput"}
+    headings = {"phase": "phase", "gpu_hours": "GPU-hours", "budget": "budget", "left": "left"}
+    blocks = [
+        records_table(
+            f"{project.path}: {plural(len(rows), 'run')}", run_headings | {"tokens": "tokens retained"}, rows, formats
+        ),
+        records_table(
+            "budget by phase",
+            headings | {"share": "of the budget", "published": "DeepSeek-V3"},
+            [each for each in phases if each["budget"] is not None or each["gpu_hours"]],
+            formats,
+        ),
+        published_table(published),
+    ]
     return Answer.from_blocks(f"Cost of {project.path}", data, blocks, cards)
 
 
-def _own(summary: LedgerSummary) -> dict[str, int]:
-    return {"own_tokens_retained": sum(summary.tokens_by_phase.values())}
+def _run_figures(name: str, summary: LedgerSummary | None) -> dict[str, Any]:
+    """Return a run's own figures, without inherited ones; None for a run that does not exist yet."""
+    if summary is None:
+        return {"run": name} | dict.fromkeys(("phase", "gpu_hours", "goodput", "tokens"))
+    figures = {"run": name, "phase": summary.phase, "gpu_hours": to_gpu_hours(summary.allocated_ms)}
+    return figures | {"goodput": summary.goodput, "tokens": sum(summary.tokens_by_phase.values())}
 
 
-def _runs_table(project: Project, summaries: Mapping[Path, LedgerSummary]) -> TableBlock:
-    def cells(run: Path) -> tuple[Cell, ...]:
-        summary = summaries.get(run)
-        if summary is None:
-            return run.name, "-", "-", "-", "-"
-        spent, tokens = time_quantity(summary.allocated_ms), number(_own(summary)["own_tokens_retained"])
-        return run.name, to_label(summary.phase), spent, share_quantity(summary.goodput), tokens
-
-    headings = ("run", "phase", "GPU-hours", "goodput", "tokens retained")
-    title = f"{project.path}: {plural(len(project.runs), 'run')}"
-    return table(title, headings, [cells(run) for run in project.runs])
-
-
-def _phase(phase: str, spent: float, budget: float | None) -> dict[str, Any]:
-    """Return a phase's figures in GPU-hours; `left` and `share` are of its budget, None without one."""
+def _phase_figures(phase: str, spent: float, budget: float | None) -> dict[str, Any]:
+    """Return a phase's GPU-hours; `left` and `share` are of its budget, None without one."""
     left, share = (None, None) if budget is None else (budget - spent, spent / budget)
     figures = {"phase": phase, "gpu_hours": spent, "budget": budget, "left": left, "share": share}
     return figures | {"published": PUBLISHED_GPU_HOURS[phase]}
-
-
-def _phases_table(phases: Sequence[Mapping[str, Any]]) -> TableBlock:
-    def cells(phase: str, spent: float, *of_budget: float | None) -> tuple[Cell, ...]:
-        budget, left, share, published = of_budget
-        limits = [_hours(budget), _hours(left)]
-        return (
-            to_label(phase),
-            _hours(spent),
-            *limits,
-            "-" if share is None else share_quantity(share),
-            number(published or 0),
-        )
-
-    headings = ("phase", "GPU-hours", "budget", "left", "of the budget", "DeepSeek-V3")
-    rows = [cells(*each.values()) for each in phases if each["budget"] is not None or each["gpu_hours"]]
-    return table("budget by phase", headings, rows)
-
-
-def _hours(gpu_hours: float | None) -> Cell:
-    return "-" if gpu_hours is None else Quantity(gpu_hours, format_gpu_hours(gpu_hours))

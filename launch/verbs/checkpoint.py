@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...comm.units import format_mega
-from ..answers.blocks import Answer, Block, Cell, PreformattedText, Quantity, number, table
+from ..answers.blocks import Answer, Block, PreformattedText, records_table
 from ..answers.options import add_answer_options, print_answer
 
 
@@ -52,20 +52,15 @@ def run(options: argparse.Namespace) -> int:
 
 def list_answer(options: argparse.Namespace) -> Answer:
     """Return the checkpoints of a run, with a line below the table for each that is not complete."""
-    from ...trainer.checkpoint.inspect import CheckpointListing, list_checkpoints
+    from ...trainer.checkpoint.inspect import list_checkpoints
 
-    def cells(each: CheckpointListing) -> tuple[Cell, ...]:
-        if each.bytes is None or each.tensors is None:
-            return each.name, "", "", "", each.state
-        size = Quantity(each.bytes, format_mega(each.bytes, 1))
-        return each.name, number(each.tensors), size, each.layout or "", each.state
-
-    found = list_checkpoints(options.path)
-    headings = ("checkpoint", "tensors", "MB", "saved with layout", "state")
+    found = [asdict(each) for each in list_checkpoints(options.path)]
+    headings = {"name": "checkpoint", "tensors": "tensors", "bytes": "MB", "layout": "saved with layout"}
+    formats = {"bytes": lambda size: format_mega(size, 1)}
     # Not in a column: there a reason breaks over many lines.
-    reasons = [PreformattedText("", f"{each.name}: {each.reason}") for each in found if each.reason]
-    blocks: list[Block] = [table("", headings, [cells(each) for each in found]), *reasons]
-    return Answer.from_blocks(f"Checkpoints of {options.path}", [asdict(each) for each in found], blocks)
+    reasons = [PreformattedText("", f"{each['name']}: {each['reason']}") for each in found if each["reason"]]
+    blocks: list[Block] = [records_table("", headings | {"state": "state"}, found, formats), *reasons]
+    return Answer.from_blocks(f"Checkpoints of {options.path}", found, blocks)
 
 
 def verify_answer(options: argparse.Namespace) -> Answer:
@@ -81,16 +76,21 @@ def verify_answer(options: argparse.Namespace) -> Answer:
 
 def diff_answer(options: argparse.Namespace) -> Answer:
     """Return the differences of two checkpoints; exit code 1 if their tensors differ."""
-    from ...trainer.checkpoint.inspect import CheckpointDiff, diff_checkpoints
-
-    def cells(each: CheckpointDiff) -> tuple[Cell, ...]:
-        counts = each.tensors, each.equal, each.only_first, each.only_second, each.reshaped
-        return each.kind, *map(number, counts), number(each.largest, ".3g"), each.where
+    from ...trainer.checkpoint.inspect import diff_checkpoints
 
     metadata, found = diff_checkpoints(options.path, options.other, (options.step, options.other_step))
-    headings = ("state", "common", "equal", "only 1st", "only 2nd", "shape/dtype differs", "max |Δ|", "tensor")
+    tensors = [asdict(each) for each in found]
+    headings = {
+        "kind": "state",
+        "tensors": "common",
+        "equal": "equal",
+        "only_first": "only 1st",
+        "only_second": "only 2nd",
+        "reshaped": "shape/dtype differs",
+        "largest": "max |Δ|",
+        "where": "tensor",
+    }
     blocks: list[Block] = [PreformattedText("", "\n".join(metadata))] * bool(metadata)
-    blocks.append(table("", headings, [cells(each) for each in found]))
-    data = {"metadata": metadata, "tensors": [asdict(each) for each in found]}
-    title, code = f"{options.path} and {options.other}", 0 if all(each.is_equal for each in found) else 1
-    return Answer.from_blocks(title, data, blocks, exit_code=code)
+    blocks.append(records_table("", headings, tensors, {"largest": "{:.3g}".format}))
+    data, code = {"metadata": metadata, "tensors": tensors}, 0 if all(each.is_equal for each in found) else 1
+    return Answer.from_blocks(f"{options.path} and {options.other}", data, blocks, exit_code=code)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...comm.errors import escape_unprintable
-from ..answers.blocks import Answer, Block, Paragraph, PreformattedText, number, table
+from ..answers.blocks import Answer, Block, Paragraph, PreformattedText, records_table
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
 
 
@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
 
     with clean_up_on_signal("data prepare"):
         prepare_corpus(config, print_to_stdout)
-    print_to_stdout(terminal_text(inspect_answer(Path(config.prepared))))
+    # Without colors, whose codes print_to_stdout would show as text.
+    print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0
 
 
@@ -43,23 +44,16 @@ def inspect_answer(directory: Path) -> Answer:
     from ...trainer.data.inspect import describe_prepared_data
 
     found = describe_prepared_data(directory)
-    rows = [
-        (
-            split.name,
-            number(split.documents),
-            number(split.tokens),
-            number(split.bytes),
-            number(split.bytes_per_token, ".3f"),
-            number(split.shards),
-            number(split.unigram_entropy, ".4f"),
-        )
-        for split in found.splits
-    ]
+    data, columns = asdict(found), ("documents", "tokens", "bytes", "bytes_per_token", "shards", "unigram_entropy")
+    headings = (
+        {"name": "split"} | {key: key.replace("_per_", "/") for key in columns} | {"unigram_entropy": "unigram nats"}
+    )
+    formats = {"bytes_per_token": "{:.3f}".format, "unigram_entropy": "{:.4f}".format}
     blocks: list[Block] = [
         Paragraph(f"{found.directory}: byte-level BPE of {found.vocabulary} entries, {found.dtype} shards"),
         PreformattedText("", f"source fingerprint  {found.fingerprint}\ncontent hash        {found.digest}"),
-        table("", ("split", "documents", "tokens", "bytes", "bytes/token", "shards", "unigram nats"), rows),
+        records_table("", headings, data["splits"], formats),
         *(Paragraph(f"{split.name}: {', '.join(split.works)}") for split in found.splits),
         PreformattedText("Start of the training text:", escape_unprintable(found.excerpt)),
     ]
-    return Answer.from_blocks(f"Prepared data in {directory}", asdict(found), blocks)
+    return Answer.from_blocks(f"Prepared data in {directory}", data, blocks)

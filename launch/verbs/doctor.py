@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from ...trainer.model.attention_backend import (
     unsupported_shape_reasons,
 )
 from ...trainer.precision.backend import BACKEND_NAMES, choose_backend, unavailable_reasons
-from ..answers.blocks import Answer, Block, Paragraph, table
+from ..answers.blocks import Answer, Block, Paragraph, records_table
 from ..answers.options import add_answer_options, print_answer
 from ..cluster.namespaces import namespace_problems
 from ..run.rank_environment import (
@@ -210,29 +211,21 @@ def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSett
 
 def doctor_answer() -> Answer:
     """Return implementations and settings."""
-    found, settings = list_implementations(), list(effective_settings(os.environ))
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    data = versions | {
+    found = list_implementations()
+    data: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "implementations": [asdict(each) for each in found],
-        "settings": [asdict(setting) for setting in settings],
+        "settings": [asdict(setting) for setting in effective_settings(os.environ)],
     }
-    available = sum(each.available for each in found)
-    verdict = f"{available} of {len(found)} implementations are available here"
-    implementations = [
-        (each.operation, each.implementation, "yes" if each.available else "no", each.note) for each in found
-    ]
+    available = f"{sum(each.available for each in found)} of {len(found)} implementations are available here"
+    implementation_headings = {name: name for name in ("operation", "implementation", "available", "note")}
+    setting_headings = {"name": "setting", "value": "value", "set_by": "set by", "reason": "reason"}
+    advice = "`python benchmarks/bring_up.py` runs each of them and reports which work."
+    title = "Which implementation runs each operation on this machine"
     blocks: list[Block] = [
-        Paragraph(f"{verdict}, with Python {versions['python']} and torch {versions['torch']}."),
-        table(
-            "Which implementation runs each operation on this machine",
-            ("operation", "implementation", "available", "note"),
-            implementations,
-            "`python benchmarks/bring_up.py` runs each of them and reports which work.",
-        ),
-        table(
-            "Settings of ranks on this machine",
-            ("setting", "value", "set by", "reason"),
-            [(each.name, each.value, each.set_by, each.reason) for each in settings],
-        ),
+        Paragraph(f"{available}, with Python {data['python']} and torch {data['torch']}."),
+        records_table(title, implementation_headings, data["implementations"], note=advice),
+        records_table("Settings of ranks on this machine", setting_headings, data["settings"]),
     ]
     return Answer.from_blocks("Implementations on this machine", data, blocks)

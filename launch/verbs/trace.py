@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...comm.errors import ConfigError, Problem
 from ...trainer.ledger.terms import STEP_TIME_TERMS
-from ..answers.blocks import Answer, Block, Cell, Figure, number, table
+from ..answers.blocks import Answer, Block, Figure, records_table
 from ..answers.options import add_answer_options, print_answer, write_output
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ def trace_answer(ranks: Mapping[int, Sequence[Span]]) -> Answer:
 
     terms = {str(rank): summarize_trace(ranks[rank]) for rank in sorted(ranks)}
     shown = [name for name in STEP_TIME_TERMS if any(seconds[name] for seconds in terms.values())]
-    rows: list[tuple[Cell, ...]] = [
-        (rank, *(number(seconds[name], ".1f", scale=1e3) for name in shown)) for rank, seconds in terms.items()
-    ]
+    records = [{"rank": rank, **seconds} for rank, seconds in terms.items()]
+    formats = dict.fromkeys(shown, lambda seconds: f"{1e3 * seconds:.1f}")
     title = "Milliseconds per term, all traced steps; instructions without their waits"
-    blocks: list[Block] = [table(title, ("rank", *shown), rows), *_picture(ranks)]
+    blocks: list[Block] = [
+        records_table(title, {name: name for name in ("rank", *shown)}, records, formats),
+        *_picture(ranks),
+    ]
     return Answer.from_blocks("Time of a traced run", terms, blocks)
 
 

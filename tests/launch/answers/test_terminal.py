@@ -65,3 +65,12 @@ def test_each_block_is_printed() -> None:
         "│ all     │   - │",
         "└─────────┴─────┘",
     ]
+
+
+def test_control_codes_of_others_are_shown_as_text() -> None:
+    code = "\x1b[2J"
+    blocks: list[Block] = [Paragraph(f"5\u00a0ms {code}"), table("", ("name",), [(code,)])]
+    text = terminal_text(Answer.from_blocks("Title", {}, blocks), colors=False)
+    assert "\x1b" not in text
+    assert text.count("\\x1b[2J") == 2
+    assert "5\u00a0ms" in text

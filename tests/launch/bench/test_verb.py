@@ -46,9 +46,9 @@ def test_options_and_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         "tokens": 512,
     }
     (row,) = tree["rows"]
-    assert row["sums"]["payload_bytes"]["loopback"] == 1_000_000 * len(OPERATIONS)
-    assert row["sums"]["overlapped_over_longer"] == 1.1
-    assert row["sums"]["sent_over_minimum"] is None  # one node sends nothing to others
+    assert row["figures"]["loopback_bytes"] == 1_000_000 * len(OPERATIONS)
+    assert row["figures"]["overlapped_over_longer"] == 1.1
+    assert row["figures"]["sent_over_minimum"] is None  # one node sends nothing to others
     text = answer(capsys, *asked)
     for words in ("flat bf16", "1000.0", "1.10", "512 BF16 tokens of 1,024 per rank"):
         assert words in text
