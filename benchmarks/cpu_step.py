@@ -42,8 +42,7 @@ from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.costs.parameters import count_parameters
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.run.step import StepSettings

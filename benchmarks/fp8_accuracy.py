@@ -39,9 +39,8 @@ from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.linear import Linear
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.precision.fp8 import Fp8LinearOps

@@ -35,8 +35,7 @@ from shoestring.launch.run.on_ranks import RankContext, run_on_ranks
 from shoestring.trainer.build import PipelineRuntime, build_stepper
 from shoestring.trainer.data.samples import TokenBatch
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 from shoestring.trainer.model.stage_layout import StageLayout
 from shoestring.trainer.optimizer.config import OptimizerConfig
 from shoestring.trainer.run.step import Stepper, StepSettings

@@ -45,8 +45,7 @@ from .model.attention_backend import (
     select_attention,
 )
 from .model.chunk import Chunk
-from .model.init import initialize_weights
-from .model.model import Model
+from .model.model import Model, initialize_weights
 from .model.recompute import RecomputeModule
 from .model.stage_layout import StageLayout
 from .optimizer.adamw import AdamW

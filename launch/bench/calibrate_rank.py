@@ -29,8 +29,7 @@ from ...parallelism.pipeline.chunk_walk import ExchangeOperation
 from ...trainer.build import PipelineRuntime, build_stepper
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
-from ...trainer.model.init import initialize_weights
-from ...trainer.model.model import Model
+from ...trainer.model.model import Model, initialize_weights
 from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder

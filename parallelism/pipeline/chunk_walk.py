@@ -95,7 +95,7 @@ Action = Compute | Launch | LaunchSecondPart | Wait | FlushWeightGradients
 
 
 @dataclass(frozen=True)
-class Span:
+class TimelineSpan:
     """Steps that are one span of a timeline. No hand-over is among them: spans of one track do not overlap."""
 
     part: LayerPart
@@ -114,16 +114,16 @@ class IfInterleaved:
     steps: tuple[Action | HandOver, ...]
 
 
-Step = Action | Span | HandOver | IfInterleaved
+Step = Action | TimelineSpan | HandOver | IfInterleaved
 
 MOE_FORWARD: tuple[Step, ...] = (
-    Span(LayerPart.ATTENTION, (Compute(LayerPart.ATTENTION),)),
+    TimelineSpan(LayerPart.ATTENTION, (Compute(LayerPart.ATTENTION),)),
     Launch(ExchangeOperation.DISPATCH),
     HandOver(),
     # Interleaved, the other micro-batch has queued its mlp(B) by now. The host must wait for sizes before it can launch
     # the second part of the dispatch; waiting earlier would have delayed that mlp(B), which hides this part.
     IfInterleaved((LaunchSecondPart(), HandOver())),
-    Span(
+    TimelineSpan(
         LayerPart.ROUTED_EXPERTS,
         (
             # The shared expert needs no exchange: queued first, it computes while the host waits for the sizes.
@@ -145,7 +145,7 @@ MOE_BACKWARD: tuple[Step, ...] = (
     # this one.
     FlushWeightGradients(LayerPart.ATTENTION),
     HandOver(),
-    Span(
+    TimelineSpan(
         LayerPart.ROUTED_EXPERTS,
         (
             Compute(LayerPart.SHARED_EXPERTS),
@@ -159,7 +159,7 @@ MOE_BACKWARD: tuple[Step, ...] = (
     Launch(ExchangeOperation.DISPATCH_BACKWARD),
     FlushWeightGradients(LayerPart.ROUTED_EXPERTS),
     HandOver(),
-    Span(LayerPart.ATTENTION, (Wait(ExchangeOperation.DISPATCH_BACKWARD), Compute(LayerPart.ATTENTION))),
+    TimelineSpan(LayerPart.ATTENTION, (Wait(ExchangeOperation.DISPATCH_BACKWARD), Compute(LayerPart.ATTENTION))),
 )
 """Backward of an MoE layer: its phases in reverse. Input gradients; weight gradients wait for the next flush."""
 
@@ -289,7 +289,7 @@ def _walk_layer(steps: tuple[Step, ...], layer: MoELayerInterpreter) -> Resumabl
             yield from _walk_layer(step.steps, layer)
 
 
-def _run_step(step: Action | Span, layer: MoELayerInterpreter) -> None:
+def _run_step(step: Action | TimelineSpan, layer: MoELayerInterpreter) -> None:
     match step:
         case Compute(part):
             layer.compute(part)
@@ -301,7 +301,7 @@ def _run_step(step: Action | Span, layer: MoELayerInterpreter) -> None:
             layer.wait(exchange)
         case FlushWeightGradients(part):
             layer.flush_weight_gradients(part)
-        case Span(part, inner):
+        case TimelineSpan(part, inner):
             with layer.span(part):
                 for each in inner:
                     _run_step(each, layer)

@@ -14,8 +14,7 @@ from shoestring.tests.launch.report.recorded import config, record_run, record_t
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import ModelConfig, YarnConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 
 from .kinds import data_overrides
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 
 SHAPE = ModelConfig(
     hidden_size=16,

@@ -202,7 +202,7 @@ class Window:
 
 @dataclass
 class _SavedForward:
-    """What a chunk's backward needs of its forward."""
+    """State of a chunk's forward that its backward needs."""
 
     context: ForwardContext
     phases: dict[tuple[LayerPart, int], SplitBackward] = field(default_factory=dict)

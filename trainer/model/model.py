@@ -5,6 +5,7 @@ Letters: D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -200,3 +201,26 @@ def router_names(config: ModelConfig) -> list[str]:
     """Return the names of all routers of the whole model, in layer order."""
     layers = [layer_name(index) for index in range(config.first_k_dense_replace, config.num_hidden_layers)]
     return layers + [mtp_layer_name(depth) for depth in range(1, config.num_nextn_predict_layers + 1)]
+
+
+@torch.no_grad()
+def initialize_weights(model: Model, seed: int) -> None:
+    """Set all weights to N(0, `initializer_range`²) (report §4.2), norms to 1 and routing biases to 0, in place."""
+    # One generator per expert, seeded by its number in the whole layer: every expert-parallel size gives equal weights.
+    expert_names = model.expert_parameter_names()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name in expert_names:
+            for index, expert in enumerate(parameter):
+                _fill(expert, f"{name}.{model.first_local_expert + index}", seed, model.config.initializer_range)
+        else:
+            _fill(parameter, name, seed, model.config.initializer_range)
+    for _, router in model.routers():
+        router.bias_E.zero_()
+
+
+def _fill(weight: Tensor, name: str, seed: int, std: float) -> None:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    weight.copy_(torch.randn(weight.shape, generator=generator).mul_(std))

@@ -67,7 +67,7 @@ class PhaseRunner:
 
 @dataclass(frozen=True)
 class SavedMoELayer:
-    """What an MoE layer's backward needs of its forward."""
+    """State of an MoE layer's forward that its backward needs."""
 
     label: ExchangeLabel
     attended: SplitBackward

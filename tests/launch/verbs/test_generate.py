@@ -15,8 +15,7 @@ from shoestring.tests.launch.small_checkpoint import SHAPE, TEXT, model, part, r
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.trainer.data.tokenizer import train_tokenizer
 from shoestring.trainer.model.config import YarnConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.cpu_attention import causal_attention_reference
 from shoestring.trainer.model.experts import routed_experts_memory, shared_experts_memory
 from shoestring.trainer.model.forward_context import ForwardOutput, LossNormalizers, StageSpec
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 from shoestring.trainer.model.recompute import RecomputeModule
 from shoestring.trainer.precision.fp8 import Fp8LinearOps
 from shoestring.trainer.precision.reference import ReferenceBackend

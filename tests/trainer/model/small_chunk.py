@@ -20,8 +20,7 @@ from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.forward_context import LossNormalizers
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 from shoestring.trainer.model.recompute import RecomputeModule
 
 T = TypeVar("T")

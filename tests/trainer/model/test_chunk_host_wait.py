@@ -20,9 +20,8 @@ from shoestring.parallelism.pipeline.instruction import interleave, run_to_compl
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.comm.recorded_streams import HOST_WAITS, REST, RecordedStreams
 from shoestring.trainer.model.chunk import Chunk
-from shoestring.trainer.model.init import initialize_weights
 from shoestring.trainer.model.layer import MoELayer
-from shoestring.trainer.model.model import Model
+from shoestring.trainer.model.model import Model, initialize_weights
 
 from .small_chunk import CONFIG, SCALES, window
 

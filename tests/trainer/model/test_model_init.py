@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from shoestring.trainer.model.config import ModelConfig
-from shoestring.trainer.model.init import initialize_weights
-from shoestring.trainer.model.model import Model, ModelShard
+from shoestring.trainer.model.model import Model, ModelShard, initialize_weights
 
 CONFIG = ModelConfig(initializer_range=0.02)  # tiny
 
