@@ -201,6 +201,7 @@ class _TimedWalk(ChunkInterpreter):
 
     @override
     def moe_layer(self, place: int) -> MoELayerInterpreter:
+        # Waits for peers and traced rows are recorded per layer in execution order, which a backward reverses.
         turn = place - self.chunk.stage.dense_layers
         return _TimedLayer(self, turn if self._op is Op.F else self.chunk.moe_layers - 1 - turn)
 

@@ -352,7 +352,7 @@ def _looks_at(random: Random, seeds: Path, run: Path, folder: Path) -> Input:
             reads("budget", run, "--verify"),
             reads("budget", copy(seeds, folder, "project.yaml")),
             reads("watch", run, "--once"),
-            reads("report", run, "--out", folder / "made", made=folder / "made"),
+            reads("report", run, "--html", folder / "made", made=folder / "made"),
         ]
     )
 
@@ -374,7 +374,7 @@ def metrics(random: Random, seeds: Path, folder: Path) -> Input:
             break
         path.write_bytes(b"".join(lines))
     return random.choice(
-        [reads("watch", run, "--once"), reads("report", run, "--out", folder / "made", made=folder / "made")]
+        [reads("watch", run, "--once"), reads("report", run, "--html", folder / "made", made=folder / "made")]
     )
 
 
@@ -487,7 +487,7 @@ def small_files(random: Random, seeds: Path, folder: Path) -> Input:
         (run / "metrics.jsonl").unlink()
         path = run / "config.yaml"
         path.write_bytes(_yaml(random, path.read_bytes()))
-        return reads("report", run, "--out", folder / "made", made=folder / "made")
+        return reads("report", run, "--html", folder / "made", made=folder / "made")
     if what == 1:
         path = run / "trace" / "trace.json"
         _damage_json(random, path)

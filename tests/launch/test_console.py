@@ -80,7 +80,7 @@ def test_files_are_written_even_if_the_output_is_closed(how: str, trained: Path,
     made: dict[str, list[object]] = {
         "hf/config.json": ["export", trained, "hf"],
         "imported": ["import", "hf", "imported"],
-        "report.html": ["report", trained, "--out", "report.html"],
+        "report.html": ["report", trained, "--html", "report.html"],
         "drawing": ["schedule", "zb_h1", "--pp", 2, "--micro-batches", 4, "--output", "drawing"],
     }
     if how != "full":

@@ -23,7 +23,7 @@ from ...parallelism.pipeline.chunk_walk import (
 )
 from ...parallelism.pipeline.instruction import Resumable, run_instruction, run_to_completion
 from ...parallelism.pipeline.program import Op
-from .workspace import PartMemory, WorkspaceBytes
+from .workspace import WorkspaceBytes
 
 
 class MemoryKind(StrEnum):
@@ -150,22 +150,20 @@ class _ForwardBytes(ChunkInterpreter):
 
     @override
     def compute(self, part: LayerPart, index: int) -> None:
-        working, meter, parts = self._working, self._meter, self._working.parts_memory
-        message = working.hidden_state_bytes
+        meter, memory, message = self._meter, self._working.parts[part], self._working.hidden_state_bytes
         match part:
             case LayerPart.DENSE_LAYER:
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.dense_layer.saved_bytes + message)
-                meter.allocate_temporarily(max(working.dense_attention_forward, working.dense_ffn_forward + message))
+                meter.allocate(MemoryKind.ACTIVATIONS, memory.saved_bytes + message)
             case LayerPart.FINAL_NORM:
                 # The normed hidden state stays, as input of the next MTP module.
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.final_norm.saved_bytes - message)
+                meter.allocate(MemoryKind.ACTIVATIONS, memory.saved_bytes - message)
                 meter.allocate(MemoryKind.WORKSPACE, message)
             case LayerPart.LOSS:
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.loss.saved_bytes)
-                meter.allocate_temporarily(working.loss_logits)
+                meter.allocate(MemoryKind.ACTIVATIONS, memory.saved_bytes)
             case LayerPart.MTP_MERGE:
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.mtp_merge.saved_bytes + message)
+                meter.allocate(MemoryKind.ACTIVATIONS, memory.saved_bytes + message)
                 meter.free(MemoryKind.WORKSPACE, message)  # the hidden state is kept
+        meter.allocate_temporarily(memory.forward_bytes)
 
     @override
     def moe_layer(self, place: int) -> MoELayerInterpreter:
@@ -173,7 +171,7 @@ class _ForwardBytes(ChunkInterpreter):
 
 
 class _MoEForwardBytes(MoELayerInterpreter):
-    """Forward of an MoE layer; see `_MoEForward` of `trainer/model/chunk.py`."""
+    """Forward of an MoE layer; see `MoEForward` of `trainer/model/moe_phases.py`."""
 
     # As there, the results of all phases stay until the layer is done, also those that no backward needs.
 
@@ -184,25 +182,19 @@ class _MoEForwardBytes(MoELayerInterpreter):
 
     @override
     def compute(self, part: LayerPart) -> None:
-        working, meter, parts = self._working, self._meter, self._working.parts_memory
-        message = working.hidden_state_bytes
-        match part:
-            case LayerPart.ATTENTION:
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.attention.saved_bytes)
-                meter.allocate_temporarily(working.attention_forward)
-                meter.allocate(MemoryKind.WORKSPACE, 0.0 if working.saves_expert_input else message)
-            case LayerPart.SHARED_EXPERTS if working.config.n_shared_experts:
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.shared_experts.saved_bytes)
-                meter.allocate(MemoryKind.WORKSPACE, message)  # their result
-                meter.allocate_temporarily(working.shared_experts_forward)
-            case LayerPart.ROUTED_EXPERTS:
-                meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)  # results
-                meter.allocate(MemoryKind.ACTIVATIONS, parts.routed_experts.saved_bytes)
-                meter.allocate_temporarily(working.routed_experts_forward)
-            case LayerPart.MERGE:
-                meter.allocate_temporarily(2 * message)  # sums, and with the shared experts'
-                meter.allocate(MemoryKind.ACTIVATIONS, message)  # the output: the next layer's input
-                meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - self._begun)
+        working, meter, memory = self._working, self._meter, self._working.parts[part]
+        if part is LayerPart.SHARED_EXPERTS and not working.config.n_shared_experts:
+            return
+        if part is LayerPart.ROUTED_EXPERTS:
+            meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)  # results
+        if part is LayerPart.SHARED_EXPERTS:
+            meter.allocate(MemoryKind.WORKSPACE, working.hidden_state_bytes)  # their result
+        meter.allocate(MemoryKind.ACTIVATIONS, memory.saved_bytes)
+        meter.allocate_temporarily(memory.forward_bytes)
+        if part is LayerPart.ATTENTION and not working.saves_expert_input:
+            meter.allocate(MemoryKind.WORKSPACE, working.hidden_state_bytes)
+        if part is LayerPart.MERGE:
+            meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - self._begun)
 
     @override
     def launch(self, exchange: ExchangeOperation) -> None:
@@ -243,24 +235,16 @@ class _BackwardBytes(ChunkInterpreter):
 
     @override
     def compute(self, part: LayerPart, index: int) -> None:
-        working, meter, parts = self.working, self.meter, self.working.parts_memory
-        message = working.hidden_state_bytes
+        meter, message = self.meter, self.working.hidden_state_bytes
+        self.finish(part)
         match part:
-            case LayerPart.LOSS:
-                self.finish(parts.loss)
+            case LayerPart.LOSS if index < self._mtp_modules:
                 # The backward of every loss runs first, so the input gradients of all but the deepest wait here.
-                meter.allocate(MemoryKind.WORKSPACE, message if index < self._mtp_modules else 0.0)
-            case LayerPart.FINAL_NORM:
-                self.finish(parts.final_norm)
+                meter.allocate(MemoryKind.WORKSPACE, message)
             case LayerPart.MTP_MERGE:
-                self.finish(parts.mtp_merge)
                 meter.free(MemoryKind.WORKSPACE, message)
             case LayerPart.DENSE_LAYER:
-                meter.allocate_temporarily(max(working.dense_ffn_backward, working.dense_attention_backward))
-                self.finish(parts.dense_layer)
                 meter.free(MemoryKind.ACTIVATIONS, message)
-            case LayerPart.EMBEDDING:
-                self.finish(parts.embedding)
 
     @override
     def moe_layer(self, place: int) -> MoELayerInterpreter:
@@ -273,12 +257,14 @@ class _BackwardBytes(ChunkInterpreter):
             self.meter.free(MemoryKind.DELAYED_WGRAD, self.held)
             self.held = self.product = 0.0
 
-    def finish(self, part: PartMemory) -> None:
-        """Finish a part's backward of inputs: free its saved activations but for the inputs of weight gradients."""
-        self.meter.free(MemoryKind.ACTIVATIONS, part.saved_bytes)
-        self.meter.allocate(MemoryKind.DELAYED_WGRAD, part.deferred_bytes)
-        self.held += part.deferred_bytes
-        self.product = max(self.product, part.wgrad_bytes)
+    def finish(self, part: LayerPart) -> None:
+        """Run a part's backward of inputs: free its saved activations but for the inputs of weight gradients."""
+        memory = self.working.parts[part]
+        self.meter.allocate_temporarily(memory.backward_bytes)
+        self.meter.free(MemoryKind.ACTIVATIONS, memory.saved_bytes)
+        self.meter.allocate(MemoryKind.DELAYED_WGRAD, memory.deferred_bytes)
+        self.held += memory.deferred_bytes
+        self.product = max(self.product, memory.wgrad_bytes)
 
 
 class _MoEBackwardBytes(MoELayerInterpreter):
@@ -290,21 +276,17 @@ class _MoEBackwardBytes(MoELayerInterpreter):
 
     @override
     def compute(self, part: LayerPart) -> None:
-        working, meter, parts = self._working, self._meter, self._working.parts_memory
-        message = working.hidden_state_bytes
+        working, meter, message = self._working, self._meter, self._working.hidden_state_bytes
         match part:
             case LayerPart.SHARED_EXPERTS if working.config.n_shared_experts:
-                meter.allocate_temporarily(working.shared_experts_backward)
-                self._chunk.finish(parts.shared_experts)
+                self._chunk.finish(part)
                 meter.allocate(MemoryKind.WORKSPACE, message)
             case LayerPart.ROUTED_EXPERTS:
-                meter.allocate_temporarily(working.routed_experts_backward)
-                self._chunk.finish(parts.routed_experts)
+                self._chunk.finish(part)
                 meter.allocate(MemoryKind.WORKSPACE, working.exchange_buffers.expert_row_bytes)
             case LayerPart.ATTENTION:
                 meter.allocate(MemoryKind.WORKSPACE, 2 * message)
-                meter.allocate_temporarily(working.attention_backward)
-                self._chunk.finish(parts.attention)
+                self._chunk.finish(part)
                 meter.free(MemoryKind.ACTIVATIONS, message)
                 meter.free(MemoryKind.WORKSPACE, meter.current[MemoryKind.WORKSPACE] - self._begun)
 

@@ -9,6 +9,7 @@ from ...comm.exchange.buffer_bytes import ExchangeBufferBytes, ExchangeShape
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import exchange_buffer_bytes
 from ...comm.exchange.flat import routing_table_bytes
+from ...parallelism.pipeline.chunk_walk import LayerPart
 from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..model.config import ModelConfig
 from ..model.experts import feed_forward_memory, routed_experts_memory, shared_experts_memory
@@ -21,7 +22,7 @@ from ..model.recompute import RecomputeModule
 
 @dataclass(frozen=True)
 class WorkspaceBytes:
-    """Workspace of one micro-batch by part of a stage, in bytes: needed while the part runs, beyond what is saved."""
+    """Memory of one micro-batch by part of a stage, in bytes: what a part saves, and its workspace while it runs."""
 
     config: ModelConfig
     batch: MicroBatchShape
@@ -54,31 +55,35 @@ class WorkspaceBytes:
         )
 
     @cached_property
-    def parts_memory(self) -> StagePartsMemory:
-        """Saved activations and delayed weight gradients of each part of a stage."""
-        config, batch, policy = self.config, self.batch, self.recompute_modules
+    def parts(self) -> dict[LayerPart, PartMemory]:
+        """Memory of each part of a stage. A layer's input, which is another part's output, is in none of them."""
+        config, batch, message = self.config, self.batch, self.hidden_state_bytes
         tables = routing_table_bytes(batch.tokens, config.num_experts_per_tok, batch.received_rows(config))
         routing = OperationMemory((SavedActivation("routing tables", tables),))
-
-        def part(memory: OperationMemory) -> PartMemory:
-            return PartMemory(memory.saved_bytes(policy), memory.deferred_bytes, memory.wgrad)
-
-        return StagePartsMemory(
-            attention=part(self._attention),
-            shared_experts=part(shared_experts_memory(config, batch)),
-            routed_experts=part(routing + self._routed_experts),
-            dense_layer=part(self._dense_attention + self._dense_network),
-            embedding=part(embedding_memory(config, batch)),
-            final_norm=part(final_norm_memory(config, batch)),
-            loss=part(self._loss),
-            mtp_merge=part(mtp_merge_memory(config, batch)),
-        )
+        shared = self._network(config.n_shared_experts * config.moe_intermediate_size)
+        routed = routed_experts_memory(config, batch, config.n_routed_experts // self.ep_size, self.recompute_modules)
+        loss = loss_memory(config, batch)
+        return {
+            LayerPart.ATTENTION: self._part(self._attention, *self._workspace(self._attention)),
+            LayerPart.SHARED_EXPERTS: self._part(shared_experts_memory(config, batch), *self._workspace(shared)),
+            # The routed experts' workspace is that of all rows, or of one block.
+            LayerPart.ROUTED_EXPERTS: self._part(routing + routed, *self._workspace(routed)),
+            LayerPart.DENSE_LAYER: self._dense_layer,
+            LayerPart.EMBEDDING: self._part(embedding_memory(config, batch)),
+            # With the last layer's output.
+            LayerPart.FINAL_NORM: self._part(final_norm_memory(config, batch)),
+            # One chunk's logits, and its part of the head's weight gradient.
+            LayerPart.LOSS: self._part(loss, loss.forward_workspace),
+            LayerPart.MTP_MERGE: self._part(mtp_merge_memory(config, batch)),
+            # Sums of the routed experts' results, and with the shared experts'.
+            LayerPart.MERGE: PartMemory(message, 0.0, 0.0, 2 * message),
+        }
 
     def layer_bytes(self, *, is_dense: bool) -> float:
         """Return the bytes that a layer saves, with its input."""
-        parts = self.parts_memory
-        moe = parts.attention.saved_bytes + parts.shared_experts.saved_bytes + parts.routed_experts.saved_bytes
-        return self.hidden_state_bytes + (parts.dense_layer.saved_bytes if is_dense else moe)
+        moe = (LayerPart.ATTENTION, LayerPart.SHARED_EXPERTS, LayerPart.ROUTED_EXPERTS)
+        kept = [self.parts[part].saved_bytes for part in ((LayerPart.DENSE_LAYER,) if is_dense else moe)]
+        return self.hidden_state_bytes + sum(kept)
 
     @cached_property
     def saves_expert_input(self) -> bool:
@@ -88,89 +93,28 @@ class WorkspaceBytes:
         )
 
     @cached_property
-    def attention_forward(self) -> float:
-        """Bytes of the forward of an MoE layer's attention and router."""
-        return self._attention.forward_bytes(self.recompute_modules)
-
-    @cached_property
-    def attention_backward(self) -> float:
-        """Bytes of the backward of an MoE layer's attention and router."""
-        return self._attention.backward_bytes(self.recompute_modules)
-
-    @cached_property
-    def dense_attention_forward(self) -> float:
-        """Bytes of the forward of a dense layer's attention, with what its network recomputes."""
-        dropped = self._dense_network.recomputed_bytes(self.recompute_modules)
-        return self._dense_attention.forward_bytes(self.recompute_modules) + dropped
-
-    @cached_property
-    def dense_attention_backward(self) -> float:
-        """Bytes of the backward of a dense layer's attention, with what its network recomputed."""
-        again = self._dense_network.recomputed_bytes(self.recompute_modules)
-        return self._dense_attention.backward_bytes(self.recompute_modules) + again
-
-    @cached_property
-    def dense_ffn_forward(self) -> float:
-        """Bytes of the forward of a dense layer's feed-forward network."""
-        return self._dense_network.forward_bytes(self.recompute_modules)
-
-    @cached_property
-    def dense_ffn_backward(self) -> float:
-        """Bytes of the backward of a dense layer's feed-forward network."""
-        return self._dense_network.backward_bytes(self.recompute_modules)
-
-    @cached_property
-    def shared_experts_forward(self) -> float:
-        """Bytes of the forward of the shared experts."""
-        return self._shared_network.forward_bytes(self.recompute_modules)
-
-    @cached_property
-    def shared_experts_backward(self) -> float:
-        """Bytes of the backward of the shared experts."""
-        return self._shared_network.backward_bytes(self.recompute_modules)
-
-    @cached_property
-    def routed_experts_forward(self) -> float:
-        """Bytes of the forward of the routed experts, for all rows or for one block."""
-        return self._routed_experts.forward_bytes(self.recompute_modules)
-
-    @cached_property
-    def routed_experts_backward(self) -> float:
-        """Bytes of the backward of the routed experts, for all rows or for one block."""
-        return self._routed_experts.backward_bytes(self.recompute_modules)
-
-    @property
-    def loss_logits(self) -> float:
-        """Bytes of one chunk's logits, and of its part of the head's weight gradient."""
-        return self._loss.forward_workspace
-
-    @cached_property
     def _attention(self) -> OperationMemory:
+        """Attention and router of an MoE layer."""
         return attend_memory(self.config, self.batch, is_dense=False)
 
-    @cached_property
-    def _dense_attention(self) -> OperationMemory:
-        return attend_memory(self.config, self.batch, is_dense=True)
-
-    @cached_property
-    def _dense_network(self) -> OperationMemory:
-        return self._network(self.config.intermediate_size)
-
-    @cached_property
-    def _shared_network(self) -> OperationMemory:
-        return self._network(self.config.n_shared_experts * self.config.moe_intermediate_size)
+    @property
+    def _dense_layer(self) -> PartMemory:
+        attention = attend_memory(self.config, self.batch, is_dense=True)
+        network = self._network(self.config.intermediate_size)
+        again = network.recomputed_bytes(self.recompute_modules)  # allocated while attention runs
+        (forward, backward), (ffn_forward, ffn_backward) = self._workspace(attention), self._workspace(network)
+        forward = max(forward + again, ffn_forward + self.hidden_state_bytes)
+        return self._part(attention + network, forward, max(ffn_backward, backward + again))
 
     def _network(self, inner: int) -> OperationMemory:
         return feed_forward_memory(self.batch.tokens, self.config.hidden_size, inner, self.batch)
 
-    @cached_property
-    def _routed_experts(self) -> OperationMemory:
-        experts = self.config.n_routed_experts // self.ep_size
-        return routed_experts_memory(self.config, self.batch, experts, self.recompute_modules)
+    def _workspace(self, memory: OperationMemory) -> tuple[float, float]:
+        return memory.forward_bytes(self.recompute_modules), memory.backward_bytes(self.recompute_modules)
 
-    @cached_property
-    def _loss(self) -> OperationMemory:
-        return loss_memory(self.config, self.batch)
+    def _part(self, memory: OperationMemory, forward: float = 0.0, backward: float = 0.0) -> PartMemory:
+        saved = memory.saved_bytes(self.recompute_modules)
+        return PartMemory(saved, memory.deferred_bytes, memory.wgrad, forward, backward)
 
 
 @dataclass(frozen=True)
@@ -183,21 +127,7 @@ class PartMemory:
     """Inputs of delayed weight gradients, held from I to W."""
     wgrad_bytes: float
     """Largest weight gradient before it is accumulated."""
-
-
-@dataclass(frozen=True)
-class StagePartsMemory:
-    """Memory of each part of a stage. A layer's input, which is another part's output, is in none of them."""
-
-    attention: PartMemory
-    shared_experts: PartMemory
-    routed_experts: PartMemory
-    """Routed experts with the routing tables."""
-    dense_layer: PartMemory
-    """Whole dense layer."""
-    embedding: PartMemory
-    final_norm: PartMemory
-    """Norm after the last layer, with that layer's output."""
-    loss: PartMemory
-    mtp_merge: PartMemory
-    """Merge of hidden state and embedding in an MTP module."""
+    forward_bytes: float = 0.0
+    """Workspace of its forward."""
+    backward_bytes: float = 0.0
+    """Workspace of its backward."""

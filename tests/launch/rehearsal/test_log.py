@@ -13,6 +13,6 @@ def test_an_error_ends_the_step_and_the_log_is_written(shim: Path, tmp_path: Pat
     assert finding.kind == "error"
     assert "shape '[7, -1]' is invalid" in finding.text
     assert finding.code_location.startswith("building: ")  # before the step each chunk runs once, alone
-    assert "trainer/model/chunk.py:" in finding.code_location
+    assert "trainer/model/moe_phases.py:" in finding.code_location
     assert log.events
     assert log.launches

@@ -29,7 +29,7 @@ def test_a_number_of_metrics_without_end_is_no_number(tmp_path: Path, capsys: py
     record_run(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(f'{{"kind": "step", "step": 9, "time": 1, "loss": {10**400}}}\n')
-    assert shoestring(capsys, "report", tmp_path, "--out", tmp_path / "made")[0] == 0
+    assert shoestring(capsys, "report", tmp_path, "--html", tmp_path / "made")[0] == 0
     assert shoestring(capsys, "watch", tmp_path, "--once")[0] == 0
 
 

@@ -15,5 +15,5 @@ def test_faults_are_named_with_their_place(shim: Path, tmp_path: Path) -> None:
     assert "bfloat16 host tensor [128]" in found["device"].text
     assert found["host read"].code_location.startswith("FB ")
     assert "merging is deprecated" in found["deprecated"].text
-    assert all("trainer/model/chunk.py:" in finding.code_location for finding in log.findings)
+    assert all("trainer/model/moe_phases.py:" in finding.code_location for finding in log.findings)
     assert any(wait.reason == "read" and wait.is_inside_fb for wait in log.events if isinstance(wait, HostWait))
