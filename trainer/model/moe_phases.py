@@ -206,6 +206,7 @@ class MoEBackward(MoELayerInterpreter):
                 (self._grad_normed_TD,) = saved.shared.backward_inputs(weights, self._grad_TD)
             case LayerPart.ROUTED_EXPERTS:
                 self._grad_RD, self._grad_weights_R = saved.routed.backward_inputs(weights, self._grad_routed_RD)
+                del self._grad_routed_RD  # R × D, which nothing needs from here on
             case LayerPart.ATTENTION:
                 self._attend()
 
