@@ -25,7 +25,17 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
 
 def add_html_option(parser: argparse.ArgumentParser) -> None:
     """Add --html, which `write_page` reads."""
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the answer as an HTML page")
+    parser.add_argument("--html", type=_new_file, metavar="FILE", help="also write the answer as an HTML page")
+
+
+def _new_file(text: str) -> Path:
+    """Return a path in an existing folder; anything else is an error now, not after minutes of work."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    return path
 
 
 def print_answer(options: argparse.Namespace, answer: Answer) -> int:

@@ -40,9 +40,12 @@ def test_the_three_renderings_of_an_answer(tmp_path: Path, capsys: pytest.Captur
     check_renderings(ANSWER)
 
 
-def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_page_whose_folder_is_gone_is_refused(tmp_path: Path) -> None:
+    (folder := tmp_path / "folder").mkdir()
+    options = options_of("--html", str(folder / "page.html"))
+    folder.rmdir()
     with pytest.raises(ConfigError, match="--html"):
-        print_answer(options_of("--html", str(tmp_path)), ANSWER)
+        print_answer(options, ANSWER)
 
 
 def test_columns_of_numbers_and_dashes_are_aligned_to_the_right() -> None:
