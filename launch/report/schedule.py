@@ -9,10 +9,9 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from ...comm.errors import ConfigError
 from ...comm.trace import TimelineTrack
 from ...parallelism.pipeline.program import Op, PipelineProgram
-from ...parallelism.pipeline.schedules.registry import build_program
+from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
 from ...parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simulate_program
 from ...trainer.ledger.terms import INSTRUCTIONS
 from ...trainer.run.profiling import TRACE_FOLDER
@@ -56,15 +55,13 @@ def _program(record: RunRecord) -> PipelineProgram | None:
     if not all(type(number) is int and number > 0 for number in numbers):
         return None
     pp, edp, ep, micro_batch, batch = numbers
-    try:
-        micro_batches = batch // (edp * ep * micro_batch)
-        if pp * micro_batches > _MOST_INSTRUCTIONS or type(record.config_value("schedule.name")) is not str:
-            return None
-        return build_program(
-            record.config_value("schedule.name"), pp, micro_batches, record.config_value("schedule.chunks")
-        )
-    except (ConfigError, TypeError, ValueError):  # written by a version with other schedules
+    micro_batches = batch // (edp * ep * micro_batch)
+    name, chunks = record.config_value("schedule.name"), record.config_value("schedule.chunks")
+    if type(name) is not str or type(chunks) not in (int, type(None)) or pp * micro_batches > _MOST_INSTRUCTIONS:
         return None
+    if any(schedule_problems(name, pp, micro_batches, chunks)):  # written by a version with other schedules
+        return None
+    return build_program(name, pp, micro_batches, chunks)
 
 
 def _simulated(program: PipelineProgram) -> Iterator[Block]:
