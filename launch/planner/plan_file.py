@@ -95,7 +95,7 @@ class PlanEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class _PlannedLayout:
-    """What is read here of one layout in the file."""
+    """Values of one layout in the file that are read here."""
 
     pp: int = between(1, _MAX_COUNT)
     edp: int = between(1, _MAX_COUNT)

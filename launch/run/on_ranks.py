@@ -113,10 +113,10 @@ def run_on_ranks(
 
 @dataclass(frozen=True)
 class _Call:
-    """What every rank runs."""
+    """Call that every rank runs."""
 
     imports: dict[str, Any]
-    """Where to import from: part of the argument of `multiprocessing.spawn.prepare`."""
+    """Place to import from: part of the argument of `multiprocessing.spawn.prepare`."""
     function_and_argument: bytes
     """Pickled, since a rank can load them only after `prepare`."""
     device: str

@@ -1,4 +1,4 @@
-"""What an instruction runs: a forward, a backward or both, as generators that run alone or interleaved.
+"""Contents of an instruction: a forward, a backward or both, as generators that run alone or interleaved.
 
 One definition for three users: the executor runs instructions on tensors, `trainer/memory/chunk.py` counts their bytes,
 and the planner their seconds.

@@ -154,7 +154,7 @@ def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, floa
 
 
 class _Dependencies:
-    """What each node waits for. Numbers the nodes: all instructions, the openings of all batches, their completions."""
+    """Dependencies of each node. Numbers the nodes: all instructions, the openings of all batches, their completions."""
 
     def __init__(self, program: PipelineProgram) -> None:
         self._program = program

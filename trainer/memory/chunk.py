@@ -121,7 +121,7 @@ class MeteredChunk:
         chunk, meter = self.chunk, self.meter
         meter.allocate(MemoryKind.ACTIVATIONS, chunk.message_bytes)
         yield from walk_forward(chunk.stage, chunk.mtp_modules, _ForwardBytes(chunk, meter))
-        # Counted among the messages from here on; on the last stage the normed hidden state, which nobody needs.
+        # Counted among the messages from here on; on the last stage the normed hidden state, which no part needs.
         kind = MemoryKind.WORKSPACE if chunk.stage.is_last else MemoryKind.ACTIVATIONS
         meter.free(kind, chunk.message_bytes)
 

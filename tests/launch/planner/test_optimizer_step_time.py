@@ -88,7 +88,7 @@ def test_a_wider_pipe_shows_less() -> None:
 
 @pytest.mark.parametrize("mtp_depth", [0, 1])
 def test_parameters_of_all_stages_are_the_models(mtp_depth: int) -> None:
-    """With MTP the last stage also holds the embedding."""
+    """The last stage also holds the embedding if there is MTP."""
     model = replace(simulated().config.model, num_nextn_predict_layers=mtp_depth)
     count = count_parameters(model)
     first = StageShape(model.first_k_dense_replace, 10, is_first=True, is_last=False)
