@@ -154,7 +154,7 @@ def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, floa
 
 
 class _Dependencies:
-    """Dependencies of each node. Numbers the nodes: all instructions, the openings of all batches, their completions."""
+    """Dependencies of each node. Nodes are numbered: all instructions, openings of all batches, their completions."""
 
     def __init__(self, program: PipelineProgram) -> None:
         self._program = program
