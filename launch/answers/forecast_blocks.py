@@ -12,6 +12,7 @@ from ...trainer.memory.peak import MEMORY_LABELS
 from ..planner.forecast import StepForecast
 from ..planner.layout_memory import MemoryForecast
 from ..planner.run_cost import RunPhaseCost
+from ..report import svg
 from ..report.timeline import svg_timeline
 from .blocks import Block, Cell, Figure, LegendEntry, Quantity, TableRow, number, table
 
@@ -32,7 +33,7 @@ _BAR_LEFT, _BAR_WIDTH, _BAR_HEIGHT, _BAR_STEP = 60, 760, 20, 26
 
 def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterator[Figure]:
     """Yield the timeline of all pipeline ranks and their memory; `memory_gb` is the capacity of one GPU."""
-    yield Figure("Timeline", lambda: Markup(svg_timeline(forecast.program_times, "seconds")), is_wide=True)
+    yield Figure("Timeline", lambda: svg_timeline(forecast.program_times, unit="seconds"), is_wide=True)
     yield Figure(
         "Memory per pipeline rank",
         lambda: _memory_bars(forecast.memory_by_rank, memory_gb),
@@ -44,27 +45,26 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
 
 def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | None) -> Markup:
     """Draw a stacked bar per pipeline rank."""
-    scale = _BAR_WIDTH / 1.05 / max(memory_gb or 0.0, *(memory.total / 1e9 for memory in memory_by_rank))
-    width, height = _BAR_LEFT + _BAR_WIDTH + 80, _BAR_STEP * len(memory_by_rank) + 8
-    head = Markup('<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" font-size="13" style="fill:var(--soft)">')
-    marks = [head.format(width, height)]
-    for rank, memory in enumerate(memory_by_rank):
-        x, y = float(_BAR_LEFT), 4 + rank * _BAR_STEP
-        text = Markup('<text x="{:.1f}" y="{}">{}</text>')
-        marks.append(text.format(0, y + 15, f"rank {rank}"))
-        for part, style in _STYLES.items():
-            size = vars(memory)[part] / 1e9
-            box = Markup('<rect x="{:.1f}" y="{}" width="{:.1f}" height="{}" style="fill:var(--{})">').format(
-                x, y, size * scale, _BAR_HEIGHT, style
-            )
-            marks.append(box + Markup("<title>{}: {:.1f} GB</title></rect>").format(MEMORY_LABELS[part], size))
-            x += size * scale
-        marks.append(text.format(_BAR_LEFT + _BAR_WIDTH + 8, y + 15, f"{memory.total / 1e9:.1f} GB"))
-    if memory_gb is not None:
-        style = Markup('style="stroke:var(--bad)" stroke-dasharray="4 3"')
-        line = Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1}" {2}/>')
-        marks.append(line.format(_BAR_LEFT + memory_gb * scale, height, style))
-    return Markup("").join([*marks, Markup("</svg>")])
+    scale = _BAR_WIDTH / 1.05 / max(1e9 * (memory_gb or 0.0), *(memory.total for memory in memory_by_rank))
+    height = _BAR_STEP * len(memory_by_rank) + 8
+
+    def marks() -> Iterator[Markup]:
+        for rank, memory in enumerate(memory_by_rank):
+            x, y = float(_BAR_LEFT), 4 + rank * _BAR_STEP
+            yield svg.text(0, y + 15, f"rank {rank}", "soft")
+            for part, style in _STYLES.items():
+                size = vars(memory)[part]
+                box = svg.rect(x, y, size * scale, _BAR_HEIGHT, style)
+                yield svg.group(f"{MEMORY_LABELS[part]}: {size / 1e9:.1f} GB", [box])
+                x += size * scale
+            yield svg.text(_BAR_LEFT + _BAR_WIDTH + 8, y + 15, f"{memory.total / 1e9:.1f} GB", "soft")
+        if memory_gb is not None:
+            limit = _BAR_LEFT + 1e9 * memory_gb * scale
+            yield svg.line(limit, 0, limit, height, "bad", stroke_dasharray="4 3")
+
+    width = _BAR_LEFT + _BAR_WIDTH + 80
+    style = f"display:block;width:{width}px"
+    return svg.page_picture(width, height, marks(), "memory by pipeline rank", font_size=13, style=style)
 
 
 def phase_cost_blocks(phases: Sequence[RunPhaseCost], price: float | None) -> Iterator[Block]:

@@ -73,7 +73,7 @@ def schedule_answer(
     simulated = simulate_program(program, unit_times)
 
     def picture() -> Markup:
-        return Markup(svg_timeline(simulated, subtitle=_describe(unit_times, program)))
+        return svg_timeline(simulated, subtitle=_describe(unit_times, program))
 
     figure = Figure("", picture, is_wide=True, text=ascii_timeline(simulated))
     return Answer.from_blocks(program_title(program), program_as_dict(program), [figure])
