@@ -7,7 +7,7 @@ layout that distributes a model is run: communication between ranks is timed sep
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from ...comm.async_comm import InlineCommunicator, build_async_communicator
 from ...comm.exchange.config import ExchangeConfig
@@ -25,10 +26,19 @@ from ...comm.groups import ProcessGroups
 from ...comm.topology import Topology
 from ...comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, OPTIMIZER, ExchangeLabel, TimelineTrack
 from ...comm.traffic import TrafficCounter
-from ...parallelism.pipeline.chunk_walk import ExchangeOperation
+from ...parallelism.pipeline.chunk_walk import (
+    ChunkInterpreter,
+    ExchangeOperation,
+    LayerPart,
+    MoELayerInterpreter,
+    StageShape,
+    walk_backward,
+)
+from ...parallelism.pipeline.instruction import run_to_completion
 from ...trainer.build import PipelineRuntime, build_stepper
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
+from ...trainer.model.config import ModelConfig
 from ...trainer.model.model import Model, initialize_weights
 from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
@@ -230,12 +240,8 @@ class Calibration:
 
 
 def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[str, float]:
-    """Return the seconds of each phase of one layer, and of the rest of a chunk, from a step of one micro-batch.
-
-    A backward computes delayed weight gradients in this order: the losses', MTP's with its layer's attention, each
-    layer's attention, and last also those of the dense layers.
-    """
-    model = config.model
+    """Return the seconds of each phase of one layer, and of the rest of a chunk, from a step of one micro-batch."""
+    depth = config.model.num_nextn_predict_layers
     named: defaultdict[str, list[Span]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.begin):
         named[span.name].append(span)
@@ -246,10 +252,17 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         waited = sum(_length(wait) for wait in waits if any(f.begin <= wait.begin < f.end for f in found))
         return (sum(map(_length, found)) - waited) / len(found) if found else 0.0
 
-    wgrads = [_length(span) for span in named["attn(W)"]]
-    depth, dense = model.num_nextn_predict_layers, model.first_k_dense_replace
-    routed = wgrads[1 + depth : -1] or wgrads[-1:]
-    attention = sum(routed) / len(routed)
+    # A flush computes what is pending: the weight gradients of one layer's attention, and of parts around it. Flushes
+    # of attention alone give its time, which is subtracted from the others.
+    flushes = list(zip(_parts_by_flush(config.model), map(_length, named["attn(W)"]), strict=True))
+    alone = [seconds for parts, seconds in flushes if parts.keys() == {LayerPart.ATTENTION}]
+    attention = sum(alone) / len(alone) if alone else flushes[-1][1]
+
+    def weight_gradient(part: LayerPart) -> float:
+        found = [(parts, seconds) for parts, seconds in flushes if part in parts]
+        own = sum(max(0.0, seconds - parts[LayerPart.ATTENTION] * attention) for parts, seconds in found)
+        return own / max(1, sum(parts[part] for parts, _ in found))
+
     phases = {
         ComputePhase.ATTENTION_F: mean("attn(F)"),
         ComputePhase.ATTENTION_B: mean("attn(B)"),
@@ -261,10 +274,10 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         ComputePhase.EXPERTS_W: mean("mlp(W)"),
         ComputePhase.DENSE_LAYER_F: mean("dense(F)"),
         ComputePhase.DENSE_LAYER_B: mean("dense(B)"),
-        ComputePhase.DENSE_LAYER_W: max(0.0, wgrads[-1] - attention) / max(dense, 1),
+        ComputePhase.DENSE_LAYER_W: weight_gradient(LayerPart.DENSE_LAYER),
         ComputePhase.HEAD_F: mean("loss(F)"),
-        ComputePhase.HEAD_W: wgrads[0] / (1 + depth),
-        ComputePhase.MTP_MERGE_W: max(0.0, sum(wgrads[1 : 1 + depth]) / depth - attention) if depth else 0.0,
+        ComputePhase.HEAD_W: 0.0,  # computed in the forward, with the loss
+        ComputePhase.MTP_MERGE_W: weight_gradient(LayerPart.MTP_MERGE),
     }
     rest = {op: _rest(named[op], spans) for op in ("F", "B")}
     # The losses' backward and MTP's merge are in no phase; the last stage has both.
@@ -274,6 +287,46 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         ComputePhase.HEAD_B: rest["B"] / (1 + depth),
     }
     return {phase.value: seconds for phase, seconds in phases.items()}
+
+
+class _FlushRecorder(ChunkInterpreter, MoELayerInterpreter):
+    """Interpreter of a backward that counts the parts whose weight gradients each flush of attention computes."""
+
+    def __init__(self) -> None:
+        self.parts_by_flush: list[Counter[LayerPart]] = []
+        self._pending = Counter[LayerPart]()
+
+    @override
+    def compute(self, part: LayerPart, index: int = 0) -> None:
+        # Losses compute their weights' gradients in the forward, norms theirs with the inputs'.
+        if part not in (LayerPart.LOSS, LayerPart.FINAL_NORM):
+            self._pending[part] += 1
+
+    @override
+    def moe_layer(self, place: int) -> MoELayerInterpreter:
+        return self
+
+    @override
+    def launch(self, exchange: ExchangeOperation) -> None:
+        return
+
+    @override
+    def wait(self, exchange: ExchangeOperation) -> None:
+        return
+
+    @override
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        if part is LayerPart.ATTENTION and self._pending:  # the runtime records no empty flush
+            self.parts_by_flush.append(self._pending)
+        self._pending = Counter()
+
+
+def _parts_by_flush(model: ModelConfig) -> list[Counter[LayerPart]]:
+    """Return the parts of each span `attn(W)` of the whole model's backward, in order."""
+    whole = StageShape(model.first_k_dense_replace, model.num_moe_layers, is_first=True, is_last=True)
+    recorder = _FlushRecorder()
+    run_to_completion(walk_backward(whole, model.num_nextn_predict_layers, recorder))
+    return recorder.parts_by_flush
 
 
 def _rest(instructions: Sequence[Span], spans: Sequence[Span]) -> float:
