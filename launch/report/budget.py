@@ -119,7 +119,7 @@ def cost_cards(summary: LedgerSummary, usd_per_gpu_hour: float = PUBLISHED_USD_P
 
 
 def rate_card(gpu_hours_per_trillion_tokens: float | None) -> HeadlineCard:
-    """Return the card of the cost per retained token, beside the published one."""
+    """Return the card of the cost per retained token, with the published one."""
     rate = gpu_hours_per_trillion_tokens
     published = f"DeepSeek-V3: {PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS:,}"
     return HeadlineCard("GPU-hours per trillion tokens", "–" if rate is None else f"{rate:,.0f}", "", published)
@@ -223,7 +223,7 @@ def _bar(title: str, spent: Mapping[str, int], whole: int, styles: Mapping[str, 
 def published_figures(
     spent: float, spent_by_phase: Mapping[str, float], rate: float | None
 ) -> list[dict[str, str | float | None]]:
-    """Return GPU-hours per trillion retained tokens, of each phase and in all, beside DeepSeek-V3's."""
+    """Return GPU-hours per trillion retained tokens, of each phase and in all, with DeepSeek-V3's."""
     figures: list[tuple[str, float | None, int]] = [
         ("per trillion retained tokens", rate, PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS),
         *((phase, spent, PUBLISHED_GPU_HOURS[phase]) for phase, spent in spent_by_phase.items() if spent),

@@ -1,4 +1,4 @@
-"""What each instruction runs, and in which order."""
+"""Each instruction runs its halves, in this order."""
 
 from __future__ import annotations
 

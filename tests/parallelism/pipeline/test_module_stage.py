@@ -14,7 +14,7 @@ from shoestring.parallelism.pipeline.executor import PipelineExecutor, build_p2p
 from shoestring.parallelism.pipeline.instruction import run_to_completion
 from shoestring.parallelism.pipeline.module_stage import ModuleStage
 from shoestring.parallelism.pipeline.placement import StageLocation
-from shoestring.parallelism.pipeline.schedules.registry import build_placement, build_program
+from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, build_program
 from shoestring.parallelism.weight_grad import DelayedWeightGradients, linear
 from shoestring.tests.processes import World, run_processes
 
@@ -79,7 +79,7 @@ def serial(stages: int) -> Result:
     return detached, {stage: gradients(module) for stage, module in enumerate(modules)}
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", [each.name for each in SCHEDULES])
 def test_losses_and_gradients_are_those_of_one_process(schedule: str) -> None:
     expected_losses, expected = serial(build_placement(schedule, RANKS).num_stages)
     losses: dict[int, Tensor] = {}
