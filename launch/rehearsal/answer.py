@@ -31,8 +31,8 @@ from .launch_counts import (
     has_weight_gradients,
     moe_layer_totals,
 )
-from .log import RankLog
-from .result import RehearsalResult, count_collectives, count_p2p_batches, step_host_waits
+from .log import CollectiveRecord, P2PBatchRecord, RankLog
+from .result import RehearsalResult, step_host_waits
 
 _OWNERS = (MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP)
 
@@ -81,8 +81,8 @@ def _rank_tree(log: RankLog) -> dict[str, Any]:
         "pp_rank": log.pp_rank,
         "micro_batches": log.micro_batches,
         "operations": log.operations,
-        "collectives": count_collectives(log),
-        "p2p_batches": count_p2p_batches(log),
+        "collectives": sum(1 for _ in log.events_of(CollectiveRecord)),
+        "p2p_batches": sum(1 for _ in log.events_of(P2PBatchRecord)),
         "host_waits": sum(1 for _ in step_host_waits(log)),
         "group_creations": log.group_creations,
         "memory": asdict(log.memory),

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ..findings import RunFinding
-from ..log import CollectiveRecord, EventRecord, HostWait, LogEvent, P2PBatchRecord, RankLog, StreamWait
+from ..log import CollectiveRecord, HostWait, LogEvent, P2PBatchRecord, RankLog, StreamWait
 from .communicators import Channel, Communicator, channel_messages
-from .waits import CONTROL_GROUP, HOST_STREAM, Actor, LaunchOrder, Rendezvous, Wait
+from .waits import CONTROL_GROUP, HOST_STREAM, Actor, ActorWait, LaunchOrder, Rendezvous
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DeadlockSimulation:
 
     def __init__(self, logs: Sequence[RankLog]) -> None:
         self.hosts = {log.rank: HostState(tuple(_host_events(log))) for log in logs}
-        self.waiting: dict[Actor, Wait] = {}
+        self.waiting: dict[Actor, ActorWait] = {}
         self.findings: list[RunFinding] = []
         self._queues: defaultdict[Actor, StreamQueue] = defaultdict(StreamQueue)
         self._groups: dict[Communicator, tuple[Communicator, frozenset[int]]] = {}
@@ -111,7 +111,7 @@ class DeadlockSimulation:
     def _wake(self, key: Hashable) -> None:
         self._ready.extend(self._sleepers.pop(key, ()))
 
-    def _run_host(self, rank: int) -> Wait | None:
+    def _run_host(self, rank: int) -> ActorWait | None:
         host = self.hosts[rank]
         while not host.has_ended:
             wait = self._run_event(rank, host.events[host.position])
@@ -120,7 +120,7 @@ class DeadlockSimulation:
             host.position += 1
         return None
 
-    def _run_event(self, rank: int, event: LogEvent) -> Wait | None:
+    def _run_event(self, rank: int, event: LogEvent) -> ActorWait | None:
         """Run one event of a host; return the wait in which it is."""
         if isinstance(event, CollectiveRecord):
             return self._call_collective(rank, event)
@@ -141,12 +141,14 @@ class DeadlockSimulation:
             return StreamProgress(stream, len(self._queues[stream].items), reason)
         return StreamProgress(*self.hosts[stream.rank].recorded_events.get(event, (stream, 0)), reason)
 
-    def _progress_wait(self, wanted: StreamProgress) -> Wait | None:
+    def _progress_wait(self, wanted: StreamProgress) -> ActorWait | None:
         if self._queues[wanted.actor].completed_count >= wanted.completed_count:
             return None
-        return Wait(wanted.actor, f"waits ({wanted.reason}) for stream {wanted.actor.stream}", lambda: [wanted.actor])
+        return ActorWait(
+            wanted.actor, f"waits ({wanted.reason}) for stream {wanted.actor.stream}", lambda: [wanted.actor]
+        )
 
-    def _call_collective(self, rank: int, event: CollectiveRecord) -> Wait | None:
+    def _call_collective(self, rank: int, event: CollectiveRecord) -> ActorWait | None:
         communicator, members = self._group(event)
         if event.group != CONTROL_GROUP:
             connection = self._meeting((communicator, event.operation), members)
@@ -158,7 +160,7 @@ class DeadlockSimulation:
         self._queue_operation(Actor(rank, event.stream), communicator, [(collective, text)])
         return None
 
-    def _call_batch(self, rank: int, event: P2PBatchRecord) -> Wait | None:
+    def _call_batch(self, rank: int, event: P2PBatchRecord) -> ActorWait | None:
         communicator, _ = self._group(event)
         messages = [each for each in channel_messages(communicator, rank, event) if each[1].peer in self.hosts]
         connections = {channel: self._meeting(channel, _ends(channel)) for channel, _ in messages}
@@ -238,7 +240,7 @@ class DeadlockSimulation:
         if len(queue.items) == queue.completed_count + 1:
             self._ready.append(stream)
 
-    def _run_stream(self, stream: Actor) -> Wait | None:
+    def _run_stream(self, stream: Actor) -> ActorWait | None:
         queue = self._queues[stream]
         while queue.completed_count < len(queue.items):
             item = queue.items[queue.completed_count]
@@ -256,12 +258,12 @@ class DeadlockSimulation:
             self._wake(stream)
         return None
 
-    def _run_operation(self, rank: int, item: QueuedOperation) -> Wait | None:
+    def _run_operation(self, rank: int, item: QueuedOperation) -> ActorWait | None:
         """Start an operation on the device in its turn; return the wait in which it is."""
         order = item.order
         if order.ended_count < item.launch_index:
             text = f"waits for an earlier operation on {order.communicator}"
-            return Wait(order, text, lambda: [order.streams[item.launch_index - 1]])
+            return ActorWait(order, text, lambda: [order.streams[item.launch_index - 1]])
         for rendezvous, _ in item.steps:
             self._enter(rank, rendezvous)
         return next((rendezvous.wait(text) for rendezvous, text in item.steps if not rendezvous.is_complete), None)

@@ -37,9 +37,9 @@ class Rendezvous:
         """True if all members have arrived."""
         return self.members <= self.arrived
 
-    def wait(self, text: str) -> Wait:
+    def wait(self, text: str) -> ActorWait:
         """Return the wait of a member until all have arrived."""
-        return Wait(self, text, self._missing_actors)
+        return ActorWait(self, text, self._missing_actors)
 
     def _missing_actors(self) -> list[Actor]:
         return [self.stream_of_rank.get(rank, Actor(rank)) for rank in sorted(self.members - self.arrived)]
@@ -56,7 +56,7 @@ class LaunchOrder:
 
 
 @dataclass(frozen=True)
-class Wait:
+class ActorWait:
     """Wait of a host or a stream."""
 
     wake_key: Hashable

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from .fake_tensors import FakeTensorExecutor
 from .recorder import RankRecorder
@@ -154,7 +155,10 @@ class FakeDeviceMode(TorchDispatchMode):
             text = f"{kind.name} takes a {_describe(tensor)} together with device tensors"
             self._recorder.record_finding("device", text)
         moved = {id(tensor): self._empty(tensor) for tensor in wrong}
-        return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
+        on_device: tuple[Sequence[Any], Mapping[str, Any]] = tree_map_only(
+            Tensor, lambda tensor: moved.get(id(tensor), tensor), (tuple(args), dict(kwargs))
+        )
+        return on_device
 
     def _copy_across(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_host: bool, waits: bool
@@ -289,14 +293,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
-
-
-def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return moved.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: _replaced(item, moved) for key, item in value.items()}
-    return type(value)(_replaced(item, moved) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _describe(tensor: Tensor) -> str:

@@ -62,7 +62,7 @@ class LoggedCommunicator:
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
         what = self._check_tensors("all_reduce", tensor)
-        self._recorder.record_collective(self._group, "all_reduce", what, _described(tensor))
+        self._recorder.record_collective(self._group, "all_reduce", what, *_described(tensor))
         self._communicator.all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
@@ -73,19 +73,17 @@ class LoggedCommunicator:
             _require(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
             _require(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
         row = sent.shape[1:], _dtype(sent)
-        self._recorder.record_collective(self._group, "all_to_all", what, row, (sent_M, received_M))
+        self._recorder.record_collective(self._group, "all_to_all", what, *row, sent_M, received_M)
         self._communicator.all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`."""
-        what = self._check_shards("reduce_scatter", own_N, shards_GN)
-        self._recorder.record_collective(self._group, "reduce_scatter", what, _described(shards_GN))
+        self._record_shards("reduce_scatter", own_N, shards_GN)
         self._communicator.reduce_scatter(own_N, shards_GN)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`."""
-        what = self._check_shards("all_gather", own_N, shards_GN)
-        self._recorder.record_collective(self._group, "all_gather", what, _described(shards_GN))
+        self._record_shards("all_gather", own_N, shards_GN)
         self._communicator.all_gather(shards_GN, own_N)
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
@@ -103,11 +101,11 @@ class LoggedCommunicator:
         self._recorder.record_p2p_batch(self._group, messages[: len(sends)], messages[len(sends) :])
         self._communicator.send_and_receive(sends, receives)
 
-    def _check_shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
+    def _record_shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> None:
         what = self._check_tensors(operation, own_N, shards_GN)
         expected = len(self._group[1]) * own_N.numel()
         _require(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
-        return what
+        self._recorder.record_collective(self._group, operation, what, *_described(shards_GN))
 
     def _check_tensors(self, operation: str, *tensors: Tensor) -> str:
         """Check the tensors of an operation; return the purpose that its caller gave."""
