@@ -22,19 +22,9 @@ from ..answers.blocks import (
 )
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
 from .findings import format_ranks
-from .launch_counts import (
-    DENSE_LAYER,
-    MOE_LAYER,
-    MTP_MODULE,
-    WHOLE_STEP,
-    MeanKernelLaunches,
-    has_weight_gradients,
-    moe_layer_totals,
-)
+from .launch_counts import MOE_LAYER, OWNERS, MeanKernelLaunches, has_weight_gradients, moe_layer_totals
 from .log import CollectiveRecord, P2PBatchRecord, RankLog
 from .result import RehearsalResult, step_host_waits
-
-_OWNERS = (MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP)
 
 
 def rehearsal_answer(result: RehearsalResult, operations: int) -> Answer:
@@ -164,9 +154,7 @@ def _memory_by_phase(result: RehearsalResult) -> TableBlock:
 
 
 def _phases(result: RehearsalResult) -> TableBlock:
-    counts = sorted(
-        result.launches_by_phase, key=lambda count: (_OWNERS.index(count.owner), count.stream, -count.bytes)
-    )
+    counts = sorted(result.launches_by_phase, key=lambda count: (OWNERS.index(count.owner), count.stream, -count.bytes))
     groups = [
         [(*key[:1], count.phase, *key[1:], *_launches(count.launches, count.bytes)) for count in same]
         for key, same in groupby(counts, key=lambda count: (count.owner, count.stream))

@@ -19,34 +19,21 @@ MAX_GROUP_CREATIONS = 20
 
 def check_step(log: RankLog) -> Iterator[RankFinding]:
     """Yield a finding for each limit that the rank's step exceeds."""
-    yield from _control(log)
-    yield from _world(log)
+    collectives = [event for event in log.events_of(CollectiveRecord) if not event.is_warm_up]
+    for event in collectives:
+        if event.group == CONTROL_GROUP:
+            does = f"{event.operation} ({event.purpose})"
+            text = f"{does} over gloo inside the step, at which the host waits for all ranks"
+            yield RankFinding("control", text, event.code_location)
+    over_world = [event for event in collectives if event.group == WORLD_GROUP]
+    if len(over_world) > MAX_WORLD_COLLECTIVES:
+        named = ", ".join(f"{event.operation} ({event.purpose})" for event in over_world)
+        text = f"{len(over_world)} collectives over all ranks in one step, limit {MAX_WORLD_COLLECTIVES}: {named}"
+        yield RankFinding("world", text, over_world[MAX_WORLD_COLLECTIVES].code_location)
     if log.group_creations > MAX_GROUP_CREATIONS:
         text = f"{log.group_creations} process groups are created; any grid needs at most {MAX_GROUP_CREATIONS}"
         yield RankFinding("groups", text, "comm/group_factory.py")
     yield from _memory(log)
-
-
-def step_collectives(log: RankLog) -> Iterator[CollectiveRecord]:
-    """Yield the collectives of the step, without those of the warm-up."""
-    return (event for event in log.events_of(CollectiveRecord) if not event.is_warm_up)
-
-
-def _control(log: RankLog) -> Iterator[RankFinding]:
-    for event in step_collectives(log):
-        if event.group == CONTROL_GROUP:
-            text = (
-                f"{event.operation} ({event.purpose}) over gloo inside the step, at which the host waits for all ranks"
-            )
-            yield RankFinding("control", text, event.code_location)
-
-
-def _world(log: RankLog) -> Iterator[RankFinding]:
-    found = [event for event in step_collectives(log) if event.group == WORLD_GROUP]
-    if len(found) > MAX_WORLD_COLLECTIVES:
-        named = ", ".join(f"{event.operation} ({event.purpose})" for event in found)
-        text = f"{len(found)} collectives over all ranks in one step, limit {MAX_WORLD_COLLECTIVES}: {named}"
-        yield RankFinding("world", text, found[MAX_WORLD_COLLECTIVES].code_location)
 
 
 def _memory(log: RankLog) -> Iterator[RankFinding]:

@@ -12,7 +12,8 @@ from ...trainer.config import RunConfig
 from ...trainer.model.forward_context import StageSpec
 from .log import KernelLaunches, RankLog
 
-MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = "MoE layer", "dense layer", "MTP module", "step"
+OWNERS = "MoE layer", "dense layer", "MTP module", "step"
+MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = OWNERS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ step of DeepSeek-V3 has 300,000 operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +20,6 @@ _Recipe = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 """Function that makes a result from the arguments and keyword arguments of its operation."""
 
 
-@dataclass(frozen=True)
-class _Recipes:
-    """Recipes of all results of one case."""
-
-    results: tuple[_Recipe, ...]
-    container: type | None
-    """Tuple or list; None for a single result."""
-
-
 class _Uncacheable(Exception):  # noqa: N818 -- a signal, not an error
     """Raised for an argument or a result that cannot be cached."""
 
@@ -39,7 +29,7 @@ class FakeTensorExecutor:
 
     def __init__(self) -> None:
         self.fake_tensor_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._recipes: dict[Any, _Recipes | None] = {}
+        self._recipes: dict[Any, _Recipe | None] = {}
 
     def run_operation(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the result of `func` for arguments of which at least one is fake or names the device."""
@@ -52,17 +42,14 @@ class FakeTensorExecutor:
             _check_product(func, args)
             out = self.fake_tensor_mode.dispatch(func, types, args, kwargs)
             is_changed = _key(args) != key[1]  # by an operation such as `resize_`
-            self._recipes[key] = None if is_changed else _recipes(out, args, kwargs)
+            self._recipes[key] = None if is_changed else _recipe(out, args, kwargs)
             return out
         if known is None:
             return self.fake_tensor_mode.dispatch(func, types, args, kwargs)
-        assert isinstance(known, _Recipes)
-        if known.container is None:
-            return known.results[0](args, kwargs)
-        return known.container(make(args, kwargs) for make in known.results)
+        return known(args, kwargs)
 
 
-_NEW = object()
+_NEW: Any = object()
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot")
 
 
@@ -96,21 +83,22 @@ def _key(values: Any) -> tuple[Any, ...]:
     return tuple(key)
 
 
-def _recipes(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipes | None:
-    """Return the recipes of a result; None if it cannot be cached."""
-    several = isinstance(out, (tuple, list))
-    new_storages: list[int] = []
+def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe | None:
+    """Return the recipe of a tensor, or of a tuple or list of tensors; None if it cannot be cached."""
+    container, new_storages = type(out), list[int]()
     try:
-        results = tuple(_recipe(each, args, kwargs, new_storages) for each in (out if several else (out,)))
+        if not isinstance(out, (tuple, list)):
+            return _tensor_recipe(out, args, kwargs, new_storages)
+        recipes = [_tensor_recipe(each, args, kwargs, new_storages) for each in out]
     except _Uncacheable:
         return None
     if len(set(new_storages)) != len(new_storages):
         return None
-    return _Recipes(results, type(out) if several else None)
+    return lambda args, kwargs: container(make(args, kwargs) for make in recipes)
 
 
-def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any], new_storages: list[int]) -> _Recipe:
-    """Return the recipe of one result; the storage of a result in new memory is added to `new_storages`."""
+def _tensor_recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any], new_storages: list[int]) -> _Recipe:
+    """Return the recipe of one tensor; a storage that is in no argument is added to `new_storages`."""
     if type(out) is not FakeTensor or out.constant is not None:
         raise _Uncacheable
     for place, value in enumerate(args):

@@ -27,13 +27,9 @@ def patch_triton_and_threads(device: FakeDeviceMode) -> Iterator[None]:
             from triton.runtime.jit import JITFunction  # optional package
 
             stack.enter_context(patch.object(JITFunction, "run", count))
-        stack.enter_context(patch.object(torch.cuda, "_lazy_init", _do_nothing))
+        stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
         stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _submit_inline))
         yield
-
-
-def _do_nothing() -> None:
-    """Replace CUDA's initialization."""
 
 
 def _submit_inline(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -78,7 +79,7 @@ class RankRecorder:
         """True until the engine is built."""
         self.operations = 0
         self.events: list[LogEvent] = []
-        self._launches: dict[tuple[str, str, str, str, str], list[int]] = {}
+        self._launches: defaultdict[tuple[str, str, str, str, str], list[int]] = defaultdict(lambda: [0, 0])
         self._findings: dict[RankFinding, None] = {}
         self._event_count = 0
 
@@ -104,9 +105,7 @@ class RankRecorder:
         """Count a launch that reads and writes `size` bytes."""
         place = self.spans.contexts[-1]
         key = (place.phase, place.layer, self.stream, operation, function_location(sys._getframe()))
-        row = self._launches.get(key)
-        if row is None:
-            row = self._launches[key] = [0, 0]
+        row = self._launches[key]
         row[0] += 1
         row[1] += size
 

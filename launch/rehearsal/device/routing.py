@@ -76,14 +76,13 @@ class BalancedRouting:
 
         Rows sent to and received from each rank, rows by expert, token counts of ranks and of nodes.
         """
-        parts = (
+        return _numbers(
             self.rows_by_expert[rank].sum(axis=1),
             self.rows_by_expert[:, rank].sum(axis=1),
             self.rows_by_expert[:, rank].sum(axis=0),
             self.tokens_by_rank[rank].sum(keepdims=True),
             self.tokens_by_node[rank].sum(keepdims=True),
         )
-        return _numbers(parts)
 
     def two_hop_exchange_sizes(self, rank: int) -> list[int]:
         """Return the sizes that `TwoHopExchange` reads, [2N + 2G + L + 1].
@@ -95,7 +94,7 @@ class BalancedRouting:
         node, place = divmod(rank, size)
         rail_N = np.arange(self.nodes) * size + place
         own_G = slice(node * size, (node + 1) * size)
-        parts = (
+        return _numbers(
             self.tokens_by_node[rank],
             self.tokens_by_node[rail_N, node],
             self.tokens_by_rank[rail_N, own_G].sum(axis=0),
@@ -103,7 +102,6 @@ class BalancedRouting:
             self.rows_by_expert[:, rank].sum(axis=0),
             self.tokens_by_rank[rank].sum(keepdims=True),
         )
-        return _numbers(parts)
 
 
 def _spread(total: int, ranks: int, places: int) -> CountArray:
@@ -113,5 +111,5 @@ def _spread(total: int, ranks: int, places: int) -> CountArray:
     return each + ((np.arange(places)[None, :] - first_P1) % places < more).astype(np.int64)
 
 
-def _numbers(parts: tuple[CountArray, ...]) -> list[int]:
+def _numbers(*parts: CountArray) -> list[int]:
     return [int(number) for part in parts for number in part]
