@@ -31,6 +31,7 @@ from .device.recorder import LiveTensorMemory, RankRecorder
 from .device.routing import BalancedRouting
 from .device.spans import RehearsalSpanRecorder
 from .device.streams import LoggedStreams
+from .findings import ERROR_KIND
 from .gpu_config import FAKE_DEVICE
 from .log import DeviceMemoryRecord, RankLog
 
@@ -66,7 +67,7 @@ class RankRehearsal:
             except Exception as error:
                 kind = type(error).__name__
                 place = f"{recorder.spans.current_instruction}: {error_location(error)}"
-                recorder.record_finding("error", f"{kind}: {error}", place)
+                recorder.record_finding(ERROR_KIND, f"{kind}: {error}", place)
         return RankLog(
             rank=self.rank,
             pp_rank=self.config.topology.pp_rank(self.rank),

@@ -85,15 +85,14 @@ class RehearsalResult:
     @property
     def host_wait_summaries(self) -> list[HostWaitSummary]:
         """Host waits by code line, the most frequent first."""
-        times: Counter[tuple[str, str, bool]] = Counter()
-        most: dict[tuple[str, str, bool], int] = {}
-        for log in self.logs:
-            of_rank = Counter(
-                (code_line_of_location(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log)
-            )
-            times += of_rank
-            most |= {key: max(count, most.get(key, 0)) for key, count in of_rank.items()}
-        return [HostWaitSummary(*key, count, most[key]) for key, count in times.most_common()]
+        by_rank = [
+            Counter((code_line_of_location(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log))
+            for log in self.logs
+        ]
+        total: Counter[tuple[str, str, bool]] = sum(by_rank, Counter())
+        return [
+            HostWaitSummary(*key, count, max(counts[key] for counts in by_rank)) for key, count in total.most_common()
+        ]
 
     @property
     def peak_bytes_by_phase(self) -> dict[str, tuple[int, int]]:

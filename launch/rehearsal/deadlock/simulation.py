@@ -94,7 +94,7 @@ class DeadlockSimulation:
         self._call_counts: Counter[tuple[int, Hashable]] = Counter()
         """Number of each rank's collectives by communicator, and of its messages by channel."""
         self._launch_orders: dict[tuple[int, Communicator], LaunchOrder] = {}
-        self._pending_connections: dict[Channel, tuple[frozenset[Channel], str]] = {}
+        self._pending_connections: dict[tuple[Communicator, int, int], tuple[frozenset[Channel], str]] = {}
         self._sleepers: defaultdict[Hashable, list[Actor]] = defaultdict(list)
         self._ready: deque[Actor] = deque(Actor(rank) for rank in self.hosts)
 
