@@ -22,19 +22,9 @@ from ..answers.blocks import (
 )
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
 from .findings import format_ranks
-from .launch_counts import (
-    DENSE_LAYER,
-    MOE_LAYER,
-    MTP_MODULE,
-    WHOLE_STEP,
-    MeanKernelLaunches,
-    has_weight_gradients,
-    moe_layer_totals,
-)
-from .log import RankLog
-from .result import RehearsalResult, count_collectives, count_p2p_batches, step_host_waits
-
-_OWNERS = (MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP)
+from .launch_counts import MOE_LAYER, OWNERS, MeanKernelLaunches, has_weight_gradients, moe_layer_totals
+from .log import CollectiveRecord, P2PBatchRecord, RankLog
+from .result import RehearsalResult, step_host_waits
 
 
 def rehearsal_answer(result: RehearsalResult, operations: int) -> Answer:
@@ -81,8 +71,8 @@ def _rank_tree(log: RankLog) -> dict[str, Any]:
         "pp_rank": log.pp_rank,
         "micro_batches": log.micro_batches,
         "operations": log.operations,
-        "collectives": count_collectives(log),
-        "p2p_batches": count_p2p_batches(log),
+        "collectives": sum(1 for _ in log.events_of(CollectiveRecord)),
+        "p2p_batches": sum(1 for _ in log.events_of(P2PBatchRecord)),
         "host_waits": sum(1 for _ in step_host_waits(log)),
         "group_creations": log.group_creations,
         "memory": asdict(log.memory),
@@ -164,9 +154,7 @@ def _memory_by_phase(result: RehearsalResult) -> TableBlock:
 
 
 def _phases(result: RehearsalResult) -> TableBlock:
-    counts = sorted(
-        result.launches_by_phase, key=lambda count: (_OWNERS.index(count.owner), count.stream, -count.bytes)
-    )
+    counts = sorted(result.launches_by_phase, key=lambda count: (OWNERS.index(count.owner), count.stream, -count.bytes))
     groups = [
         [(*key[:1], count.phase, *key[1:], *_launches(count.launches, count.bytes)) for count in same]
         for key, same in groupby(counts, key=lambda count: (count.owner, count.stream))

@@ -1,4 +1,4 @@
-"""Limits of one rank's step: host waits, collectives over all ranks, group creations and memory."""
+"""Limits of one rank's step: collectives of the host and over all ranks, group creations and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...comm.units import format_giga
 from ...trainer.memory.forecast import PREDICTION_MARGIN
 from .deadlock.waits import CONTROL_GROUP
 from .findings import has_raised
-from .log import CollectiveRecord, HostWait, RankFinding, RankLog
+from .log import CollectiveRecord, RankFinding, RankLog
 
 WORLD_GROUP = "world"
 MAX_WORLD_COLLECTIVES = 2
@@ -19,64 +19,37 @@ MAX_GROUP_CREATIONS = 20
 
 def check_step(log: RankLog) -> Iterator[RankFinding]:
     """Yield a finding for each limit that the rank's step exceeds."""
-    yield from _host_reads(log)
-    yield from _control(log)
-    yield from _world(log)
+    collectives = [event for event in log.events_of(CollectiveRecord) if not event.is_warm_up]
+    for event in collectives:
+        if event.group == CONTROL_GROUP:
+            does = f"{event.operation} ({event.purpose})"
+            text = f"{does} over gloo inside the step, at which the host waits for all ranks"
+            yield RankFinding("control", text, event.code_location)
+    over_world = [event for event in collectives if event.group == WORLD_GROUP]
+    if len(over_world) > MAX_WORLD_COLLECTIVES:
+        named = ", ".join(f"{event.operation} ({event.purpose})" for event in over_world)
+        text = f"{len(over_world)} collectives over all ranks in one step, limit {MAX_WORLD_COLLECTIVES}: {named}"
+        yield RankFinding("world", text, over_world[MAX_WORLD_COLLECTIVES].code_location)
     if log.group_creations > MAX_GROUP_CREATIONS:
         text = f"{log.group_creations} process groups are created; any grid needs at most {MAX_GROUP_CREATIONS}"
         yield RankFinding("groups", text, "comm/group_factory.py")
     yield from _memory(log)
 
 
-def step_collectives(log: RankLog) -> Iterator[CollectiveRecord]:
-    """Yield the collectives of the step, without those of the warm-up."""
-    return (event for event in log.events if isinstance(event, CollectiveRecord) and not event.is_warm_up)
-
-
-def _host_reads(log: RankLog) -> Iterator[RankFinding]:
-    # Inside an FB the host may wait only for the sizes of a dispatch: any other wait delays the launches that overlap.
-    known = {finding.code_location for finding in log.findings if finding.kind == "host read"}
-    for event in log.events:
-        if not isinstance(event, HostWait) or not event.is_inside_fb or event.reason == "event":
-            continue
-        if event.code_location not in known:
-            text = f"the host waits for stream {event.stream} ({event.reason}) inside an FB"
-            yield RankFinding("host read", text, event.code_location)
-
-
-def _control(log: RankLog) -> Iterator[RankFinding]:
-    for event in step_collectives(log):
-        if event.group == CONTROL_GROUP:
-            text = (
-                f"{event.operation} ({event.purpose}) over gloo inside the step, at which the host waits for all ranks"
-            )
-            yield RankFinding("control", text, event.code_location)
-
-
-def _world(log: RankLog) -> Iterator[RankFinding]:
-    found = [event for event in step_collectives(log) if event.group == WORLD_GROUP]
-    if len(found) > MAX_WORLD_COLLECTIVES:
-        named = ", ".join(f"{event.operation} ({event.purpose})" for event in found)
-        text = f"{len(found)} collectives over all ranks in one step, limit {MAX_WORLD_COLLECTIVES}: {named}"
-        yield RankFinding("world", text, found[MAX_WORLD_COLLECTIVES].code_location)
-
-
 def _memory(log: RankLog) -> Iterator[RankFinding]:
     memory = log.memory
-    if has_raised(log):
-        return
-    if abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
+    in_step = memory.peak_bytes >= memory.peak_while_building_bytes
+    peak = max(memory.peak_bytes, memory.peak_while_building_bytes)
+    if memory.capacity_bytes is not None and peak > memory.capacity_bytes:
+        phase = memory.peak_phase if in_step else "building"
+        needs, has = format_giga(peak, 1), format_giga(memory.capacity_bytes, 1)
+        text = f"live tensors need {needs} GB in {phase}, the GPU has {has} GB for tensors"
+        yield RankFinding("memory", text, phase)
+    if not has_raised(log) and abs(peak_memory_relative_error(log)) > PREDICTION_MARGIN:
         text = (
             f"live tensors peak at {format_giga(memory.peak_bytes)} GB,"
             f" predicted {format_giga(memory.predicted_peak_bytes)} GB"
             f" ({peak_memory_relative_error(log):+.1%}, limit {PREDICTION_MARGIN:.0%})"
-        )
-        yield RankFinding("memory", text, memory.peak_phase)
-    peak = max(memory.peak_bytes, memory.peak_while_building_bytes)
-    is_known = any(finding.kind == "memory" for finding in log.findings)
-    if memory.capacity_bytes is not None and peak > memory.capacity_bytes and not is_known:
-        text = (
-            f"live tensors need {format_giga(peak)} GB, the GPU has {format_giga(memory.capacity_bytes)} GB for tensors"
         )
         yield RankFinding("memory", text, memory.peak_phase)
 

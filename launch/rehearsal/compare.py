@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, zip_longest
 
 from .deadlock.communicators import (
     CollectivesByCommunicator,
@@ -13,11 +13,9 @@ from .deadlock.communicators import (
     group_p2p_ops,
 )
 from .findings import RunFinding, has_raised
-from .log import CollectiveRecord, RankLog
+from .log import CollectiveRecord, P2POpRecord, RankLog
 
 ALL_TO_ALL = "all_to_all"
-
-_Row = list[CollectiveRecord]
 
 
 def compare_rank_logs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
@@ -36,46 +34,17 @@ def compare_rank_logs(logs: Sequence[RankLog]) -> Iterator[RunFinding]:
 def _order_findings(collectives: CollectivesByCommunicator, failed: set[int]) -> Iterator[RunFinding]:
     # Operation, shape, dtype and purpose are equal for all members, so comparing each member with the next suffices.
     for communicator, rows in collectives.items():
+        texts = {rank: [_collective_text(each) for each in row] for rank, row in rows.items()}
         for ours, theirs in pairwise(sorted(rows)):
-            differing = [
-                number
-                for number in range(max(len(rows[ours]), len(rows[theirs])))
-                if not _is_alike(rows, ours, theirs, number, failed)
-            ]
+            differing = _differing_numbers((texts[ours], texts[theirs]), (ours, theirs), failed)
             if differing:
-                yield _order_finding(communicator, rows, (ours, theirs), differing)
-
-
-def _is_alike(rows: dict[int, _Row], ours: int, theirs: int, number: int, failed: set[int]) -> bool:
-    present = [rank for rank in (ours, theirs) if number < len(rows[rank])]
-    if len(present) == 2:
-        return _comparable_fields(rows[ours][number]) == _comparable_fields(rows[theirs][number])
-    return bool({ours, theirs}.difference(present) & failed)
-
-
-def _comparable_fields(collective: CollectiveRecord) -> tuple[object, ...]:
-    return collective.operation, collective.purpose, collective.shape, collective.dtype
-
-
-def _order_finding(
-    communicator: Communicator, rows: dict[int, _Row], ranks: tuple[int, int], differing: list[int]
-) -> RunFinding:
-    first = differing[0]
-    has = "; ".join(f"rank {rank} has {_collective_at(rows[rank], first)}" for rank in ranks)
-    places = tuple(rows[rank][first].code_location for rank in ranks if first < len(rows[rank]))
-    text = f"number {first + 1} on {communicator}: {has}{_count_of_others(differing)}"
-    return RunFinding("collective", ranks, text, places)
-
-
-def _collective_at(row: _Row, number: int) -> str:
-    if number >= len(row):
-        return f"none (its last is number {len(row)})"
-    each = row[number]
-    return f"{each.operation} ({each.purpose}) of {each.dtype} {list(each.shape)}"
-
-
-def _count_of_others(differing: Sequence[int]) -> str:
-    return f"; {len(differing) - 1} more after it" if len(differing) > 1 else ""
+                first = differing[0]
+                has = "; ".join(
+                    f"rank {rank} has {_text_at(texts[rank], first, f'none (its last is number {len(texts[rank])})')}"
+                    for rank in (ours, theirs)
+                )
+                text = f"number {first + 1} on {communicator}: {has}"
+                yield _finding("collective", (ours, theirs), (rows[ours], rows[theirs]), differing, text)
 
 
 def _size_findings(collectives: CollectivesByCommunicator) -> Iterator[RunFinding]:
@@ -97,8 +66,7 @@ def _size_findings(collectives: CollectivesByCommunicator) -> Iterator[RunFindin
                     f" rank {ours} sends {out} rows to rank {theirs}, which expects {received};"
                     f" rank {theirs} sends {sent} rows to rank {ours}, which expects {back}"
                 )
-                places = left.code_location, right.code_location
-                yield RunFinding("collective", (ours, theirs), f"{text}{_count_of_others(differing)}", places)
+                yield _finding("collective", (ours, theirs), (rows[ours], rows[theirs]), differing, text)
 
 
 def _between(
@@ -112,31 +80,49 @@ def _between(
 def _message_findings(logs: Sequence[RankLog], failed: set[int]) -> Iterator[RunFinding]:
     # Messages between two ranks of a communicator have no tags: they match by their number.
     sent, received = group_p2p_ops(logs)
-    for key in dict.fromkeys((*sent, *received)):
-        communicator, source, target = key
-        out, arriving = sent.get(key, []), received.get(key, [])
-        shorter = source if len(out) < len(arriving) else target
-        compared = min(len(out), len(arriving)) if shorter in failed else max(len(out), len(arriving))
-        differing = [number for number in range(compared) if not _is_matched(out, arriving, number)]
+    for channel in dict.fromkeys((*sent, *received)):
+        communicator, source, target = channel
+        ends = sent.get(channel, []), received.get(channel, [])
+        out, arriving = ([_message_text(end.message) for end in row] for row in ends)
+        differing = _differing_numbers((out, arriving), (source, target), failed)
         if differing:
             first = differing[0]
             text = (
                 f"message {first + 1} from rank {source} to rank {target} on {communicator}: rank {source} sends"
-                f" {_message_at(out, first)}; rank {target} receives {_message_at(arriving, first)}"
+                f" {_text_at(out, first, 'none')}; rank {target} receives {_text_at(arriving, first, 'none')}"
             )
-            places = tuple(ends[first].code_location for ends in (out, arriving) if first < len(ends))
-            yield RunFinding("message", (source, target), f"{text}{_count_of_others(differing)}", places)
+            yield _finding("message", (source, target), ends, differing, text)
 
 
-def _is_matched(out: Sequence[P2POpEndpoint], arriving: Sequence[P2POpEndpoint], number: int) -> bool:
-    if number >= min(len(out), len(arriving)):
-        return False
-    left, right = out[number].message, arriving[number].message
-    return (left.purpose, left.shape, left.dtype) == (right.purpose, right.shape, right.dtype)
+def _collective_text(each: CollectiveRecord) -> str:
+    return f"{each.operation} ({each.purpose}) of {each.dtype} {list(each.shape)}"
 
 
-def _message_at(ends: Sequence[P2POpEndpoint], number: int) -> str:
-    if number >= len(ends):
-        return "none"
-    message = ends[number].message
+def _message_text(message: P2POpRecord) -> str:
     return f"{message.purpose}, {message.dtype} {list(message.shape)}"
+
+
+def _text_at(texts: Sequence[str], number: int, missing: str) -> str:
+    return texts[number] if number < len(texts) else missing
+
+
+def _differing_numbers(
+    texts: tuple[Sequence[str], Sequence[str]], ranks: tuple[int, int], failed: set[int]
+) -> list[int]:
+    """Return the numbers at which the calls of two ranks have different texts, which hold all that must be equal."""
+    shorter = ranks[0] if len(texts[0]) < len(texts[1]) else ranks[1]
+    pairs = zip(*texts, strict=False) if shorter in failed else zip_longest(*texts)
+    return [number for number, (ours, theirs) in enumerate(pairs) if ours != theirs]
+
+
+def _finding(
+    kind: str,
+    ranks: tuple[int, int],
+    rows: Sequence[Sequence[CollectiveRecord] | Sequence[P2POpEndpoint]],
+    differing: Sequence[int],
+    text: str,
+) -> RunFinding:
+    """Return the finding for the first of the differing numbers, with a count of the others."""
+    places = tuple(row[differing[0]].code_location for row in rows if differing[0] < len(row))
+    others = f"; {len(differing) - 1} more after it" if len(differing) > 1 else ""
+    return RunFinding(kind, ranks, f"{text}{others}", places)

@@ -16,17 +16,20 @@ FAKE_DEVICE = torch.device("cuda", 0)
 
 
 def gpu_run_config(config: RunConfig, micro_batches: int | None) -> RunConfig:
-    """Return the configuration for Hopper GPUs, with `micro_batches` per step if given. Raises `ConfigError`."""
-    training = replace(config.training, device="cuda")
-    if micro_batches is not None:
-        size = micro_batches * config.global_micro_batch_size
-        training = replace(
-            training,
-            global_batch_size=size,
-            rampup_start_batch_size=None,
-            rampup_batch_size_increment=None,
-            rampup_tokens=0,
-        )
+    """Return the configuration for Hopper GPUs, with the batch size of the rehearsed step and no ramp-up.
+
+    `micro_batches` is the number per rank; None: that of the first step. Raises `ConfigError`.
+    """
+    training = replace(
+        config.training,
+        device="cuda",
+        global_batch_size=config.batch_ramp.batch_size(1)
+        if micro_batches is None
+        else micro_batches * config.global_micro_batch_size,
+        rampup_start_batch_size=None,
+        rampup_batch_size_increment=None,
+        rampup_tokens=0,
+    )
     config = replace(config, training=training)
     raise_if_any([*config.problems(), *_unsupported(config)])
     if config.training.attention_backend == "auto":

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ...parallelism.pipeline.program import Op
+from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.model.forward_context import StageSpec
-from ...trainer.model.stage_layout import StageLayout
 from .log import KernelLaunches, RankLog
 
-MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = "MoE layer", "dense layer", "MTP module", "step"
-
-Key = TypeVar("Key", bound=Hashable)
+OWNERS = "MoE layer", "dense layer", "MTP module", "step"
+MOE_LAYER, DENSE_LAYER, MTP_MODULE, WHOLE_STEP = OWNERS
 
 
 @dataclass(frozen=True)
@@ -31,21 +29,6 @@ class MeanKernelLaunches:
     code_location: str
     launches: float
     bytes: float
-
-
-def mean_launches_by_phase(config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> list[MeanKernelLaunches]:
-    """Return the means by phase and stream, in the order of the first launch."""
-    found = _means(config, stages, logs, lambda row: (row.phase, row.stream))
-    return [MeanKernelLaunches(owner, phase, stream, "", "", *mean) for (owner, (phase, stream)), mean in found.items()]
-
-
-def mean_launches_by_operation(
-    config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]
-) -> list[MeanKernelLaunches]:
-    """Return the means by operation and code location, those that move the most bytes first."""
-    found = _means(config, stages, logs, lambda row: (row.phase, row.stream, row.operation, row.code_location))
-    counts = [MeanKernelLaunches(owner, *key, *mean) for (owner, key), mean in found.items()]
-    return sorted(counts, key=lambda count: -count.bytes)
 
 
 def moe_layer_totals(counts: Sequence[MeanKernelLaunches]) -> dict[str, tuple[float, float]]:
@@ -67,7 +50,8 @@ def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
 class _Owners:
     """Assignment of each rank's launches to a kind of layer or to the step, and the number of each kind."""
 
-    def __init__(self, config: RunConfig, stages: StageLayout, logs: Sequence[RankLog]) -> None:
+    def __init__(self, config: RunConfig, logs: Sequence[RankLog]) -> None:
+        stages = build_stage_layout(config)
         self._dense_layers = config.model.first_k_dense_replace
         self._plain: set[int] = set()
         """Ranks that hold only MoE layers."""
@@ -112,19 +96,20 @@ def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
     }
 
 
-def _means(
-    config: RunConfig, stages: StageLayout, logs: Sequence[RankLog], key_of: Callable[[KernelLaunches], Key]
-) -> dict[tuple[str, Key], tuple[float, float]]:
-    """Return mean launches and bytes by owner and key."""
-    owners = _Owners(config, stages, logs)
-    sums: defaultdict[tuple[str, Key], list[int]] = defaultdict(lambda: [0, 0])
+def mean_launches(
+    config: RunConfig, logs: Sequence[RankLog], key_of: Callable[[KernelLaunches], tuple[str, str, str, str]]
+) -> list[MeanKernelLaunches]:
+    """Return mean launches and bytes by owner and key, which is (phase, stream, operation, code location)."""
+    owners = _Owners(config, logs)
+    sums: defaultdict[tuple[str, tuple[str, str, str, str]], list[int]] = defaultdict(lambda: [0, 0])
     for log in logs:
         for row in log.launches:
             total = sums[owners.owner_of(log.rank, row), key_of(row)]
             total[0] += row.launches
             total[1] += row.bytes
-    means: defaultdict[tuple[str, Key], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    means: defaultdict[tuple[str, tuple[str, str, str, str]], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (owner, key), (launches, size) in sums.items():
-        of, times = MOE_LAYER if owner == _UNLABELED else owner, owners.occurrences[owner]
-        means[of, key] = means[of, key][0] + launches / times, means[of, key][1] + size / times
-    return dict(means)
+        mean = means[MOE_LAYER if owner == _UNLABELED else owner, key]
+        mean[0] += launches / owners.occurrences[owner]
+        mean[1] += size / owners.occurrences[owner]
+    return [MeanKernelLaunches(owner, *key, *mean) for (owner, key), mean in means.items()]

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from ...comm.files.file_io import read_json
 
@@ -94,6 +95,7 @@ class HostWait:
 
 
 LogEvent: TypeAlias = CollectiveRecord | P2PBatchRecord | EventRecord | StreamWait | HostWait
+Event = TypeVar("Event", bound=LogEvent)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class RankLog:
     assumptions: tuple[str, ...]
     """Assumed values of numbers that only a real device computes."""
     seconds: float
+
+    def events_of(self, kind: type[Event]) -> Iterator[Event]:
+        """Yield the events of one kind, warm-up included."""
+        return (event for event in self.events if isinstance(event, kind))
 
     def write(self, path: Path) -> None:
         """Write the log as JSON."""

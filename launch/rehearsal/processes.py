@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -41,16 +41,6 @@ class RehearsalRequest:
     """Path of the library that `build_autograd_shim` returns."""
 
 
-@dataclass(frozen=True)
-class _Running:
-    """Process of a rank, and its files."""
-
-    rank: int
-    process: Popen[bytes]
-    output: Path
-    messages: Path
-
-
 def rehearse_ranks(
     request: RehearsalRequest,
     ranks: Sequence[int],
@@ -65,20 +55,20 @@ def rehearse_ranks(
     """
     report_progress(f"rehearsing {len(ranks)} rank(s), {min(len(ranks), max_processes)} at a time")
     logs: dict[int, RankLog] = {}
-    waiting, running = deque(ranks), list[_Running]()
+    waiting, running = deque(ranks), dict[int, Popen[bytes]]()
     with raise_on_stop_signals(), tempfile.TemporaryDirectory(prefix="shoestring-rehearse-") as scratch:
         try:
             while waiting or running:
                 while waiting and len(running) < max_processes:
-                    running.append(_start(request, waiting.popleft(), Path(scratch), rank_arguments))
-                ended = _first_ended(running)
-                running.remove(ended)
-                log = logs[ended.rank] = _read_log(ended)
+                    rank = waiting.popleft()
+                    running[rank] = _start(request, rank, Path(scratch), rank_arguments)
+                rank = _first_ended(running)
+                log = logs[rank] = _read_log(rank, running.pop(rank).returncode, Path(scratch))
                 report_progress(_progress(log, len(logs), len(ranks)))
         finally:
-            for left in running:
-                left.process.kill()
-                left.process.wait()
+            for process in running.values():
+                process.kill()
+                process.wait()
     return tuple(logs[rank] for rank in ranks)
 
 
@@ -98,13 +88,17 @@ def _available_bytes() -> int:
     return int(available) * 1024
 
 
-def _start(request: RehearsalRequest, rank: int, scratch: Path, rank_arguments: Sequence[str]) -> _Running:
-    spec, output, messages = (scratch / f"{name}_{rank}" for name in ("spec", "log", "messages"))
+def _files(scratch: Path, rank: int) -> tuple[Path, Path, Path]:
+    """Return the files of a rank's specification, log and output."""
+    return scratch / f"spec_{rank}", scratch / f"log_{rank}", scratch / f"messages_{rank}"
+
+
+def _start(request: RehearsalRequest, rank: int, scratch: Path, rank_arguments: Sequence[str]) -> Popen[bytes]:
+    spec, log, messages = _files(scratch, rank)
     spec.write_text(json.dumps({**asdict(request), "rank": rank}))
-    command = [sys.executable, *rank_arguments, str(spec), str(output)]
     with messages.open("wb") as file:
-        process = Popen(
-            command,
+        return Popen(
+            [sys.executable, *rank_arguments, str(spec), str(log)],
             env=build_rank_environment(),
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -112,25 +106,24 @@ def _start(request: RehearsalRequest, rank: int, scratch: Path, rank_arguments: 
             start_new_session=True,  # Ctrl-C reaches only this process, which ends the ranks
             preexec_fn=die_with_parent,
         )
-    return _Running(rank, process, output, messages)
 
 
-def _first_ended(running: Sequence[_Running]) -> _Running:
+def _first_ended(running: Mapping[int, Popen[bytes]]) -> int:
     while True:
-        for each in running:
-            if each.process.poll() is not None:
-                return each
+        for rank, process in running.items():
+            if process.poll() is not None:
+                return rank
         time.sleep(_POLL_SECONDS)
 
 
-def _read_log(ended: _Running) -> RankLog:
-    code = ended.process.returncode
-    if code == 0 and ended.output.exists():
-        return RankLog.read(ended.output)
-    messages = ended.messages.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
+def _read_log(rank: int, code: int, scratch: Path) -> RankLog:
+    _, log, output = _files(scratch, rank)
+    if code == 0 and log.exists():
+        return RankLog.read(log)
+    messages = output.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
     outcome = f"was killed by signal {-code} (9: possibly out of memory)" if code < 0 else f"exited with {code}"
-    output = "".join(f"\n  {line}" for line in messages) or " none"
-    raise RanksFailed(f"the process of rank {ended.rank} {outcome} and wrote no log; its output:{output}")
+    lines = "".join(f"\n  {line}" for line in messages) or " none"
+    raise RanksFailed(f"the process of rank {rank} {outcome} and wrote no log; its output:{lines}")
 
 
 def _progress(log: RankLog, done: int, total: int) -> str:

@@ -23,15 +23,17 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are only counted, neither compiled nor interpreted
     ctypes.CDLL(spec["shim"], mode=ctypes.RTLD_GLOBAL)
     from ...comm.errors import ConfigError
-    from .rehearse import RankRehearsalConfig  # imports torch, which now finds the shim's device
+    from ..compose import compose_run_config  # imports torch, which now finds the shim's device
+    from .gpu_config import gpu_run_config
+    from .rehearse import RankRehearsal
 
     directory = None if spec["config_dir"] is None else Path(spec["config_dir"])
     try:
-        rehearsal = RankRehearsalConfig.compose(spec["overrides"], directory, spec["rank"], spec["micro_batches"])
+        config = gpu_run_config(compose_run_config(spec["overrides"], directory), spec["micro_batches"])
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    rehearsal.run().write(Path(arguments[1]))
+    RankRehearsal(config, spec["rank"]).run().write(Path(arguments[1]))
 
 
 if __name__ == "__main__":

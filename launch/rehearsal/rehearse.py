@@ -5,80 +5,45 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._tools import fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ...comm.errors import ConfigError, Problem
 from ...comm.groups import ProcessGroups
-from ...comm.units import format_giga
 from ...trainer.build import TrainingEngine, build_engine, build_stage_layout
 from ...trainer.config import RunConfig, scheduled_value
 from ...trainer.data.samples import TokenBatch
 from ...trainer.memory.forecast import MemoryPredictor
-from ...trainer.memory.peak import RankMemory
 from ...trainer.run.step import StepSettings
-from ..compose import compose_run_config
-from .device.code_locations import AUTOGRAD_LOCATION
+from .device.code_locations import AUTOGRAD_LOCATION, error_location, line_location
 from .device.fake_device import FakeDeviceMode
 from .device.groups import LoggedGroupFactory
 from .device.patches import patch_triton_and_threads
 from .device.readback import BalancedReadback
-from .device.recorder import RankRecorder
+from .device.recorder import LiveTensorMemory, RankRecorder
 from .device.routing import BalancedRouting
 from .device.spans import RehearsalSpanRecorder
 from .device.streams import LoggedStreams
-from .gpu_config import FAKE_DEVICE, gpu_run_config
+from .findings import ERROR_KIND
+from .gpu_config import FAKE_DEVICE
 from .log import DeviceMemoryRecord, RankLog
 
 assert fake_collectives.collective_ops  # its import registers the fake kernels of collectives
 
 
 @dataclass(frozen=True)
-class RankRehearsalConfig:
-    """Rehearsal of one rank's first step."""
+class RankRehearsal:
+    """Rehearsal of one rank's first step. `config` is the run as on its GPUs, see `gpu_run_config`."""
 
     config: RunConfig
     rank: int
-    global_batch_size: int
-    """Sequences of the step, over all ranks."""
-
-    @staticmethod
-    def compose(
-        overrides: Sequence[str], config_dir: Path | None, rank: int, micro_batches: int | None
-    ) -> RankRehearsalConfig:
-        """Compose the run as on its GPUs. Raises `ConfigError`."""
-        config = gpu_run_config(compose_run_config(overrides, config_dir), micro_batches)
-        if not 0 <= rank < config.topology.world_size:
-            hint = f"must be from 0 to {config.topology.world_size - 1}"
-            raise ConfigError([Problem("--ranks", rank, hint)])
-        return RankRehearsalConfig(config, rank, config.batch_ramp.batch_size(1))
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of this rank in the step."""
-        return self.global_batch_size // self.config.global_micro_batch_size
-
-    @property
-    def predicted_memory(self) -> RankMemory:
-        """Predicted memory of the rank in this step, on a GPU."""
-        training = replace(
-            self.config.training,
-            global_batch_size=self.global_batch_size,
-            rampup_start_batch_size=None,
-            rampup_batch_size_increment=None,
-            rampup_tokens=0,
-        )
-        memory = MemoryPredictor(replace(self.config, training=training), torch.device("cuda"))
-        return memory.predict_rank(self.config.topology.pp_rank(self.rank))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -95,31 +60,30 @@ class RankRehearsalConfig:
         """Build the rank and run the step; an exception becomes a finding."""
         began = time.perf_counter()
         recorder = RankRecorder(RehearsalSpanRecorder("building"))
-        memory = _MemoryLevels()
         groups = LoggedGroupFactory(self.rank, recorder)
         with _record_deprecations(recorder):
             try:
-                self._step(recorder, groups, memory)
+                self._step(recorder, groups)
             except Exception as error:
                 kind = type(error).__name__
-                place = f"{recorder.spans.current_instruction}: {recorder.code_locations.error_location(error)}"
-                recorder.record_finding("error", f"{kind}: {error}", place)
+                place = f"{recorder.spans.current_instruction}: {error_location(error)}"
+                recorder.record_finding(ERROR_KIND, f"{kind}: {error}", place)
         return RankLog(
             rank=self.rank,
             pp_rank=self.config.topology.pp_rank(self.rank),
             world_size=self.config.topology.world_size,
-            micro_batches=self.micro_batches,
+            micro_batches=self.config.num_micro_batches,
             group_creations=groups.creation_calls,
             operations=recorder.operations,
             events=tuple(recorder.events),
-            memory=self._memory(recorder, memory),
+            memory=self._memory(recorder.memory),
             launches=recorder.launches,
             findings=recorder.findings,
             assumptions=self.assumptions,
             seconds=time.perf_counter() - began,
         )
 
-    def _step(self, recorder: RankRecorder, logged: LoggedGroupFactory, levels: _MemoryLevels) -> None:
+    def _step(self, recorder: RankRecorder, logged: LoggedGroupFactory) -> None:
         topology, training = self.config.topology, self.config.training
         dist.init_process_group("fake", rank=self.rank, world_size=topology.world_size, store=FakeStore())
         limit = timedelta(seconds=training.collective_timeout_seconds)
@@ -128,7 +92,6 @@ class RankRehearsalConfig:
         device = FakeDeviceMode(recorder, BalancedReadback(self.config, self.rank, recorder.spans))
         with patch_triton_and_threads(device), device:
             engine = build_engine(self.config, groups, FAKE_DEVICE, recorder.spans, LoggedStreams(recorder))
-            levels.state, levels.building = recorder.memory.live_bytes, recorder.memory.peak_bytes
             recorder.spans.set_base_phase("step")
             recorder.begin_step()
             self._take_step(engine)
@@ -144,58 +107,37 @@ class RankRehearsalConfig:
             router_bias_update_rate=scheduled_value(config.training.router_bias_update_rate, 0),
         )
         engine.exchange_traffic.reset()
-        engine.stepper.step(list(self._batches()), self.global_batch_size, settings)
+        engine.stepper.step(list(self._batches()), config.training.global_batch_size, settings)
         engine.stepper.optimizer.wait_for_weights()
 
     def _batches(self) -> Iterator[TokenBatch]:
-        for _ in range(self.micro_batches):
+        for _ in range(self.config.num_micro_batches):
             tokens_BW = torch.zeros(
                 (self.config.schedule.micro_batch_size, self.config.tokens_per_sample), dtype=torch.int64
             )
             yield TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)).to(FAKE_DEVICE)
 
-    def _memory(self, recorder: RankRecorder, levels: _MemoryLevels) -> DeviceMemoryRecord:
-        predicted, live = self.predicted_memory, recorder.memory
+    def _memory(self, live: LiveTensorMemory) -> DeviceMemoryRecord:
+        predictor = MemoryPredictor(self.config, torch.device("cuda"))
+        predicted = predictor.predict_rank(self.config.topology.pp_rank(self.rank))
         size = self.config.cluster.memory_gb
-        capacity = None if size is None else size * 1e9 - predicted.non_allocator_bytes
-        if capacity is not None and max(live.peak_bytes, levels.building) > capacity:
-            peak = max(live.peak_bytes, levels.building)
-            phase = live.peak_phase if live.peak_bytes >= levels.building else "building"
-            needs, has = format_giga(peak, 1), format_giga(capacity, 1)
-            text = f"live tensors need {needs} GB in {phase}, the GPU has {has} GB for tensors"
-            recorder.record_finding("memory", text, phase)
         return DeviceMemoryRecord(
-            state_bytes=levels.state,
-            peak_while_building_bytes=levels.building,
+            state_bytes=live.state_bytes,
+            peak_while_building_bytes=live.peak_while_building_bytes,
             peak_bytes=live.peak_bytes,
             peak_phase=live.peak_phase,
             peak_bytes_by_phase=live.peak_bytes_by_phase,
             predicted_peak_bytes=predicted.allocator_bytes,
-            capacity_bytes=capacity,
+            capacity_bytes=None if size is None else size * 1e9 - predicted.non_allocator_bytes,
         )
-
-
-@dataclass
-class _MemoryLevels:
-    """Bytes of live tensors: after the engine is built, and the peak while it was built."""
-
-    state: int = 0
-    building: int = 0
 
 
 @contextmanager
 def _record_deprecations(recorder: RankRecorder) -> Iterator[None]:
     """Record each call from our code to a deprecated function as a finding, once."""
 
-    def record(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        place = recorder.code_locations.line_location(sys._getframe())
+    def record(message: Warning | str, category: type[Warning], *_place: Any, **_options: Any) -> None:
+        place = line_location(sys._getframe())
         is_deprecation = issubclass(category, DeprecationWarning | FutureWarning) or "deprecated" in str(message)
         if is_deprecation and place != AUTOGRAD_LOCATION:
             recorder.record_finding("deprecated", str(message).strip().splitlines()[0], place)

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from .checks import check_step
 from .compare import compare_rank_logs
 from .deadlock.communicators import group_collectives, group_p2p_ops
 from .deadlock.diagnosis import find_hangs
 from .findings import RunFinding, code_line_of_location, group_findings, has_raised
-from .launch_counts import MeanKernelLaunches, mean_launches_by_operation, mean_launches_by_phase
-from .log import CollectiveRecord, HostWait, P2PBatchRecord, RankLog
+from .launch_counts import MeanKernelLaunches, mean_launches
+from .log import HostWait, RankLog
 
 _FATAL_KINDS = ("error", "device", "hang", "first contact", "collective", "message")
 """Kinds of findings that end a run, in the order in which they are printed, before those that cost time or memory."""
@@ -72,26 +71,28 @@ class RehearsalResult:
 
     @cached_property
     def launches_by_phase(self) -> list[MeanKernelLaunches]:
-        """See `mean_launches_by_phase`."""
-        return mean_launches_by_phase(self.config, build_stage_layout(self.config), self.logs)
+        """Mean launches by phase and stream, in the order of the first launch."""
+        return mean_launches(self.config, self.logs, lambda row: (row.phase, row.stream, "", ""))
 
     @property
     def launches_by_operation(self) -> list[MeanKernelLaunches]:
-        """See `mean_launches_by_operation`."""
-        return mean_launches_by_operation(self.config, build_stage_layout(self.config), self.logs)
+        """Mean launches by operation and code location, those that move the most bytes first."""
+        counts = mean_launches(
+            self.config, self.logs, lambda row: (row.phase, row.stream, row.operation, row.code_location)
+        )
+        return sorted(counts, key=lambda count: -count.bytes)
 
     @property
     def host_wait_summaries(self) -> list[HostWaitSummary]:
         """Host waits by code line, the most frequent first."""
-        times: Counter[tuple[str, str, bool]] = Counter()
-        most: dict[tuple[str, str, bool], int] = {}
-        for log in self.logs:
-            of_rank = Counter(
-                (code_line_of_location(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log)
-            )
-            times += of_rank
-            most |= {key: max(count, most.get(key, 0)) for key, count in of_rank.items()}
-        return [HostWaitSummary(*key, count, most[key]) for key, count in times.most_common()]
+        by_rank = [
+            Counter((code_line_of_location(e.code_location), e.reason, e.is_inside_fb) for e in step_host_waits(log))
+            for log in self.logs
+        ]
+        total: Counter[tuple[str, str, bool]] = sum(by_rank, Counter())
+        return [
+            HostWaitSummary(*key, count, max(counts[key] for counts in by_rank)) for key, count in total.most_common()
+        ]
 
     @property
     def peak_bytes_by_phase(self) -> dict[str, tuple[int, int]]:
@@ -103,16 +104,6 @@ class RehearsalResult:
         return dict(sorted(largest.items(), key=lambda item: -item[1][0]))
 
 
-def count_collectives(log: RankLog) -> int:
-    """Return the number of collectives that the rank launches, warm-up included."""
-    return sum(isinstance(event, CollectiveRecord) for event in log.events)
-
-
-def count_p2p_batches(log: RankLog) -> int:
-    """Return the number of P2P batches that the rank launches, warm-up included."""
-    return sum(isinstance(event, P2PBatchRecord) for event in log.events)
-
-
 def step_host_waits(log: RankLog) -> Iterator[HostWait]:
     """Yield the waits of the rank's host for its device in the step."""
-    return (event for event in log.events if isinstance(event, HostWait) and not event.is_warm_up)
+    return (event for event in log.events_of(HostWait) if not event.is_warm_up)

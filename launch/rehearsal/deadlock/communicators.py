@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..findings import format_ranks
 from ..log import CollectiveRecord, P2PBatchRecord, P2POpRecord, RankLog
@@ -16,15 +17,6 @@ class Communicator:
 
     group: str
     ranks: tuple[int, ...]
-
-    @staticmethod
-    def from_event(event: CollectiveRecord | P2PBatchRecord) -> Communicator:
-        """Return the communicator that an event uses."""
-        return Communicator(event.group, event.ranks)
-
-    def rehearsed_members(self, rehearsed: Iterable[int]) -> list[int]:
-        """Return the members among the `rehearsed` ranks, ascending."""
-        return sorted(set(self.ranks).intersection(rehearsed))
 
     def __hash__(self) -> int:
         return hash((self.group, self.ranks[0], len(self.ranks)))  # hashing 2048 ranks per look-up takes minutes
@@ -41,23 +33,33 @@ class P2POpEndpoint:
     code_location: str
 
 
-CollectivesByCommunicator = dict[Communicator, dict[int, list[CollectiveRecord]]]
+Channel: TypeAlias = tuple[Communicator, int, int]
+"""Communicator, sender and receiver."""
+CollectivesByCommunicator: TypeAlias = dict[Communicator, dict[int, list[CollectiveRecord]]]
 """Collectives by communicator and rank."""
-EndpointsByChannel = dict[tuple[Communicator, int, int], list[P2POpEndpoint]]
-"""Ends of messages by communicator, sender and receiver."""
+EndpointsByChannel: TypeAlias = dict[Channel, list[P2POpEndpoint]]
+
+
+def channel_messages(
+    communicator: Communicator, rank: int, batch: P2PBatchRecord
+) -> Iterator[tuple[Channel, P2POpRecord]]:
+    """Yield the messages of a rank's batch with their channels, the sends first."""
+    for message in batch.sends:
+        yield (communicator, rank, message.peer), message
+    for message in batch.receives:
+        yield (communicator, message.peer, rank), message
 
 
 def group_collectives(logs: Sequence[RankLog]) -> CollectivesByCommunicator:
     """Return the collectives of every rehearsed member, an empty list for a member without any."""
-    rehearsed = [log.rank for log in logs]
+    rehearsed = {log.rank for log in logs}
     found: CollectivesByCommunicator = {}
     for log in logs:
-        for event in log.events:
-            if isinstance(event, CollectiveRecord):
-                communicator = Communicator.from_event(event)
-                if communicator not in found:
-                    found[communicator] = {rank: [] for rank in communicator.rehearsed_members(rehearsed)}
-                found[communicator][log.rank].append(event)
+        for event in log.events_of(CollectiveRecord):
+            communicator = Communicator(event.group, event.ranks)
+            if communicator not in found:
+                found[communicator] = {rank: [] for rank in sorted(rehearsed.intersection(event.ranks))}
+            found[communicator][log.rank].append(event)
     return found
 
 
@@ -67,14 +69,9 @@ def group_p2p_ops(logs: Sequence[RankLog]) -> tuple[EndpointsByChannel, Endpoint
     sent: EndpointsByChannel = defaultdict(list)
     received: EndpointsByChannel = defaultdict(list)
     for log in logs:
-        for event in log.events:
-            if not isinstance(event, P2PBatchRecord):
-                continue
-            communicator = Communicator.from_event(event)
-            for message in event.sends:
+        for event in log.events_of(P2PBatchRecord):
+            for channel, message in channel_messages(Communicator(event.group, event.ranks), log.rank, event):
                 if message.peer in rehearsed:
-                    sent[communicator, log.rank, message.peer].append(P2POpEndpoint(message, event.code_location))
-            for message in event.receives:
-                if message.peer in rehearsed:
-                    received[communicator, message.peer, log.rank].append(P2POpEndpoint(message, event.code_location))
+                    ends = sent if channel[1] == log.rank else received
+                    ends[channel].append(P2POpEndpoint(message, event.code_location))
     return sent, received

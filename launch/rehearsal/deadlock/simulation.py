@@ -16,100 +16,85 @@ Computation takes no time here. Members that were not rehearsed are never waited
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ..findings import RunFinding
-from ..log import CollectiveRecord, EventRecord, HostWait, P2PBatchRecord, P2POpRecord, RankLog, StreamWait
-from .communicators import Communicator
-from .waits import (
-    CONTROL_GROUP,
-    HOST_STREAM,
-    Actor,
-    CollectiveCompletionWait,
-    CollectiveConnectWait,
-    LaunchOrderWait,
-    P2PCompletionWait,
-    P2PConnectWait,
-    StreamProgressWait,
-    Wait,
-    launch_order_key,
-)
-
-ChannelKey = tuple[Communicator, int, int]
-"""Communicator, sender and receiver."""
+from ..log import CollectiveRecord, HostWait, LogEvent, P2PBatchRecord, RankLog, StreamWait
+from .communicators import Channel, Communicator, channel_messages
+from .waits import CONTROL_GROUP, HOST_STREAM, Actor, ActorWait, LaunchOrder, Rendezvous
 
 
 @dataclass(frozen=True)
-class QueuedCollective:
-    """Collective in a stream's queue; the indices count the rank's collectives and all of its launches."""
+class StreamProgress:
+    """Number of items that a stream must have completed, and the reason to wait for them."""
 
-    event: CollectiveRecord
-    communicator: Communicator
-    collective_index: int
-    launch_index: int
+    actor: Actor
+    completed_count: int
+    reason: str
 
 
 @dataclass(frozen=True)
-class QueuedP2PBatch:
-    """P2P batch in a stream's queue: messages with rehearsed ranks, each with its number on its channel."""
+class QueuedOperation:
+    """Collective or P2P batch in a stream's queue, with its index among the rank's launches on the communicator."""
 
-    event: P2PBatchRecord
-    communicator: Communicator
-    messages: tuple[tuple[ChannelKey, int, str], ...]
+    order: LaunchOrder
     launch_index: int
+    steps: Sequence[tuple[Rendezvous, str]]
+    """The collective, or the messages with rehearsed ranks, each with the text of a wait in it."""
 
 
-QueuedItem: TypeAlias = QueuedCollective | QueuedP2PBatch | StreamProgressWait
+QueuedItem: TypeAlias = QueuedOperation | StreamProgress
 
 
 @dataclass
 class StreamQueue:
-    """Queue of one stream of one rank."""
+    """All items ever queued on one stream of one rank."""
 
-    items: deque[QueuedItem] = field(default_factory=deque)
-    enqueued_count: int = 0
+    items: list[QueuedItem] = field(default_factory=list)
     completed_count: int = 0
-    head_started: bool = False
-    """True if the first of `items` has started."""
 
 
 @dataclass
 class HostState:
-    """Host of a rehearsed rank: its position in its log, and its recorded events."""
+    """Host of a rehearsed rank: its position in its events, and the events of streams that it has recorded."""
 
-    log: RankLog
+    events: Sequence[LogEvent]
     position: int = 0
-    is_call_pending: bool = False
-    """True if the call at `position` has been made and waits for its connections."""
-    recorded_events: dict[int, tuple[str, int]] = field(default_factory=dict)
+    recorded_events: dict[int, tuple[Actor, int]] = field(default_factory=dict)
     """Stream of each event, and the number of items queued there before it."""
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the host has reached the end of its log."""
+        return self.position == len(self.events)
+
+    @property
+    def code_location(self) -> str:
+        """Code location of the call at `position`; a host only stops at calls that have one."""
+        if self.has_ended:
+            return "the end of its log"
+        event = self.events[self.position]
+        assert isinstance(event, CollectiveRecord | P2PBatchRecord | HostWait)
+        return event.code_location
 
 
 class DeadlockSimulation:
     """Simulation of all rehearsed ranks; after `run` the actors in `waiting` hang."""
 
     def __init__(self, logs: Sequence[RankLog]) -> None:
-        self.hosts = {log.rank: HostState(log) for log in logs}
-        self.queues: defaultdict[Actor, StreamQueue] = defaultdict(StreamQueue)
-        self.waiting: dict[Actor, Wait] = {}
+        self.hosts = {log.rank: HostState(tuple(_host_events(log))) for log in logs}
+        self.waiting: dict[Actor, ActorWait] = {}
         self.findings: list[RunFinding] = []
-        self.ranks_connecting: defaultdict[CollectiveConnectWait | P2PConnectWait, set[int]] = defaultdict(set)
-        """Ranks that have made the call that connects."""
-        self.ranks_in_collective: defaultdict[tuple[Communicator, int], set[int]] = defaultdict(set)
-        """Ranks that have started a collective, by its number."""
-        self.stream_of_operation: dict[tuple[Hashable, int], Actor] = {}
-        """Stream of each operation, by the wake key of its completion and rank, or by `launch_order_key` and index."""
-        self._launched: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
-        self._collectives: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
-        self._ended: defaultdict[tuple[int, Communicator], int] = defaultdict(int)
-        self._posted: defaultdict[tuple[int, ChannelKey], int] = defaultdict(int)
-        self._started_ends: defaultdict[tuple[ChannelKey, int], set[int]] = defaultdict(set)
-        self._pending_connections: dict[tuple[Communicator, int, int], tuple[frozenset[ChannelKey], str]] = {}
-        self._members: dict[Communicator, frozenset[int]] = {}
-        self._communicators: dict[Communicator, Communicator] = {}
+        self._queues: defaultdict[Actor, StreamQueue] = defaultdict(StreamQueue)
+        self._groups: dict[Communicator, tuple[Communicator, frozenset[int]]] = {}
+        self._rendezvous: dict[Hashable, Rendezvous] = {}
+        self._call_counts: Counter[tuple[int, Hashable]] = Counter()
+        """Number of each rank's collectives by communicator, and of its messages by channel."""
+        self._launch_orders: dict[tuple[int, Communicator], LaunchOrder] = {}
+        self._pending_connections: dict[tuple[Communicator, int, int], tuple[frozenset[Channel], str]] = {}
         self._sleepers: defaultdict[Hashable, list[Actor]] = defaultdict(list)
         self._ready: deque[Actor] = deque(Actor(rank) for rank in self.hosts)
 
@@ -118,225 +103,184 @@ class DeadlockSimulation:
         while self._ready:
             actor = self._ready.popleft()
             self.waiting.pop(actor, None)
-            wait = self._run_host(actor) if actor.stream == HOST_STREAM else self._run_stream(actor)
+            wait = self._run_host(actor.rank) if actor.stream == HOST_STREAM else self._run_stream(actor)
             if wait is not None:
                 self.waiting[actor] = wait
                 self._sleepers[wait.wake_key].append(actor)
 
-    def rehearsed_members(self, communicator: Communicator) -> frozenset[int]:
-        """Return the rehearsed members of a communicator."""
-        if communicator not in self._members:
-            self._members[communicator] = frozenset(communicator.ranks).intersection(self.hosts)
-        return self._members[communicator]
-
-    def _communicator(self, event: CollectiveRecord | P2PBatchRecord) -> Communicator:
-        """Return one shared object per communicator, since identical objects are not compared rank by rank."""
-        communicator = Communicator.from_event(event)
-        return self._communicators.setdefault(communicator, communicator)
-
-    def has_host_finished(self, rank: int) -> bool:
-        """Return whether the host has reached the end of its log."""
-        host = self.hosts[rank]
-        return host.position == len(host.log.events)
-
     def _wake(self, key: Hashable) -> None:
         self._ready.extend(self._sleepers.pop(key, ()))
 
-    def _run_host(self, actor: Actor) -> Wait | None:
-        host = self.hosts[actor.rank]
-        events = host.log.events
-        while host.position < len(events):
-            event = events[host.position]
-            wait: Wait | None = None
-            if isinstance(event, EventRecord):
-                host.recorded_events[event.event] = (
-                    event.stream,
-                    self.queues[Actor(actor.rank, event.stream)].enqueued_count,
-                )
-            elif isinstance(event, StreamWait):
-                wanted = self._progress_wait(host, event.event, event.stream, "an event")
-                self._queue(Actor(actor.rank, event.stream), wanted)
-            elif isinstance(event, HostWait):
-                wait = self._wait_unless_done(self._progress_wait(host, event.event, event.stream, event.reason))
-            elif isinstance(event, CollectiveRecord):
-                wait = self._call_collective(host, event)
-            else:
-                wait = self._call_batch(host, event)
+    def _run_host(self, rank: int) -> ActorWait | None:
+        host = self.hosts[rank]
+        while not host.has_ended:
+            wait = self._run_event(rank, host.events[host.position])
             if wait is not None:
                 return wait
             host.position += 1
-            host.is_call_pending = False
         return None
 
-    def _progress_wait(self, host: HostState, event: int | None, stream: str, reason: str) -> StreamProgressWait:
-        """Return the wait for an event, or for all items of a stream; an event never recorded is complete."""
-        if event is not None:
-            stream, items = host.recorded_events.get(event, (stream, 0))
+    def _run_event(self, rank: int, event: LogEvent) -> ActorWait | None:
+        """Run one event of a host; return the wait in which it is."""
+        if isinstance(event, CollectiveRecord):
+            return self._call_collective(rank, event)
+        if isinstance(event, P2PBatchRecord):
+            return self._call_batch(rank, event)
+        stream = Actor(rank, event.stream)
+        if isinstance(event, HostWait):
+            return self._progress_wait(self._progress(stream, event.event, event.reason))
+        if isinstance(event, StreamWait):
+            self._queue(stream, self._progress(stream, event.event, "an event"))
         else:
-            items = self.queues[Actor(host.log.rank, stream)].enqueued_count
-        return StreamProgressWait(Actor(host.log.rank, stream), items, reason)
-
-    def _wait_unless_done(self, wanted: StreamProgressWait) -> StreamProgressWait | None:
-        return None if self.queues[wanted.actor].completed_count >= wanted.completed_count else wanted
-
-    def _call_collective(self, host: HostState, event: CollectiveRecord) -> Wait | None:
-        rank, communicator = host.log.rank, self._communicator(event)
-        if event.group == CONTROL_GROUP:
-            return self._call_control(host, event, communicator)
-        first = CollectiveConnectWait(communicator, event.operation)
-        if not self._connect(first, rank, self.rehearsed_members(communicator)):
-            return first
-        self._queue_collective(Actor(rank, event.stream), event, communicator)
+            self.hosts[rank].recorded_events[event.event] = stream, len(self._queues[stream].items)
         return None
 
-    def _call_control(self, host: HostState, event: CollectiveRecord, communicator: Communicator) -> Wait | None:
-        """Simulate a call over gloo, in which the host waits for the end of the collective."""
-        actor = Actor(host.log.rank, CONTROL_GROUP)
-        if not host.is_call_pending:
-            host.is_call_pending = True
-            self._queue_collective(actor, event, communicator)
-        return self._wait_unless_done(
-            StreamProgressWait(actor, self.queues[actor].enqueued_count, "a collective of the host")
+    def _progress(self, stream: Actor, event: int | None, reason: str) -> StreamProgress:
+        """Return the end of an event, or of all items of a stream; an event never recorded is complete."""
+        if event is None:
+            return StreamProgress(stream, len(self._queues[stream].items), reason)
+        return StreamProgress(*self.hosts[stream.rank].recorded_events.get(event, (stream, 0)), reason)
+
+    def _progress_wait(self, wanted: StreamProgress) -> ActorWait | None:
+        if self._queues[wanted.actor].completed_count >= wanted.completed_count:
+            return None
+        return ActorWait(
+            wanted.actor, f"waits ({wanted.reason}) for stream {wanted.actor.stream}", lambda: [wanted.actor]
         )
 
-    def _queue_collective(self, actor: Actor, event: CollectiveRecord, communicator: Communicator) -> None:
-        number = self._next(self._collectives, actor.rank, communicator)
-        launch_index = self._next(self._launched, actor.rank, communicator)
-        self.stream_of_operation[CollectiveCompletionWait(communicator, number, event.purpose).wake_key, actor.rank] = (
-            actor
-        )
-        self.stream_of_operation[launch_order_key(communicator, actor.rank), launch_index] = actor
-        self._queue(actor, QueuedCollective(event, communicator, number, launch_index))
+    def _call_collective(self, rank: int, event: CollectiveRecord) -> ActorWait | None:
+        communicator, members = self._group(event)
+        if event.group != CONTROL_GROUP:
+            connection = self._meeting((communicator, event.operation), members)
+            self._enter(rank, connection)
+            if not connection.is_complete:
+                return connection.wait(f"connects {communicator} for its first {event.operation}")
+        number, collective = self._next_rendezvous(rank, communicator, members)
+        text = f"is in number {number + 1} on {communicator} ({event.purpose})"
+        self._queue_operation(Actor(rank, event.stream), communicator, [(collective, text)])
+        return None
 
-    @staticmethod
-    def _next(counts: defaultdict[tuple[int, Communicator], int], rank: int, communicator: Communicator) -> int:
-        counts[rank, communicator] += 1
-        return counts[rank, communicator] - 1
-
-    def _connect(self, first: CollectiveConnectWait | P2PConnectWait, rank: int, needed: frozenset[int]) -> bool:
-        """Record a rank's call; return whether all needed ranks have called."""
-        called = self.ranks_connecting[first]
-        if rank not in called:
-            called.add(rank)
-            self._wake(first.wake_key)
-        return needed <= called
-
-    def _call_batch(self, host: HostState, event: P2PBatchRecord) -> Wait | None:
-        rank, communicator = host.log.rank, self._communicator(event)
-        pairs = [(communicator, rank, message.peer) for message in event.sends if message.peer in self.hosts]
-        pairs += [(communicator, message.peer, rank) for message in event.receives if message.peer in self.hosts]
-        if not host.is_call_pending:
-            host.is_call_pending = True
-            self._check_mutual_connection(rank, communicator, pairs, event.code_location)
-        connects = [(P2PConnectWait(*pair), frozenset(pair[1:])) for pair in dict.fromkeys(pairs)]
-        connected = [self._connect(first, rank, ends) for first, ends in connects]
-        if not all(connected):
-            return connects[connected.index(False)][0]
-        self._queue_batch(Actor(rank, event.stream), event, communicator)
+    def _call_batch(self, rank: int, event: P2PBatchRecord) -> ActorWait | None:
+        communicator, _ = self._group(event)
+        messages = [each for each in channel_messages(communicator, rank, event) if each[1].peer in self.hosts]
+        connections = {channel: self._meeting(channel, _ends(channel)) for channel, _ in messages}
+        self._check_mutual_connection(rank, communicator, connections, event.code_location)
+        for connection in connections.values():
+            self._enter(rank, connection)
+        for (_, source, target), connection in connections.items():
+            if not connection.is_complete:
+                text = f"connects rank {source} to rank {target} on {communicator} for its first message"
+                return connection.wait(text)
+        steps = []
+        for channel, message in messages:
+            does = "sends to" if channel[1] == rank else "receives from"
+            text = f"{does} rank {message.peer} on {communicator} ({message.purpose})"
+            steps.append((self._next_rendezvous(rank, channel, _ends(channel))[1], text))
+        self._queue_operation(Actor(rank, event.stream), communicator, steps)
         return None
 
     def _check_mutual_connection(
-        self, rank: int, communicator: Communicator, pairs: Sequence[ChannelKey], place: str
+        self, rank: int, communicator: Communicator, connections: Mapping[Channel, Rendezvous], place: str
     ) -> None:
         """Compare the first batches of two ranks that are both next and previous to each other."""
-        new = [pair for pair in dict.fromkeys(pairs) if rank not in self.ranks_connecting[P2PConnectWait(*pair)]]
-        for peer in sorted({other for pair in new for other in pair[1:] if other != rank}):
+        new = [channel for channel, connection in connections.items() if rank not in connection.arrived]
+        for peer in sorted({other for channel in new for other in channel[1:] if other != rank}):
             if not _is_next_and_previous(communicator, rank, peer):
                 continue
-            ours = frozenset(pair for pair in new if peer in pair[1:])
+            ours = frozenset(channel for channel in new if peer in channel[1:])
             theirs, their_place = self._pending_connections.pop((communicator, peer, rank), (None, ""))
             if theirs is None:
                 self._pending_connections[communicator, rank, peer] = (ours, place)
             elif theirs != ours:
                 first_batches = (peer, theirs, their_place), (rank, ours, place)
                 self.findings.append(_connection_finding(communicator, *first_batches))
-                for first in (P2PConnectWait(*pair) for pair in ours | theirs):
-                    self.ranks_connecting[first] |= {rank, peer}  # continue, to check the calls after the error too
-                    self._wake(first.wake_key)
+                for channel in ours | theirs:  # continue, to check the calls after the error too
+                    for end in _ends(channel):
+                        self._enter(end, self._meeting(channel, _ends(channel)))
 
-    def _queue_batch(self, actor: Actor, event: P2PBatchRecord, communicator: Communicator) -> None:
-        rank = actor.rank
-        launch_index = self._next(self._launched, rank, communicator)
-        self.stream_of_operation[launch_order_key(communicator, rank), launch_index] = actor
-        messages = []
-        for pair, message in _messages(communicator, rank, event):
-            if message.peer in self.hosts:
-                number = self._posted[rank, pair]
-                self._posted[rank, pair] += 1
-                self.stream_of_operation[P2PCompletionWait(*pair, number, message.purpose).wake_key, rank] = actor
-                messages.append((pair, number, message.purpose))
-        self._queue(actor, QueuedP2PBatch(event, communicator, tuple(messages), launch_index))
+    def _group(self, event: CollectiveRecord | P2PBatchRecord) -> tuple[Communicator, frozenset[int]]:
+        """Return the communicator of an event and its rehearsed members.
 
-    def _queue(self, actor: Actor, item: QueuedItem) -> None:
-        queue = self.queues[actor]
+        One object per communicator is shared, since identical objects are not compared rank by rank.
+        """
+        communicator = Communicator(event.group, event.ranks)
+        if communicator not in self._groups:
+            self._groups[communicator] = communicator, frozenset(event.ranks).intersection(self.hosts)
+        return self._groups[communicator]
+
+    def _meeting(self, key: Hashable, members: frozenset[int]) -> Rendezvous:
+        if key not in self._rendezvous:
+            self._rendezvous[key] = Rendezvous(members)
+        return self._rendezvous[key]
+
+    def _next_rendezvous(self, rank: int, key: Hashable, members: frozenset[int]) -> tuple[int, Rendezvous]:
+        """Return the number of a rank's next collective or message, and its rendezvous."""
+        number = self._call_counts[rank, key]
+        self._call_counts[rank, key] += 1
+        return number, self._meeting((key, number), members)
+
+    def _enter(self, rank: int, rendezvous: Rendezvous) -> None:
+        if rank not in rendezvous.arrived:
+            rendezvous.arrived.add(rank)
+            if rendezvous.is_complete:
+                self._wake(rendezvous)
+
+    def _queue_operation(
+        self, stream: Actor, communicator: Communicator, steps: Sequence[tuple[Rendezvous, str]]
+    ) -> None:
+        order = self._launch_orders.setdefault((stream.rank, communicator), LaunchOrder(communicator))
+        order.streams.append(stream)
+        for rendezvous, _ in steps:
+            rendezvous.stream_of_rank[stream.rank] = stream
+        self._queue(stream, QueuedOperation(order, len(order.streams) - 1, steps))
+
+    def _queue(self, stream: Actor, item: QueuedItem) -> None:
+        queue = self._queues[stream]
         queue.items.append(item)
-        queue.enqueued_count += 1
-        if len(queue.items) == 1:
-            self._ready.append(actor)
+        if len(queue.items) == queue.completed_count + 1:
+            self._ready.append(stream)
 
-    def _run_stream(self, actor: Actor) -> Wait | None:
-        queue = self.queues[actor]
-        while queue.items:
-            item = queue.items[0]
+    def _run_stream(self, stream: Actor) -> ActorWait | None:
+        queue = self._queues[stream]
+        while queue.completed_count < len(queue.items):
+            item = queue.items[queue.completed_count]
             wait = (
-                self._wait_unless_done(item)
-                if isinstance(item, StreamProgressWait)
-                else self._run_operation(actor, queue, item)
+                self._progress_wait(item)
+                if isinstance(item, StreamProgress)
+                else self._run_operation(stream.rank, item)
             )
             if wait is not None:
                 return wait
-            queue.items.popleft()
             queue.completed_count += 1
-            queue.head_started = False
-            if not isinstance(item, StreamProgressWait):
-                self._ended[actor.rank, item.communicator] += 1
-                self._wake(launch_order_key(item.communicator, actor.rank))
-            self._wake(actor)
+            if isinstance(item, QueuedOperation):
+                item.order.ended_count += 1
+                self._wake(item.order)
+            self._wake(stream)
         return None
 
-    def _run_operation(self, actor: Actor, queue: StreamQueue, item: QueuedCollective | QueuedP2PBatch) -> Wait | None:
-        if not queue.head_started:
-            if self._ended[actor.rank, item.communicator] < item.launch_index:
-                return LaunchOrderWait(item.communicator, actor.rank, item.launch_index)
-            queue.head_started = True
-            self._start(actor.rank, item)
-        if isinstance(item, QueuedCollective):
-            missing = (
-                self.rehearsed_members(item.communicator)
-                - self.ranks_in_collective[item.communicator, item.collective_index]
-            )
-            return (
-                CollectiveCompletionWait(item.communicator, item.collective_index, item.event.purpose)
-                if missing
-                else None
-            )
-        for pair, number, purpose in item.messages:
-            if len(self._started_ends[pair, number]) < 2:
-                return P2PCompletionWait(*pair, number, purpose)
-        return None
-
-    def _start(self, rank: int, item: QueuedCollective | QueuedP2PBatch) -> None:
-        """Start an operation on the device, and wake the actors that it completes."""
-        if isinstance(item, QueuedCollective):
-            self.ranks_in_collective[item.communicator, item.collective_index].add(rank)
-            if (
-                self.rehearsed_members(item.communicator)
-                <= self.ranks_in_collective[item.communicator, item.collective_index]
-            ):
-                self._wake(
-                    CollectiveCompletionWait(item.communicator, item.collective_index, item.event.purpose).wake_key
-                )
-            return
-        for pair, number, purpose in item.messages:
-            self._started_ends[pair, number].add(rank)
-            self._wake(P2PCompletionWait(*pair, number, purpose).wake_key)
+    def _run_operation(self, rank: int, item: QueuedOperation) -> ActorWait | None:
+        """Start an operation on the device in its turn; return the wait in which it is."""
+        order = item.order
+        if order.ended_count < item.launch_index:
+            text = f"waits for an earlier operation on {order.communicator}"
+            return ActorWait(order, text, lambda: [order.streams[item.launch_index - 1]])
+        for rendezvous, _ in item.steps:
+            self._enter(rank, rendezvous)
+        return next((rendezvous.wait(text) for rendezvous, text in item.steps if not rendezvous.is_complete), None)
 
 
-def _messages(communicator: Communicator, rank: int, event: P2PBatchRecord) -> Iterator[tuple[ChannelKey, P2POpRecord]]:
-    for message in event.sends:
-        yield (communicator, rank, message.peer), message
-    for message in event.receives:
-        yield (communicator, message.peer, rank), message
+def _host_events(log: RankLog) -> Iterator[LogEvent]:
+    """Yield the events of a log; a collective over gloo is queued on a stream of its own, and the host waits for it."""
+    for event in log.events:
+        if isinstance(event, CollectiveRecord) and event.group == CONTROL_GROUP:
+            yield replace(event, stream=CONTROL_GROUP)
+            yield HostWait(None, CONTROL_GROUP, "a collective of the host", event.code_location)
+        else:
+            yield event
+
+
+def _ends(channel: Channel) -> frozenset[int]:
+    return frozenset(channel[1:])
 
 
 def _is_next_and_previous(communicator: Communicator, rank: int, peer: int) -> bool:
@@ -345,7 +289,7 @@ def _is_next_and_previous(communicator: Communicator, rank: int, peer: int) -> b
     return 2 * (ranks.index(rank) - ranks.index(peer)) % len(ranks) == 0
 
 
-_FirstBatch = tuple[int, frozenset[ChannelKey], str]
+_FirstBatch = tuple[int, frozenset[Channel], str]
 
 
 def _connection_finding(communicator: Communicator, *batches: _FirstBatch) -> RunFinding:
@@ -358,6 +302,6 @@ def _connection_finding(communicator: Communicator, *batches: _FirstBatch) -> Ru
     return RunFinding("first contact", ranks, text, tuple(place for _, _, place in batches))
 
 
-def _directions(rank: int, pairs: frozenset[ChannelKey]) -> str:
+def _directions(rank: int, pairs: frozenset[Channel]) -> str:
     does = {"sends" if source == rank else "receives" for _, source, _ in pairs}
     return " and ".join(sorted(does, reverse=True)) + (" only" if len(does) == 1 else "")

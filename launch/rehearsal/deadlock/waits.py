@@ -1,10 +1,9 @@
-"""Waits of the hosts and streams of rehearsed ranks, each with the key under which it is woken."""
+"""Waits of the hosts and streams of rehearsed ranks, and what they wait for."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 from .communicators import Communicator
 
@@ -24,103 +23,45 @@ class Actor:
         return f"rank {self.rank}, {f'stream {self.stream}' if self.stream else 'host'}"
 
 
-@dataclass(frozen=True)
-class CollectiveConnectWait:
-    """Wait of a host that connects the rings of a communicator, until every rehearsed member does."""
+@dataclass(eq=False)
+class Rendezvous:
+    """Step that ends when all of its rehearsed members are in it: a connection, a collective or a message."""
+
+    members: frozenset[int]
+    arrived: set[int] = field(default_factory=set)
+    stream_of_rank: dict[int, Actor] = field(default_factory=dict)
+    """Stream on which a member's operation is queued; a member without one has to make the call on its host."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all members have arrived."""
+        return self.members <= self.arrived
+
+    def wait(self, text: str) -> ActorWait:
+        """Return the wait of a member until all have arrived."""
+        return ActorWait(self, text, self._missing_actors)
+
+    def _missing_actors(self) -> list[Actor]:
+        return [self.stream_of_rank.get(rank, Actor(rank)) for rank in sorted(self.members - self.arrived)]
+
+
+@dataclass(eq=False)
+class LaunchOrder:
+    """Operations of one rank on one communicator, which run in the order of their launch, also across streams."""
 
     communicator: Communicator
-    operation: str
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return self
+    streams: list[Actor] = field(default_factory=list)
+    """Stream of each operation."""
+    ended_count: int = 0
 
 
 @dataclass(frozen=True)
-class P2PConnectWait:
-    """Wait of a host that connects two ranks in one direction, until the other end does."""
+class ActorWait:
+    """Wait of a host or a stream."""
 
-    communicator: Communicator
-    source: int
-    target: int
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return self
-
-
-@dataclass(frozen=True)
-class StreamProgressWait:
-    """Wait of a host or a stream until a stream of its rank has completed `completed_count` items."""
-
-    actor: Actor
-    completed_count: int
-    """Number of items that the stream must have completed."""
-    reason: str
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return self.actor
-
-
-@dataclass(frozen=True)
-class CollectiveCompletionWait:
-    """Wait of a stream in a collective, until every rehearsed member is in it."""
-
-    communicator: Communicator
-    collective_index: int
-    purpose: str
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return "collective", self.communicator, self.collective_index
-
-
-@dataclass(frozen=True)
-class P2PCompletionWait:
-    """Wait of a stream in a P2P batch, until the other end of this message is in its batch."""
-
-    communicator: Communicator
-    source: int
-    target: int
-    message_index: int
-    purpose: str
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return "message", self.communicator, self.source, self.target, self.message_index
-
-
-@dataclass(frozen=True)
-class LaunchOrderWait:
-    """Wait of a stream for an earlier operation of its rank on the same communicator, on another stream."""
-
-    communicator: Communicator
-    rank: int
-    launch_index: int
-    """Index of the waiting operation among this rank's launches on the communicator."""
-
-    @property
-    def wake_key(self) -> Hashable:
-        """Key under which the wait is woken."""
-        return launch_order_key(self.communicator, self.rank)
-
-
-def launch_order_key(communicator: Communicator, rank: int) -> Hashable:
-    """Return the wake key of waits for the end of an operation of `rank` on `communicator`."""
-    return "turn", communicator, rank
-
-
-Wait: TypeAlias = (
-    CollectiveConnectWait
-    | P2PConnectWait
-    | StreamProgressWait
-    | CollectiveCompletionWait
-    | P2PCompletionWait
-    | LaunchOrderWait
-)
+    wake_key: Hashable
+    """Key under which the wait is woken: a rendezvous, a launch order, or the stream whose progress is awaited."""
+    text: str
+    """What the waiting actor does, for messages."""
+    blocking_actors: Callable[[], Sequence[Actor]]
+    """Return the actors that are waited for."""

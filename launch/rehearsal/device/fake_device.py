@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from .fake_tensors import FakeTensorExecutor
 from .recorder import RankRecorder
@@ -63,7 +64,6 @@ class FakeDeviceMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder, self._readback = recorder, readback
         self._fakes = FakeTensorExecutor()
-        self._kinds: dict[OpOverload, _Kind] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -87,9 +87,7 @@ class FakeDeviceMode(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         kwargs = kwargs or {}
         self._recorder.operations += 1
-        kind = self._kinds.get(func)
-        if kind is None:
-            kind = self._kinds[func] = _kind(func)
+        kind = _kind(func)
         if func is _PIN:
             return args[0]
         if FakeTensor not in types:
@@ -133,12 +131,10 @@ class FakeDeviceMode(TorchDispatchMode):
             args, kwargs = self._move_to_device(kind, inputs, args, kwargs)
         out = self._fakes.run_operation(func, types, args, _unpinned(kwargs))
         outputs = (out,) if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, (tuple, list)) else ()
-        is_used = False
-        for tensor in outputs:
-            if tensor._fake_device.type == "cuda":  # type: ignore[attr-defined]
-                is_used = True
-                self._recorder.memory.add_tensor(tensor)
-        if kind.is_free or not (is_used or any(map(is_fake_device_tensor, inputs))):
+        on_device = [tensor for tensor in outputs if is_fake_device_tensor(tensor)]
+        for tensor in on_device:
+            self._recorder.memory.add_tensor(tensor)
+        if kind.is_free or not (on_device or any(map(is_fake_device_tensor, inputs))):
             return out
         self._recorder.record_launch(kind.name, device_bytes_touched([*inputs, *outputs]))
         return out
@@ -154,7 +150,10 @@ class FakeDeviceMode(TorchDispatchMode):
             text = f"{kind.name} takes a {_describe(tensor)} together with device tensors"
             self._recorder.record_finding("device", text)
         moved = {id(tensor): self._empty(tensor) for tensor in wrong}
-        return _replaced(tuple(args), moved), _replaced(dict(kwargs), moved)
+        on_device: tuple[Sequence[Any], Mapping[str, Any]] = tree_map_only(
+            Tensor, lambda tensor: moved.get(id(tensor), tensor), (tuple(args), dict(kwargs))
+        )
+        return on_device
 
     def _copy_across(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_host: bool, waits: bool
@@ -213,12 +212,11 @@ def device_bytes_touched(tensors: Sequence[Tensor]) -> int:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    if a is b:
-        return True
-    if a.shape != b.shape or a.storage_offset() != b.storage_offset():
-        return False
-    is_same: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    return is_same
+    return a is b or (
+        a.shape == b.shape
+        and a.storage_offset() == b.storage_offset()
+        and bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    )
 
 
 def _touched(tensor: Tensor) -> int:
@@ -231,6 +229,7 @@ def _touched(tensor: Tensor) -> int:
     return size * prod(length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
 
 
+@cache
 def _kind(func: Any) -> _Kind:
     schema = func._schema
     name = schema.name.partition("::")[2]
@@ -289,14 +288,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
-
-
-def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return moved.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: _replaced(item, moved) for key, item in value.items()}
-    return type(value)(_replaced(item, moved) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _describe(tensor: Tensor) -> str:

@@ -6,68 +6,18 @@ step of DeepSeek-V3 has 300,000 operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-@dataclass(frozen=True)
-class _Argument:
-    """Result that is one of the arguments."""
-
-    name: int | str
-
-    def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return args[self.name] if isinstance(self.name, int) else kwargs[self.name]
-
-
-@dataclass(frozen=True)
-class _View:
-    """Result that is a view of an argument."""
-
-    of: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    state: dict[str, Any]
-    """Attributes of the fake tensor."""
-
-    def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        plain = torch.empty(0, dtype=self.dtype, device="meta")
-        plain.set_(args[self.of].untyped_storage(), self.offset, self.shape, self.stride)
-        return _as_fake(plain, self.state)
-
-
-@dataclass(frozen=True)
-class _New:
-    """Result in new memory."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    state: dict[str, Any]
-
-    def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return _as_fake(torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta"), self.state)
-
-
-_Recipe = _Argument | _View | _New
-
-
-@dataclass(frozen=True)
-class _Recipes:
-    """Recipes of all results of one case."""
-
-    results: tuple[_Recipe, ...]
-    container: type | None
-    """Tuple or list; None for a single result."""
+_Recipe = Callable[[Sequence[Any], Mapping[str, Any]], Any]
+"""Function that makes a result from the arguments and keyword arguments of its operation."""
 
 
 class _Uncacheable(Exception):  # noqa: N818 -- a signal, not an error
@@ -79,7 +29,7 @@ class FakeTensorExecutor:
 
     def __init__(self) -> None:
         self.fake_tensor_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._recipes: dict[Any, _Recipes | None] = {}
+        self._recipes: dict[Any, _Recipe | None] = {}
 
     def run_operation(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the result of `func` for arguments of which at least one is fake or names the device."""
@@ -92,17 +42,14 @@ class FakeTensorExecutor:
             _check_product(func, args)
             out = self.fake_tensor_mode.dispatch(func, types, args, kwargs)
             is_changed = _key(args) != key[1]  # by an operation such as `resize_`
-            self._recipes[key] = None if is_changed else _recipes(out, args, kwargs)
+            self._recipes[key] = None if is_changed else _recipe(out, args, kwargs)
             return out
         if known is None:
             return self.fake_tensor_mode.dispatch(func, types, args, kwargs)
-        assert isinstance(known, _Recipes)
-        if known.container is None:
-            return known.results[0].make(args, kwargs)
-        return known.container(result.make(args, kwargs) for result in known.results)
+        return known(args, kwargs)
 
 
-_NEW = object()
+_NEW: Any = object()
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot")
 
 
@@ -136,42 +83,56 @@ def _key(values: Any) -> tuple[Any, ...]:
     return tuple(key)
 
 
-def _recipes(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipes | None:
-    """Return the recipes of a result; None if it cannot be cached."""
-    several = isinstance(out, (tuple, list))
+def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe | None:
+    """Return the recipe of a tensor, or of a tuple or list of tensors; None if it cannot be cached."""
+    container, new_storages = type(out), list[int]()
     try:
-        results = tuple(_recipe(each, args, kwargs) for each in (out if several else (out,)))
+        if not isinstance(out, (tuple, list)):
+            return _tensor_recipe(out, args, kwargs, new_storages)
+        recipes = [_tensor_recipe(each, args, kwargs, new_storages) for each in out]
     except _Uncacheable:
         return None
-    storages = [each.untyped_storage()._cdata for each in out] if several else []
-    made = [storage for storage, result in zip(storages, results, strict=False) if isinstance(result, _New)]
-    if len(set(made)) != len(made):
+    if len(set(new_storages)) != len(new_storages):
         return None
-    return _Recipes(results, type(out) if several else None)
+    return lambda args, kwargs: container(make(args, kwargs) for make in recipes)
 
 
-def _recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Recipe:
+def _tensor_recipe(out: Any, args: Sequence[Any], kwargs: Mapping[str, Any], new_storages: list[int]) -> _Recipe:
+    """Return the recipe of one tensor; a storage that is in no argument is added to `new_storages`."""
     if type(out) is not FakeTensor or out.constant is not None:
         raise _Uncacheable
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for name, value in named:
+    for place, value in enumerate(args):
         if value is out:
-            return _Argument(name)
-    state = dict(vars(out))
+            return lambda args, kwargs: args[place]
+    for name, value in kwargs.items():
+        if value is out:
+            return lambda args, kwargs: kwargs[name]
+    # The recipes outlive the call: they hold no tensor, whose memory would count as live.
+    shape, stride, dtype, state = out.shape, out.stride(), out.dtype, dict(vars(out))
     if any(isinstance(value, Tensor) for value in state.values()):
         raise _Uncacheable
-    storage = out.untyped_storage()
-    for place, value in enumerate(args):
-        if type(value) is FakeTensor and value.untyped_storage()._cdata == storage._cdata:
-            return _View(place, out.shape, out.stride(), int(out.storage_offset()), out.dtype, state)
+    storage, offset = out.untyped_storage(), int(out.storage_offset())
+    owner = next((place for place, value in enumerate(args) if _has_storage(value, storage)), -1)
+
+    def make_view(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        plain = torch.empty(0, dtype=dtype, device="meta")
+        plain.set_(args[owner].untyped_storage(), offset, shape, stride)
+        return _as_fake(plain, state)
+
+    if owner >= 0:
+        return make_view
     nested = [value for each in (*args, *kwargs.values()) if isinstance(each, (tuple, list)) for value in each]
-    taken = [value for value in (*nested, *kwargs.values()) if isinstance(value, Tensor)]
-    if out.storage_offset() or any(value.untyped_storage()._cdata == storage._cdata for value in taken):
+    if offset or any(_has_storage(value, storage) for value in (*nested, *kwargs.values())):
         raise _Uncacheable
-    plain = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device="meta")
+    plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     if plain.untyped_storage().nbytes() != storage.nbytes():
         raise _Uncacheable
-    return _New(out.shape, out.stride(), out.dtype, state)
+    new_storages.append(storage._cdata)
+    return lambda args, kwargs: _as_fake(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), state)
+
+
+def _has_storage(value: Any, storage: UntypedStorage) -> bool:
+    return isinstance(value, Tensor) and bool(value.untyped_storage()._cdata == storage._cdata)
 
 
 def _as_fake(plain: Tensor, state: Mapping[str, Any]) -> Tensor:

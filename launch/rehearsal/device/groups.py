@@ -33,37 +33,30 @@ class LoggedGroupFactory:
     def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
         """See `GroupFactory`."""
         self.creation_calls += 1
-        return LoggedCommunicator("control", ranks, _new_group(ranks), self._recorder, on_device=False)
+        return LoggedCommunicator("control", ranks, self._recorder, on_device=False)
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `GroupFactory`."""
         self.creation_calls += 1
         own = next((ranks for ranks in parts if self._rank in ranks), None)
-        return None if own is None else LoggedCommunicator(name, own, _new_group(own), self._recorder)
+        return None if own is None else LoggedCommunicator(name, own, self._recorder)
 
 
-class LoggedCommunicator:
-    """Communicator that checks and logs each operation, and passes it to the communicator of GPUs."""
+class LoggedCommunicator(NcclCollectives):
+    """Communicator of GPUs that checks and logs each operation first."""
 
-    def __init__(
-        self,
-        name: str,
-        ranks: tuple[int, ...],
-        handle: dist.ProcessGroup,
-        recorder: RankRecorder,
-        *,
-        on_device: bool = True,
-    ) -> None:
-        self.process_group = handle
+    def __init__(self, name: str, ranks: tuple[int, ...], recorder: RankRecorder, *, on_device: bool = True) -> None:
+        process_group = dist.new_group(list(ranks), backend="fake")
+        assert isinstance(process_group, dist.ProcessGroup)
+        super().__init__(process_group)
         self._group = name, ranks
-        self._communicator = NcclCollectives(handle)
         self._recorder, self._on_device = recorder, on_device
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
         what = self._check_tensors("all_reduce", tensor)
-        self._recorder.record_collective(self._group, "all_reduce", what, _described(tensor))
-        self._communicator.all_reduce(tensor, operation)
+        self._recorder.record_collective(self._group, "all_reduce", what, *_described(tensor))
+        super().all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
         """See `Collectives`."""
@@ -73,20 +66,18 @@ class LoggedCommunicator:
             _require(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
             _require(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
         row = sent.shape[1:], _dtype(sent)
-        self._recorder.record_collective(self._group, "all_to_all", what, row, (sent_M, received_M))
-        self._communicator.all_to_all(arrived, sent, received_M, sent_M)
+        self._recorder.record_collective(self._group, "all_to_all", what, *row, sent_M, received_M)
+        super().all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
         """See `Collectives`."""
-        what = self._check_shards("reduce_scatter", own_N, shards_GN)
-        self._recorder.record_collective(self._group, "reduce_scatter", what, _described(shards_GN))
-        self._communicator.reduce_scatter(own_N, shards_GN)
+        self._record_shards("reduce_scatter", own_N, shards_GN)
+        super().reduce_scatter(own_N, shards_GN)
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
         """See `Collectives`."""
-        what = self._check_shards("all_gather", own_N, shards_GN)
-        self._recorder.record_collective(self._group, "all_gather", what, _described(shards_GN))
-        self._communicator.all_gather(shards_GN, own_N)
+        self._record_shards("all_gather", own_N, shards_GN)
+        super().all_gather(shards_GN, own_N)
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
         """See `Collectives`."""
@@ -101,13 +92,13 @@ class LoggedCommunicator:
         for message in messages:
             _require(message.purpose, message.peer in self._group[1], f"rank {message.peer} is not in {self._group[0]}")
         self._recorder.record_p2p_batch(self._group, messages[: len(sends)], messages[len(sends) :])
-        self._communicator.send_and_receive(sends, receives)
+        super().send_and_receive(sends, receives)
 
-    def _check_shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> str:
+    def _record_shards(self, operation: str, own_N: Tensor, shards_GN: Tensor) -> None:
         what = self._check_tensors(operation, own_N, shards_GN)
         expected = len(self._group[1]) * own_N.numel()
         _require(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
-        return what
+        self._recorder.record_collective(self._group, operation, what, *_described(shards_GN))
 
     def _check_tensors(self, operation: str, *tensors: Tensor) -> str:
         """Check the tensors of an operation; return the purpose that its caller gave."""
@@ -122,12 +113,6 @@ class LoggedCommunicator:
                 )
                 self._recorder.record_finding("device", text)
         return what
-
-
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    handle = dist.new_group(list(ranks), backend="fake")
-    assert isinstance(handle, dist.ProcessGroup)
-    return handle
 
 
 def _purpose(frame: FrameType | None) -> str | None:

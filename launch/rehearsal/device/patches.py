@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -17,31 +17,19 @@ from .fake_device import FakeDeviceMode
 @contextmanager
 def patch_triton_and_threads(device: FakeDeviceMode) -> Iterator[None]:
     """Count Triton's kernels instead of compiling them, and run submitted functions in the calling thread."""
-    with ExitStack() as stack:
-        stack.enter_context(_counting_kernels(device))
-        stack.enter_context(patch.object(torch.cuda, "_lazy_init", _do_nothing))
-        stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _submit_inline))
-        yield
 
-
-@contextmanager
-def _counting_kernels(device: FakeDeviceMode) -> Iterator[None]:
-    try:
-        from triton.runtime.jit import JITFunction  # optional package
-    except ImportError:
-        yield
-        return
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def count(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         device.record_kernel(f"triton.{kernel.__name__}", tensors)
 
-    with patch.object(JITFunction, "run", run):
+    with ExitStack() as stack:
+        with suppress(ImportError):
+            from triton.runtime.jit import JITFunction  # optional package
+
+            stack.enter_context(patch.object(JITFunction, "run", count))
+        stack.enter_context(patch.object(torch.cuda, "_lazy_init", lambda: None))
+        stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _submit_inline))
         yield
-
-
-def _do_nothing() -> None:
-    """Replace CUDA's initialization."""
 
 
 def _submit_inline(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor, UntypedStorage
 
@@ -17,20 +19,14 @@ from ..log import (
     P2PBatchRecord,
     P2POpRecord,
     RankFinding,
-    StreamWait,
 )
-from .code_locations import CodeLocations
+from .code_locations import function_location, line_location
 from .spans import RehearsalSpanRecorder
 
 COMPUTE_STREAM = "compute"
 """Name of the stream on which a rank computes."""
-
-
-class _LiveStorage(weakref.ref[UntypedStorage]):
-    """Weak reference to a live storage, with the key and size that are needed when it is freed."""
-
-    key: int
-    size: int
+GroupKey: TypeAlias = tuple[str, tuple[int, ...]]
+"""Name and ranks of a group."""
 
 
 class LiveTensorMemory:
@@ -38,13 +34,16 @@ class LiveTensorMemory:
 
     def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self._spans = spans
-        self._alive: dict[int, _LiveStorage] = {}
+        self._alive: dict[int, weakref.ref[UntypedStorage]] = {}
         self.live_bytes = 0
         self.peak_bytes, self.peak_phase = 0, ""
         self.peak_bytes_by_phase: dict[str, int] = {}
+        self.state_bytes, self.peak_while_building_bytes = 0, 0
+        """Live bytes at the start of the step, and the peak before it."""
 
-    def reset_peak(self) -> None:
+    def begin_step(self) -> None:
         """Restart the search for peaks at the current level."""
+        self.state_bytes, self.peak_while_building_bytes = self.live_bytes, self.peak_bytes
         self.peak_bytes, self.peak_phase = self.live_bytes, self._spans.contexts[-1].phase
         self.peak_bytes_by_phase = {}
 
@@ -54,20 +53,18 @@ class LiveTensorMemory:
         key = storage._cdata
         if key in self._alive:
             return
-        alive = _LiveStorage(storage, self._on_free)
-        alive.key, alive.size = key, storage.nbytes()
-        self._alive[key] = alive
-        self.live_bytes += alive.size
+        size = storage.nbytes()
+        self._alive[key] = weakref.ref(storage, lambda _: self._on_free(key, size))
+        self.live_bytes += size
         phase = self._spans.contexts[-1].phase
         if self.live_bytes > self.peak_bytes_by_phase.get(phase, -1):
             self.peak_bytes_by_phase[phase] = self.live_bytes
             if self.live_bytes > self.peak_bytes:
                 self.peak_bytes, self.peak_phase = self.live_bytes, phase
 
-    def _on_free(self, alive: weakref.ref[UntypedStorage]) -> None:
-        assert isinstance(alive, _LiveStorage)
-        if self._alive.pop(alive.key, None) is not None:
-            self.live_bytes -= alive.size
+    def _on_free(self, key: int, size: int) -> None:
+        if self._alive.pop(key, None) is not None:
+            self.live_bytes -= size
 
 
 class RankRecorder:
@@ -75,7 +72,6 @@ class RankRecorder:
 
     def __init__(self, spans: RehearsalSpanRecorder) -> None:
         self.spans = spans
-        self.code_locations = CodeLocations()
         self.memory = LiveTensorMemory(spans)
         self.stream = COMPUTE_STREAM
         """Name of the current stream."""
@@ -83,7 +79,7 @@ class RankRecorder:
         """True until the engine is built."""
         self.operations = 0
         self.events: list[LogEvent] = []
-        self._launches: dict[tuple[str, str, str, str, str], list[int]] = {}
+        self._launches: defaultdict[tuple[str, str, str, str, str], list[int]] = defaultdict(lambda: [0, 0])
         self._findings: dict[RankFinding, None] = {}
         self._event_count = 0
 
@@ -103,15 +99,13 @@ class RankRecorder:
         self.is_warm_up = False
         self.operations = 0
         self._launches.clear()
-        self.memory.reset_peak()
+        self.memory.begin_step()
 
     def record_launch(self, operation: str, size: int) -> None:
         """Count a launch that reads and writes `size` bytes."""
         place = self.spans.contexts[-1]
-        key = (place.phase, place.layer, self.stream, operation, self.code_locations.function_location(sys._getframe()))
-        row = self._launches.get(key)
-        if row is None:
-            row = self._launches[key] = [0, 0]
+        key = (place.phase, place.layer, self.stream, operation, function_location(sys._getframe()))
+        row = self._launches[key]
         row[0] += 1
         row[1] += size
 
@@ -121,41 +115,30 @@ class RankRecorder:
 
     def current_location(self) -> str:
         """Return the current instruction and the code line of the caller."""
-        return f"{self.spans.current_instruction}: {self.code_locations.line_location(sys._getframe())}"
+        return f"{self.spans.current_instruction}: {line_location(sys._getframe())}"
 
     def record_collective(
         self,
-        group: tuple[str, tuple[int, ...]],
+        group: GroupKey,
         operation: str,
-        what: str,
-        tensor: tuple[Sequence[int], str],
-        rows: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        purpose: str,
+        shape: Sequence[int],
+        dtype: str,
+        sends: Sequence[int] = (),
+        receives: Sequence[int] = (),
     ) -> None:
-        """Log a collective: `group` is name and ranks, `tensor` shape and dtype, `rows` the sent and received rows."""
+        """Log a collective; for the arguments see `CollectiveRecord`."""
+        name, ranks = group
+        tensor, rows = (tuple(shape), dtype), (tuple(sends), tuple(receives))
+        stream, place = self.stream, self.current_location()
         self.events.append(
-            CollectiveRecord(
-                group=group[0],
-                ranks=group[1],
-                operation=operation,
-                purpose=what,
-                shape=tuple(tensor[0]),
-                dtype=tensor[1],
-                sends=tuple(rows[0]),
-                receives=tuple(rows[1]),
-                stream=self.stream,
-                code_location=self.current_location(),
-                is_warm_up=self.is_warm_up,
-            )
+            CollectiveRecord(name, ranks, operation, purpose, *tensor, *rows, stream, place, self.is_warm_up)
         )
 
-    def record_p2p_batch(
-        self, group: tuple[str, tuple[int, ...]], sends: Sequence[P2POpRecord], receives: Sequence[P2POpRecord]
-    ) -> None:
+    def record_p2p_batch(self, group: GroupKey, sends: Sequence[P2POpRecord], receives: Sequence[P2POpRecord]) -> None:
         """Log a P2P batch."""
-        place = self.current_location()
-        self.events.append(
-            P2PBatchRecord(group[0], group[1], tuple(sends), tuple(receives), self.stream, place, self.is_warm_up)
-        )
+        messages, place = (tuple(sends), tuple(receives)), self.current_location()
+        self.events.append(P2PBatchRecord(*group, *messages, self.stream, place, self.is_warm_up))
 
     def record_event(self, stream: str) -> int:
         """Log an event of a stream; return its number."""
@@ -163,13 +146,13 @@ class RankRecorder:
         self.events.append(EventRecord(self._event_count, stream))
         return self._event_count
 
-    def record_stream_wait(self, event: int, stream: str) -> None:
-        """Log a wait of a stream for an event."""
-        self.events.append(StreamWait(event, stream))
-
     def record_host_wait(self, event: int | None, stream: str, reason: str) -> None:
-        """Log a wait of the host; inside an FB, any but that for the sizes of a dispatch is a finding."""
+        """Log a wait of the host.
+
+        Inside an FB it may wait only for the event of a dispatch's sizes: another wait delays the launches that overlap
+        and is a finding.
+        """
         spans, place = self.spans, self.current_location()
         self.events.append(HostWait(event, stream, reason, place, spans.is_inside_fb, self.is_warm_up))
-        if spans.is_inside_fb and not spans.is_inside_dispatch:
+        if spans.is_inside_fb and not (spans.is_inside_dispatch and reason == "event"):
             self.record_finding("host read", f"the host waits for stream {stream} ({reason}) inside an FB", place)

@@ -52,39 +52,37 @@ class BalancedRouting:
 
     @cached_property
     def rows_by_expert(self) -> CountArray:
-        """(token, expert) pairs of each rank by expert, [P, E]."""
-        return _spread(self.tokens * self.top_k, self.ranks, self.experts)
+        """(token, expert) pairs of each rank by the rank of the expert and the expert, [P, P, L]."""
+        return _spread(self.tokens * self.top_k, self.ranks, self.experts).reshape(self.ranks, self.ranks, -1)
 
     @cached_property
     def tokens_by_rank(self) -> CountArray:
         """Tokens of each rank that have at least one expert on each rank, [P, P]."""
-        copies_PPL = self.rows_by_expert.reshape(self.ranks, self.ranks, -1)
-        even_PP = _spread(round(self.tokens * self.mean_ranks_per_token), self.ranks, self.ranks)
-        max_PP = np.minimum(self.tokens, copies_PPL.sum(axis=2))
-        return np.clip(even_PP, copies_PPL.max(axis=2), max_PP)
+        return self._spread_tokens(self.rows_by_expert, self.mean_ranks_per_token)
 
     @cached_property
     def tokens_by_node(self) -> CountArray:
         """Tokens of each rank that have at least one expert on each node, [P, N]."""
         visits_PNG = self.tokens_by_rank.reshape(self.ranks, self.nodes, -1)
-        even_PN = _spread(round(self.tokens * self.mean_nodes_per_token), self.ranks, self.nodes)
-        max_PN = np.minimum(self.tokens, visits_PNG.sum(axis=2))
-        return np.clip(even_PN, visits_PNG.max(axis=2), max_PN)
+        return self._spread_tokens(visits_PNG, self.mean_nodes_per_token)
+
+    def _spread_tokens(self, parts_PDL: CountArray, mean_destinations: float) -> CountArray:
+        """Return even counts by rank and destination, [P, D], that are possible with the counts of its parts."""
+        even_PD = _spread(round(self.tokens * mean_destinations), *parts_PDL.shape[:2])
+        return np.clip(even_PD, parts_PDL.max(axis=2), np.minimum(self.tokens, parts_PDL.sum(axis=2)))
 
     def flat_exchange_sizes(self, rank: int) -> list[int]:
         """Return the sizes that `FlatExchange` reads, [2P + L + 2].
 
         Rows sent to and received from each rank, rows by expert, token counts of ranks and of nodes.
         """
-        copies_PPL = self.rows_by_expert.reshape(self.ranks, self.ranks, -1)
-        parts = (
-            copies_PPL[rank].sum(axis=1),
-            copies_PPL[:, rank].sum(axis=1),
-            copies_PPL[:, rank].sum(axis=0),
+        return _numbers(
+            self.rows_by_expert[rank].sum(axis=1),
+            self.rows_by_expert[:, rank].sum(axis=1),
+            self.rows_by_expert[:, rank].sum(axis=0),
             self.tokens_by_rank[rank].sum(keepdims=True),
             self.tokens_by_node[rank].sum(keepdims=True),
         )
-        return _numbers(parts)
 
     def two_hop_exchange_sizes(self, rank: int) -> list[int]:
         """Return the sizes that `TwoHopExchange` reads, [2N + 2G + L + 1].
@@ -96,15 +94,14 @@ class BalancedRouting:
         node, place = divmod(rank, size)
         rail_N = np.arange(self.nodes) * size + place
         own_G = slice(node * size, (node + 1) * size)
-        parts = (
+        return _numbers(
             self.tokens_by_node[rank],
             self.tokens_by_node[rail_N, node],
             self.tokens_by_rank[rail_N, own_G].sum(axis=0),
             self.tokens_by_rank[:, rank].reshape(self.nodes, size).sum(axis=0),
-            self.rows_by_expert.reshape(self.ranks, self.ranks, -1)[:, rank].sum(axis=0),
+            self.rows_by_expert[:, rank].sum(axis=0),
             self.tokens_by_rank[rank].sum(keepdims=True),
         )
-        return _numbers(parts)
 
 
 def _spread(total: int, ranks: int, places: int) -> CountArray:
@@ -114,5 +111,5 @@ def _spread(total: int, ranks: int, places: int) -> CountArray:
     return each + ((np.arange(places)[None, :] - first_P1) % places < more).astype(np.int64)
 
 
-def _numbers(parts: tuple[CountArray, ...]) -> list[int]:
+def _numbers(*parts: CountArray) -> list[int]:
     return [int(number) for part in parts for number in part]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 from ....comm.trace import EXPOSED_ALL_TO_ALL, PIPELINE_WAIT, ExchangeLabel, TimelineTrack
 from ....parallelism.pipeline.program import Op
 
 _PHASE_OF_LAYER = re.compile(r"^(?P<phase>.+?) of (?P<layer>\w+), micro-batch \d+$")
 _DISPATCH = re.compile(r"\bdispatch of \w+, micro-batch \d+")
-_NO_SPAN: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,24 @@ class RehearsalSpanRecorder:
         """Set the phase outside of all spans."""
         self.contexts[0] = OperationContext(phase, "")
 
-    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
+    @contextmanager
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> Iterator[None]:
         """See `SpanRecorder`."""
         if name in (EXPOSED_ALL_TO_ALL, PIPELINE_WAIT):
-            return _NO_SPAN
-        return _Span(self, track, name, detail)
+            yield
+            return
+        is_instruction = track is TimelineTrack.INSTRUCTION and name in _INSTRUCTIONS
+        self.open_span_names.append(str(name))
+        self.contexts.append(_operation_context(track, name, detail))
+        if is_instruction:
+            self.instruction, self.is_inside_fb = detail, name == Op.FB
+        try:
+            yield
+            if is_instruction:  # after an exception they stay, for the location of the error
+                self.instruction, self.is_inside_fb = None, False
+        finally:
+            self.open_span_names.pop()
+            self.contexts.pop()
 
     def record_instant(self, track: TimelineTrack, name: str, detail: object = None) -> None:
         """See `SpanRecorder`."""
@@ -62,29 +74,6 @@ class RehearsalSpanRecorder:
     def is_inside_dispatch(self) -> bool:
         """True inside a dispatch, where the host may read its sizes."""
         return any(_DISPATCH.search(name) for name in self.open_span_names)
-
-
-class _Span:
-    """Span that is open from `__enter__` to `__exit__`."""
-
-    def __init__(self, spans: RehearsalSpanRecorder, track: TimelineTrack, name: str, detail: object) -> None:
-        self._spans, self._track, self._name, self._detail = spans, track, name, detail
-
-    def __enter__(self) -> None:
-        spans = self._spans
-        spans.open_span_names.append(str(self._name))
-        spans.contexts.append(_operation_context(self._track, self._name, self._detail))
-        if self._track is TimelineTrack.INSTRUCTION and self._name in _INSTRUCTIONS:
-            spans.instruction, spans.is_inside_fb = self._detail, self._name == Op.FB
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        spans = self._spans
-        spans.open_span_names.pop()
-        spans.contexts.pop()
-        if error is None and self._track is TimelineTrack.INSTRUCTION and self._name in _INSTRUCTIONS:
-            spans.instruction, spans.is_inside_fb = None, False
 
 
 _INSTRUCTIONS = frozenset(Op)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ....comm.streams import Stream
+from ..log import StreamWait
 from .recorder import COMPUTE_STREAM, RankRecorder
 
 
@@ -24,10 +25,6 @@ class LoggedEvent:
         """See `comm.streams.Event`."""
         self.recorder.record_host_wait(self.number, self.stream, "event")
 
-    def query(self) -> bool:
-        """Return True: every operation completes when it is launched."""
-        return True
-
 
 @dataclass(frozen=True)
 class LoggedStream:
@@ -42,7 +39,7 @@ class LoggedStream:
 
     def wait_event(self, event: LoggedEvent) -> None:
         """See `comm.streams.Stream`."""
-        self.recorder.record_stream_wait(event.number, self.name)
+        self.recorder.events.append(StreamWait(event.number, self.name))
 
     def synchronize(self) -> None:
         """See `comm.streams.Stream`."""
@@ -55,7 +52,6 @@ class LoggedStreams:
     def __init__(self, recorder: RankRecorder) -> None:
         self._recorder = recorder
         self._names = [COMPUTE_STREAM]
-        self._current = LoggedStream(recorder, COMPUTE_STREAM)
 
     def create_stream(self, name: str) -> Stream:
         """See `DeviceStreams`."""
@@ -65,22 +61,17 @@ class LoggedStreams:
 
     def current_stream(self) -> Stream:
         """See `DeviceStreams`."""
-        return self._current
-
-    def use_stream(self, stream: Stream) -> AbstractContextManager[object]:
-        """See `DeviceStreams`."""
-        assert isinstance(stream, LoggedStream)
-        return self._use(stream)
-
-    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        """See `DeviceStreams`; nothing to do, since memory is counted by live storages."""
+        return LoggedStream(self._recorder, self._recorder.stream)
 
     @contextmanager
-    def _use(self, stream: LoggedStream) -> Iterator[None]:
-        before, self._current = self._current, stream
-        self._recorder.stream = stream.name
+    def use_stream(self, stream: Stream) -> Iterator[None]:
+        """See `DeviceStreams`."""
+        assert isinstance(stream, LoggedStream)
+        before, self._recorder.stream = self._recorder.stream, stream.name
         try:
             yield
         finally:
-            self._current = before
-            self._recorder.stream = before.name
+            self._recorder.stream = before
+
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        """See `DeviceStreams`; nothing to do, since memory is counted by live storages."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoestring.launch.rehearsal.log import HostWait, LogEvent, RankFinding, RankLog
+from shoestring.launch.rehearsal.log import LogEvent, RankFinding, RankLog
 from shoestring.tests.launch.rehearsal.judged import judged
 from shoestring.tests.launch.rehearsal.logs import GIB, MEMORY, collective, log
 
@@ -17,22 +17,6 @@ def kinds(*logs: RankLog) -> list[str]:
 
 def waits(*events: LogEvent) -> RankLog:
     return log(0, *events)
-
-
-def test_inside_a_pair_the_host_waits_for_events_alone() -> None:
-    read = HostWait(None, "compute", "read", "FB: a.py:3 f", is_inside_fb=True)
-    assert kinds(waits(read)) == ["host read"]
-    assert not kinds(waits(replace(read, reason="event"), replace(read, is_inside_fb=False)))
-    known = RankFinding("host read", "the host waits", read.code_location)
-    assert kinds(log(0, read, findings=[known])) == ["host read"]
-    (row,) = judged(waits(read, read)).host_wait_summaries
-    assert (row.code_line, row.reason, row.is_inside_fb, row.count, row.max_per_rank) == (
-        "a.py:3 f",
-        "read",
-        True,
-        2,
-        2,
-    )
 
 
 def test_no_collective_of_the_host_in_a_step() -> None:
@@ -67,6 +51,8 @@ def test_the_peak_is_within_five_percent_of_the_prediction(peak: float) -> None:
 def test_what_does_not_fit_is_found_once() -> None:
     full = replace(MEMORY, capacity_bytes=70.0 * GIB - 1)
     assert kinds(replace(log(0), memory=full)) == ["memory"]
-    own = RankFinding("memory", "does not fit", "mlp(B)")
-    assert kinds(replace(log(0, findings=[own]), memory=full)) == ["memory"]
-    assert kinds(replace(log(0), memory=replace(MEMORY, peak_while_building_bytes=77 * GIB))) == ["memory"]
+    raised = RankFinding("error", "out of range", "mlp(B)")
+    assert kinds(replace(log(0, findings=[raised]), memory=full)) == ["error", "memory"]
+    (fault,) = judged(replace(log(0), memory=replace(MEMORY, peak_while_building_bytes=77 * GIB))).findings
+    assert fault.text == "live tensors need 82.7 GB in building, the GPU has 81.6 GB for tensors"
+    assert (fault.kind, fault.code_locations) == ("memory", ("building",))

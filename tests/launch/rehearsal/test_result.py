@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.answer import rehearsal_answer
-from shoestring.launch.rehearsal.log import RankFinding
+from shoestring.launch.rehearsal.log import HostWait, RankFinding
 from shoestring.tests.launch.rehearsal.judged import judged, printed, tree
 from shoestring.tests.launch.rehearsal.logs import MEMORY, batch, collective, log, message, swapped
 
@@ -46,3 +46,10 @@ def test_after_an_error_only_the_error_is_reported() -> None:
     assert [fault.kind for fault in result.findings] == ["error"]
     assert "deadlock check: not run, because the step of rank 1 failed" in printed(result).splitlines()
     assert tree(result)["deadlock_check"] == "not run"
+
+
+def test_host_waits_are_counted_by_code_line() -> None:
+    read = HostWait(None, "compute", "read", "FB: a.py:3 f", is_inside_fb=True)
+    (row,) = judged(log(0, read, read)).host_wait_summaries
+    assert (row.code_line, row.reason, row.is_inside_fb) == ("a.py:3 f", "read", True)
+    assert (row.count, row.max_per_rank) == (2, 2)

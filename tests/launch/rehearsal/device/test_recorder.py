@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
+from shoestring.comm.trace import TimelineTrack
+from shoestring.launch.rehearsal.device.recorder import RankRecorder
+from shoestring.launch.rehearsal.device.spans import RehearsalSpanRecorder
 from shoestring.launch.rehearsal.log import CollectiveRecord, HostWait, RankLog
+from shoestring.parallelism.pipeline.program import Op
 from shoestring.tests.launch.rehearsal.rehearsed_rank import (
     BF16_RANK,
     config_of,
@@ -60,3 +65,26 @@ def test_kernels_of_triton_are_counted_by_their_tensors(in_fp8: RankLog) -> None
         config.model.hidden_size * config.training.sequence_length * config.model.num_experts_per_tok
     )  # FP8 rows for the experts
     assert sum(row.bytes for row in rows) > 2 * micro_batches * read
+
+
+@pytest.mark.parametrize(
+    ("instruction", "phase", "reason", "is_found"),
+    [
+        (Op.FB, "attn(F) of layer_01, micro-batch 2", "read", True),
+        (Op.FB, "attn(F) of layer_01, micro-batch 2", "event", True),
+        (Op.FB, "dispatch of layer_01, micro-batch 2", "read", True),
+        (Op.FB, "dispatch of layer_01, micro-batch 2", "event", False),
+        (Op.F, "attn(F) of layer_01, micro-batch 2", "read", False),
+    ],
+)
+def test_inside_a_pair_the_host_waits_for_events_of_sizes_alone(
+    instruction: Op, phase: str, reason: str, is_found: bool
+) -> None:
+    recorder = RankRecorder(RehearsalSpanRecorder("step"))
+    span = recorder.spans.span
+    with span(TimelineTrack.INSTRUCTION, instruction, "instruction 3"), span(TimelineTrack.COMPUTE, phase):
+        recorder.record_host_wait(None, "compute", reason)
+        recorder.record_host_wait(None, "compute", reason)
+    texts = [(found.kind, found.text) for found in recorder.findings]
+    assert texts == [("host read", f"the host waits for stream compute ({reason}) inside an FB")] * is_found
+    assert {wait.is_inside_fb for wait in recorder.events if isinstance(wait, HostWait)} == {instruction == Op.FB}

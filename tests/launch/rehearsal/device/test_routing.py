@@ -34,7 +34,7 @@ def test_flat(routing: BalancedRouting) -> None:
         assert received == [other[rank] for other in numbers]
         assert len(by_expert) == routing.experts // ranks
         assert routing.tokens <= of_nodes <= of_ranks <= rows
-    assert max(map(max, routing.rows_by_expert)) <= routing.tokens
+    assert routing.rows_by_expert.max() <= routing.tokens
 
 
 @pytest.mark.parametrize("routing", LAYOUTS)
