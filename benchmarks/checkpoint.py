@@ -162,7 +162,7 @@ def measure_export(directory: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def largest(checkpoint: Checkpoint) -> int:
-    return max(tensor.tensor_spec("").nbytes for tensor in checkpoint.manifest.tensors.values())
+    return max(tensor.nbytes for tensor in checkpoint.manifest.tensors.values())
 
 
 def exporting(path: Path, directory: Path, dtype: str) -> None:

@@ -80,15 +80,8 @@ def list_checkpoints(path: Path) -> list[CheckpointListing]:
         raise ConfigError([Problem("checkpoint", str(path), "is not a directory; name the directory of a run")])
     found = [_listed(each) for each in sorted(directory.glob("step_*"))]
     if not found:
-        raise ConfigError(
-            [
-                Problem(
-                    "checkpoint",
-                    str(directory),
-                    "has no checkpoint; a run saves one every training.checkpoint_every steps",
-                )
-            ]
-        )
+        hint = "has no checkpoint; a run saves one every training.checkpoint_every steps"
+        raise ConfigError([Problem("checkpoint", str(directory), hint)])
     return found
 
 
@@ -99,14 +92,10 @@ def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
         try:
             checkpoint = Checkpoint(directory, read_manifest_only(directory))
         except CheckpointDamaged as damaged:
-            words = (
-                f"{damaged}; nothing else can be checked: restore that file, or choose another checkpoint with --step"
-            )
-            return VerificationResult(str(directory), None, None, [words])
-        manifest = checkpoint.manifest
-        return VerificationResult(
-            str(directory), len(manifest.tensors), manifest.total_bytes, list(checkpoint.find_damage())
-        )
+            hint = "nothing else can be checked: restore that file, or choose another checkpoint with --step"
+            return VerificationResult(str(directory), None, None, [f"{damaged}; {hint}"])
+        manifest, damage = checkpoint.manifest, list(checkpoint.find_damage())
+        return VerificationResult(str(directory), len(manifest.tensors), manifest.total_bytes, damage)
     except OSError as error:
         raise unreadable_checkpoint_error(error) from error
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -35,9 +35,8 @@ class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
     """Error for a checkpoint that does not hold what was saved; the message names the file and the damage."""
 
 
-@dataclass(frozen=True)
-class StoredPiece:
-    """Contiguous range of a tensor's flattened elements, and the place of its bytes."""
+class StoredPiece(NamedTuple):
+    """Contiguous range of a tensor's flattened elements, and the place of its bytes; in JSON a list in this order."""
 
     file: str
     byte_offset: int
@@ -56,9 +55,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
 
-    def tensor_spec(self, name: str) -> TensorSpec:
-        """Return name, dtype and shape of the whole tensor."""
-        return TensorSpec(name, self.dtype, self.shape)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class CheckpointManifest:
             "metadata": self.metadata,
             "files": self.tensor_files,
             "attachments": [asdict(entry) for entry in self.attachments],
-            "tensors": {name: _tensor_tree(tensor) for name, tensor in sorted(self.tensors.items())},
+            "tensors": {
+                name: [NAME_BY_DTYPE[tensor.dtype], tensor.shape, tensor.pieces]
+                for name, tensor in sorted(self.tensors.items())
+            },
         }
         return json.dumps(tree, separators=(",", ":"), allow_nan=False)
 
@@ -114,7 +117,7 @@ def _check_format(tree: JsonValue) -> None:
 
 
 def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
-    files = {_key_name(name, size): size.as_integer() for name, size in tree["files"].items()}
+    files = {JsonValue(name, size.location).as_file_name(): size.as_integer() for name, size in tree["files"].items()}
     attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].as_list())
     if len({entry.file for entry in attachments}) < len(attachments):
         raise tree["attachments"].malformed_error("names a file twice")
@@ -132,35 +135,26 @@ def merge_rank_records(
     files: dict[str, int] = {}
     for each in records:
         files[each["file"]] = each["bytes"]
-        for name, (dtype, shape, *piece) in each["pieces"]:
+        for name, dtype, shape, piece in each["pieces"]:
             kind = dtype, tuple(shape)
             if dtypes.setdefault(name, kind) != kind:
                 raise ValueError(f"{name} is {dtypes[name]} on one rank and {kind} on another")
-            pieces.setdefault(name, []).append(StoredPiece(each["file"], *piece))
+            pieces.setdefault(name, []).append(StoredPiece(*piece))
     tensors = {}
     for name, (dtype, shape) in dtypes.items():
         ordered = tuple(sorted(pieces[name], key=lambda piece: piece.element_offset))
-        _check_whole(name, shape, ordered)
+        end, has_gap = _contiguous_end(ordered)
+        if has_gap:
+            raise ValueError(f"{name}: element {end} was saved by no rank, or by two")
+        if end != math.prod(shape):
+            raise ValueError(f"{name}: elements from {end} on were saved by no rank")
         tensors[name] = StoredTensor(DTYPE_BY_NAME[dtype], shape, ordered)
     return CheckpointManifest(metadata, tensors, files, tuple(attachments))
 
 
 def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
     """Return one rank's description of its file, as plain values for `merge_rank_records`."""
-    described = [
-        (
-            whole.name,
-            (
-                NAME_BY_DTYPE[whole.dtype],
-                whole.shape,
-                piece.byte_offset,
-                piece.element_offset,
-                piece.num_elements,
-                piece.sha256,
-            ),
-        )
-        for whole, piece in pieces
-    ]
+    described = [(whole.name, NAME_BY_DTYPE[whole.dtype], whole.shape, piece) for whole, piece in pieces]
     return {"file": file, "bytes": size, "pieces": described}
 
 
@@ -263,19 +257,14 @@ def _parse_summary(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
 _TENSORS = b',"tensors":{'
 
 
-def _check_whole(name: str, shape: tuple[int, ...], pieces: tuple[StoredPiece, ...]) -> None:
+def _contiguous_end(pieces: tuple[StoredPiece, ...]) -> tuple[int, bool]:
+    """Return the number of elements and False; or the first element in no piece or in two, and True."""
     end = 0
     for piece in pieces:
         if piece.element_offset != end:
-            raise ValueError(f"{name}: element {min(end, piece.element_offset)} was saved by no rank, or by two")
+            return min(end, piece.element_offset), True
         end += piece.num_elements
-    if end != math.prod(shape):
-        raise ValueError(f"{name}: elements from {end} on were saved by no rank")
-
-
-def _tensor_tree(tensor: StoredTensor) -> list[Any]:
-    pieces = [[p.file, p.byte_offset, p.element_offset, p.num_elements, p.sha256] for p in tensor.pieces]
-    return [NAME_BY_DTYPE[tensor.dtype], list(tensor.shape), pieces]
+    return end, False
 
 
 def _tensor(item: JsonValue) -> StoredTensor:
@@ -284,11 +273,9 @@ def _tensor(item: JsonValue) -> StoredTensor:
         raise item.malformed_error("must be a dtype, a shape and pieces")
     shape = tuple(size.as_integer() for size in parts[1].as_list())
     pieces = tuple(_piece(each, f"{item.location}[2][{index}]") for index, each in enumerate(_plain_list(parts[2])))
-    end = 0
-    for piece in pieces:
-        if piece.element_offset != end:
-            raise parts[2].malformed_error(f"element {min(end, piece.element_offset)} is in no piece, or in two")
-        end += piece.num_elements
+    end, has_gap = _contiguous_end(pieces)
+    if has_gap:
+        raise parts[2].malformed_error(f"element {end} is in no piece, or in two")
     if end != math.prod(shape) or not pieces:
         raise parts[2].malformed_error(f"pieces hold {end} elements where the shape {list(shape)} asks for others")
     return StoredTensor(parse_dtype(parts[0]), shape, pieces)
@@ -312,14 +299,8 @@ def _piece(tree: object, where: str) -> StoredPiece:
     raise MalformedFileError(where, tree, hint)
 
 
-def _key_name(name: str, item: JsonValue) -> str:
-    return JsonValue(name, item.location).as_file_name()
-
-
 def _attachment(item: JsonValue, files: Mapping[str, int]) -> FileEntry:
     entry = item.as_dataclass(FileEntry)
-    item["file"].as_file_name()
-    item["sha256"].as_sha256()
     if entry.file in (*files, MANIFEST_FILE, COMPLETE_MARKER_FILE):
         raise item["file"].malformed_error("is also a tensor file or the manifest")
     return entry

@@ -97,9 +97,8 @@ class SampleDataset:
         if len(self) < 1:
             needed = self.tokens_per_sample if self.pad_token_id is None else 2
             hint = f"the {self.split.name} split has {self.split.num_tokens} tokens, one sample needs {needed}"
-            raise ConfigError(
-                [Problem("training.sequence_length", self.sequence_length, f"{hint}; add text or shorten it")]
-            )
+            hint += "; add text or shorten it"
+            raise ConfigError([Problem("training.sequence_length", self.sequence_length, hint)])
 
     @property
     def tokens_per_sample(self) -> int:
@@ -114,12 +113,9 @@ class SampleDataset:
 
     def read_batch(self, indices: Sequence[int]) -> TokenBatch:
         """Return the samples with these indices. Raises `IndexError` outside 0 .. len - 1."""
-        tokens_BW = np.full(
-            (len(indices), self.tokens_per_sample),
-            0 if self.pad_token_id is None else self.pad_token_id,
-            dtype=np.int64,
-        )
-        valid_BW = np.zeros((len(indices), self.tokens_per_sample), dtype=np.bool_)
+        shape = len(indices), self.tokens_per_sample
+        tokens_BW = np.full(shape, self.pad_token_id or 0, dtype=np.int64)
+        valid_BW = np.zeros(shape, dtype=np.bool_)
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.split.name}: sample {index} of {len(self)}")
