@@ -101,9 +101,7 @@ def to_config_json(
         "rope_interleave": rope_interleave,
         "max_position_embeddings": max_position_embeddings,
         "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **dict.fromkeys(_TOKENS),
     }
     if model.rope_scaling is not None:
         tree["rope_scaling"] = {"type": "yarn"} | asdict(model.rope_scaling)
@@ -199,7 +197,7 @@ class _Reader:
         for key in ("rope_parameters", "rope_scaling"):
             item = self.tree.get(key)
             if item is not None:
-                with self._collecting_problem(item):
+                with _collecting(self.problems):
                     settings = item.as_mapping()
                     for name in ("rope_type", "type"):
                         if name in settings:
@@ -207,10 +205,9 @@ class _Reader:
                     for name in (*_YARN, "rope_theta", "attention_factor"):
                         if settings.get(name) is not None:
                             item[name].as_number(0, _LARGEST.get(name, _LONGEST))
-                    if settings.get("original_max_position_embeddings") is not None:
-                        whole = item["original_max_position_embeddings"].as_number(1, _LONGEST)
-                        if not whole.is_integer():
-                            raise item["original_max_position_embeddings"].malformed_error("must be a whole number")
+                    length = item.get("original_max_position_embeddings")
+                    if length is not None and not length.as_number(1, _LONGEST).is_integer():
+                        raise length.malformed_error("must be a whole number")
                     if settings:
                         return settings
         return {}
@@ -237,19 +234,19 @@ class _Reader:
         """Add a problem for an unsupported architecture or dtype."""
         architectures = self.tree.get("architectures")
         if architectures is not None:
-            with self._collecting_problem(architectures):
+            with _collecting(self.problems):
                 if [each.as_string() for each in architectures.as_list()] != [_ARCHITECTURE]:
                     raise architectures.malformed_error(f"cannot be imported: only {_ARCHITECTURE} is supported")
         for key in ("torch_dtype", "dtype"):
             item = self.tree.get(key)
             if item is not None:
-                with self._collecting_problem(item):
+                with _collecting(self.problems):
                     if item.as_string().removeprefix("torch.") not in _STORED:
                         raise item.malformed_error(f"must be one of {', '.join(_STORED)}")
 
     def _try(self, item: JsonValue, kind: Any) -> Any:
         found: Any = 0  # placeholder after a problem; never used
-        with self._collecting_problem(item):
+        with _collecting(self.problems):
             if kind is float:
                 found = item.as_number(0, _LARGEST[item.location])
             elif kind is bool:
@@ -258,22 +255,25 @@ class _Reader:
                 found = None if item.value is None and kind is not int else item.as_integer(0, _LONGEST)
         return found
 
-    @contextmanager
-    def _collecting_problem(self, item: JsonValue) -> Iterator[None]:
-        try:
-            yield
-        except MalformedFileError as error:
-            self.problems.append(Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it"))
+
+@contextmanager
+def _collecting(problems: list[Problem]) -> Iterator[None]:
+    """Add the problem of a `MalformedFileError` that is raised inside."""
+    try:
+        yield
+    except MalformedFileError as error:
+        problems.append(Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it"))
 
 
-def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each special token outside the vocabulary and for an invalid context length."""
+def _carried_problems(tree: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each special token outside the vocabulary and for an invalid context length."""
+    problems: list[Problem] = []
     item = JsonValue(dict(tree))
     vocabulary = tree.get("vocab_size")
     last = vocabulary - 1 if type(vocabulary) is int and vocabulary > 0 else _LONGEST
     for key in _CARRIED:
         found = item.get(key)
-        try:
+        with _collecting(problems):
             if found is None:
                 continue
             if key == "eos_token_id" and isinstance(found.value, list):
@@ -283,8 +283,7 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
                 found.as_integer(-1, last)  # -1: no such token, in older files
             else:
                 found.as_integer(1, _LONGEST)
-        except MalformedFileError as error:
-            yield Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it")
+    return problems
 
 
 def read_rope_type(rope: Mapping[str, Any]) -> str:
@@ -300,28 +299,20 @@ def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
 
 
 def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
+    there = f"cannot be exported: {_ARCHITECTURE}"
     if model.scoring_func != "sigmoid":
-        yield Problem(
-            "model.scoring_func", model.scoring_func, "cannot be exported: DeepseekV3ForCausalLM supports only sigmoid"
-        )
+        yield Problem("model.scoring_func", model.scoring_func, f"{there} supports only sigmoid")
     if model.n_shared_experts == 0:
-        yield Problem(
-            "model.n_shared_experts", 0, "cannot be exported: DeepseekV3ForCausalLM always has shared experts"
-        )
+        yield Problem("model.n_shared_experts", 0, f"{there} always has shared experts")
     if model.n_routed_experts // model.n_group < 2:
-        hint = (
-            f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.n_routed_experts} experts in each group"
-        )
+        hint = f"{there} needs two of the {model.n_routed_experts} experts in each group"
         yield Problem("model.n_group", model.n_group, hint)
     yarn = model.rope_scaling
     if yarn is not None and yarn.factor * yarn.original_max_position_embeddings > _LONGEST:
         hint = f"cannot be exported: times original_max_position_embeddings it exceeds {_LONGEST} positions"
         yield Problem("model.rope_scaling.factor", yarn.factor, hint)
-    if (
-        yarn is not None
-        and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0)
-        and 0 in (yarn.mscale, yarn.mscale_all_dim)
-    ):
+    scales = None if yarn is None else (yarn.mscale, yarn.mscale_all_dim)
+    if yarn is not None and scales is not None and scales != (1.0, 0.0) and 0 in scales:
         hint = "cannot be exported: a 0 in mscale or mscale_all_dim means 1 and 0 there"
         yield Problem("model.rope_scaling.mscale", yarn.mscale, hint)
 

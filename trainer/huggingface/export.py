@@ -155,31 +155,30 @@ def _shards(planned: Sequence[TensorMapping], options: ExportOptions) -> Iterato
 
 def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSpec]:
     """Yield the specs of the tensors that `_tensors` yields, in the same order."""
-    for name in entry.hf_names:
-        if options.dtype == "fp8" and is_fp8_weight(name):
-            yield TensorSpec(name, torch.float8_e4m3fn, entry.hf_shape)
+    for name in entry.all_hf_names:
+        dtype = _dtype(name, options)
+        yield TensorSpec(name, dtype, entry.hf_shape)
+        if dtype == torch.float8_e4m3fn:
             yield TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(entry.hf_shape))
-        else:
-            yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
-    for name in entry.hf_duplicates:
-        yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
 
 
 def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> Iterator[Tensor]:
     if entry.rope_rows is not None and not options.rope_interleave:
         tensor = rope_to_half_split(tensor, entry.rope_rows)
-    for name, part in zip(entry.hf_names, tensor.chunk(len(entry.hf_names)), strict=True):
-        if options.dtype == "fp8" and is_fp8_weight(name):
+    parts = (*tensor.chunk(len(entry.hf_names)), *[tensor] * len(entry.hf_duplicates))
+    for name, part in zip(entry.all_hf_names, parts, strict=True):
+        dtype = _dtype(name, options)
+        if dtype == torch.float8_e4m3fn:
             try:
                 yield from quantize_fp8_weight(part)
             except ValueError as error:
                 raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
         else:
-            yield part.to(_dtype(name, options))
-    for name in entry.hf_duplicates:
-        yield tensor.to(_dtype(name, options))
+            yield part.to(dtype)
 
 
 def _dtype(name: str, options: ExportOptions) -> torch.dtype:
     """Return the exported dtype; routing biases stay FP32, as in the released weights."""
-    return torch.float32 if name.endswith("e_score_correction_bias") else _DTYPES[options.dtype]
+    if name.endswith("e_score_correction_bias"):
+        return torch.float32
+    return torch.float8_e4m3fn if options.dtype == "fp8" and is_fp8_weight(name) else _DTYPES[options.dtype]

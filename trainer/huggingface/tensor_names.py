@@ -61,6 +61,11 @@ class TensorMapping:
     """Rows per head, and the number of rotated rows at its end."""
 
     @property
+    def all_hf_names(self) -> tuple[str, ...]:
+        """Names of the parts and of the duplicates."""
+        return (*self.hf_names, *self.hf_duplicates)
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of each part."""
         return (self.shape[0] // len(self.hf_names), *self.shape[1:])
