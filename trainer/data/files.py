@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 
 from .manifest import FileEntry
 
 
 class HashedFileWriter:
-    """Writer of a new file, front to back, as a context manager; `entry` is final after the context."""
+    """Writer of a new file, front to back; `entry` is final after `close`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,14 +24,6 @@ class HashedFileWriter:
         self._file.write(raw)
         self._hash.update(raw)
         self._bytes += len(raw)
-
-    def __enter__(self) -> HashedFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Sync the file to disk and close it; a second call does nothing."""
@@ -48,7 +40,7 @@ class HashedFileWriter:
 
 def write_file_durably(path: Path, raw: bytes) -> FileEntry:
     """Write a whole file and sync it to disk."""
-    with HashedFileWriter(path) as file:
+    with closing(HashedFileWriter(path)) as file:
         file.write(raw)
     return file.entry
 

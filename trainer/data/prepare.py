@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def _write_split(
 ) -> SplitEntry:
     dtype = np.dtype(token_dtype(config.vocab_size)).newbyteorder("<")
     documents = (text for source in sources for text in _documents(config, source))
-    with SplitWriter(directory, name, dtype, shard_tokens) as writer:
+    with closing(SplitWriter(directory, name, dtype, shard_tokens)) as writer:
         for texts in _batches(documents):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 writer.add_document([*tokens, tokenizer.end_token_id], len(text.encode()))

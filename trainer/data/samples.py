@@ -75,23 +75,14 @@ class SampleDataset:
     """Windows that start every S tokens of a split and cross document ends: S inputs, the next token, D more.
 
     Token 0 is only an input; every other token at positions 1 to S of a window is a target once. With `pad_token_id`
-    the last windows are padded, so that every token is used; without it only whole windows count.
+    the last windows are padded, so that every token is used, as validation needs; without it only whole windows count,
+    as in training. Raises `ConfigError` for a split without one window, or one target if windows are padded.
     """
 
     split: TokenSplit
     sequence_length: int
     mtp_depth: int
-    pad_token_id: int | None
-
-    @classmethod
-    def for_training(cls, split: TokenSplit, sequence_length: int, mtp_depth: int) -> SampleDataset:
-        """Return whole windows only. Raises `ConfigError` for a split shorter than one."""
-        return cls(split, sequence_length, mtp_depth, None)
-
-    @classmethod
-    def for_validation(cls, split: TokenSplit, sequence_length: int, mtp_depth: int, pad: int) -> SampleDataset:
-        """Return windows in which every token but the first is a target once. Raises `ConfigError` for no target."""
-        return cls(split, sequence_length, mtp_depth, pad)
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if len(self) < 1:

@@ -10,7 +10,6 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +29,7 @@ TOKENS_PER_SHARD = 2**27
 
 
 class SplitWriter:
-    """Writer of one split, document by document, into shards in a new directory, as a context manager."""
+    """Writer of one split, document by document, into shards in a new directory."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._directory = directory
@@ -42,12 +41,8 @@ class SplitWriter:
         self._tokens = 0
         self._text_bytes = 0
 
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the shards; needed after an error, and harmless after `finish_split`."""
         for shard in self._shards:
             shard.close()
 
@@ -67,8 +62,7 @@ class SplitWriter:
 
     def finish_split(self) -> SplitEntry:
         """Sync the split to disk and return its manifest entry."""
-        for shard in self._shards:
-            shard.close()
+        self.close()
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(self._starts, dtype="<i8"))
         return SplitEntry(
@@ -87,8 +81,6 @@ class SplitWriter:
 
 class ShardReader(Protocol):
     """Reader of the shards of one split by number."""
-
-    def __len__(self) -> int: ...
 
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
         """Return tokens `first` to `first + count` (excluded) of shard `number`."""
