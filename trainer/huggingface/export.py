@@ -22,7 +22,7 @@ from ..data.files import fsync_directory, write_file_durably
 from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 from .config import ignored_config_keys, to_config_json
 from .fp8_weights import quantize_fp8_weight, scale_shape
-from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, rope_to_half_split
+from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import TOKENIZER_FILE, make_tokenizer_files, special_token_ids
 
 _MOST_PROBLEMS = 8
@@ -164,7 +164,7 @@ def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSp
 
 def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> Iterator[Tensor]:
     if entry.rope_rows is not None and not options.rope_interleave:
-        tensor = rope_to_half_split(tensor, entry.rope_rows)
+        tensor = reorder_rope_rows(tensor, entry.rope_rows, to_halves=True)
     parts = (*tensor.chunk(len(entry.hf_names)), *[tensor] * len(entry.hf_duplicates))
     for name, part in zip(entry.all_hf_names, parts, strict=True):
         dtype = _dtype(name, options)

@@ -32,7 +32,7 @@ from ..model.config import ModelConfig
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
 from .fp8_weights import dequantize_fp8_weight, scale_shape
-from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, rope_to_interleaved
+from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20
@@ -361,5 +361,5 @@ def _batches(planned: list[TensorMapping]) -> Iterator[list[TensorMapping]]:
 def _piece(entry: TensorMapping, released: HuggingFaceWeights, *, rope_interleave: bool) -> TensorPiece:
     tensor = torch.cat([released.read_weight(name) for name in entry.hf_names])
     if entry.rope_rows is not None and not rope_interleave:
-        tensor = rope_to_interleaved(tensor, entry.rope_rows)
+        tensor = reorder_rope_rows(tensor, entry.rope_rows, to_halves=False)
     return TensorPiece(entry.name, entry.shape, 0, tensor.reshape(-1), (0,))

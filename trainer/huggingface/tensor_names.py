@@ -88,17 +88,8 @@ def is_fp8_weight(released: str) -> bool:
     return "_proj" in released and not released.endswith("eh_proj.weight")
 
 
-def rope_to_half_split(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """Reorder rotated rows from adjacent pairs (x0, x1), (x2, x3), … to x0, x2, … followed by x1, x3, …"""
-    return _reordered(weight, rotated, to_halves=True)
-
-
-def rope_to_interleaved(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """Undo `rope_to_half_split`."""
-    return _reordered(weight, rotated, to_halves=False)
-
-
-def _reordered(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> Tensor:
+def reorder_rope_rows(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> Tensor:
+    """Reorder rotated rows from adjacent pairs (x0, x1), (x2, x3), … to x0, x2, … followed by x1, x3, …, or back."""
     head, width = rotated
     order = torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
     rows = torch.arange(head)
