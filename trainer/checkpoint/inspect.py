@@ -136,7 +136,7 @@ def _complete(path: Path) -> CheckpointListing:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
         step = metadata["step"].as_integer()
     return CheckpointListing(
-        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
+        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, len(outline.tensor_files), layout
     )
 
 

@@ -62,12 +62,11 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class CheckpointManifest:
-    """Everything about a checkpoint except the tensors' bytes."""
+class ManifestHead:
+    """What a manifest says before its list of tensors."""
 
     metadata: Mapping[str, Any]
     """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""
-    tensors: Mapping[str, StoredTensor]
     tensor_files: Mapping[str, int]
     """Sizes of the tensor files in bytes, by name."""
     attachments: tuple[FileEntry, ...]
@@ -82,6 +81,20 @@ class CheckpointManifest:
     def file_sizes(self) -> dict[str, int]:
         """Bytes of every file."""
         return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
+
+
+@dataclass(frozen=True)
+class ManifestSummary(ManifestHead):
+    """Manifest without the list of tensors, for listings of checkpoints."""
+
+    num_tensors: int
+
+
+@dataclass(frozen=True)
+class CheckpointManifest(ManifestHead):
+    """Everything about a checkpoint except the tensors' bytes."""
+
+    tensors: Mapping[str, StoredTensor]
 
     def to_json(self) -> str:
         """Return the text of the file. Raises `ValueError` for NaN or Inf in the metadata."""
@@ -101,27 +114,24 @@ class CheckpointManifest:
 def parse_manifest(raw: bytes) -> CheckpointManifest:
     """Parse the text that `to_json` writes. Raises `MalformedFileError` for anything else."""
     tree = parse_json(raw)
-    _check_format(tree)
-    tree.reject_unknown_keys(("format", "metadata", "files", "attachments", "tensors"))
-    files, attachments = _files(tree)
+    head = _head(tree, "tensors")
     tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
-    _check_places(tree["tensors"], tensors, files)
-    return CheckpointManifest(tree["metadata"].as_mapping(), tensors, files, attachments)
+    _check_places(tree["tensors"], tensors, head.tensor_files)
+    return CheckpointManifest(head.metadata, head.tensor_files, head.attachments, tensors)
 
 
-def _check_format(tree: JsonValue) -> None:
+def _head(tree: JsonValue, *other_keys: str) -> ManifestHead:
+    """Parse all but the tensors; `other_keys` may be there too."""
     found, metadata = tree["format"].value, tree.value.get("metadata")
     if found != FORMAT_VERSION or type(found) is not int:
         writer = metadata.get("version") if isinstance(metadata, dict) else None
         raise UnsupportedFormatError("checkpoint", found, FORMAT_VERSION, writer)
-
-
-def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
+    tree.reject_unknown_keys(("format", "metadata", "files", "attachments", *other_keys))
     files = {JsonValue(name, size.location).as_file_name(): size.as_integer() for name, size in tree["files"].items()}
     attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].as_list())
     if len({entry.file for entry in attachments}) < len(attachments):
         raise tree["attachments"].malformed_error("names a file twice")
-    return files, attachments
+    return ManifestHead(tree["metadata"].as_mapping(), files, attachments)
 
 
 def merge_rank_records(
@@ -149,7 +159,7 @@ def merge_rank_records(
         if end != math.prod(shape):
             raise ValueError(f"{name}: elements from {end} on were saved by no rank")
         tensors[name] = StoredTensor(DTYPE_BY_NAME[dtype], shape, ordered)
-    return CheckpointManifest(metadata, tensors, files, tuple(attachments))
+    return CheckpointManifest(metadata, files, tuple(attachments), tensors)
 
 
 def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
@@ -212,46 +222,29 @@ def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator
             yield name, f"{path}: has {path.stat().st_size} bytes instead of {size}"
 
 
-@dataclass(frozen=True)
-class ManifestSummary:
-    """Manifest without the list of tensors, for listings of checkpoints."""
-
-    metadata: Mapping[str, Any]
-    total_bytes: int
-    """Bytes of all files."""
-    num_tensor_files: int
-    num_tensors: int
-
-
 def read_manifest_summary(directory: Path) -> ManifestSummary:
     """Read the summary of a complete checkpoint with the checks of `read_manifest`, without parsing the tensors.
 
     Raises `CheckpointDamaged`, `ConfigError` and `OSError` like `read_manifest`.
     """
     # The hash in the marker proves that the manifest is as written, and `to_json` writes the tensors last.
-    summary, sizes = _read(directory, _parse_summary)
-    _check_sizes(directory, sizes)
+    summary = _read(directory, _parse_summary)
+    _check_sizes(directory, summary.file_sizes)
     return summary
 
 
-def _parse_summary(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
-    """Return the summary of a manifest's text, and the sizes of its files."""
+def _parse_summary(raw: bytes) -> ManifestSummary:
+    """Return the summary of a manifest's text."""
     begin = raw.find(_TENSORS)
-    metadata: Mapping[str, Any]
+    head: ManifestHead
     try:
         if begin < 0:
             raise MalformedFileError("tensors", None, "does not stand last")
-        tree = parse_json(raw[:begin] + b"}")
-        _check_format(tree)
-        tree.reject_unknown_keys(("format", "metadata", "files", "attachments"))
-        (files, attachments), metadata = _files(tree), tree["metadata"].as_mapping()
-        tensors = raw.count(b'":["', begin)
+        head, tensors = _head(parse_json(raw[:begin] + b"}")), raw.count(b'":["', begin)
     except MalformedFileError:  # not as this version writes it
-        manifest = parse_manifest(raw)
-        files, attachments, metadata = dict(manifest.tensor_files), manifest.attachments, manifest.metadata
+        head = manifest = parse_manifest(raw)
         tensors = len(manifest.tensors)
-    sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
-    return ManifestSummary(metadata, sum(sizes.values()), len(files), tensors), sizes
+    return ManifestSummary(head.metadata, head.tensor_files, head.attachments, tensors)
 
 
 _TENSORS = b',"tensors":{'

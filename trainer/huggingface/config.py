@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from ...comm.errors import Problem, raise_if_any
@@ -12,13 +12,9 @@ from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ..model.config import ModelConfig, YarnConfig
 from .fp8_weights import BLOCK_SIZE
 
-_SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank"),
-    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
-    *("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"),
-    *("norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "initializer_range"),
-)
-"""Fields of `ModelConfig` that a `config.json` must have."""
+_NOT_SHARED = ("name", "scoring_func", "num_nextn_predict_layers", "rope_theta", "rope_scaling")
+_SHARED = tuple(field.name for field in fields(ModelConfig) if field.name not in _NOT_SHARED)
+"""Fields of `ModelConfig` that a `config.json` must have, under the same names."""
 
 _CONSTANTS: Mapping[str, object] = {
     "model_type": "deepseek_v3",
@@ -71,7 +67,7 @@ _STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
 """Dtypes that `torch_dtype` or `dtype` may name; the tensor files determine the actual dtype."""
 _FILE = "config.json"
 
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_YARN = tuple(field.name for field in fields(YarnConfig))
 
 
 def to_config_json(
