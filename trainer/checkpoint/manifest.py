@@ -55,11 +55,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pieces."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class ManifestHead:

@@ -186,10 +186,8 @@ def tensor_as_bytes(tensor: Tensor) -> memoryview:
 def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """Return the bytes before the first tensor, and the byte offset of each tensor."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offsets: dict[str, int] = {}
     end = 0
     for each in declared:
-        offsets[each.name] = end
         tree[each.name] = {
             "dtype": NAME_BY_DTYPE[each.dtype],
             "shape": list(each.shape),
@@ -198,5 +196,5 @@ def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes
         end += each.nbytes
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    begins = {name: 8 + len(text) + offset for name, offset in offsets.items()}
+    begins = {each.name: 8 + len(text) + tree[each.name]["data_offsets"][0] for each in declared}
     return len(text).to_bytes(8, "little") + text, begins

@@ -123,9 +123,10 @@ def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
     read = _Reader(JsonValue(dict(tree)), problems)
     rope = read.rope()
     values = read.shared_fields()
-    mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
-    theta = read.number("rope_theta", 10000.0, rope)
-    read.flag("rope_interleave")
+    mtp = read.num_mtp_layers()
+    theta = read.rope_theta(rope)
+    if "rope_interleave" in read.tree:
+        read.value(read.tree["rope_interleave"], bool)
     read.check_names()
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
     raise_if_any(problems)
@@ -185,7 +186,7 @@ class _Reader:
         found = {}
         for key in _SHARED:
             if key in self.tree:  # a missing key is reported by `_unknown_here`
-                found[key] = self._try(self.tree[key], kinds[key])
+                found[key] = self.value(self.tree[key], kinds[key])
         return found
 
     def rope(self) -> Mapping[str, Any]:
@@ -208,23 +209,16 @@ class _Reader:
                         return settings
         return {}
 
-    def whole_or_zero(self, *keys: str) -> int:
-        """Return the first of `keys` that is present; 0 if none is, or if it is null."""
-        key = next((key for key in keys if key in self.tree), None)
-        item = None if key is None else self.tree.get(key)
-        found: int = 0 if item is None else self._try(item, int)
-        return found
+    def num_mtp_layers(self) -> int:
+        """Return the number under the first of its two keys that is present; 0 if none is, or if it is null."""
+        key = "num_nextn_predict_layers" if "num_nextn_predict_layers" in self.tree else "num_mtp_layers"
+        item = self.tree.get(key)
+        return 0 if item is None else int(self.value(item, int))
 
-    def number(self, key: str, default: float, first: Mapping[str, Any]) -> float:
-        """Return a number from `first`, else from the file, else `default`."""
-        item = JsonValue(dict(first)).get(key) or self.tree.get(key)
-        found: float = default if item is None else self._try(item, float)
-        return found
-
-    def flag(self, key: str) -> None:
-        """Add a problem for a value that is present but no boolean."""
-        if key in self.tree:
-            self._try(self.tree[key], bool)
+    def rope_theta(self, rope: Mapping[str, Any]) -> float:
+        """Return the base from `rope`, else from the file, else that of a file without one."""
+        item = JsonValue(dict(rope)).get("rope_theta") or self.tree.get("rope_theta")
+        return 10000.0 if item is None else float(self.value(item, float))
 
     def check_names(self) -> None:
         """Add a problem for an unsupported architecture or dtype."""
@@ -240,7 +234,8 @@ class _Reader:
                     if item.as_string().removeprefix("torch.") not in _STORED:
                         raise item.malformed_error(f"must be one of {', '.join(_STORED)}")
 
-    def _try(self, item: JsonValue, kind: Any) -> Any:
+    def value(self, item: JsonValue, kind: Any) -> Any:
+        """Return a number or boolean of the type `kind`."""
         found: Any = 0  # placeholder after a problem; never used
         with _collecting(self.problems):
             if kind is float:
