@@ -11,13 +11,8 @@ from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
 from .checkpoint import Checkpoint
-from .find import (
-    find_checkpoint,
-    find_checkpoint_directory,
-    open_checkpoint_store,
-    unreadable_checkpoint_error,
-)
-from .manifest import MANIFEST_FILE, CheckpointDamaged, read_manifest_only, read_manifest_summary
+from .find import find_checkpoint, find_checkpoint_directory, open_checkpoint_store, unreadable_checkpoint_error
+from .manifest import MANIFEST_FILE, CheckpointDamaged, damage_error_context, read_manifest_only, read_manifest_summary
 
 
 @dataclass(frozen=True)
@@ -105,11 +100,8 @@ def diff_checkpoints(
 ) -> tuple[list[str], list[CheckpointDiff]]:
     """Compare two checkpoints: return one line per different metadata or configuration value, and tensors by kind."""
     one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
-    try:
+    with damage_error_context("is damaged; run `shoestring checkpoint verify` for details"):
         return list(_metadata_differences(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
-    except CheckpointDamaged as damaged:
-        hint = "is damaged; run `shoestring checkpoint verify` for details"
-        raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
 
 
 def _listed(path: Path) -> CheckpointListing:

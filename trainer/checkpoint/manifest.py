@@ -1,4 +1,4 @@
-"""`manifest.json`: the tensors of a checkpoint, their ranges_by_file in files, and the SHA-256 of every piece."""
+"""`manifest.json`: the tensors of a checkpoint, their places in files, and the SHA-256 of every piece."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ...comm.errors import ConfigError
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import read_regular_file, read_text
+from ...comm.files.ranges import FILE_NAME
 from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype
@@ -33,6 +35,15 @@ T = TypeVar("T")
 
 class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
     """Error for a checkpoint that does not hold what was saved; the message names the file and the damage."""
+
+
+@contextmanager
+def damage_error_context(hint: str, field: str = "checkpoint") -> Iterator[None]:
+    """Turn a `CheckpointDamaged` into a `ConfigError` about `field`; `hint` says what to do."""
+    try:
+        yield
+    except CheckpointDamaged as damaged:
+        raise ConfigError([Problem(field, str(damaged), hint)]) from damaged
 
 
 class StoredPiece(NamedTuple):
@@ -122,7 +133,8 @@ def _head(tree: JsonValue, *other_keys: str) -> ManifestHead:
         writer = metadata.get("version") if isinstance(metadata, dict) else None
         raise UnsupportedFormatError("checkpoint", found, FORMAT_VERSION, writer)
     tree.reject_unknown_keys(("format", "metadata", "files", "attachments", *other_keys))
-    files = {JsonValue(name, size.location).as_file_name(): size.as_integer() for name, size in tree["files"].items()}
+    sizes = tree["files"].items()
+    files = {JsonValue(name, size.location).as_text_in(FILE_NAME): size.as_integer() for name, size in sizes}
     attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].as_list())
     if len({entry.file for entry in attachments}) < len(attachments):
         raise tree["attachments"].malformed_error("names a file twice")

@@ -1,13 +1,17 @@
-"""Crash-safe files: hashed as they are written, and synced to disk before they are used."""
+"""Crash-safe files: hashed as they are written, synced to disk before they are used, and limited in size."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from .manifest import FileEntry
+
+T = TypeVar("T")
 
 
 class HashedFileWriter:
@@ -53,3 +57,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def split_by_size(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Split `items` in order into lists whose sizes add up to at most `most`; a larger item gets its own list."""
+    part: list[T] = []
+    total = 0
+    for item in items:
+        if part and total + size(item) > most:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    if part:
+        yield part

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.file_io import open_regular_file, os_error_to_problem, read_regular_file
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
+from ...comm.files.file_io import config_error_context, open_regular_file, os_error_to_problem, read_regular_file
 from .files import HashedFileWriter, write_file_durably
 from .manifest import DataManifest, FileEntry, SplitEntry
 from .shard_files import ShardFileReader
@@ -141,18 +141,16 @@ def verify_file_hashes(directory: Path, files: Sequence[FileEntry]) -> None:
         path = directory / entry.file
         if str(path) in damaged:
             continue
-        try:
-            with open_regular_file(path) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            problems.append(os_error_to_problem(error, path, "make it readable"))
-            continue
-        if found != entry.sha256:
-            problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_PREPARE_AGAIN}"))
+        unreadable = config_error_context(path, _FIX, unreadable_fix="make it readable")
+        with collect_problems(problems), unreadable, open_regular_file(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_PREPARE_AGAIN}"))
     raise_if_any(problems)
 
 
-_PREPARE_AGAIN = "the file is damaged; remove the directory and prepare again"
+_FIX = "remove the directory and prepare again"
+_PREPARE_AGAIN = f"the file is damaged; {_FIX}"
 
 
 def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Problem]:
@@ -160,7 +158,7 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
         path = directory / entry.file
         if not path.is_file():
             what = "is no regular file" if path.exists() else "is missing"
-            yield Problem(str(path), None, f"{what}; remove the directory and prepare again")
+            yield Problem(str(path), None, f"{what}; {_FIX}")
         elif path.stat().st_size != entry.bytes:
             yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_PREPARE_AGAIN}")
 

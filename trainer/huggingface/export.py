@@ -16,9 +16,9 @@ from torch import Tensor
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import config_error_context, unwritable_directory_hint
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.manifest import CheckpointDamaged
+from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
-from ..data.files import fsync_directory, write_file_durably
+from ..data.files import fsync_directory, split_by_size, write_file_durably
 from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 from .config import ignored_config_keys, to_config_json
 from .fp8_weights import quantize_fp8_weight, scale_shape
@@ -74,11 +74,9 @@ def export_checkpoint(
     if source is not None and (left := ignored_config_keys(source)):
         say(f"left out, unsupported keys of the imported config.json: {', '.join(left)}")
     with _renamed_when_complete(directory, say) as partial:
-        try:
+        with damage_error_context("is damaged; export another one"):
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.read_attachments()
-        except CheckpointDamaged as damaged:
-            raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
         with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
             token_ids = special_token_ids(attachments)
         tree |= {key: value for key, value in token_ids.items() if tree[key] is None}
@@ -121,7 +119,10 @@ def _write_weights(
     options: ExportOptions,
     say: Callable[[str], None],
 ) -> None:
-    shards = list(_shards(planned, options))
+    def exported_bytes(entry: TensorMapping) -> int:  # the parts of one tensor stay in one file
+        return sum(each.nbytes for each in _declared(entry, options))
+
+    shards = list(split_by_size(planned, exported_bytes, options.shard_bytes))
     weights: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, start=1):
@@ -137,20 +138,6 @@ def _write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weights.items()))}
         write_file_durably(directory / WEIGHT_INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _shards(planned: Sequence[TensorMapping], options: ExportOptions) -> Iterator[list[TensorMapping]]:
-    """Split the tensors into files, in order; the parts of one tensor stay in one file."""
-    shard: list[TensorMapping] = []
-    size = 0
-    for entry in planned:
-        nbytes = sum(each.nbytes for each in _declared(entry, options))
-        if shard and size + nbytes > options.shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += nbytes
-    yield shard
 
 
 def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...comm.files.file_io import (
     config_error_context,
     os_error_to_problem,
@@ -22,11 +23,13 @@ from ...comm.files.file_io import (
     read_regular_file,
     unwritable_directory_hint,
 )
-from ...comm.files.strict_json import MalformedFileError, parse_json, shorten_for_message
+from ...comm.files.ranges import RELATIVE_PATH
+from ...comm.files.strict_json import parse_json, shorten_for_message
 from ..checkpoint.pieces import MODEL_STATE, TensorPiece
 from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile, TensorSpec
+from ..data.files import split_by_size
 from ..data.unfinished_directory import WriterLiveness, check_writer_liveness, lock_directory, remove_lock
 from ..model.config import ModelConfig
 from .config import ignored_config_keys, parse_config_json
@@ -36,7 +39,7 @@ from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, reo
 from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20
-"""Bytes of FP32 weights per file of the checkpoint."""
+"""Most bytes of FP32 weights per file of the checkpoint; a larger tensor gets its own file."""
 _MOST_PROBLEMS = 8
 _MISMATCH = "config.json and files do not belong together"
 _SIZES = frozenset(
@@ -76,19 +79,14 @@ class HuggingFaceWeights:
         problems: list[Problem] = []
         files: dict[str, TensorFile] = {}
         for path in (directory / name for name in names):
-            try:
+            unreadable = config_error_context(path, f"cannot be read; {_FETCH}", unreadable_fix=_FETCH)
+            with collect_problems(problems), unreadable:
                 file = TensorFile(path)
-            except MalformedFileError as error:
-                problems.append(error.to_problem(path, f"cannot be read; {_FETCH}"))
-                continue
-            except OSError as error:
-                problems.append(os_error_to_problem(error, path, _FETCH))
-                continue
-            for name in file.tensor_specs:
-                if name in files:
-                    hint = f"is also in {files[name].path.name}; remove one of the files"
-                    problems.append(Problem(name, path.name, hint))
-                files[name] = file
+                for name in file.tensor_specs:
+                    if name in files:
+                        hint = f"is also in {files[name].path.name}; remove one of the files"
+                        problems.append(Problem(name, path.name, hint))
+                    files[name] = file
         for name, where in (index or {}).items():
             if not problems and (name not in files or files[name].path != directory / where):
                 hint = f"does not hold {name}, which {WEIGHT_INDEX_FILE} says; {_FETCH}"
@@ -143,7 +141,8 @@ def import_huggingface_weights(source: Path, target: Path, say: Callable[[str], 
         target.mkdir(parents=True, exist_ok=True)
         store.prepare_save(0)
         with lock_directory(store.partial_path(0)):
-            for number, batch in enumerate(_batches(planned)):
+            batches = split_by_size(planned, lambda entry: 4 * math.prod(entry.shape), _BATCH_BYTES)
+            for number, batch in enumerate(batches):
                 pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
                 write_rank_file(store.partial_path(0), f"part_{number:05d}", pieces)
                 size = sum(piece.nbytes for piece in pieces)
@@ -210,7 +209,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         return None
     with config_error_context(path, _FETCH):
         tree = read_json(path, _INDEX_BYTES)
-        found = {name: file.as_relative_path() for name, file in tree["weight_map"].items()}
+        found = {name: file.as_text_in(RELATIVE_PATH) for name, file in tree["weight_map"].items()}
         if not found:
             raise tree["weight_map"].malformed_error("names no tensor")
         return found
@@ -343,19 +342,6 @@ def _different_copies(entry: TensorMapping, released: HuggingFaceWeights) -> Ite
         for name in copies:
             if not torch.equal(released.read_weight(name), weight):
                 yield Problem(name, "other values", f"must equal {main}: MTP modules share it")
-
-
-def _batches(planned: list[TensorMapping]) -> Iterator[list[TensorMapping]]:
-    batch: list[TensorMapping] = []
-    size = 0
-    for entry in planned:
-        batch.append(entry)
-        size += 4 * torch.Size(entry.shape).numel()
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _piece(entry: TensorMapping, released: HuggingFaceWeights, *, rope_interleave: bool) -> TensorPiece:
