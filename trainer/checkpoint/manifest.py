@@ -30,8 +30,6 @@ COMPLETE_MARKER_FILE = "complete"
 """File with the SHA-256 of the manifest; written last."""
 _MARKER_BYTES = 1000
 
-T = TypeVar("T")
-
 
 class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
     """Error for a checkpoint that does not hold what was saved; the message names the file and the damage."""
@@ -87,6 +85,9 @@ class ManifestHead:
     def file_sizes(self) -> dict[str, int]:
         """Bytes of every file."""
         return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
+
+
+HeadT = TypeVar("HeadT", bound=ManifestHead)
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
 
     Raises `CheckpointDamaged`, `ConfigError` for another format version, and `OSError` for an unreadable file.
     """
-    manifest = read_manifest_only(directory)
-    _check_sizes(directory, manifest.file_sizes)
-    return manifest
+    return _read_with_sizes(directory, parse_manifest)
 
 
 def read_manifest_only(directory: Path) -> CheckpointManifest:
@@ -190,7 +189,7 @@ def read_manifest_only(directory: Path) -> CheckpointManifest:
     return _read(directory, parse_manifest)
 
 
-def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
+def _read(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
     """Return `parse` of the manifest's text after checking its hash against the marker."""
     file = directory / COMPLETE_MARKER_FILE
     try:
@@ -214,9 +213,12 @@ def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
         raise ConfigError(replace(problem, field=str(file)) for problem in refused.problems) from refused
 
 
-def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
-    for _, words in find_wrong_file_sizes(directory, sizes):
+def _read_with_sizes(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
+    """Return `parse` of the manifest's text like `_read`, after checking the sizes of the files that it lists."""
+    head = _read(directory, parse)
+    for _, words in find_wrong_file_sizes(directory, head.file_sizes):
         raise CheckpointDamaged(words)
+    return head
 
 
 def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -235,9 +237,7 @@ def read_manifest_summary(directory: Path) -> ManifestSummary:
     Raises `CheckpointDamaged`, `ConfigError` and `OSError` like `read_manifest`.
     """
     # The hash in the marker proves that the manifest is as written, and `to_json` writes the tensors last.
-    summary = _read(directory, _parse_summary)
-    _check_sizes(directory, summary.file_sizes)
-    return summary
+    return _read_with_sizes(directory, _parse_summary)
 
 
 def _parse_summary(raw: bytes) -> ManifestSummary:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
-from ...comm.errors import Problem, raise_if_any
-from ...comm.files.strict_json import JsonValue, MalformedFileError
+from ...comm.errors import Problem, collect_problems, raise_if_any
+from ...comm.files.file_io import config_error_context
+from ...comm.files.strict_json import JsonValue
 from ..model.config import ModelConfig, YarnConfig
 from .fp8_weights import BLOCK_SIZE
 
@@ -250,10 +251,8 @@ class _Reader:
 @contextmanager
 def _collecting(problems: list[Problem]) -> Iterator[None]:
     """Add the problem of a `MalformedFileError` that is raised inside."""
-    try:
+    with collect_problems(problems), config_error_context(_FILE, "correct it"):
         yield
-    except MalformedFileError as error:
-        problems.append(Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it"))
 
 
 def _carried_problems(tree: Mapping[str, Any]) -> list[Problem]:
