@@ -39,7 +39,7 @@ from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.checkpoint.pieces import TensorPiece, whole_tensor_pieces
 from shoestring.trainer.checkpoint.saver import CheckpointSaver, write_rank_file
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
-from shoestring.trainer.checkpoint.tensor_file import tensor_as_bytes
+from shoestring.trainer.checkpoint.tensor_file import TensorSpec, tensor_as_bytes
 from shoestring.trainer.checkpoint.training_state import model_tensor_shapes
 from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
 from shoestring.trainer.model.config import ModelConfig
@@ -162,7 +162,7 @@ def measure_export(directory: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def largest(checkpoint: Checkpoint) -> int:
-    return max(tensor.tensor_spec("").nbytes for tensor in checkpoint.manifest.tensors.values())
+    return max(TensorSpec("", tensor.dtype, tensor.shape).nbytes for tensor in checkpoint.manifest.tensors.values())
 
 
 def exporting(path: Path, directory: Path, dtype: str) -> None:

@@ -338,8 +338,8 @@ def build_optimizer(
 def open_samples(config: RunConfig, prepared: PreparedData) -> tuple[SampleDataset, SampleDataset]:
     """Open training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
-    train = SampleDataset.for_training(prepared.train, length, depth)
-    return train, SampleDataset.for_validation(prepared.validation, length, depth, prepared.tokenizer.pad_token_id)
+    train = SampleDataset(prepared.train, length, depth)
+    return train, SampleDataset(prepared.validation, length, depth, prepared.tokenizer.pad_token_id)
 
 
 def dispatch_buffer_shape(config: RunConfig) -> DeepEPBufferShape:

@@ -101,14 +101,17 @@ def read_json(path: Path, max_bytes: int = MAX_FILE_BYTES) -> JsonValue:
 
 
 @contextlib.contextmanager
-def config_error_context(path: Path | str, fix: str) -> Iterator[None]:
-    """Turn a `MalformedFileError` or `OSError` into a `ConfigError` that names `path`; `fix` says what to do."""
+def config_error_context(path: Path | str, fix: str, *, unreadable_fix: str | None = None) -> Iterator[None]:
+    """Turn a `MalformedFileError` or `OSError` into a `ConfigError` that names `path`.
+
+    `fix` says what to do, and `unreadable_fix` what to do instead about an `OSError`.
+    """
     try:
         yield
     except MalformedFileError as error:
         raise ConfigError([error.to_problem(path, fix)]) from error
     except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, fix)]) from error
+        raise ConfigError([os_error_to_problem(error, path, unreadable_fix or fix)]) from error
 
 
 def os_error_to_problem(error: OSError, path: Path | str, fix: str) -> Problem:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ... import __version__
 from ..errors import Problem, UnsupportedFormatConfigError, escape_unprintable
-from .ranges import FILE_NAME, RELATIVE_PATH, SHA256, FieldRange, field_range
+from .ranges import FieldRange, field_range
 
 T = TypeVar("T")
 
@@ -237,22 +237,9 @@ class JsonValue:
             if key not in known:
                 raise item.malformed_error("is not a key of this format")
 
-    def as_relative_path(self) -> str:
-        """Return a path inside the folder of this file."""
-        return self._text_in(RELATIVE_PATH)
-
-    def as_file_name(self) -> str:
-        """Return the name of a file in the folder of this file."""
-        return self._text_in(FILE_NAME)
-
-    def as_sha256(self) -> str:
-        """Return a SHA-256 in hexadecimal digits."""
-        return self._text_in(SHA256)
-
-    def _text_in(self, allowed: FieldRange) -> str:
-        if (hint := allowed.refuse(self.as_string())) is not None:
-            raise self.malformed_error(hint)
-        return self.as_string()
+    def as_text_in(self, allowed: FieldRange) -> str:
+        """Return text of a declared range, such as `RELATIVE_PATH`, `FILE_NAME` or `SHA256`."""
+        return str(self._in_range(self.as_string(), allowed))
 
     def require_format(self, file_kind: str, supported: int, *, default: int | None = None) -> None:
         """Raise `UnsupportedFormatError` unless the key `format` is `supported`; without the key it is `default`."""
@@ -286,8 +273,10 @@ class JsonValue:
 
     def _of_field(self, field: _JsonField) -> Any:
         found = self._of(field.kind)
-        hint = None if field.range is None or found is None else field.range.refuse(found)
-        if hint is not None:
+        return found if found is None or field.range is None else self._in_range(found, field.range)
+
+    def _in_range(self, found: Any, allowed: FieldRange) -> Any:
+        if (hint := allowed.refuse(found)) is not None:
             raise self.malformed_error(hint)
         return found
 

@@ -38,7 +38,7 @@ _NO_READERS = (
     # These write, for runs that resume.
     *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
     *("make_rank_record", "merge_rank_records", "TensorFileWriter.", "SplitWriter."),
-    *("_header", "_check_whole", "_tensor_tree", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
+    *("_header", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
     *("train_tokenizer", "source_fingerprint", "to_config_json", "_unknown_there"),
 )
 """Prefixes of functions in these files that write, or create a file, and read none of others."""

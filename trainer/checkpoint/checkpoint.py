@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .manifest import (
     find_wrong_file_sizes,
     read_manifest,
 )
-from .pieces import EMA_STATE, MODEL_STATE, TensorPiece
+from .pieces import EMA_STATE, MODEL_STATE, TensorPiece, piece_in_file
 from .tensor_file import TensorFile, TensorSpec, read_tensor_at, tensor_as_bytes
 
 _FIX = "use another checkpoint, or the version of Shoestring that wrote this one"
@@ -67,10 +68,8 @@ class Checkpoint:
             )
         end = piece.element_offset + piece.flat.numel()
         for source in stored.pieces:
-            begin, stop = (
-                max(piece.element_offset, source.element_offset),
-                min(end, source.element_offset + source.num_elements),
-            )
+            begin = max(piece.element_offset, source.element_offset)
+            stop = min(end, source.element_offset + source.num_elements)
             if begin < stop:
                 found = self._piece(piece.name, source)[begin - source.element_offset : stop - source.element_offset]
                 piece.flat[begin - piece.element_offset : stop - piece.element_offset].copy_(found)
@@ -126,36 +125,35 @@ class Checkpoint:
 
     def read_attachment(self, file: str) -> bytes:
         """Return the bytes of an attachment. Raises `CheckpointDamaged`, also if there is none of this name."""
-        for entry in self.manifest.attachments:
-            if entry.file == file:
-                raw = self._attached(file)
-                if hashlib.sha256(raw).hexdigest() != entry.sha256:
-                    raise CheckpointDamaged(f"{self.path / file}: its SHA-256 is not that in the manifest")
-                return raw
-        raise CheckpointDamaged(f"{self.path}: has no {file}")
-
-    def _attached(self, file: str) -> bytes:
+        entry = next((each for each in self.manifest.attachments if each.file == file), None)
+        if entry is None:
+            raise CheckpointDamaged(f"{self.path}: has no {file}")
         try:
-            return read_regular_file(self.path / file)
+            raw = read_regular_file(self.path / file)
         except (FileNotFoundError, MalformedFileError) as error:
             raise CheckpointDamaged(f"{self.path / file}: {error}") from error
+        if hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise CheckpointDamaged(f"{self.path / file}: its SHA-256 is not that in the manifest")
+        return raw
 
     def find_damage(self) -> Iterator[str]:
         """Read every byte and yield one line per damaged header, piece or file. Raises `OSError`."""
         wrong = dict(find_wrong_file_sizes(self.path, self.manifest.file_sizes))
         yield from wrong.values()
         yield from self._damaged_headers(wrong)
-        for name, tensor in self.manifest.tensors.items():
-            for piece in (each for each in tensor.pieces if each.file not in wrong):
+        for file, read in self._reads():
+            if file not in wrong:
                 try:
-                    self._piece(name, piece)
+                    read()
                 except (CheckpointDamaged, OSError) as found:
                     yield str(found)
-        for entry in (each for each in self.manifest.attachments if each.file not in wrong):
-            try:
-                self.read_attachment(entry.file)
-            except (CheckpointDamaged, OSError) as found:
-                yield str(found)
+
+    def _reads(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Yield for each piece and attachment the name of its file, and a function that reads and checks it."""
+        for name, tensor in self.manifest.tensors.items():
+            yield from ((piece.file, partial(self._piece, name, piece)) for piece in tensor.pieces)
+        for entry in self.manifest.attachments:
+            yield entry.file, partial(self.read_attachment, entry.file)
 
     def _damaged_headers(self, skipped: Container[str]) -> Iterator[str]:
         """Yield each tensor file whose header differs from the manifest."""
@@ -163,13 +161,9 @@ class Checkpoint:
         expected: dict[str, dict[str, tuple[TensorSpec, int]]] = {file: {} for file in self.manifest.tensor_files}
         for name, tensor in self.manifest.tensors.items():
             for piece in tensor.pieces:
-                key, shape = name, tensor.shape
-                if piece.num_elements != math.prod(tensor.shape):
-                    key, shape = (
-                        f"{name}[{piece.element_offset}:{piece.element_offset + piece.num_elements}]",
-                        (piece.num_elements,),
-                    )
-                expected[piece.file][key] = TensorSpec(key, tensor.dtype, shape), piece.byte_offset
+                whole = TensorSpec(name, tensor.dtype, tensor.shape)
+                declared = piece_in_file(whole, piece.element_offset, piece.num_elements)
+                expected[piece.file][declared.name] = declared, piece.byte_offset
         for name, wanted in expected.items():
             if name in skipped:
                 continue

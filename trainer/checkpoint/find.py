@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
 from .checkpoint import Checkpoint
-from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, CheckpointDamaged
+from .manifest import COMPLETE_MARKER_FILE, MANIFEST_FILE, damage_error_context
 from .store import CheckpointStore, parse_checkpoint_step
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -21,11 +21,10 @@ def open_checkpoint_store(path: Path) -> CheckpointStore:
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """Open the checkpoint at `path`, or of the run there the one of `step` or the newest. Raises `ConfigError`."""
+    hint = "is damaged; `shoestring checkpoint verify` lists the damage, --step selects another checkpoint"
     try:
-        return Checkpoint.open(find_checkpoint_directory(path, step))
-    except CheckpointDamaged as damaged:
-        hint = "is damaged; `shoestring checkpoint verify` lists the damage, --step selects another checkpoint"
-        raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
+        with damage_error_context(hint):
+            return Checkpoint.open(find_checkpoint_directory(path, step))
     except OSError as error:
         raise unreadable_checkpoint_error(error) from error
 

@@ -11,13 +11,8 @@ from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
 from .checkpoint import Checkpoint
-from .find import (
-    find_checkpoint,
-    find_checkpoint_directory,
-    open_checkpoint_store,
-    unreadable_checkpoint_error,
-)
-from .manifest import MANIFEST_FILE, CheckpointDamaged, read_manifest_only, read_manifest_summary
+from .find import find_checkpoint, find_checkpoint_directory, open_checkpoint_store, unreadable_checkpoint_error
+from .manifest import MANIFEST_FILE, CheckpointDamaged, damage_error_context, read_manifest_only, read_manifest_summary
 
 
 @dataclass(frozen=True)
@@ -80,15 +75,8 @@ def list_checkpoints(path: Path) -> list[CheckpointListing]:
         raise ConfigError([Problem("checkpoint", str(path), "is not a directory; name the directory of a run")])
     found = [_listed(each) for each in sorted(directory.glob("step_*"))]
     if not found:
-        raise ConfigError(
-            [
-                Problem(
-                    "checkpoint",
-                    str(directory),
-                    "has no checkpoint; a run saves one every training.checkpoint_every steps",
-                )
-            ]
-        )
+        hint = "has no checkpoint; a run saves one every training.checkpoint_every steps"
+        raise ConfigError([Problem("checkpoint", str(directory), hint)])
     return found
 
 
@@ -99,14 +87,10 @@ def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
         try:
             checkpoint = Checkpoint(directory, read_manifest_only(directory))
         except CheckpointDamaged as damaged:
-            words = (
-                f"{damaged}; nothing else can be checked: restore that file, or choose another checkpoint with --step"
-            )
-            return VerificationResult(str(directory), None, None, [words])
-        manifest = checkpoint.manifest
-        return VerificationResult(
-            str(directory), len(manifest.tensors), manifest.total_bytes, list(checkpoint.find_damage())
-        )
+            hint = "nothing else can be checked: restore that file, or choose another checkpoint with --step"
+            return VerificationResult(str(directory), None, None, [f"{damaged}; {hint}"])
+        manifest, damage = checkpoint.manifest, list(checkpoint.find_damage())
+        return VerificationResult(str(directory), len(manifest.tensors), manifest.total_bytes, damage)
     except OSError as error:
         raise unreadable_checkpoint_error(error) from error
 
@@ -116,11 +100,8 @@ def diff_checkpoints(
 ) -> tuple[list[str], list[CheckpointDiff]]:
     """Compare two checkpoints: return one line per different metadata or configuration value, and tensors by kind."""
     one, two = find_checkpoint(first, steps[0]), find_checkpoint(second, steps[1])
-    try:
+    with damage_error_context("is damaged; run `shoestring checkpoint verify` for details"):
         return list(_metadata_differences(one.manifest.metadata, two.manifest.metadata)), list(_differences(one, two))
-    except CheckpointDamaged as damaged:
-        hint = "is damaged; run `shoestring checkpoint verify` for details"
-        raise ConfigError([Problem("checkpoint", str(damaged), hint)]) from damaged
 
 
 def _listed(path: Path) -> CheckpointListing:
@@ -147,7 +128,7 @@ def _complete(path: Path) -> CheckpointListing:
             layout = " ".join(f"{axis}{_size(grid, axis)}" for axis in ("pp", "edp", "ep"))
         step = metadata["step"].as_integer()
     return CheckpointListing(
-        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, outline.num_tensor_files, layout
+        path.name, "complete", "", step, outline.total_bytes, outline.num_tensors, len(outline.tensor_files), layout
     )
 
 

@@ -1,4 +1,4 @@
-"""`manifest.json`: the tensors of a checkpoint, their ranges_by_file in files, and the SHA-256 of every piece."""
+"""`manifest.json`: the tensors of a checkpoint, their places in files, and the SHA-256 of every piece."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ...comm.errors import ConfigError
+from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import read_regular_file, read_text
+from ...comm.files.ranges import FILE_NAME
 from ...comm.files.strict_json import JsonValue, MalformedFileError, UnsupportedFormatError, parse_json
 from ..data.manifest import FileEntry
 from .tensor_file import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorSpec, parse_dtype
@@ -28,16 +30,22 @@ COMPLETE_MARKER_FILE = "complete"
 """File with the SHA-256 of the manifest; written last."""
 _MARKER_BYTES = 1000
 
-T = TypeVar("T")
-
 
 class CheckpointDamaged(Exception):  # noqa: N818 -- says what it is
     """Error for a checkpoint that does not hold what was saved; the message names the file and the damage."""
 
 
-@dataclass(frozen=True)
-class StoredPiece:
-    """Contiguous range of a tensor's flattened elements, and the place of its bytes."""
+@contextmanager
+def damage_error_context(hint: str, field: str = "checkpoint") -> Iterator[None]:
+    """Turn a `CheckpointDamaged` into a `ConfigError` about `field`; `hint` says what to do."""
+    try:
+        yield
+    except CheckpointDamaged as damaged:
+        raise ConfigError([Problem(field, str(damaged), hint)]) from damaged
+
+
+class StoredPiece(NamedTuple):
+    """Contiguous range of a tensor's flattened elements, and the place of its bytes; in JSON a list in this order."""
 
     file: str
     byte_offset: int
@@ -56,18 +64,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     pieces: tuple[StoredPiece, ...]
 
-    def tensor_spec(self, name: str) -> TensorSpec:
-        """Return name, dtype and shape of the whole tensor."""
-        return TensorSpec(name, self.dtype, self.shape)
-
 
 @dataclass(frozen=True)
-class CheckpointManifest:
-    """Everything about a checkpoint except the tensors' bytes."""
+class ManifestHead:
+    """What a manifest says before its list of tensors."""
 
     metadata: Mapping[str, Any]
     """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""
-    tensors: Mapping[str, StoredTensor]
     tensor_files: Mapping[str, int]
     """Sizes of the tensor files in bytes, by name."""
     attachments: tuple[FileEntry, ...]
@@ -83,6 +86,23 @@ class CheckpointManifest:
         """Bytes of every file."""
         return {**self.tensor_files, **{entry.file: entry.bytes for entry in self.attachments}}
 
+
+HeadT = TypeVar("HeadT", bound=ManifestHead)
+
+
+@dataclass(frozen=True)
+class ManifestSummary(ManifestHead):
+    """Manifest without the list of tensors, for listings of checkpoints."""
+
+    num_tensors: int
+
+
+@dataclass(frozen=True)
+class CheckpointManifest(ManifestHead):
+    """Everything about a checkpoint except the tensors' bytes."""
+
+    tensors: Mapping[str, StoredTensor]
+
     def to_json(self) -> str:
         """Return the text of the file. Raises `ValueError` for NaN or Inf in the metadata."""
         tree = {
@@ -90,7 +110,10 @@ class CheckpointManifest:
             "metadata": self.metadata,
             "files": self.tensor_files,
             "attachments": [asdict(entry) for entry in self.attachments],
-            "tensors": {name: _tensor_tree(tensor) for name, tensor in sorted(self.tensors.items())},
+            "tensors": {
+                name: [NAME_BY_DTYPE[tensor.dtype], tensor.shape, tensor.pieces]
+                for name, tensor in sorted(self.tensors.items())
+            },
         }
         return json.dumps(tree, separators=(",", ":"), allow_nan=False)
 
@@ -98,27 +121,25 @@ class CheckpointManifest:
 def parse_manifest(raw: bytes) -> CheckpointManifest:
     """Parse the text that `to_json` writes. Raises `MalformedFileError` for anything else."""
     tree = parse_json(raw)
-    _check_format(tree)
-    tree.reject_unknown_keys(("format", "metadata", "files", "attachments", "tensors"))
-    files, attachments = _files(tree)
+    head = _head(tree, "tensors")
     tensors = {name: _tensor(each) for name, each in tree["tensors"].items()}
-    _check_places(tree["tensors"], tensors, files)
-    return CheckpointManifest(tree["metadata"].as_mapping(), tensors, files, attachments)
+    _check_places(tree["tensors"], tensors, head.tensor_files)
+    return CheckpointManifest(head.metadata, head.tensor_files, head.attachments, tensors)
 
 
-def _check_format(tree: JsonValue) -> None:
+def _head(tree: JsonValue, *other_keys: str) -> ManifestHead:
+    """Parse all but the tensors; `other_keys` may be there too."""
     found, metadata = tree["format"].value, tree.value.get("metadata")
     if found != FORMAT_VERSION or type(found) is not int:
         writer = metadata.get("version") if isinstance(metadata, dict) else None
         raise UnsupportedFormatError("checkpoint", found, FORMAT_VERSION, writer)
-
-
-def _files(tree: JsonValue) -> tuple[dict[str, int], tuple[FileEntry, ...]]:
-    files = {_key_name(name, size): size.as_integer() for name, size in tree["files"].items()}
+    tree.reject_unknown_keys(("format", "metadata", "files", "attachments", *other_keys))
+    sizes = tree["files"].items()
+    files = {JsonValue(name, size.location).as_text_in(FILE_NAME): size.as_integer() for name, size in sizes}
     attachments = tuple(_attachment(entry, files) for entry in tree["attachments"].as_list())
     if len({entry.file for entry in attachments}) < len(attachments):
         raise tree["attachments"].malformed_error("names a file twice")
-    return files, attachments
+    return ManifestHead(tree["metadata"].as_mapping(), files, attachments)
 
 
 def merge_rank_records(
@@ -132,35 +153,26 @@ def merge_rank_records(
     files: dict[str, int] = {}
     for each in records:
         files[each["file"]] = each["bytes"]
-        for name, (dtype, shape, *piece) in each["pieces"]:
+        for name, dtype, shape, piece in each["pieces"]:
             kind = dtype, tuple(shape)
             if dtypes.setdefault(name, kind) != kind:
                 raise ValueError(f"{name} is {dtypes[name]} on one rank and {kind} on another")
-            pieces.setdefault(name, []).append(StoredPiece(each["file"], *piece))
+            pieces.setdefault(name, []).append(StoredPiece(*piece))
     tensors = {}
     for name, (dtype, shape) in dtypes.items():
         ordered = tuple(sorted(pieces[name], key=lambda piece: piece.element_offset))
-        _check_whole(name, shape, ordered)
+        end, has_gap = _contiguous_end(ordered)
+        if has_gap:
+            raise ValueError(f"{name}: element {end} was saved by no rank, or by two")
+        if end != math.prod(shape):
+            raise ValueError(f"{name}: elements from {end} on were saved by no rank")
         tensors[name] = StoredTensor(DTYPE_BY_NAME[dtype], shape, ordered)
-    return CheckpointManifest(metadata, tensors, files, tuple(attachments))
+    return CheckpointManifest(metadata, files, tuple(attachments), tensors)
 
 
 def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, StoredPiece]]) -> dict[str, Any]:
     """Return one rank's description of its file, as plain values for `merge_rank_records`."""
-    described = [
-        (
-            whole.name,
-            (
-                NAME_BY_DTYPE[whole.dtype],
-                whole.shape,
-                piece.byte_offset,
-                piece.element_offset,
-                piece.num_elements,
-                piece.sha256,
-            ),
-        )
-        for whole, piece in pieces
-    ]
+    described = [(whole.name, NAME_BY_DTYPE[whole.dtype], whole.shape, piece) for whole, piece in pieces]
     return {"file": file, "bytes": size, "pieces": described}
 
 
@@ -169,9 +181,7 @@ def read_manifest(directory: Path) -> CheckpointManifest:
 
     Raises `CheckpointDamaged`, `ConfigError` for another format version, and `OSError` for an unreadable file.
     """
-    manifest = read_manifest_only(directory)
-    _check_sizes(directory, manifest.file_sizes)
-    return manifest
+    return _read_with_sizes(directory, parse_manifest)
 
 
 def read_manifest_only(directory: Path) -> CheckpointManifest:
@@ -179,7 +189,7 @@ def read_manifest_only(directory: Path) -> CheckpointManifest:
     return _read(directory, parse_manifest)
 
 
-def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
+def _read(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
     """Return `parse` of the manifest's text after checking its hash against the marker."""
     file = directory / COMPLETE_MARKER_FILE
     try:
@@ -203,9 +213,12 @@ def _read(directory: Path, parse: Callable[[bytes], T]) -> T:
         raise ConfigError(replace(problem, field=str(file)) for problem in refused.problems) from refused
 
 
-def _check_sizes(directory: Path, sizes: Mapping[str, int]) -> None:
-    for _, words in find_wrong_file_sizes(directory, sizes):
+def _read_with_sizes(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
+    """Return `parse` of the manifest's text like `_read`, after checking the sizes of the files that it lists."""
+    head = _read(directory, parse)
+    for _, words in find_wrong_file_sizes(directory, head.file_sizes):
         raise CheckpointDamaged(words)
+    return head
 
 
 def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -218,64 +231,40 @@ def find_wrong_file_sizes(directory: Path, sizes: Mapping[str, int]) -> Iterator
             yield name, f"{path}: has {path.stat().st_size} bytes instead of {size}"
 
 
-@dataclass(frozen=True)
-class ManifestSummary:
-    """Manifest without the list of tensors, for listings of checkpoints."""
-
-    metadata: Mapping[str, Any]
-    total_bytes: int
-    """Bytes of all files."""
-    num_tensor_files: int
-    num_tensors: int
-
-
 def read_manifest_summary(directory: Path) -> ManifestSummary:
     """Read the summary of a complete checkpoint with the checks of `read_manifest`, without parsing the tensors.
 
     Raises `CheckpointDamaged`, `ConfigError` and `OSError` like `read_manifest`.
     """
     # The hash in the marker proves that the manifest is as written, and `to_json` writes the tensors last.
-    summary, sizes = _read(directory, _parse_summary)
-    _check_sizes(directory, sizes)
-    return summary
+    return _read_with_sizes(directory, _parse_summary)
 
 
-def _parse_summary(raw: bytes) -> tuple[ManifestSummary, dict[str, int]]:
-    """Return the summary of a manifest's text, and the sizes of its files."""
+def _parse_summary(raw: bytes) -> ManifestSummary:
+    """Return the summary of a manifest's text."""
     begin = raw.find(_TENSORS)
-    metadata: Mapping[str, Any]
+    head: ManifestHead
     try:
         if begin < 0:
             raise MalformedFileError("tensors", None, "does not stand last")
-        tree = parse_json(raw[:begin] + b"}")
-        _check_format(tree)
-        tree.reject_unknown_keys(("format", "metadata", "files", "attachments"))
-        (files, attachments), metadata = _files(tree), tree["metadata"].as_mapping()
-        tensors = raw.count(b'":["', begin)
+        head, tensors = _head(parse_json(raw[:begin] + b"}")), raw.count(b'":["', begin)
     except MalformedFileError:  # not as this version writes it
-        manifest = parse_manifest(raw)
-        files, attachments, metadata = dict(manifest.tensor_files), manifest.attachments, manifest.metadata
+        head = manifest = parse_manifest(raw)
         tensors = len(manifest.tensors)
-    sizes = {**files, **{entry.file: entry.bytes for entry in attachments}}
-    return ManifestSummary(metadata, sum(sizes.values()), len(files), tensors), sizes
+    return ManifestSummary(head.metadata, head.tensor_files, head.attachments, tensors)
 
 
 _TENSORS = b',"tensors":{'
 
 
-def _check_whole(name: str, shape: tuple[int, ...], pieces: tuple[StoredPiece, ...]) -> None:
+def _contiguous_end(pieces: tuple[StoredPiece, ...]) -> tuple[int, bool]:
+    """Return the number of elements and False; or the first element in no piece or in two, and True."""
     end = 0
     for piece in pieces:
         if piece.element_offset != end:
-            raise ValueError(f"{name}: element {min(end, piece.element_offset)} was saved by no rank, or by two")
+            return min(end, piece.element_offset), True
         end += piece.num_elements
-    if end != math.prod(shape):
-        raise ValueError(f"{name}: elements from {end} on were saved by no rank")
-
-
-def _tensor_tree(tensor: StoredTensor) -> list[Any]:
-    pieces = [[p.file, p.byte_offset, p.element_offset, p.num_elements, p.sha256] for p in tensor.pieces]
-    return [NAME_BY_DTYPE[tensor.dtype], list(tensor.shape), pieces]
+    return end, False
 
 
 def _tensor(item: JsonValue) -> StoredTensor:
@@ -284,11 +273,9 @@ def _tensor(item: JsonValue) -> StoredTensor:
         raise item.malformed_error("must be a dtype, a shape and pieces")
     shape = tuple(size.as_integer() for size in parts[1].as_list())
     pieces = tuple(_piece(each, f"{item.location}[2][{index}]") for index, each in enumerate(_plain_list(parts[2])))
-    end = 0
-    for piece in pieces:
-        if piece.element_offset != end:
-            raise parts[2].malformed_error(f"element {min(end, piece.element_offset)} is in no piece, or in two")
-        end += piece.num_elements
+    end, has_gap = _contiguous_end(pieces)
+    if has_gap:
+        raise parts[2].malformed_error(f"element {end} is in no piece, or in two")
     if end != math.prod(shape) or not pieces:
         raise parts[2].malformed_error(f"pieces hold {end} elements where the shape {list(shape)} asks for others")
     return StoredTensor(parse_dtype(parts[0]), shape, pieces)
@@ -312,14 +299,8 @@ def _piece(tree: object, where: str) -> StoredPiece:
     raise MalformedFileError(where, tree, hint)
 
 
-def _key_name(name: str, item: JsonValue) -> str:
-    return JsonValue(name, item.location).as_file_name()
-
-
 def _attachment(item: JsonValue, files: Mapping[str, int]) -> FileEntry:
     entry = item.as_dataclass(FileEntry)
-    item["file"].as_file_name()
-    item["sha256"].as_sha256()
     if entry.file in (*files, MANIFEST_FILE, COMPLETE_MARKER_FILE):
         raise item["file"].malformed_error("is also a tensor file or the manifest")
     return entry

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .tensor_file import TensorSpec
+
 MODEL_STATE = "model"
 """Master parameters and routing biases."""
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
@@ -53,15 +55,22 @@ class TensorPiece:
         return self.flat.numel() * self.flat.element_size()
 
     @property
-    def file_key(self) -> str:
-        """Name in a tensor file."""
-        end = self.element_offset + self.flat.numel()
-        return self.name if self.is_whole_tensor else f"{self.name}[{self.element_offset}:{end}]"
+    def whole(self) -> TensorSpec:
+        """Name, dtype and shape of the whole tensor."""
+        return TensorSpec(self.name, self.flat.dtype, self.shape)
 
     @property
-    def is_whole_tensor(self) -> bool:
-        """True if the piece is the whole tensor."""
-        return self.flat.numel() == math.prod(self.shape)
+    def in_file(self) -> TensorSpec:
+        """Name, dtype and shape of the piece in a tensor file."""
+        return piece_in_file(self.whole, self.element_offset, self.flat.numel())
+
+
+def piece_in_file(whole: TensorSpec, element_offset: int, num_elements: int) -> TensorSpec:
+    """Return how a tensor file holds a range of a tensor's elements: flat and named by the range, unless it is all."""
+    if num_elements == math.prod(whole.shape):
+        return whole
+    name = f"{whole.name}[{element_offset}:{element_offset + num_elements}]"
+    return TensorSpec(name, whole.dtype, (num_elements,))
 
 
 def expert_tensor_name(parameter: str, expert: int) -> str:

@@ -23,7 +23,7 @@ from ..data.files import write_file_durably
 from .manifest import StoredPiece, make_rank_record
 from .pieces import TensorPiece, pieces_to_write
 from .store import CheckpointExtras, CheckpointStore
-from .tensor_file import TensorFileWriter, TensorSpec, tensor_as_bytes
+from .tensor_file import TensorFileWriter, tensor_as_bytes
 
 FULL_DISK_GRACE_SECONDS = 10.0
 """Time during which saves that fail on a full disk do not end the run, however many there are."""
@@ -53,15 +53,19 @@ class _Save:
     """This rank's work in the current phase."""
     is_written: bool = False
     note: str | None = None
-    """See `SaveResult`."""
+    """The later `SaveResult.warning`."""
 
     @property
     def is_done(self) -> bool:
         return self.work is None or self.work.done()
 
+    @property
+    def _error(self) -> BaseException | None:
+        return self.work.exception() if self.work is not None and self.work.done() else None
+
     def failure(self) -> str | None:
         """Return this rank's failure (disk full or gone, state incomplete), or None."""
-        error = None if self.work is None or not self.work.done() else self.work.exception()
+        error = self._error
         if error is None or isinstance(error, OSError | ValueError):
             return None if error is None else str(error)
         raise error
@@ -69,7 +73,7 @@ class _Save:
     @property
     def found_no_room(self) -> bool:
         """True if this rank has failed for lack of disk space."""
-        error = None if self.work is None or not self.work.done() else self.work.exception()
+        error = self._error
         return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -240,9 +244,7 @@ def _any_on_gpu(pieces: Sequence[TensorPiece]) -> bool:
 def write_rank_file(directory: Path, name: str, pieces: Sequence[TensorPiece]) -> None:
     """Write one rank's tensor file and its JSON record; both are on disk when this returns."""
     # Hashing takes as long as writing: two threads hash while this one writes and waits for the disk.
-    declared = [
-        TensorSpec(p.file_key, p.flat.dtype, p.shape if p.is_whole_tensor else tuple(p.flat.shape)) for p in pieces
-    ]
+    declared = [piece.in_file for piece in pieces]
     path = directory / f"{name}.safetensors"
     with ThreadPoolExecutor(2, thread_name_prefix="checkpoint-hash") as hashing:
         hashes = [hashing.submit(_sha256, piece) for piece in pieces]
@@ -253,22 +255,13 @@ def write_rank_file(directory: Path, name: str, pieces: Sequence[TensorPiece]) -
         except BaseException:
             hashing.shutdown(cancel_futures=True)
             raise
+        begins = (file.byte_offsets[each.name] for each in declared)
         stored = [
-            (
-                TensorSpec(piece.name, piece.flat.dtype, piece.shape),
-                StoredPiece(
-                    path.name,
-                    file.byte_offsets[piece.file_key],
-                    piece.element_offset,
-                    piece.flat.numel(),
-                    sha256.result(),
-                ),
-            )
-            for piece, sha256 in zip(pieces, hashes, strict=True)
+            (piece.whole, StoredPiece(path.name, begin, piece.element_offset, piece.flat.numel(), sha256.result()))
+            for piece, begin, sha256 in zip(pieces, begins, hashes, strict=True)
         ]
-    write_file_durably(
-        directory / f"{name}.json", json.dumps(make_rank_record(path.name, path.stat().st_size, stored)).encode()
-    )
+    record = make_rank_record(path.name, path.stat().st_size, stored)
+    write_file_durably(directory / f"{name}.json", json.dumps(record).encode())
 
 
 def _sha256(piece: TensorPiece) -> str:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ DTYPE_BY_NAME = {
 NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 _LARGEST_HEADER = 10**9
 _METADATA = "__metadata__"
-_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ class TensorFile:
         end = 0
         for declared, begin, stop in placed:
             if begin != end:
-                raise MalformedFileError(
-                    declared.name, [begin, stop], f"must begin at byte {end}, where the one before it ends"
-                )
+                hint = f"must begin at byte {end}, where the one before it ends"
+                raise MalformedFileError(declared.name, [begin, stop], hint)
             end = stop
         if data + end != size:
             raise MalformedFileError("", size, f"has {size} bytes where its header describes {data + end}")
@@ -127,15 +125,12 @@ def _placed(header: JsonValue) -> Iterator[tuple[TensorSpec, int, int]]:
     for name, entry in header.items():
         if name == _METADATA:
             continue
-        entry.reject_unknown_keys(_ENTRY_KEYS)
-        dtype = parse_dtype(entry["dtype"])
-        declared = TensorSpec(name, dtype, tuple(size.as_integer() for size in entry["shape"].as_list()))
-        offsets = entry["data_offsets"].as_list()
-        if len(offsets) != 2:
-            raise entry["data_offsets"].malformed_error(
-                "must be two numbers: the first byte and the one after the last"
-            )
-        begin, end = (offset.as_integer() for offset in offsets)
+        read = entry.as_dataclass(_HeaderEntry)
+        declared = TensorSpec(name, read.dtype, read.shape)
+        if len(read.data_offsets) != 2:
+            hint = "must be two numbers: the first byte and the one after the last"
+            raise entry["data_offsets"].malformed_error(hint)
+        begin, end = read.data_offsets
         if end - begin != declared.nbytes:
             kind = f"dtype {entry['dtype'].value} and shape {list(declared.shape)}"
             hint = f"{end - begin} bytes, where {kind} ask for {declared.nbytes}"
@@ -155,6 +150,13 @@ def parse_dtype(item: JsonValue) -> torch.dtype:
     if name not in DTYPE_BY_NAME:
         raise item.malformed_error(f"is an unsupported dtype; supported: {', '.join(DTYPE_BY_NAME)}")
     return DTYPE_BY_NAME[name]
+
+
+@dataclass(frozen=True)
+class _HeaderEntry:
+    dtype: Annotated[torch.dtype, parse_dtype]
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, ...]
 
 
 def read_tensor_at(path: Path, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -184,10 +186,8 @@ def tensor_as_bytes(tensor: Tensor) -> memoryview:
 def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """Return the bytes before the first tensor, and the byte offset of each tensor."""
     tree: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offsets: dict[str, int] = {}
     end = 0
     for each in declared:
-        offsets[each.name] = end
         tree[each.name] = {
             "dtype": NAME_BY_DTYPE[each.dtype],
             "shape": list(each.shape),
@@ -196,5 +196,5 @@ def _header(declared: list[TensorSpec], metadata: dict[str, str]) -> tuple[bytes
         end += each.nbytes
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    begins = {name: 8 + len(text) + offset for name, offset in offsets.items()}
+    begins = {each.name: 8 + len(text) + tree[each.name]["data_offsets"][0] for each in declared}
     return len(text).to_bytes(8, "little") + text, begins

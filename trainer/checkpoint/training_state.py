@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -37,22 +37,13 @@ def training_state_pieces(
 
     Compute weights are not saved: `optimizer.all_gather_weights` casts them from the masters.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    experts = model.expert_parameter_names()
-    for part in _parts(optimizer, average):
-        first_expert = model.first_local_expert if part.parameter in experts else None
-        yield from pieces_of_slice(part, shapes[part.parameter], first_expert, rank)
-    yield from _bias_pieces(model, holders)
+    return _pieces(model, _parts(optimizer, average), holders, rank)
 
 
 def model_pieces(model: Model) -> Iterator[TensorPiece]:
     """Yield the weights and routing biases of a whole model in one process."""
-    experts = model.expert_parameter_names()
-    for name, parameter in model.named_parameters():
-        first_expert = model.first_local_expert if name in experts else None
-        whole = StateSlice(MODEL_STATE, name, 0, parameter.detach().view(-1))
-        yield from pieces_of_slice(whole, tuple(parameter.shape), first_expert, rank=0)
-    yield from _bias_pieces(model, lambda _: (0,))
+    weights = ((name, parameter.detach().view(-1)) for name, parameter in model.named_parameters())
+    return _pieces(model, (StateSlice(MODEL_STATE, name, 0, flat) for name, flat in weights), lambda _: (0,), rank=0)
 
 
 def make_holder_ranks(stages: StageLayout, groups: ProcessGroups) -> HolderRanks:
@@ -88,6 +79,12 @@ def _parts(optimizer: ShardedOptimizer, average: WeightEMA | None) -> Iterator[S
         yield from (StateSlice(EMA_STATE, name, offset, flat) for name, offset, flat in average.local_shards())
 
 
-def _bias_pieces(model: Model, holders: HolderRanks) -> Iterator[TensorPiece]:
+def _pieces(model: Model, parts: Iterable[StateSlice], holders: HolderRanks, rank: int) -> Iterator[TensorPiece]:
+    """Yield the pieces of `parts`, held by `rank`, and of the routing biases."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    experts = model.expert_parameter_names()
+    for part in parts:
+        first_expert = model.first_local_expert if part.parameter in experts else None
+        yield from pieces_of_slice(part, shapes[part.parameter], first_expert, rank)
     for name, buffer in model.named_buffers():
         yield from whole_tensor_pieces(f"{MODEL_STATE}/{name}", buffer, holders(name))

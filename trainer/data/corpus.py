@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...comm.files.file_io import config_error_context, open_regular_file, read_regular_file
 from ...comm.files.strict_json import MalformedFileError
 from .config import MIN_VOCAB_SIZE, DataConfig
@@ -43,10 +43,8 @@ def scan_corpus(config: DataConfig) -> tuple[CorpusFile, ...]:
     problems = list(_name_problems(config, [path.stem for path in paths]))
     sources = []
     for path in paths:
-        try:
+        with collect_problems(problems):
             sources.append(_source(path, "validation" if path.stem in config.validation else "train"))
-        except ConfigError as refusal:
-            problems.extend(refusal.problems)
     raise_if_any(problems)
     most = MIN_VOCAB_SIZE + sum(source.bytes for source in sources if source.split == "train")
     if config.vocab_size > most:  # checked before the tokenizer's trainer allocates memory for all entries
@@ -109,11 +107,8 @@ def _name_problems(config: DataConfig, names: Sequence[str]) -> Iterator[Problem
     for name in missing:
         yield Problem("data.validation", name, f"not a file of this corpus, which has {', '.join(names)}")
     if not missing and set(names) <= set(config.validation):
-        yield Problem(
-            "data.validation",
-            config.validation,
-            "every file is held out for validation; leave at least one to train on",
-        )
+        hint = "every file is held out for validation; leave at least one to train on"
+        yield Problem("data.validation", config.validation, hint)
 
 
 def _source(path: Path, split: str) -> CorpusFile:
@@ -154,9 +149,8 @@ def _document(path: Path, number: int, line: bytes) -> str:
     try:
         document.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(
-            [Problem(str(path), where, "holds half of a surrogate pair, which is no character")]
-        ) from error
+        hint = "holds half of a surrogate pair, which is no character"
+        raise ConfigError([Problem(str(path), where, hint)]) from error
     return document
 
 

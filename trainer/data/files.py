@@ -1,17 +1,21 @@
-"""Crash-safe files: hashed as they are written, and synced to disk before they are used."""
+"""Crash-safe files: hashed as they are written, synced to disk before they are used, and limited in size."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
+from typing import TypeVar
 
 from .manifest import FileEntry
 
+T = TypeVar("T")
+
 
 class HashedFileWriter:
-    """Writer of a new file, front to back, as a context manager; `entry` is final after the context."""
+    """Writer of a new file, front to back; `entry` is final after `close`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,14 +28,6 @@ class HashedFileWriter:
         self._file.write(raw)
         self._hash.update(raw)
         self._bytes += len(raw)
-
-    def __enter__(self) -> HashedFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Sync the file to disk and close it; a second call does nothing."""
@@ -48,7 +44,7 @@ class HashedFileWriter:
 
 def write_file_durably(path: Path, raw: bytes) -> FileEntry:
     """Write a whole file and sync it to disk."""
-    with HashedFileWriter(path) as file:
+    with closing(HashedFileWriter(path)) as file:
         file.write(raw)
     return file.entry
 
@@ -61,3 +57,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def split_by_size(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Split `items` in order into lists whose sizes add up to at most `most`; a larger item gets its own list."""
+    part: list[T] = []
+    total = 0
+    for item in items:
+        if part and total + size(item) > most:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    if part:
+        yield part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,20 @@ import numpy as np
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import os_error_to_problem, read_json
+from ...comm.files.ranges import FILE_NAME, SHA256, at_least, between, one_of
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusFile:
     """One file of the corpus as it was read."""
 
     work: str
     file: str
-    split: str
+    split: str = one_of(("train", "validation"))
     """`train` or `validation`."""
     documents: int
     bytes: int
@@ -38,9 +39,9 @@ class CorpusFile:
 class FileEntry:
     """One file of the prepared directory."""
 
-    file: str
+    file: str = field(metadata=FILE_NAME.metadata)
     bytes: int
-    sha256: str
+    sha256: str = field(metadata=SHA256.metadata)
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ class SplitEntry:
     """File of document starts in tokens: int64 [M], `.npy`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataManifest:
     """Everything about a prepared directory except the tokens; no times and no absolute paths."""
 
     format: int
     fingerprint: str
     """SHA-256 of the inputs: corpus files and settings. Equal fingerprints need no second preparation."""
-    vocabulary: int
+    vocabulary: int = between(1, 2**32)
     dtype: str
     """Dtype of the shards: `uint16` or `uint32`, little-endian."""
-    shard_tokens: int
+    shard_tokens: int = at_least(1)
     sources: tuple[CorpusFile, ...]
     tokenizer: FileEntry
     train: SplitEntry
@@ -136,26 +137,15 @@ def read_manifest(directory: Path) -> DataManifest:
 def _parse(tree: JsonValue) -> DataManifest:
     """Parse the manifest. Raises `MalformedFileError` for a wrong key, type or range, and for inconsistent values."""
     manifest = tree.as_dataclass(DataManifest)
-    files = [tree["tokenizer"]]
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        files += [*tree[name]["shards"].as_list(), tree[name]["starts"]]
         if not 1 <= split.documents <= split.tokens:  # each document has an end token
             raise tree[name]["documents"].malformed_error(f"must be from 1 to the number of tokens, {split.tokens}")
-    for file in files:
-        file["file"].as_file_name()
-        file["sha256"].as_sha256()
-    for source in tree["sources"].as_list():
-        if source["split"].as_string() not in ("train", "validation"):
-            raise source["split"].malformed_error("must be train or validation")
     names = [entry.file for entry in manifest.files]
     if len(set(names)) < len(names) or MANIFEST_FILE in names:
         raise MalformedFileError("files", sorted(names), "must have different names")
-    tree["vocabulary"].as_integer(1, 2**32)
-    tree["shard_tokens"].as_integer(1)
     if manifest.fingerprint != source_fingerprint(manifest.sources, manifest.vocabulary, manifest.shard_tokens):
         raise tree["fingerprint"].malformed_error("does not fit the sources and settings")
     if manifest.dtype != token_dtype(manifest.vocabulary):
-        raise tree["dtype"].malformed_error(
-            f"must be {token_dtype(manifest.vocabulary)} for {manifest.vocabulary} tokens"
-        )
+        hint = f"must be {token_dtype(manifest.vocabulary)} for {manifest.vocabulary} tokens"
+        raise tree["dtype"].malformed_error(hint)
     return manifest

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from .config import DataConfig
 from .corpus import describe_ignored_files, read_documents, scan_corpus
-from .files import fsync_directory, write_file_durably
+from .files import fsync_directory, split_by_size, write_file_durably
 from .manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -116,8 +117,8 @@ def _write_split(
 ) -> SplitEntry:
     dtype = np.dtype(token_dtype(config.vocab_size)).newbyteorder("<")
     documents = (text for source in sources for text in _documents(config, source))
-    with SplitWriter(directory, name, dtype, shard_tokens) as writer:
-        for texts in _batches(documents):
+    with closing(SplitWriter(directory, name, dtype, shard_tokens)) as writer:
+        for texts in split_by_size(documents, len, _BATCH_CHARACTERS):
             for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
                 writer.add_document([*tokens, tokenizer.end_token_id], len(text.encode()))
         return writer.finish_split()
@@ -125,19 +126,6 @@ def _write_split(
 
 def _documents(config: DataConfig, source: CorpusFile) -> Iterator[str]:
     return read_documents(config.corpus_directory / source.file)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _is_occupied(path: Path) -> bool:

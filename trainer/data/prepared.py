@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.errors import Problem, collect_problems, raise_if_any
 from .config import DataConfig
 from .manifest import DataManifest, read_manifest
 from .shards import TokenSplit, open_split, verify_file_hashes
@@ -43,15 +43,11 @@ def open_prepared_directory(directory: Path) -> PreparedData:
     problems: list[Problem] = []
     splits = {}
     for name in ("train", "validation"):
-        try:
+        with collect_problems(problems):
             splits[name] = open_split(directory, manifest, name)
-        except ConfigError as refusal:
-            problems.extend(refusal.problems)
     entry = manifest.tokenizer
-    try:
+    with collect_problems(problems):
         tokenizer = load_tokenizer(directory / entry.file, manifest.vocabulary, entry.sha256)
-    except ConfigError as refusal:
-        raise ConfigError([*problems, *refusal.problems]) from refusal
     raise_if_any(problems)
     return PreparedData(manifest, tokenizer, splits["train"], splits["validation"])
 
@@ -63,7 +59,7 @@ def open_prepared_data(config: DataConfig) -> PreparedData:
     """
     directory = Path(config.prepared)
     manifest = read_manifest(directory)
-    problems = []
+    problems: list[Problem] = []
     if config.vocab_size != manifest.vocabulary:
         hint = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
         problems.append(Problem("data.vocab_size", config.vocab_size, hint))
@@ -71,10 +67,8 @@ def open_prepared_data(config: DataConfig) -> PreparedData:
     if set(config.validation) != set(held_out):
         hint = f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
         problems.append(Problem("data.validation", config.validation, hint))
-    try:
+    with collect_problems(problems):
         prepared = open_prepared_directory(directory)
-    except ConfigError as refusal:
-        raise ConfigError([*problems, *refusal.problems]) from refusal
     raise_if_any(problems)
     return prepared
 

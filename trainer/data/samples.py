@@ -75,31 +75,21 @@ class SampleDataset:
     """Windows that start every S tokens of a split and cross document ends: S inputs, the next token, D more.
 
     Token 0 is only an input; every other token at positions 1 to S of a window is a target once. With `pad_token_id`
-    the last windows are padded, so that every token is used; without it only whole windows count.
+    the last windows are padded, so that every token is used, as validation needs; without it only whole windows count,
+    as in training. Raises `ConfigError` for a split without one window, or one target if windows are padded.
     """
 
     split: TokenSplit
     sequence_length: int
     mtp_depth: int
-    pad_token_id: int | None
-
-    @classmethod
-    def for_training(cls, split: TokenSplit, sequence_length: int, mtp_depth: int) -> SampleDataset:
-        """Return whole windows only. Raises `ConfigError` for a split shorter than one."""
-        return cls(split, sequence_length, mtp_depth, None)
-
-    @classmethod
-    def for_validation(cls, split: TokenSplit, sequence_length: int, mtp_depth: int, pad: int) -> SampleDataset:
-        """Return windows in which every token but the first is a target once. Raises `ConfigError` for no target."""
-        return cls(split, sequence_length, mtp_depth, pad)
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if len(self) < 1:
             needed = self.tokens_per_sample if self.pad_token_id is None else 2
             hint = f"the {self.split.name} split has {self.split.num_tokens} tokens, one sample needs {needed}"
-            raise ConfigError(
-                [Problem("training.sequence_length", self.sequence_length, f"{hint}; add text or shorten it")]
-            )
+            hint += "; add text or shorten it"
+            raise ConfigError([Problem("training.sequence_length", self.sequence_length, hint)])
 
     @property
     def tokens_per_sample(self) -> int:
@@ -114,12 +104,9 @@ class SampleDataset:
 
     def read_batch(self, indices: Sequence[int]) -> TokenBatch:
         """Return the samples with these indices. Raises `IndexError` outside 0 .. len - 1."""
-        tokens_BW = np.full(
-            (len(indices), self.tokens_per_sample),
-            0 if self.pad_token_id is None else self.pad_token_id,
-            dtype=np.int64,
-        )
-        valid_BW = np.zeros((len(indices), self.tokens_per_sample), dtype=np.bool_)
+        shape = len(indices), self.tokens_per_sample
+        tokens_BW = np.full(shape, self.pad_token_id or 0, dtype=np.int64)
+        valid_BW = np.zeros(shape, dtype=np.bool_)
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.split.name}: sample {index} of {len(self)}")

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,9 @@ class DataChanged(Exception):  # noqa: N818 -- says what happened
     """Error for a shard that was damaged or replaced while a run was reading it."""
 
 
-@dataclass(frozen=True)
-class _FileTimes:
-    """File size and times, which any write changes. A user can set back mtime, but not ctime."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @staticmethod
-    def of(status: os.stat_result) -> _FileTimes:
-        return _FileTimes(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def _file_times(status: os.stat_result) -> tuple[int, int, int]:
+    """Return file size and times, which any write changes. A user can set back mtime, but not ctime."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class ShardFileReader:
@@ -63,10 +54,7 @@ class ShardFileReader:
         self._verified = verified
         self._most_open = most_open
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._checked: dict[int, _FileTimes] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self._checked: dict[int, tuple[int, int, int]] = {}
 
     def __del__(self) -> None:
         while self._open:
@@ -79,7 +67,7 @@ class ShardFileReader:
             descriptor = self._descriptor(number)
             self._check(number, descriptor)
             raw = os.pread(descriptor, count * size, first * size)
-            while self._checked[number] != _FileTimes.of(os.fstat(descriptor)):  # written to during the read
+            while self._checked[number] != _file_times(os.fstat(descriptor)):  # written to during the read
                 self._check(number, descriptor)
                 raw = os.pread(descriptor, count * size, first * size)
         except OSError as error:
@@ -103,11 +91,11 @@ class ShardFileReader:
     def _check(self, number: int, descriptor: int) -> None:
         """Raise `DataChanged` unless the file is unchanged by its size and times, or by its hash."""
         status, entry = os.fstat(descriptor), self._entries[number]
-        times = _FileTimes.of(status)
+        times = _file_times(status)
         if self._checked.get(number) == times:
             return
         is_verified = number not in self._checked and self._verified.get(entry.file) == file_signature(entry, status)
-        if not is_verified and (times.size != entry.bytes or _sha256(descriptor) != entry.sha256):
+        if not is_verified and (status.st_size != entry.bytes or _sha256(descriptor) != entry.sha256):
             hint = "restore the file, and the same command resumes from the last checkpoint"
             raise DataChanged(f"{self._path(number)} has changed since it was prepared: its SHA-256 differs; {hint}")
         self._checked[number] = times

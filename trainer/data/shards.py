@@ -10,14 +10,13 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.file_io import open_regular_file, os_error_to_problem, read_regular_file
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
+from ...comm.files.file_io import config_error_context, open_regular_file, os_error_to_problem, read_regular_file
 from .files import HashedFileWriter, write_file_durably
 from .manifest import DataManifest, FileEntry, SplitEntry
 from .shard_files import ShardFileReader
@@ -30,7 +29,7 @@ TOKENS_PER_SHARD = 2**27
 
 
 class SplitWriter:
-    """Writer of one split, document by document, into shards in a new directory, as a context manager."""
+    """Writer of one split, document by document, into shards in a new directory."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._directory = directory
@@ -42,12 +41,8 @@ class SplitWriter:
         self._tokens = 0
         self._text_bytes = 0
 
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the shards; needed after an error, and harmless after `finish_split`."""
         for shard in self._shards:
             shard.close()
 
@@ -67,8 +62,7 @@ class SplitWriter:
 
     def finish_split(self) -> SplitEntry:
         """Sync the split to disk and return its manifest entry."""
-        for shard in self._shards:
-            shard.close()
+        self.close()
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(self._starts, dtype="<i8"))
         return SplitEntry(
@@ -87,8 +81,6 @@ class SplitWriter:
 
 class ShardReader(Protocol):
     """Reader of the shards of one split by number."""
-
-    def __len__(self) -> int: ...
 
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
         """Return tokens `first` to `first + count` (excluded) of shard `number`."""
@@ -149,18 +141,16 @@ def verify_file_hashes(directory: Path, files: Sequence[FileEntry]) -> None:
         path = directory / entry.file
         if str(path) in damaged:
             continue
-        try:
-            with open_regular_file(path) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            problems.append(os_error_to_problem(error, path, "make it readable"))
-            continue
-        if found != entry.sha256:
-            problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_PREPARE_AGAIN}"))
+        unreadable = config_error_context(path, _FIX, unreadable_fix="make it readable")
+        with collect_problems(problems), unreadable, open_regular_file(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                problems.append(Problem(str(path), found, f"must have SHA-256 {entry.sha256}: {_PREPARE_AGAIN}"))
     raise_if_any(problems)
 
 
-_PREPARE_AGAIN = "the file is damaged; remove the directory and prepare again"
+_FIX = "remove the directory and prepare again"
+_PREPARE_AGAIN = f"the file is damaged; {_FIX}"
 
 
 def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Problem]:
@@ -168,7 +158,7 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
         path = directory / entry.file
         if not path.is_file():
             what = "is no regular file" if path.exists() else "is missing"
-            yield Problem(str(path), None, f"{what}; remove the directory and prepare again")
+            yield Problem(str(path), None, f"{what}; {_FIX}")
         elif path.stat().st_size != entry.bytes:
             yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_PREPARE_AGAIN}")
 

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ...comm.errors import ConfigError, Problem
-from ...comm.files.file_io import os_error_to_problem, read_regular_file
+from ...comm.files.file_io import config_error_context, read_regular_file
 from ...comm.files.strict_json import MalformedFileError, parse_json
 
 END_TOKEN = "<|end|>"
@@ -130,12 +130,8 @@ def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
     """Read `tokenizer.json`. Raises `ConfigError` unless it is the file that the shards were made with."""
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "is missing; remove the directory and prepare again")])
-    try:
+    with config_error_context(path, "prepare again", unreadable_fix="make it readable"):
         raw = read_regular_file(path, MAX_TOKENIZER_BYTES)
-    except MalformedFileError as error:
-        raise ConfigError([error.to_problem(path, "prepare again")]) from error
-    except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, "make it readable")]) from error
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         hint = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"

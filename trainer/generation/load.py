@@ -25,7 +25,7 @@ from ...parallelism.pipeline.instruction import run_to_completion
 from ...parallelism.weight_grad import DelayedWeightGradients
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.find import find_checkpoint
-from ..checkpoint.manifest import CheckpointDamaged
+from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.pieces import MODEL_STATE, expert_tensor_name
 from ..checkpoint.training_state import model_pieces
 from ..data.tokenizer import END_TOKEN, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
@@ -43,6 +43,8 @@ from ..model.config import ModelConfig
 from ..model.forward_context import LossNormalizers, StageBackward
 from ..model.model import Model
 from .speculative_decoding import Continuation, NonFiniteLogits, TokenSampler, generate_speculatively
+
+_DAMAGED = "is damaged; choose another with --step"
 
 
 class LoadedModel(nn.Module):
@@ -122,11 +124,9 @@ class LoadedModel(nn.Module):
         if TOKENIZER_FILE not in {entry.file for entry in self.checkpoint.manifest.attachments}:
             hint = f"has no {TOKENIZER_FILE}, so it cannot read a prompt"
             raise ConfigError([Problem("checkpoint", str(self.checkpoint.path), hint)])
-        with config_error_context(self.checkpoint.path / TOKENIZER_FILE, "take another checkpoint"):
-            try:
-                return parse_tokenizer_json(self.checkpoint.read_attachment(TOKENIZER_FILE))
-            except CheckpointDamaged as damaged:
-                raise _damage_error(damaged) from damaged
+        path = self.checkpoint.path / TOKENIZER_FILE
+        with config_error_context(path, "take another checkpoint"), damage_error_context(_DAMAGED):
+            return parse_tokenizer_json(self.checkpoint.read_attachment(TOKENIZER_FILE))
 
     @property
     def stop_token_id(self) -> int | None:
@@ -238,10 +238,8 @@ def load_model(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     attention = _select_attention(checkpoint, device, dtype)
-    try:
+    with damage_error_context(_DAMAGED):
         return LoadedModel(load_chunk_for_inference(checkpoint, device, dtype, attention), checkpoint)
-    except CheckpointDamaged as damaged:
-        raise _damage_error(damaged) from damaged
 
 
 def load_chunk_for_inference(
@@ -272,10 +270,6 @@ def generation_problems(prompt: str, max_new_tokens: int, temperature: float) ->
         yield Problem("--tokens", max_new_tokens, "must be at least 1")
     if not 0 <= temperature < math.inf:
         yield Problem("--temperature", temperature, "must be finite and at least 0 (greedy)")
-
-
-def _damage_error(damaged: CheckpointDamaged) -> ConfigError:
-    return ConfigError([Problem("checkpoint", str(damaged), "is damaged; choose another with --step")])
 
 
 def _context_length(checkpoint: Checkpoint) -> int:

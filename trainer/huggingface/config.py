@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
-from ...comm.errors import Problem, raise_if_any
-from ...comm.files.strict_json import JsonValue, MalformedFileError
+from ...comm.errors import Problem, collect_problems, raise_if_any
+from ...comm.files.file_io import config_error_context
+from ...comm.files.strict_json import JsonValue
 from ..model.config import ModelConfig, YarnConfig
 from .fp8_weights import BLOCK_SIZE
 
-_SHARED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank"),
-    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size"),
-    *("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"),
-    *("norm_topk_prob", "routed_scaling_factor", "rms_norm_eps", "initializer_range"),
-)
-"""Fields of `ModelConfig` that a `config.json` must have."""
+_NOT_SHARED = ("name", "scoring_func", "num_nextn_predict_layers", "rope_theta", "rope_scaling")
+_SHARED = tuple(field.name for field in fields(ModelConfig) if field.name not in _NOT_SHARED)
+"""Fields of `ModelConfig` that a `config.json` must have, under the same names."""
 
 _CONSTANTS: Mapping[str, object] = {
     "model_type": "deepseek_v3",
@@ -71,7 +68,7 @@ _STORED = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn")
 """Dtypes that `torch_dtype` or `dtype` may name; the tensor files determine the actual dtype."""
 _FILE = "config.json"
 
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_YARN = tuple(field.name for field in fields(YarnConfig))
 
 
 def to_config_json(
@@ -101,9 +98,7 @@ def to_config_json(
         "rope_interleave": rope_interleave,
         "max_position_embeddings": max_position_embeddings,
         "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **dict.fromkeys(_TOKENS),
     }
     if model.rope_scaling is not None:
         tree["rope_scaling"] = {"type": "yarn"} | asdict(model.rope_scaling)
@@ -129,9 +124,10 @@ def parse_config_json(tree: Mapping[str, Any], name: str) -> ModelConfig:
     read = _Reader(JsonValue(dict(tree)), problems)
     rope = read.rope()
     values = read.shared_fields()
-    mtp = read.whole_or_zero("num_nextn_predict_layers", "num_mtp_layers")
-    theta = read.number("rope_theta", 10000.0, rope)
-    read.flag("rope_interleave")
+    mtp = read.num_mtp_layers()
+    theta = read.rope_theta(rope)
+    if "rope_interleave" in read.tree:
+        read.value(read.tree["rope_interleave"], bool)
     read.check_names()
     problems += [*_carried_problems(tree), *_unknown_here(tree, rope)]
     raise_if_any(problems)
@@ -191,7 +187,7 @@ class _Reader:
         found = {}
         for key in _SHARED:
             if key in self.tree:  # a missing key is reported by `_unknown_here`
-                found[key] = self._try(self.tree[key], kinds[key])
+                found[key] = self.value(self.tree[key], kinds[key])
         return found
 
     def rope(self) -> Mapping[str, Any]:
@@ -199,7 +195,7 @@ class _Reader:
         for key in ("rope_parameters", "rope_scaling"):
             item = self.tree.get(key)
             if item is not None:
-                with self._collecting_problem(item):
+                with _collecting(self.problems):
                     settings = item.as_mapping()
                     for name in ("rope_type", "type"):
                         if name in settings:
@@ -207,49 +203,42 @@ class _Reader:
                     for name in (*_YARN, "rope_theta", "attention_factor"):
                         if settings.get(name) is not None:
                             item[name].as_number(0, _LARGEST.get(name, _LONGEST))
-                    if settings.get("original_max_position_embeddings") is not None:
-                        whole = item["original_max_position_embeddings"].as_number(1, _LONGEST)
-                        if not whole.is_integer():
-                            raise item["original_max_position_embeddings"].malformed_error("must be a whole number")
+                    length = item.get("original_max_position_embeddings")
+                    if length is not None and not length.as_number(1, _LONGEST).is_integer():
+                        raise length.malformed_error("must be a whole number")
                     if settings:
                         return settings
         return {}
 
-    def whole_or_zero(self, *keys: str) -> int:
-        """Return the first of `keys` that is present; 0 if none is, or if it is null."""
-        key = next((key for key in keys if key in self.tree), None)
-        item = None if key is None else self.tree.get(key)
-        found: int = 0 if item is None else self._try(item, int)
-        return found
+    def num_mtp_layers(self) -> int:
+        """Return the number under the first of its two keys that is present; 0 if none is, or if it is null."""
+        key = "num_nextn_predict_layers" if "num_nextn_predict_layers" in self.tree else "num_mtp_layers"
+        item = self.tree.get(key)
+        return 0 if item is None else int(self.value(item, int))
 
-    def number(self, key: str, default: float, first: Mapping[str, Any]) -> float:
-        """Return a number from `first`, else from the file, else `default`."""
-        item = JsonValue(dict(first)).get(key) or self.tree.get(key)
-        found: float = default if item is None else self._try(item, float)
-        return found
-
-    def flag(self, key: str) -> None:
-        """Add a problem for a value that is present but no boolean."""
-        if key in self.tree:
-            self._try(self.tree[key], bool)
+    def rope_theta(self, rope: Mapping[str, Any]) -> float:
+        """Return the base from `rope`, else from the file, else that of a file without one."""
+        item = JsonValue(dict(rope)).get("rope_theta") or self.tree.get("rope_theta")
+        return 10000.0 if item is None else float(self.value(item, float))
 
     def check_names(self) -> None:
         """Add a problem for an unsupported architecture or dtype."""
         architectures = self.tree.get("architectures")
         if architectures is not None:
-            with self._collecting_problem(architectures):
+            with _collecting(self.problems):
                 if [each.as_string() for each in architectures.as_list()] != [_ARCHITECTURE]:
                     raise architectures.malformed_error(f"cannot be imported: only {_ARCHITECTURE} is supported")
         for key in ("torch_dtype", "dtype"):
             item = self.tree.get(key)
             if item is not None:
-                with self._collecting_problem(item):
+                with _collecting(self.problems):
                     if item.as_string().removeprefix("torch.") not in _STORED:
                         raise item.malformed_error(f"must be one of {', '.join(_STORED)}")
 
-    def _try(self, item: JsonValue, kind: Any) -> Any:
+    def value(self, item: JsonValue, kind: Any) -> Any:
+        """Return a number or boolean of the type `kind`."""
         found: Any = 0  # placeholder after a problem; never used
-        with self._collecting_problem(item):
+        with _collecting(self.problems):
             if kind is float:
                 found = item.as_number(0, _LARGEST[item.location])
             elif kind is bool:
@@ -258,22 +247,23 @@ class _Reader:
                 found = None if item.value is None and kind is not int else item.as_integer(0, _LONGEST)
         return found
 
-    @contextmanager
-    def _collecting_problem(self, item: JsonValue) -> Iterator[None]:
-        try:
-            yield
-        except MalformedFileError as error:
-            self.problems.append(Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it"))
+
+@contextmanager
+def _collecting(problems: list[Problem]) -> Iterator[None]:
+    """Add the problem of a `MalformedFileError` that is raised inside."""
+    with collect_problems(problems), config_error_context(_FILE, "correct it"):
+        yield
 
 
-def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each special token outside the vocabulary and for an invalid context length."""
+def _carried_problems(tree: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each special token outside the vocabulary and for an invalid context length."""
+    problems: list[Problem] = []
     item = JsonValue(dict(tree))
     vocabulary = tree.get("vocab_size")
     last = vocabulary - 1 if type(vocabulary) is int and vocabulary > 0 else _LONGEST
     for key in _CARRIED:
         found = item.get(key)
-        try:
+        with _collecting(problems):
             if found is None:
                 continue
             if key == "eos_token_id" and isinstance(found.value, list):
@@ -283,8 +273,7 @@ def _carried_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
                 found.as_integer(-1, last)  # -1: no such token, in older files
             else:
                 found.as_integer(1, _LONGEST)
-        except MalformedFileError as error:
-            yield Problem(f"{_FILE}: {error.location}", error.value, f"{error.hint}; correct it")
+    return problems
 
 
 def read_rope_type(rope: Mapping[str, Any]) -> str:
@@ -300,28 +289,20 @@ def _yarn(rope: Mapping[str, Any]) -> YarnConfig:
 
 
 def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
+    there = f"cannot be exported: {_ARCHITECTURE}"
     if model.scoring_func != "sigmoid":
-        yield Problem(
-            "model.scoring_func", model.scoring_func, "cannot be exported: DeepseekV3ForCausalLM supports only sigmoid"
-        )
+        yield Problem("model.scoring_func", model.scoring_func, f"{there} supports only sigmoid")
     if model.n_shared_experts == 0:
-        yield Problem(
-            "model.n_shared_experts", 0, "cannot be exported: DeepseekV3ForCausalLM always has shared experts"
-        )
+        yield Problem("model.n_shared_experts", 0, f"{there} always has shared experts")
     if model.n_routed_experts // model.n_group < 2:
-        hint = (
-            f"cannot be exported: DeepseekV3ForCausalLM needs two of the {model.n_routed_experts} experts in each group"
-        )
+        hint = f"{there} needs two of the {model.n_routed_experts} experts in each group"
         yield Problem("model.n_group", model.n_group, hint)
     yarn = model.rope_scaling
     if yarn is not None and yarn.factor * yarn.original_max_position_embeddings > _LONGEST:
         hint = f"cannot be exported: times original_max_position_embeddings it exceeds {_LONGEST} positions"
         yield Problem("model.rope_scaling.factor", yarn.factor, hint)
-    if (
-        yarn is not None
-        and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0)
-        and 0 in (yarn.mscale, yarn.mscale_all_dim)
-    ):
+    scales = None if yarn is None else (yarn.mscale, yarn.mscale_all_dim)
+    if yarn is not None and scales is not None and scales != (1.0, 0.0) and 0 in scales:
         hint = "cannot be exported: a 0 in mscale or mscale_all_dim means 1 and 0 there"
         yield Problem("model.rope_scaling.mscale", yarn.mscale, hint)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import config_error_context, unwritable_directory_hint
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.manifest import CheckpointDamaged
+from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
-from ..data.files import fsync_directory, write_file_durably
+from ..data.files import fsync_directory, split_by_size, write_file_durably
 from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 from .config import ignored_config_keys, to_config_json
 from .fp8_weights import quantize_fp8_weight, scale_shape
-from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, rope_to_half_split
+from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import TOKENIZER_FILE, make_tokenizer_files, special_token_ids
 
 _MOST_PROBLEMS = 8
@@ -74,11 +74,9 @@ def export_checkpoint(
     if source is not None and (left := ignored_config_keys(source)):
         say(f"left out, unsupported keys of the imported config.json: {', '.join(left)}")
     with _renamed_when_complete(directory, say) as partial:
-        try:
+        with damage_error_context("is damaged; export another one"):
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.read_attachments()
-        except CheckpointDamaged as damaged:
-            raise ConfigError([Problem("checkpoint", str(damaged), "is damaged; export another one")]) from damaged
         with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
             token_ids = special_token_ids(attachments)
         tree |= {key: value for key, value in token_ids.items() if tree[key] is None}
@@ -121,7 +119,10 @@ def _write_weights(
     options: ExportOptions,
     say: Callable[[str], None],
 ) -> None:
-    shards = list(_shards(planned, options))
+    def exported_bytes(entry: TensorMapping) -> int:  # the parts of one tensor stay in one file
+        return sum(each.nbytes for each in _declared(entry, options))
+
+    shards = list(split_by_size(planned, exported_bytes, options.shard_bytes))
     weights: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, start=1):
@@ -139,47 +140,32 @@ def _write_weights(
         write_file_durably(directory / WEIGHT_INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _shards(planned: Sequence[TensorMapping], options: ExportOptions) -> Iterator[list[TensorMapping]]:
-    """Split the tensors into files, in order; the parts of one tensor stay in one file."""
-    shard: list[TensorMapping] = []
-    size = 0
-    for entry in planned:
-        nbytes = sum(each.nbytes for each in _declared(entry, options))
-        if shard and size + nbytes > options.shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += nbytes
-    yield shard
-
-
 def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSpec]:
     """Yield the specs of the tensors that `_tensors` yields, in the same order."""
-    for name in entry.hf_names:
-        if options.dtype == "fp8" and is_fp8_weight(name):
-            yield TensorSpec(name, torch.float8_e4m3fn, entry.hf_shape)
+    for name in entry.all_hf_names:
+        dtype = _dtype(name, options)
+        yield TensorSpec(name, dtype, entry.hf_shape)
+        if dtype == torch.float8_e4m3fn:
             yield TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(entry.hf_shape))
-        else:
-            yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
-    for name in entry.hf_duplicates:
-        yield TensorSpec(name, _dtype(name, options), entry.hf_shape)
 
 
 def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> Iterator[Tensor]:
     if entry.rope_rows is not None and not options.rope_interleave:
-        tensor = rope_to_half_split(tensor, entry.rope_rows)
-    for name, part in zip(entry.hf_names, tensor.chunk(len(entry.hf_names)), strict=True):
-        if options.dtype == "fp8" and is_fp8_weight(name):
+        tensor = reorder_rope_rows(tensor, entry.rope_rows, to_halves=True)
+    parts = (*tensor.chunk(len(entry.hf_names)), *[tensor] * len(entry.hf_duplicates))
+    for name, part in zip(entry.all_hf_names, parts, strict=True):
+        dtype = _dtype(name, options)
+        if dtype == torch.float8_e4m3fn:
             try:
                 yield from quantize_fp8_weight(part)
             except ValueError as error:
                 raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
         else:
-            yield part.to(_dtype(name, options))
-    for name in entry.hf_duplicates:
-        yield tensor.to(_dtype(name, options))
+            yield part.to(dtype)
 
 
 def _dtype(name: str, options: ExportOptions) -> torch.dtype:
     """Return the exported dtype; routing biases stay FP32, as in the released weights."""
-    return torch.float32 if name.endswith("e_score_correction_bias") else _DTYPES[options.dtype]
+    if name.endswith("e_score_correction_bias"):
+        return torch.float32
+    return torch.float8_e4m3fn if options.dtype == "fp8" and is_fp8_weight(name) else _DTYPES[options.dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...comm.files.file_io import (
     config_error_context,
     os_error_to_problem,
@@ -22,21 +23,23 @@ from ...comm.files.file_io import (
     read_regular_file,
     unwritable_directory_hint,
 )
-from ...comm.files.strict_json import MalformedFileError, parse_json, shorten_for_message
+from ...comm.files.ranges import RELATIVE_PATH
+from ...comm.files.strict_json import parse_json, shorten_for_message
 from ..checkpoint.pieces import MODEL_STATE, TensorPiece
 from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
-from ..checkpoint.tensor_file import TensorFile
+from ..checkpoint.tensor_file import TensorFile, TensorSpec
+from ..data.files import split_by_size
 from ..data.unfinished_directory import WriterLiveness, check_writer_liveness, lock_directory, remove_lock
 from ..model.config import ModelConfig
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
 from .fp8_weights import dequantize_fp8_weight, scale_shape
-from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, rope_to_interleaved
+from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20
-"""Bytes of FP32 weights per file of the checkpoint."""
+"""Most bytes of FP32 weights per file of the checkpoint; a larger tensor gets its own file."""
 _MOST_PROBLEMS = 8
 _MISMATCH = "config.json and files do not belong together"
 _SIZES = frozenset(
@@ -76,19 +79,14 @@ class HuggingFaceWeights:
         problems: list[Problem] = []
         files: dict[str, TensorFile] = {}
         for path in (directory / name for name in names):
-            try:
+            unreadable = config_error_context(path, f"cannot be read; {_FETCH}", unreadable_fix=_FETCH)
+            with collect_problems(problems), unreadable:
                 file = TensorFile(path)
-            except MalformedFileError as error:
-                problems.append(error.to_problem(path, f"cannot be read; {_FETCH}"))
-                continue
-            except OSError as error:
-                problems.append(os_error_to_problem(error, path, _FETCH))
-                continue
-            for name in file.tensor_specs:
-                if name in files:
-                    hint = f"is also in {files[name].path.name}; remove one of the files"
-                    problems.append(Problem(name, path.name, hint))
-                files[name] = file
+                for name in file.tensor_specs:
+                    if name in files:
+                        hint = f"is also in {files[name].path.name}; remove one of the files"
+                        problems.append(Problem(name, path.name, hint))
+                    files[name] = file
         for name, where in (index or {}).items():
             if not problems and (name not in files or files[name].path != directory / where):
                 hint = f"does not hold {name}, which {WEIGHT_INDEX_FILE} says; {_FETCH}"
@@ -96,13 +94,9 @@ class HuggingFaceWeights:
         _raise_first_problems(problems, directory)
         return HuggingFaceWeights(directory, files)
 
-    def tensor_shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor, or None if it does not exist."""
-        return self.files[name].tensor_specs[name].shape if name in self.files else None
-
-    def tensor_dtype(self, name: str) -> torch.dtype | None:
-        """Return the dtype of a tensor, or None if it does not exist."""
-        return self.files[name].tensor_specs[name].dtype if name in self.files else None
+    def tensor_spec(self, name: str) -> TensorSpec | None:
+        """Return dtype and shape of a tensor, or None if it does not exist."""
+        return self.files[name].tensor_specs[name] if name in self.files else None
 
     def read_weight(self, name: str) -> Tensor:
         """Return a weight in FP32, dequantized if it is stored in FP8. Raises `ConfigError` for NaN or Inf."""
@@ -147,7 +141,8 @@ def import_huggingface_weights(source: Path, target: Path, say: Callable[[str], 
         target.mkdir(parents=True, exist_ok=True)
         store.prepare_save(0)
         with lock_directory(store.partial_path(0)):
-            for number, batch in enumerate(_batches(planned)):
+            batches = split_by_size(planned, lambda entry: 4 * math.prod(entry.shape), _BATCH_BYTES)
+            for number, batch in enumerate(batches):
                 pieces = [_piece(entry, released, rope_interleave=rope_interleave) for entry in batch]
                 write_rank_file(store.partial_path(0), f"part_{number:05d}", pieces)
                 size = sum(piece.nbytes for piece in pieces)
@@ -199,9 +194,8 @@ def _config_json(source: Path) -> dict[str, Any]:
     """Return the contents of `config.json`. Raises `ConfigError`."""
     path = source / "config.json"
     if not os.path.lexists(path):
-        raise ConfigError(
-            [Problem("source", str(source), "holds no config.json; name a directory of released weights")]
-        )
+        hint = "holds no config.json; name a directory of released weights"
+        raise ConfigError([Problem("source", str(source), hint)])
     if path.is_symlink() and not path.exists():
         raise ConfigError([Problem(str(path), f"a link to {path.readlink()}", f"leads to no file; {_FETCH}")])
     with config_error_context(path, _FETCH):
@@ -215,7 +209,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         return None
     with config_error_context(path, _FETCH):
         tree = read_json(path, _INDEX_BYTES)
-        found = {name: file.as_relative_path() for name, file in tree["weight_map"].items()}
+        found = {name: file.as_text_in(RELATIVE_PATH) for name, file in tree["weight_map"].items()}
         if not found:
             raise tree["weight_map"].malformed_error("names no tensor")
         return found
@@ -280,11 +274,9 @@ def _check_sizes(config: ModelConfig, released: HuggingFaceWeights) -> None:
 
 def _without_missing_mtp(config: ModelConfig, released: HuggingFaceWeights, say: Callable[[str], None]) -> ModelConfig:
     """Return `config` without MTP if the files hold no MTP weights: transformers writes only their number."""
-    beyond = tuple(
-        f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers)
-    )
-    if config.num_nextn_predict_layers and not any(name.startswith(beyond) for name in released.files):
-        depth = config.num_nextn_predict_layers
+    depth, layers = config.num_nextn_predict_layers, config.num_hidden_layers
+    beyond = tuple(f"model.layers.{number}." for number in range(layers, layers + depth))
+    if depth and not any(name.startswith(beyond) for name in released.files):
         say(f"config.json has {depth} MTP modules, but no file holds their weights: imported without them")
         return replace(config, num_nextn_predict_layers=0)
     return config
@@ -300,74 +292,60 @@ def _raise_first_problems(problems: list[Problem], source: Path) -> None:
 
 
 def _misfits(planned: list[TensorMapping], released: HuggingFaceWeights) -> Iterator[Problem]:
-    known = set()
     for entry in planned:
-        for name in (*entry.hf_names, *entry.hf_duplicates):
-            known |= {name, name + SCALE_SUFFIX}
-            shape = released.tensor_shape(name)
-            if shape is None and name in entry.hf_names:
-                yield Problem(name, None, "is in no file of the directory")
-            elif shape not in (None, entry.hf_shape):
-                yield Problem(name, list(shape or ()), f"must have the shape {list(entry.hf_shape)} by config.json")
-            scale = released.tensor_shape(name + SCALE_SUFFIX)
-            if scale is not None and len(entry.hf_shape) != 2:
-                yield Problem(name + SCALE_SUFFIX, list(scale), f"is no part of this model: {name} is no matrix")
-            elif scale is not None and scale != scale_shape(entry.hf_shape):
-                hint = f"must have the shape {list(scale_shape(entry.hf_shape))}, a scale for each block"
-                yield Problem(name + SCALE_SUFFIX, list(scale), hint)
-            dtype = released.tensor_dtype(name)
-            if dtype is not None and dtype not in _WEIGHTS:
-                yield Problem(name, str(dtype), "is no dtype of a weight: a weight is a floating-point number")
-            is_fp8 = dtype == torch.float8_e4m3fn
-            if is_fp8 and scale is None:
-                yield Problem(name + SCALE_SUFFIX, None, "is in no file of the directory, and the weight is FP8")
-            if scale is not None and not is_fp8:
-                yield Problem(name + SCALE_SUFFIX, list(scale), f"belongs to an FP8 weight, and {name} is {dtype}")
-            if scale is not None and released.tensor_dtype(name + SCALE_SUFFIX) not in _SCALES:
-                hint = "is no dtype of a scale: a scale is a floating-point number"
-                yield Problem(name + SCALE_SUFFIX, str(released.tensor_dtype(name + SCALE_SUFFIX)), hint)
+        for name in entry.all_hf_names:
+            yield from _weight_misfits(name, entry, released)
         yield from _different_copies(entry, released)
-    for name in released.files:
+    known = {name + suffix for entry in planned for name in entry.all_hf_names for suffix in ("", SCALE_SUFFIX)}
+    for name, file in released.files.items():
         if name not in known and not name.endswith(_IGNORED):
-            yield Problem(name, list(released.tensor_shape(name) or ()), "is no part of this model by config.json")
+            yield Problem(name, list(file.tensor_specs[name].shape), "is no part of this model by config.json")
+
+
+def _weight_misfits(name: str, entry: TensorMapping, released: HuggingFaceWeights) -> Iterator[Problem]:
+    """Yield a problem for each way in which a weight and its scales do not fit `entry` or each other."""
+    scale_name = name + SCALE_SUFFIX
+    weight, scale = released.tensor_spec(name), released.tensor_spec(scale_name)
+    is_fp8 = weight is not None and weight.dtype == torch.float8_e4m3fn
+    if weight is None and name in entry.hf_names:
+        yield Problem(name, None, "is in no file of the directory")
+    elif weight is not None and weight.shape != entry.hf_shape:
+        yield Problem(name, list(weight.shape), f"must have the shape {list(entry.hf_shape)} by config.json")
+    if scale is not None and len(entry.hf_shape) != 2:
+        yield Problem(scale_name, list(scale.shape), f"is no part of this model: {name} is no matrix")
+    elif scale is not None and scale.shape != scale_shape(entry.hf_shape):
+        hint = f"must have the shape {list(scale_shape(entry.hf_shape))}, a scale for each block"
+        yield Problem(scale_name, list(scale.shape), hint)
+    if weight is not None and weight.dtype not in _WEIGHTS:
+        yield Problem(name, str(weight.dtype), "is no dtype of a weight: a weight is a floating-point number")
+    if is_fp8 and scale is None:
+        yield Problem(scale_name, None, "is in no file of the directory, and the weight is FP8")
+    if scale is not None and not is_fp8:
+        hint = f"belongs to an FP8 weight, and {name} is {weight and weight.dtype}"
+        yield Problem(scale_name, list(scale.shape), hint)
+    if scale is not None and scale.dtype not in _SCALES:
+        yield Problem(scale_name, str(scale.dtype), "is no dtype of a scale: a scale is a floating-point number")
 
 
 def _different_copies(entry: TensorMapping, released: HuggingFaceWeights) -> Iterator[Problem]:
     """Yield a problem for each copy of embedding or head in MTP modules that differs from the main model's."""
-    names = (entry.hf_names[0], *entry.hf_duplicates)
-    fit = [
-        name
-        for name in names
-        if released.tensor_shape(name) == entry.hf_shape and released.tensor_dtype(name) in _WEIGHTS
-    ]
-    fit = [
-        name
-        for name in fit
-        if released.tensor_dtype(name) != torch.float8_e4m3fn or name + SCALE_SUFFIX in released.files
-    ]
-    copies = [name for name in fit if name != entry.hf_names[0]]
-    if copies and entry.hf_names[0] in fit:
-        main = released.read_weight(entry.hf_names[0])
+
+    def is_readable(name: str) -> bool:
+        found = released.tensor_spec(name)
+        if found is None or found.shape != entry.hf_shape or found.dtype not in _WEIGHTS:
+            return False
+        return found.dtype != torch.float8_e4m3fn or name + SCALE_SUFFIX in released.files
+
+    main, copies = entry.hf_names[0], [name for name in entry.hf_duplicates if is_readable(name)]
+    if copies and is_readable(main):
+        weight = released.read_weight(main)
         for name in copies:
-            if not torch.equal(released.read_weight(name), main):
-                yield Problem(name, "other values", f"must equal {entry.hf_names[0]}: MTP modules share it")
-
-
-def _batches(planned: list[TensorMapping]) -> Iterator[list[TensorMapping]]:
-    batch: list[TensorMapping] = []
-    size = 0
-    for entry in planned:
-        batch.append(entry)
-        size += 4 * torch.Size(entry.shape).numel()
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            if not torch.equal(released.read_weight(name), weight):
+                yield Problem(name, "other values", f"must equal {main}: MTP modules share it")
 
 
 def _piece(entry: TensorMapping, released: HuggingFaceWeights, *, rope_interleave: bool) -> TensorPiece:
     tensor = torch.cat([released.read_weight(name) for name in entry.hf_names])
     if entry.rope_rows is not None and not rope_interleave:
-        tensor = rope_to_interleaved(tensor, entry.rope_rows)
+        tensor = reorder_rope_rows(tensor, entry.rope_rows, to_halves=False)
     return TensorPiece(entry.name, entry.shape, 0, tensor.reshape(-1), (0,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,35 +14,31 @@ from ..model.config import ModelConfig
 SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of an FP8 weight's scales."""
 
-_ATTENTION = {
-    "q_proj": "q_proj",
-    "q_down": "q_a_proj",
-    "q_norm": "q_a_layernorm",
-    "q_up": "q_b_proj",
-    "kv_down": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm",
-    "kv_up": "kv_b_proj",
-    "out": "o_proj",
-}
 _TOP = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "final_norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
+    "embedding.weight": ("model.embed_tokens.weight", "embed_tokens.weight"),
+    "final_norm.weight": ("model.norm.weight", None),
+    "head.weight": ("lm_head.weight", "shared_head.head.weight"),
 }
-_MTP = {
+"""Released name of each tensor outside of the layers, and that of its copy in an MTP module."""
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q_proj.weight": "self_attn.q_proj.weight",
+    "attention.q_down.weight": "self_attn.q_a_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.q_up.weight": "self_attn.q_b_proj.weight",
+    "attention.kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_up.weight": "self_attn.kv_b_proj.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "router.weight": "mlp.gate.weight",
+    "router.bias_E": "mlp.gate.e_score_correction_bias",
+    # Only in MTP modules.
     "embedding_norm.weight": "enorm.weight",
     "hidden_norm.weight": "hnorm.weight",
     "project.weight": "eh_proj.weight",
     "final_norm.weight": "shared_head.norm.weight",
 }
-_LAYER = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "router.weight": "mlp.gate.weight",
-    "router.bias_E": "mlp.gate.e_score_correction_bias",
-}
-_ROTATED = ("q_proj", "q_up", "kv_down")
-"""Projections whose last rows (of each head, or of the matrix) get rotary embeddings."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,11 @@ class TensorMapping:
     """Further names of the first part: the MTP modules of the released weights repeat embedding and head."""
     rope_rows: tuple[int, int] | None = None
     """Rows per head, and the number of rotated rows at its end."""
+
+    @property
+    def all_hf_names(self) -> tuple[str, ...]:
+        """Names of the parts and of the duplicates."""
+        return (*self.hf_names, *self.hf_duplicates)
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -83,17 +83,8 @@ def is_fp8_weight(released: str) -> bool:
     return "_proj" in released and not released.endswith("eh_proj.weight")
 
 
-def rope_to_half_split(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """Reorder rotated rows from adjacent pairs (x0, x1), (x2, x3), … to x0, x2, … followed by x1, x3, …"""
-    return _reordered(weight, rotated, to_halves=True)
-
-
-def rope_to_interleaved(weight: Tensor, rotated: tuple[int, int]) -> Tensor:
-    """Undo `rope_to_half_split`."""
-    return _reordered(weight, rotated, to_halves=False)
-
-
-def _reordered(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> Tensor:
+def reorder_rope_rows(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> Tensor:
+    """Reorder rotated rows from adjacent pairs (x0, x1), (x2, x3), … to x0, x2, … followed by x1, x3, …, or back."""
     head, width = rotated
     order = torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
     rows = torch.arange(head)
@@ -104,29 +95,25 @@ def _reordered(weight: Tensor, rotated: tuple[int, int], *, to_halves: bool) -> 
 
 def _entry(name: str, shape: tuple[int, ...], config: ModelConfig) -> TensorMapping:
     ours, _, expert = name.removeprefix(f"{MODEL_STATE}/").partition("/expert_")
+    layers = config.num_hidden_layers
     if ours in _TOP:
-        return TensorMapping(name, shape, (_TOP[ours],), hf_duplicates=tuple(_copies(ours, config)))
+        main, copy = _TOP[ours]
+        modules = range(layers, layers + config.num_nextn_predict_layers) if copy else ()
+        return TensorMapping(name, shape, (main,), tuple(f"model.layers.{module}.{copy}" for module in modules))
     kind, number, rest = ours.split(".", 2)
-    prefix = f"model.layers.{int(number) + (config.num_hidden_layers if kind == 'mtp' else 0)}"
-    if rest in _MTP and kind == "mtp":
-        return TensorMapping(name, shape, (f"{prefix}.{_MTP[rest]}",))
+    prefix = f"model.layers.{int(number) + (layers if kind == 'mtp' else 0)}"
     rest = rest.removeprefix("layer.")
     if rest in _LAYER:
-        return TensorMapping(name, shape, (f"{prefix}.{_LAYER[rest]}",))
+        return TensorMapping(name, shape, (f"{prefix}.{_LAYER[rest]}",), rope_rows=_rope_rows(rest, shape, config))
     module, matrix = rest.split(".")[:2]
-    if module == "attention":
-        released = f"{prefix}.self_attn.{_ATTENTION[matrix]}.weight"
-        if matrix not in _ROTATED:
-            return TensorMapping(name, shape, (released,))
-        head = shape[0] if matrix == "kv_down" else config.qk_head_dim
-        return TensorMapping(name, shape, (released,), rope_rows=(head, config.qk_rope_head_dim))
     where = {"ffn": "mlp", "shared": "mlp.shared_experts", "experts": f"mlp.experts.{int(expert or 0)}"}[module]
     parts = ("gate_proj", "up_proj") if matrix.startswith("gate_up") else ("down_proj",)
     return TensorMapping(name, shape, tuple(f"{prefix}.{where}.{part}.weight" for part in parts))
 
 
-def _copies(ours: str, config: ModelConfig) -> Iterator[str]:
-    names = {"embedding.weight": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}
-    if ours in names:
-        for depth in range(config.num_nextn_predict_layers):
-            yield f"model.layers.{config.num_hidden_layers + depth}.{names[ours]}"
+def _rope_rows(parameter: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, int] | None:
+    """Return `TensorMapping.rope_rows`; the last rows of each query head, or of the KV matrix, are rotated."""
+    query = config.qk_head_dim
+    rows = {"q_proj": query, "q_up": query, "kv_down": shape[0]}
+    head = rows.get(parameter.removeprefix("attention.").removesuffix(".weight"))
+    return None if head is None else (head, config.qk_rope_head_dim)

@@ -40,11 +40,7 @@ def special_token_ids(attachments: Mapping[str, bytes]) -> dict[str, int | None]
     if TOKENIZER_FILE not in attachments:
         return {}
     added = parse_json(attachments[TOKENIZER_FILE]).get("added_tokens")
-    numbers = (
-        {} if added is None else {each["content"].as_string(): each["id"].as_integer() for each in added.as_list()}
-    )
-    return {
-        key: numbers[token]
-        for key, token in (("eos_token_id", END_TOKEN), ("pad_token_id", PAD_TOKEN))
-        if token in numbers
-    }
+    tokens = [] if added is None else added.as_list()
+    numbers = {each["content"].as_string(): each["id"].as_integer() for each in tokens}
+    known = (("eos_token_id", END_TOKEN), ("pad_token_id", PAD_TOKEN))
+    return {key: numbers[token] for key, token in known if token in numbers}

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 
 from ... import __version__
-from ...comm.errors import ConfigError, Problem, raise_if_any
+from ...comm.errors import raise_if_any
 from ...comm.groups import Group
 from ..build import RankResources
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compatibility import compute_dtype_problems, resume_problems, start_from_problems
 from ..checkpoint.find import find_checkpoint
-from ..checkpoint.manifest import CheckpointDamaged
+from ..checkpoint.manifest import CheckpointDamaged, damage_error_context
 from ..checkpoint.pieces import MODEL_STATE, TensorPiece, whole_tensor_pieces
 from ..checkpoint.saver import SaveResult
 from ..checkpoint.store import CheckpointExtras, CheckpointStore, no_intact_checkpoint_error
@@ -138,11 +138,8 @@ def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> N
             if piece.name.startswith(f"{MODEL_STATE}/"):
                 checkpoint.fill_piece(piece)
 
-    try:
+    with damage_error_context("is damaged; name another checkpoint", "training.start_from"):
         _run_on_all_ranks(rank.groups.world_cpu, fill)
-    except CheckpointDamaged as damaged:
-        hint = "is damaged; name another checkpoint"
-        raise ConfigError([Problem("training.start_from", str(damaged), hint)]) from damaged
     rank.stepper.optimizer.all_gather_weights()
     if rank.stepper.ema is not None:
         # The average restarts at the loaded weights, or it would mix in the random initial ones.

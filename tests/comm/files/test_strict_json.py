@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from shoestring.comm.files.ranges import FILE_NAME, between, one_of
+from shoestring.comm.files.ranges import FILE_NAME, RELATIVE_PATH, SHA256, between, one_of
 from shoestring.comm.files.strict_json import (
     MAX_DEPTH,
     MAX_INTEGER,
@@ -64,9 +64,12 @@ WRONG: list[tuple[Callable[[JsonValue], object], list[Any]]] = [
     (JsonValue.as_boolean, [0, 1, "true", None]),
     (JsonValue.as_list, ["ab", {}, None, 3]),
     (JsonValue.as_mapping, ["ab", [], None, 3]),
-    (JsonValue.as_relative_path, ["", "/etc/passwd", "../a", "a/../../b", ".", "a\0b", "..\\a", 5, None]),
-    (JsonValue.as_file_name, ["a/b", "", "..", "/dev/zero", "x" * 256, "é" * 200]),
-    (JsonValue.as_sha256, ["", "a" * 63, "A" * 64, "g" * 64, 5, "a" * 65]),
+    (
+        lambda item: item.as_text_in(RELATIVE_PATH),
+        ["", "/etc/passwd", "../a", "a/../../b", ".", "a\0b", "..\\a", 5, None],
+    ),
+    (lambda item: item.as_text_in(FILE_NAME), ["a/b", "", "..", "/dev/zero", "x" * 256, "é" * 200]),
+    (lambda item: item.as_text_in(SHA256), ["", "a" * 63, "A" * 64, "g" * 64, 5, "a" * 65]),
 ]
 
 

@@ -11,4 +11,4 @@ NAN, INF = float("nan"), float("inf")
 
 def test_a_manifest_is_not_written_with_what_no_reader_takes() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        CheckpointManifest({"loss": INF}, {}, {}, ()).to_json()
+        CheckpointManifest({"loss": INF}, {}, (), {}).to_json()

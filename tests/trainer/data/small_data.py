@@ -39,8 +39,5 @@ class InMemory:
 
     shards: Sequence[npt.NDArray[np.uint16]]
 
-    def __len__(self) -> int:
-        return len(self.shards)
-
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[np.uint16]:
         return self.shards[number][first : first + count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from shoestring.trainer.data.manifest import FileEntry
 
 
 def test_the_entry_is_that_of_what_was_written_and_no_file_is_written_twice(tmp_path: Path) -> None:
-    with HashedFileWriter(tmp_path / "parts") as file:
+    with closing(HashedFileWriter(tmp_path / "parts")) as file:
         file.write(b"one ")
         file.write(b"two")
     whole = write_file_durably(tmp_path / "whole", b"one two")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_a_race_lost_to_other_settings_is_refused(config: DataConfig) -> None:
 
 def test_large_vocabularies_get_wide_shards(tmp_path: Path) -> None:
     assert [token_dtype(size) for size in (258, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
-    with SplitWriter(tmp_path, "train", np.dtype("<u4"), 2) as writer:
+    with closing(SplitWriter(tmp_path, "train", np.dtype("<u4"), 2)) as writer:
         writer.add_document([1, 2**16, 129_279], 3)
         entry = writer.finish_split()
     assert [shard.bytes for shard in entry.shards] == [8, 4]

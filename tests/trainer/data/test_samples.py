@@ -26,7 +26,7 @@ def row(tokens: int, shard_tokens: int = 13) -> TokenSplit:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [40, 41, 42, 43, 44, 45, 49])
 def test_validation_has_every_token_but_the_first_as_target_once(tokens: int, depth: int) -> None:
-    samples = SampleDataset.for_validation(row(tokens), 8, depth, PAD)
+    samples = SampleDataset(row(tokens), 8, depth, PAD)
     batch = samples.read_batch(range(len(samples)))
     targets_BS, valid_BS = batch.tokens_BW[:, 1:9], batch.valid_BW[:, :8] & batch.valid_BW[:, 1:9]
     assert targets_BS[valid_BS].tolist() == list(range(1, tokens))
@@ -41,7 +41,7 @@ def test_validation_has_every_token_but_the_first_as_target_once(tokens: int, de
 
 @pytest.mark.parametrize("tokens", [10, 17, 18, 25, 26, 27])
 def test_training_takes_whole_windows_only(tokens: int) -> None:
-    samples = SampleDataset.for_training(row(tokens), 8, 1)
+    samples = SampleDataset(row(tokens), 8, 1)
     batch = samples.read_batch(range(len(samples)))
     assert batch.tokens_BW.dtype == torch.int64
     assert batch.tokens_BW.shape == (len(samples), 10)
@@ -52,23 +52,23 @@ def test_training_takes_whole_windows_only(tokens: int) -> None:
 
 
 def test_windows_do_not_depend_on_shard_sizes() -> None:
-    whole = SampleDataset.for_training(row(500, 500), 16, 1)
+    whole = SampleDataset(row(500, 500), 16, 1)
     for size in (1, 7, 16, 499):
-        cut = SampleDataset.for_training(row(500, size), 16, 1)
+        cut = SampleDataset(row(500, size), 16, 1)
         assert torch.equal(cut.read_batch([0, 29, 3]).tokens_BW, whole.read_batch([0, 29, 3]).tokens_BW)
 
 
 def test_a_split_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(ConfigError, match="9 tokens, one sample needs 10"):
-        SampleDataset.for_training(row(9), 8, 1)
+        SampleDataset(row(9), 8, 1)
     with pytest.raises(ConfigError, match="1 tokens, one sample needs 2"):
-        SampleDataset.for_validation(row(1), 8, 1, PAD)
-    assert len(SampleDataset.for_training(row(10), 8, 1)) == len(SampleDataset.for_validation(row(2), 8, 1, PAD)) == 1
+        SampleDataset(row(1), 8, 1, PAD)
+    assert len(SampleDataset(row(10), 8, 1)) == len(SampleDataset(row(2), 8, 1, PAD)) == 1
 
 
 @pytest.mark.parametrize("index", [-1, 31])
 def test_samples_that_do_not_exist_are_refused(index: int) -> None:
-    samples = SampleDataset.for_training(row(500), 16, 1)
+    samples = SampleDataset(row(500), 16, 1)
     assert len(samples) == 31
     with pytest.raises(IndexError):
         samples.read_batch([index])

@@ -30,9 +30,7 @@ LENGTH = 16
 
 def validation_samples(prepared: str) -> SampleDataset:
     opened = open_prepared_directory(Path(prepared))
-    return SampleDataset.for_validation(
-        opened.validation, LENGTH, CONFIG.num_nextn_predict_layers, opened.tokenizer.pad_token_id
-    )
+    return SampleDataset(opened.validation, LENGTH, CONFIG.num_nextn_predict_layers, opened.tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module")
