@@ -312,17 +312,11 @@ class StepForecaster:
         measured = table.find_row("edge", "message", f"{layout.micro_batch_size}x{self.sequence_length}")
         if measured is not None:
             return measured.seconds
-        cluster = self.cluster
         # A chunk's output is one hidden state per token: 58.7 MB for V3, 1.5 ms at 40 GB/s. The slowest link counts,
         # since one late rank delays its whole expert-parallel group.
         links = {topology.link_type(rank, rank + topology.dp) for rank in range(topology.dp)}
-        crosses = LinkType.INFINIBAND in links
-        name, link = (
-            ("infiniband_gb_per_second", cluster.infiniband_gb_per_second)
-            if crosses
-            else ("nvlink_gb_per_second", cluster.nvlink_gb_per_second)
-        )
-        rate = bytes_per_second(cluster, name, link, "a P2P message between stages")
+        link = "infiniband" if LinkType.INFINIBAND in links else "nvlink"
+        rate = bytes_per_second(self.cluster, link, "a P2P message between stages")
         return tokens * self.model.hidden_size * recipe.high_precision_bytes / (rate * recipe.link_speed_factor)
 
     def _optimizer_step_seconds(

@@ -40,10 +40,7 @@ class InstructionTimes:
 
     def duration(self, rank: int, instruction: Instruction) -> float:
         """Return the seconds of `instruction` on `rank`."""
-        forward, backward = instruction.forward, instruction.backward
-        return self._seconds[rank][
-            instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
-        ]
+        return self._seconds[rank][_key(instruction)]
 
     def time_terms(self, rank: int) -> dict[str, float]:
         """Return a rank's seconds by op without exposed all-to-alls, and the seconds of these."""

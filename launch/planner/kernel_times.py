@@ -14,6 +14,7 @@ from pathlib import Path
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text
 from ...comm.files.strict_json import shorten_for_message
+from .recipe import GemmPrecision
 
 _UNITS = ("us", "GB/s", "share", "SMs", "")
 _RATES = ("GB/s", "share")
@@ -72,6 +73,10 @@ class KernelTable:
     def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
         """Return the rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
+
+    def select_any_format(self, kind: str, role: str) -> list[KernelMeasurement]:
+        """Return the rows of one kind and role in every format of GEMMs."""
+        return [row for precision in GemmPrecision for row in self.select(kind, role, precision.value)]
 
     def find_row(self, kind: str, name: str, role: str, dtype: str = "any") -> KernelMeasurement | None:
         """Return the row with this name, or None."""

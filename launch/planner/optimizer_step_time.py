@@ -123,9 +123,7 @@ class OptimizerStepTimeModel:
             # Quantizing reads BF16 (2 bytes) and writes both FP8 layouts (1 each), of all weights and not the shard.
             touched += (held.dense + held.routed) * 4
         share = self.table.find_row("memory", "update", "any")
-        rate = bytes_per_second(
-            self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, "the optimizer's update"
-        )
+        rate = bytes_per_second(self.cluster, "memory", "the optimizer's update")
         return touched / (rate * (share.value if share is not None else 1.0))
 
     def collective_seconds(self, held: RankParameters) -> CollectiveSeconds:
@@ -143,14 +141,11 @@ class OptimizerStepTimeModel:
         """Return the seconds of a reduce-scatter or all-gather of `count` bytes over `ranks`, `inside` per node."""
         if ranks == 1 or not count:
             return 0.0
-        nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
-        seconds = []
+        nodes, need, seconds = max(1, ranks // inside), f"a sum over {ranks} replicas", []
         if inside > 1:
-            rate = bytes_per_second(cluster, "nvlink_gb_per_second", cluster.nvlink_gb_per_second, need)
-            seconds.append(count * (inside - 1) / inside / rate)
+            seconds.append(count * (inside - 1) / inside / bytes_per_second(self.cluster, "nvlink", need))
         if nodes > 1:
-            rate = bytes_per_second(cluster, "infiniband_gb_per_second", cluster.infiniband_gb_per_second, need)
-            seconds.append(count * (nodes - 1) / nodes / inside / rate)
+            seconds.append(count * (nodes - 1) / nodes / inside / bytes_per_second(self.cluster, "infiniband", need))
         # Rings inside nodes and between them run at the same time, so the slower one counts.
         return max(seconds) / self.recipe.link_speed_factor
 

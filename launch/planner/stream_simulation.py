@@ -7,7 +7,9 @@ The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 
 from typing_extensions import override
 
@@ -246,30 +248,20 @@ class ChunkTimeModel:
     shape: LayerWorkload
     compute_model: ComputeTimeModel
     exchange_model: ExchangeTimeModel
-    _simulated: dict[tuple[str, StageShape | None, StageShape | None], SimulatedStreams] = field(default_factory=dict)
 
     def with_separate_coverage(self) -> ChunkTimeModel:
         """Return a model with the same prices and a separate, empty coverage."""
         coverage = EvidenceCoverage(strongest_evidence=self.compute_model.coverage.strongest_evidence)
-        cost = ComputeTimeModel(
-            self.compute_model.cluster, self.compute_model.recipe, self.compute_model.table, coverage
+        compute, exchange = (
+            replace(self.compute_model, coverage=coverage),
+            replace(self.exchange_model, coverage=coverage),
         )
-        return ChunkTimeModel(
-            self.shape,
-            cost,
-            ExchangeTimeModel(
-                self.exchange_model.cluster, self.exchange_model.recipe, self.exchange_model.table, coverage
-            ),
-        )
+        return ChunkTimeModel(self.shape, compute, exchange)
 
-    def simulate_instruction(
-        self, op: str, forward: StageShape | None, backward: StageShape | None
-    ) -> SimulatedStreams:
-        """Return the streams after one instruction; `op` is F, B, I, W or FB."""
-        key = op, forward, backward
-        if key not in self._simulated:
-            self._simulated[key] = self._run(*key)
-        return self._simulated[key]
+    @cached_property
+    def simulate_instruction(self) -> Callable[[str, StageShape | None, StageShape | None], SimulatedStreams]:
+        """Function that returns the streams after one instruction: op (F, B, I, W or FB), stages forward, backward."""
+        return cache(self._run)
 
     def _run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> SimulatedStreams:
         streams, recipe = SimulatedStreams(), self.compute_model.recipe
@@ -290,6 +282,5 @@ class ChunkTimeModel:
 
     def compute_seconds(self, stage: StageShape) -> float:
         """Seconds of forward and full backward of one micro-batch without waiting, a lower bound of every schedule."""
-        lone = (("F", stage, None), ("B", None, stage))
-        streams = [self.simulate_instruction(op, forward, backward) for op, forward, backward in lone]
+        streams = [self.simulate_instruction("F", stage, None), self.simulate_instruction("B", None, stage)]
         return sum(each.elapsed_seconds for each in streams) - sum(each.exposed_seconds for each in streams)
