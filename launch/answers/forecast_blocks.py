@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from markupsafe import Markup
 
 from ...comm.units import format_significant
-from ...trainer.memory.peak import MEMORY_LABELS
+from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
 from ..planner.forecast import StepForecast
-from ..planner.layout_memory import MemoryForecast
+from ..planner.layout_memory import memory_by_kind
 from ..planner.run_cost import RunPhaseCost
 from ..report.timeline import svg_timeline
 from .blocks import Block, Cell, Figure, LegendEntry, Quantity, TableRow, number, table
@@ -42,7 +42,7 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
     )
 
 
-def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | None) -> Markup:
+def _memory_bars(memory_by_rank: Sequence[RankMemory], memory_gb: float | None) -> Markup:
     """Draw a stacked bar per pipeline rank."""
     scale = _BAR_WIDTH / 1.05 / max(memory_gb or 0.0, *(memory.total / 1e9 for memory in memory_by_rank))
     width, height = _BAR_LEFT + _BAR_WIDTH + 80, _BAR_STEP * len(memory_by_rank) + 8
@@ -52,8 +52,8 @@ def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | No
         x, y = float(_BAR_LEFT), 4 + rank * _BAR_STEP
         text = Markup('<text x="{:.1f}" y="{}">{}</text>')
         marks.append(text.format(0, y + 15, f"rank {rank}"))
-        for part, style in _STYLES.items():
-            size = vars(memory)[part] / 1e9
+        for part, count in memory_by_kind(memory).items():
+            size, style = count / 1e9, _STYLES[part]
             box = Markup('<rect x="{:.1f}" y="{}" width="{:.1f}" height="{}" style="fill:var(--{})">').format(
                 x, y, size * scale, _BAR_HEIGHT, style
             )

@@ -20,13 +20,14 @@ from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
 from ...trainer.memory.layout import LayoutMemory, ShardedParameters, stage_shapes, stage_shapes_by_pp_rank
+from ...trainer.memory.peak import RankMemory
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import StageLayout
 from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeTimeModel, bytes_per_second
 from .instruction_times import InstructionCounts, InstructionTimes, count_instructions
 from .kernel_times import EvidenceCoverage
-from .layout_memory import MemoryForecast, candidate_memory
+from .layout_memory import candidate_memory
 from .operations import LayerWorkload
 from .optimizer_step_time import (
     CollectiveSeconds,
@@ -69,7 +70,7 @@ class StepForecast:
     exposed_collective_seconds: float
     """Exposed seconds of gradient reduce-scatter and weight all-gather."""
     optimizer_seconds: float
-    memory_by_rank: tuple[MemoryForecast, ...]
+    memory_by_rank: tuple[RankMemory, ...]
     flops_per_token: FlopCount
     global_batch_tokens: int
     """Tokens per step."""
@@ -102,7 +103,7 @@ class StepForecast:
         return self.flops_per_token.main_model * self.tokens_per_second_per_gpu / self.peak_flops_per_gpu
 
     @property
-    def peak_memory(self) -> MemoryForecast:
+    def peak_memory(self) -> RankMemory:
         """Memory of the rank that needs most."""
         return max(self.memory_by_rank, key=lambda memory: memory.total)
 
@@ -175,7 +176,7 @@ def _terms(
         yield runs.time_terms(rank) | {PIPELINE_WAIT: ends[-1] - busy, GRADIENT_SYNC_WAIT: last, OPTIMIZER: optimizer}
 
 
-def bytes_with_fragmentation(memory: MemoryForecast, recipe: ForecastRecipe) -> float:
+def bytes_with_fragmentation(memory: RankMemory, recipe: ForecastRecipe) -> float:
     """Return the bytes that a rank needs, fragmentation included."""
     # Weights, gradients and optimizer state are flat buffers allocated once; only memory that is allocated and freed
     # within a step leaves gaps.
@@ -266,11 +267,11 @@ class StepForecaster:
 
     def memory_by_rank(
         self, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
-    ) -> tuple[MemoryForecast, ...]:
+    ) -> tuple[RankMemory, ...]:
         """Return the memory of every pipeline rank."""
         memory = self._layout_memory(layout, recipe)
         worst_by_rank = self.step_program(layout, global_batch).peak_instructions_by_rank
-        return tuple(MemoryForecast.from_rank_memory(memory.predict_rank(*each)) for each in enumerate(worst_by_rank))
+        return tuple(memory.predict_rank(*each) for each in enumerate(worst_by_rank))
 
     def static_memory_bytes(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the bytes of weights, gradients and optimizer state of the rank with most."""

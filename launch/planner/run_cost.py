@@ -40,16 +40,8 @@ class RunPhaseCost:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class ContextExtensionPhase:
-    """Phase of context extension (report §4.3)."""
-
-    sequence_length: int
-    global_batch: int
-    steps: int = 1000
-
-
-CONTEXT_EXTENSION_PHASES = (ContextExtensionPhase(32_768, 1920), ContextExtensionPhase(131_072, 480))
+CONTEXT_EXTENSION_PHASES = ((32_768, 1920), (131_072, 480))
+"""Sequence length and global batch of the phases of context extension, of 1,000 steps each (report §4.3)."""
 
 
 def run_phase_costs(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> list[RunPhaseCost]:
@@ -76,7 +68,7 @@ def run_phase_costs(config: RunConfig, forecaster: StepForecaster, forecast: Ste
 
 def _published(layout: ParallelLayout) -> Iterator[RunPhaseCost]:
     """Yield DeepSeek's phases after pre-training, at their published cost."""
-    reasons = [context_extension_problem(layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
+    reasons = [context_extension_problem(layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
     note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which is not supported"])
     yield RunPhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
     yield RunPhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
@@ -111,10 +103,10 @@ def _ramp_hours(
     return spent * layout.topology.world_size / 3600
 
 
-def context_extension_problem(layout: ParallelLayout, phase: ContextExtensionPhase) -> str | None:
+def context_extension_problem(layout: ParallelLayout, sequence_length: int, sequences: int) -> str | None:
     """Return why a phase of long sequences is illegal in this layout, with the nearest legal batch; None if legal."""
-    note = batch_size_problem(layout, phase.global_batch)
-    return None if note is None else f"{phase.sequence_length // 1024} K: {note}"
+    note = batch_size_problem(layout, sequences)
+    return None if note is None else f"{sequence_length // 1024} K: {note}"
 
 
 def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:

@@ -66,7 +66,7 @@ def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
-    notes = [context_extension_problem(simulated().layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
+    notes = [context_extension_problem(simulated().layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
     assert notes[0] == (
         "32 K: 1,920 sequences = 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
         "nearest legal 4,096 sequences (32 micro-batches)"
