@@ -18,8 +18,6 @@ from .forecast import ParallelLayout
 from .kernel_times import KernelTable
 from .recipe import ForecastRecipe, GemmPrecision
 
-_COMPUTE = {"float32": GemmPrecision.FP32, "bfloat16": GemmPrecision.BF16}
-
 
 def layout_from_config(config: RunConfig) -> ParallelLayout:
     """Return the layout that a configuration describes."""
@@ -65,8 +63,8 @@ def gemm_precision_from_config(config: RunConfig) -> GemmPrecision:
     if config.precision.linear == "fp8":
         return GemmPrecision.FP8
     device = torch.device("cpu" if runs_on_cpu(config) else "cuda")
-    name = str(config.precision.compute_dtype(device)).removeprefix("torch.")
-    return _COMPUTE.get(name, GemmPrecision.FP32)  # FP64 is refused
+    computes_in_bf16 = config.precision.compute_dtype(device) is torch.bfloat16
+    return GemmPrecision.BF16 if computes_in_bf16 else GemmPrecision.FP32  # FP64 is refused
 
 
 def runs_on_cpu(config: RunConfig) -> bool:

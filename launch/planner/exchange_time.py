@@ -108,13 +108,7 @@ class ExchangeTimeModel:
         return shape.tokens * row * remote, shape.tokens * row * forwarded
 
     def _row_bytes(self, model: ModelConfig, exchange: ExchangeOperation) -> float:
-        formats = self.recipe.exchange
-        named = {
-            ExchangeOperation.DISPATCH: formats.dispatch,
-            ExchangeOperation.COMBINE: formats.combine,
-            ExchangeOperation.COMBINE_BACKWARD: formats.combine_backward,
-            ExchangeOperation.DISPATCH_BACKWARD: formats.dispatch_backward,
-        }[exchange]
+        named = getattr(self.recipe.exchange, exchange.value)
         if named == WireFormat.FP8:
             # With an FP32 scale per 128 elements, as in DeepEP V1: 7,392 bytes per token of V3.
             return model.hidden_size * (1 + 4 / 128)
@@ -131,7 +125,9 @@ class ExchangeTimeModel:
         if shape.ep_size == 1:
             return ExchangeTime(exchange.value, 0.0, 0.0)
         if self.table.measured_recipe:
-            self._refuse_unmeasured(shape)
+            name = f"{shape.micro_batch_size} sequences of {shape.sequence_length} over {shape.ep_size} ranks"
+            hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
+            raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         rows = [row for row in self.table.select("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
         # An all-to-all ends when its most loaded rank has everything, so it grows with the skew.
@@ -155,11 +151,6 @@ class ExchangeTimeModel:
     def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
         row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
         return cluster_evidence_class(self.cluster, name) if row is None else row.evidence
-
-    def _refuse_unmeasured(self, shape: LayerWorkload) -> None:
-        name = f"{shape.micro_batch_size} sequences of {shape.sequence_length} over {shape.ep_size} ranks"
-        hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
-        raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
 
     def _calibrated(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime | None:
         """Return the time that `shoestring calibrate` measured, None if there is none.

@@ -39,11 +39,12 @@ def plan_header() -> dict[str, object]:
     return {"format": PLAN_FORMAT, "version": __version__}
 
 
-def run_description(config: RunConfig) -> dict[str, object]:
-    """Return what determines the price of a run besides the layout."""
+def run_description(config: RunConfig) -> dict[str, Any]:
+    """Return what determines the price of a run besides the layout, as JSON gives it back: tuples are lists."""
     names = ("sequence_length", "global_batch_size", *_PRICE[:-1])
     training = {name: getattr(config.training, name) for name in names}
-    return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+    description = {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+    return dict(json.loads(json.dumps(description)))
 
 
 def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
@@ -132,7 +133,7 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     batch or layout.
     """
     run, layouts = _read(path)
-    raise_if_any(_other_run(path, run, _run_description(config)))
+    raise_if_any(_other_run(path, run, run_description(config)))
     wanted = _run_in_words(config)
     same = {name: layout for name, layout in layouts.items() if layout.words == wanted}
     if not same:
@@ -195,12 +196,6 @@ def _read_layout(item: JsonValue) -> LayoutFigures:
     return layout
 
 
-def _run_description(config: RunConfig) -> dict[str, Any]:
-    """Return `run_description` as JSON gives it back: tuples are lists, for example."""
-    description: dict[str, Any] = json.loads(json.dumps(run_description(config)))
-    return description
-
-
 def _run_in_words(config: RunConfig) -> str:
     topology, schedule = config.topology, config.schedule
     layers = (len(layers) for layers in build_stage_layout(config).stage_layers)
@@ -228,7 +223,7 @@ def _no_such_layout(path: Path, layouts: Iterable[LayoutFigures], wanted: str) -
 
 def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield differences that change a run's cost but not its steps."""
-    ours = _run_description(config)
+    ours = run_description(config)
     for key in _PRICE:
         if planned[key] != ours[key]:
             yield f"{key}: {_word(planned[key])} planned, {_word(ours[key])} run"

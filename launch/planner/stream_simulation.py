@@ -129,9 +129,7 @@ class SimulatedChunk:
     """Chunk of one stage on `streams`, for one simulation."""
 
     stage: StageShape
-    shape: LayerWorkload
-    compute_model: ComputeTimeModel
-    exchange_model: ExchangeTimeModel
+    costs: ChunkTimeModel
     streams: SimulatedStreams
     wait_for_peers: bool
     """True: exchanges wait for other ranks, as in the public trace of an overlapped forward and backward chunk."""
@@ -160,20 +158,18 @@ class SimulatedChunk:
 
     @property
     def _mtp_modules(self) -> int:
-        return self.shape.model.num_nextn_predict_layers
+        return self.costs.shape.model.num_nextn_predict_layers
 
     def run_compute(self, phase: ComputePhase, turn: int | None) -> None:
         """Compute a phase; `turn` is the number of a phase of routed experts, whose rows may differ by layer."""
-        shape = self.shape
+        shape, costs = self.costs.shape, self.costs.compute_model
         if turn is not None and self.routed_rows_by_layer:
             shape = replace(shape, traced_rows=self.routed_rows_by_layer[turn % len(self.routed_rows_by_layer)])
-        self.streams.run_compute(
-            phase, self.compute_model.phase_seconds(shape, phase), self.compute_model.gap_seconds(phase)
-        )
+        self.streams.run_compute(phase, costs.phase_seconds(shape, phase), costs.gap_seconds(phase))
 
     def launch(self, exchange: ExchangeOperation, turn: int) -> _InFlightExchange:
         """Launch an exchange of the MoE layer that has this number in execution order."""
-        travel = self.exchange_model.exchange_time(self.shape, exchange)
+        travel = self.costs.exchange_model.exchange_time(self.costs.shape, exchange)
         waits = travel.peer_wait_seconds_by_layer
         return self.streams.launch_exchange(travel, waits[turn % len(waits)] if self.wait_for_peers else 0.0)
 
@@ -272,10 +268,7 @@ class ChunkTimeModel:
             recipe.peer_waits is PeerWaits.OVERLAPPED_PAIRS and overlapped
         )
         ahead, back = (
-            None
-            if stage is None
-            else SimulatedChunk(stage, self.shape, self.compute_model, self.exchange_model, streams, waits)
-            for stage in (forward, backward)
+            None if stage is None else SimulatedChunk(stage, self, streams, waits) for stage in (forward, backward)
         )
         run_instruction(Op(op), ahead, back, overlap=recipe.overlap)
         return streams
