@@ -119,10 +119,7 @@ def launch_run(
                     with raise_on_stop_signals(STOP_SIGNALS):
                         rendezvous(attempt)
                 except StoppedBySignal as stop:
-                    reason = f"{stop} before all nodes had connected"
-                    record_stop(run_dir, made_step=False)
-                    print_to_stderr(f"shoestring train: {reason}")
-                    return preemption_exit_code(run_dir)
+                    raise StoppedBeforeStart(f"{stop} before all nodes had connected") from stop
                 except (ConfigError, RendezvousError) as error:
                     reason = str(error)
                     raise
@@ -141,7 +138,7 @@ def launch_run(
             return code if code > _FAILURE else _FAILURE
         except StoppedBeforeStart as stop:
             # A signal between two handlers of this launcher counts as any stop without a step.
-            reason = f"stopped by {stop}"
+            reason = str(stop)
             record_stop(run_dir, made_step=False)
             print_to_stderr(f"shoestring train: {reason}")
             return preemption_exit_code(run_dir)

@@ -10,7 +10,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -142,14 +142,10 @@ def clear_run_status(run_dir: Path) -> None:
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
 
 
-def _print_warning(text: str) -> None:
-    print_to_stderr(f"shoestring train: {text}")
-
-
-def read_run_status(run_dir: Path, warn: Callable[[str], None] = _print_warning) -> Mapping[str, object] | None:
+def read_run_status(run_dir: Path) -> Mapping[str, object] | None:
     """Return exit code and reason that a rank of the last attempt wrote; None if no rank stopped on purpose.
 
-    A status that cannot be read, as after a power failure during the write, counts as none and is passed to `warn`.
+    A status that cannot be read, as after a power failure during the write, counts as none and is reported.
     """
     path = run_dir / STATUS_FILE
     try:
@@ -158,7 +154,7 @@ def read_run_status(run_dir: Path, warn: Callable[[str], None] = _print_warning)
     except FileNotFoundError:
         return None
     except (MalformedFileError, OSError) as error:
-        warn(f"{path} cannot be read ({error}): the last attempt counts as failed")
+        print_to_stderr(f"shoestring train: {path} cannot be read ({error}): the last attempt counts as failed")
         return None
 
 
