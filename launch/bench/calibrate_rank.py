@@ -62,17 +62,12 @@ class Calibration:
     groups: ProcessGroups
     repeats: int
 
-    @property
-    def sequence_length(self) -> int:
-        """Sequence length in tokens."""
-        return self.config.training.sequence_length
-
     def measure_rows(self) -> Iterator[KernelMeasurement]:
         """Yield every row of the table; collective, and equal on all ranks."""
         torch.manual_seed(self.groups.rank)
         share = self.config.training.global_batch_size // self.groups.world.size
         for micro_batch in (2**power for power in range(share.bit_length())):
-            shape = f"{micro_batch}x{self.sequence_length}"
+            shape = f"{micro_batch}x{self.config.training.sequence_length}"
             for ranks in self.exchange_group_sizes:
                 for exchange, seconds in self._exchanges(micro_batch, ranks).items():
                     yield self._row("phase", exchange.value, f"{shape}/{ranks}", seconds)
@@ -129,11 +124,12 @@ class Calibration:
         exchange = build_token_exchange(
             ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
         )
-        stages, policy = StageLayout.build(config.model, self.sequence_length), config.recompute.recompute_modules
+        stages = StageLayout.build(config.model, config.training.sequence_length)
+        policy = config.recompute.recompute_modules
         pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = self.sequence_length + 1 + config.model.num_nextn_predict_layers
+        window = config.training.sequence_length + 1 + config.model.num_nextn_predict_layers
         tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
         settings = StepSettings(
             learning_rate=1e-4,
@@ -153,7 +149,7 @@ class Calibration:
         exchange = build_token_exchange(
             config.exchange, groups, model.n_routed_experts, worker, TrafficCounter(groups.topology, groups.rank)
         )
-        tokens = micro_batch * self.sequence_length
+        tokens = micro_batch * config.training.sequence_length
         dtype = config.precision.compute_dtype(device)
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
         weights_TK = torch.rand(tokens, model.num_experts_per_tok)
@@ -177,7 +173,7 @@ class Calibration:
         world, model = self.groups.world, self.config.model
         if world.size == 1:
             return 0.0
-        hidden_BSD = torch.zeros(micro_batch, self.sequence_length, model.hidden_size)
+        hidden_BSD = torch.zeros(micro_batch, self.config.training.sequence_length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
         times = []
         for _ in range(self.repeats + _WARM_UP):

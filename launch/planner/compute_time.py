@@ -177,7 +177,7 @@ class ComputeTimeModel:
 
     def _waves(self, gemm: Gemm) -> float:
         """Return the factor on a GEMM's time from other comm SMs than in the table: the ratio of its waves of tiles."""
-        sms, measured = self.cluster.sm_count, self.table.find_row("gemm", "lent_sms", "any")
+        sms, measured = self.cluster.sm_count, self.table.reserved_sms
         if sms is None or measured is None or self.recipe.comm_sms == int(measured.value):
             return 1.0
         # An input gradient's tiles are tokens x inputs, a weight gradient's inputs x outputs.
@@ -205,9 +205,9 @@ class ComputeTimeModel:
                 widths = 3 * row.inputs + 2 * row.outputs
             seconds = core.flops / (MEASURED_MODEL.num_attention_heads * widths * length**2) * row.seconds
         # Attention has many more blocks than SMs (32 x 128 in the trace), so its time is proportional to free SMs.
-        reserved = self.table.find_row("gemm", "lent_sms", "any")
-        if reserved is not None and self.cluster.sm_count is not None:
-            seconds *= (self.cluster.sm_count - reserved.value) / (self.cluster.sm_count - self.recipe.comm_sms)
+        sms, reserved = self.cluster.sm_count, self.table.reserved_sms
+        if reserved is not None and sms is not None:
+            seconds *= (sms - reserved.value) / (sms - self.recipe.comm_sms)
         return self._counted(row, seconds)
 
     def _pass(self, operation: MemoryBoundKernel) -> float:

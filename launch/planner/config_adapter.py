@@ -74,18 +74,16 @@ def runs_on_cpu(config: RunConfig) -> bool:
 
 def _default_comm_sms(config: RunConfig, table: KernelTable) -> int:
     """Return the SMs of the exchange: DeepEP's setting, else those of the table's measurement."""
-    measured = table.find_row("gemm", "lent_sms", "any")
-    if measured is None:
+    if table.reserved_sms is None:
         return 0
     # Kernel times are of the free SMs: 112 of 132 in the public trace, where 20 communicate (report §3.2.2).
     uses_deepep = config.exchange.name == "deepep" and config.topology.nodes_per_ep_group > 1
-    return INTER_NODE_SMS if uses_deepep else int(measured.value)
+    return INTER_NODE_SMS if uses_deepep else int(table.reserved_sms.value)
 
 
 def comm_sms_limit(config: RunConfig) -> int | None:
     """Return the SMs of a GPU; None if no time depends on them, as the table does not say how many communicated."""
-    measured = cluster_kernel_table(config.cluster).find_row("gemm", "lent_sms", "any")
-    return None if measured is None else config.cluster.sm_count
+    return None if cluster_kernel_table(config.cluster).reserved_sms is None else config.cluster.sm_count
 
 
 def unsupported_config_problems(config: RunConfig) -> Iterator[Problem]:

@@ -74,7 +74,7 @@ def _choices(recipe: ForecastRecipe) -> Iterator[Assumption]:
 
 
 def _reserved_sms(config: RunConfig, recipe: ForecastRecipe, table: KernelTable, at_best: str) -> Iterator[Assumption]:
-    row = table.find_row("gemm", "lent_sms", "any")
+    row = table.reserved_sms
     if row is None:
         return
     what, measured = f"{recipe.comm_sms} SMs reserved for communication", int(row.value)

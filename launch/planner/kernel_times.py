@@ -72,6 +72,11 @@ class KernelTable:
         """Recipe of a table of whole phases, by configuration key; empty for a table of kernels."""
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
+    @property
+    def reserved_sms(self) -> KernelMeasurement | None:
+        """Row with the SMs that communicated during the measurements; None if the table does not say."""
+        return self.find_row("gemm", "lent_sms", "any")
+
     def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
         """Return the rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())

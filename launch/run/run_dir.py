@@ -163,13 +163,10 @@ _POLL_SECONDS = 0.5
 
 def wait_for_run_dir_lock(run_dir: Path, seconds: float) -> None:
     """Return when no launcher holds `run_dir`, or after `seconds`; do not wait for a directory that has no lock."""
-    deadline, has_printed = time.monotonic() + seconds, False
+    deadline = time.monotonic() + seconds
+    if _is_held(run_dir):
+        print_to_stderr(f"shoestring train: waiting up to {seconds:g} s for the previous launch to release {run_dir}")
     while time.monotonic() < deadline and _is_held(run_dir):
-        if not has_printed:
-            print_to_stderr(
-                f"shoestring train: waiting up to {seconds:g} s for the previous launch to release {run_dir}"
-            )
-            has_printed = True
         time.sleep(_POLL_SECONDS)
 
 
