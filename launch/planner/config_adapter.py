@@ -34,13 +34,8 @@ def recipe_from_config(config: RunConfig, inputs: Mapping[str, Any]) -> Forecast
     """
     table = cluster_kernel_table(config.cluster)
     recipe = replace(configured_recipe(config), **{"comm_sms": _default_comm_sms(config, table), **inputs})
-    raise_if_any(
-        [
-            *unsupported_config_problems(config),
-            *cluster_size_problems(config),
-            *_input_problems(config, table, recipe, inputs),
-        ]
-    )
+    problems = [*unsupported_config_problems(config), *cluster_size_problems(config)]
+    raise_if_any([*problems, *_input_problems(config, table, recipe, inputs)])
     return recipe
 
 

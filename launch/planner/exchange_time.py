@@ -119,9 +119,11 @@ class ExchangeTimeModel:
         return self.recipe.exchange.name == "flat"
 
     def _price(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
-        measured = self._calibrated(shape, exchange)
-        if measured is not None:
-            return measured
+        calibrated = self.table.find_row("phase", exchange.value, shape.table_name)
+        if calibrated is not None:
+            self.coverage.add_seconds(calibrated.evidence, calibrated.seconds)
+            # Overlapped time is infinite: on a CPU the core that communicates cannot compute.
+            return ExchangeTime(exchange.value, math.inf, calibrated.seconds)
         if shape.ep_size == 1:
             return ExchangeTime(exchange.value, 0.0, 0.0)
         if self.table.measured_recipe:
@@ -151,17 +153,6 @@ class ExchangeTimeModel:
     def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
         row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
         return cluster_evidence_class(self.cluster, name) if row is None else row.evidence
-
-    def _calibrated(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime | None:
-        """Return the time that `shoestring calibrate` measured, None if there is none.
-
-        Overlapped time is infinite: on a CPU the core that communicates cannot compute.
-        """
-        row = self.table.find_row("phase", exchange.value, shape.table_name)
-        if row is None:
-            return None
-        self.coverage.add_seconds(row.evidence, row.seconds)
-        return ExchangeTime(exchange.value, math.inf, row.seconds)
 
     def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> float:
         """Return the seconds of the slower link: forwarding over NVLink overlaps arrival over InfiniBand."""

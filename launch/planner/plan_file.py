@@ -137,7 +137,11 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     wanted = _run_in_words(config)
     same = {name: layout for name, layout in layouts.items() if layout.words == wanted}
     if not same:
-        raise ConfigError([_no_such_layout(path, layouts.values(), wanted)])
+        listed = "; ".join(dict.fromkeys(layout.words for layout in layouts.values())) or "none"
+        hint = f"does not contain the run's layout, {wanted}; it contains {listed}"
+        raise ConfigError(
+            [Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")]
+        )
     # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
     # and the file lists the fastest first.
     name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
@@ -213,12 +217,6 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
             if theirs != ours:
                 plan = f"is a plan for {key}{name}={shorten_for_message(theirs)!r}"
                 yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
-
-
-def _no_such_layout(path: Path, layouts: Iterable[LayoutFigures], wanted: str) -> Problem:
-    listed = list(dict.fromkeys(layout.words for layout in layouts))
-    hint = f"does not contain the run's layout, {wanted}; it contains {'; '.join(listed) or 'none'}"
-    return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
 
 
 def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:

@@ -105,13 +105,8 @@ def launch_run(
         reserve_status_space(run_dir)
         write_run_config(run_dir, config_to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
-        allocation = AllocationJournal(
-            run_dir,
-            ranks=config.topology.world_size,
-            attempt=attempt,
-            budget=config.budget,
-            job=os.environ.get("SLURM_JOB_ID"),
-        )
+        ranks, job = config.topology.world_size, os.environ.get("SLURM_JOB_ID")
+        allocation = AllocationJournal(run_dir, ranks=ranks, attempt=attempt, budget=config.budget, job=job)
         reason = "the launcher failed"
         try:
             if rendezvous is not None:

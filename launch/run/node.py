@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,13 +141,8 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     fingerprints = run_fingerprint(compose_run_config(overrides, config_dir, _NO_INSTANT), data_digest(config))
     endpoint = replace(place, timeout_seconds=config.training.rendezvous_timeout_seconds)
     if place.node_rank == 0:
-        run_dir = Path(config.training.run_dir)
-        return launch_run(
-            config,
-            local,
-            fresh=fresh,
-            rendezvous=lambda attempt: host_rendezvous(endpoint, fingerprints, run_dir, attempt),
-        )
+        rendezvous = partial(host_rendezvous, endpoint, fingerprints, Path(config.training.run_dir))
+        return launch_run(config, local, fresh=fresh, rendezvous=rendezvous)
     if not fresh and is_run_finished(config):
         return 0
     if not fresh and budget_blocker(config) is not None:
