@@ -201,7 +201,7 @@ def four_layers(published: dict[str, float]) -> Iterator[Comparison]:
         name = row(*key, "step_time_ms")
         yield Comparison("four layers on 8 B200, time", name, published[name], seconds * 1e3, use)
         name = row(*key, "peak_alloc_GiB_worst_rank")
-        allocated = max(memory.allocated for memory in forecast.memory_by_rank) / 2**30
+        allocated = max(memory.allocator_bytes for memory in forecast.memory_by_rank) / 2**30
         yield Comparison("four layers on 8 B200, memory", name, published[name], allocated)
 
 

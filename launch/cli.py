@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with raise_on_early_stop() if options.verb == "train" else nullcontext():
             code = run(options)
     except StoppedBeforeStart as stopped:
-        print_to_stderr(f"shoestring train: stopped by {stopped}")
+        print_to_stderr(f"shoestring train: {stopped}")
         code = EXIT_PREEMPTED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -25,9 +26,9 @@ from ..comm.files.strict_json import MalformedFileError, shorten_for_message
 from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
 from ..trainer.config import RunConfig
 from ..trainer.huggingface.config import remove_released_keys
-from ..trainer.structured_config import InterpolatedText, build_dataclass, parse_dataclass
+from ..trainer.structured_config import InterpolatedText, build_dataclass, map_texts, parse_dataclass
 from .console import print_to_stderr
-from .interpolations import resolve_interpolations
+from .interpolations import resolve_interpolations, texts_by_key
 
 _RESOLVER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OSError)
 """Exceptions that resolvers and merges of Hydra and OmegaConf do not catch for values of an unexpected type."""
@@ -54,7 +55,9 @@ def compose_run_config(
     unread = {_key(text) for text, read_as in parsed if not read_as}
     if {"--config-dir", "experiment"} & (unread | {problem.field for problem in problems}):
         unread.add("")  # their files could have set anything
-    problems += _nul_problems(tree)
+    for key, text in texts_by_key(tree):
+        if "\0" in text:  # no file name and no environment variable can hold it
+            problems.append(Problem(key, text, "contains a NUL character; remove it"))
     if isinstance(model := tree.get("model"), dict):
         found, ignored = remove_released_keys(model)
         problems += found
@@ -90,29 +93,17 @@ def read_config(path: Path) -> RunConfig:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as nested plain values, for JSON."""
-    tree: dict[str, Any] = _plain(config)
+    tree: dict[str, Any] = map_texts(asdict(config), lambda text: text)
     return tree
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | float | str) or value is None:
-        return value
-    return {key: _plain(item) for key, item in vars(value).items()}
 
 
 def escape_interpolations(value: Any) -> Any:
     """Escape every `${` in `value`, so that OmegaConf reads it as text, except in an `InterpolatedText`."""
-    if isinstance(value, InterpolatedText):
-        return value.source
-    if isinstance(value, dict):
-        return {key: escape_interpolations(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [escape_interpolations(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    def escape(text: str) -> str:
+        return text.source if isinstance(text, InterpolatedText) else re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+    return map_texts(value, escape)
 
 
 def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, problems: list[Problem]) -> dict[str, Any]:
@@ -132,18 +123,6 @@ def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, probl
         hint = f"these keys are under `experiment`; the first line of its file must be: {_GLOBAL_PACKAGE}"
         problems.append(Problem("experiment", tree.pop("experiment"), hint))
     return tree
-
-
-def _nul_problems(tree: object, key: str = "") -> Iterator[Problem]:
-    """Yield a problem per text with a NUL, which no file name and no environment variable can hold."""
-    if isinstance(tree, str) and "\0" in tree:
-        yield Problem(key, tree, "contains a NUL character; remove it")
-    elif isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _nul_problems(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from _nul_problems(value, f"{key}[{index}]")
 
 
 def _hydra_override(text: str, config_dir: Path | None, problems: list[Problem]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..comm.errors import Problem
-from ..trainer.structured_config import InterpolatedText
+from ..trainer.structured_config import InterpolatedText, map_texts
 
 _NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -28,33 +28,27 @@ def resolve_interpolations(config: DictConfig | ListConfig, problems: list[Probl
     Text that may come from the environment is an `InterpolatedText`. Raises OmegaConf's errors for an interpolation
     that cannot be resolved; lists from the environment are added to `problems`.
     """
-    raw = _resolve_now(OmegaConf.to_container(config, resolve=False), now)
+
+    def resolve_now(text: str) -> str:
+        return _NOW.sub(lambda match: match.group(1) + now.strftime(match.group(2)), text)
+
+    raw = map_texts(OmegaConf.to_container(config, resolve=False), resolve_now)
     resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
-    if not any(_ENVIRONMENT.search(text) for text in _texts(raw)):
+    if not any(_ENVIRONMENT.search(text) for _, text in texts_by_key(raw)):
         return resolved
     return _joined(raw, resolved, "", problems)
 
 
-def _resolve_now(raw: Any, now: datetime) -> Any:
-    """Replace every `${now:…}` in `raw`, all with the same time."""
-    if isinstance(raw, dict):
-        return {key: _resolve_now(item, now) for key, item in raw.items()}
-    if isinstance(raw, list):
-        return [_resolve_now(item, now) for item in raw]
-    if not isinstance(raw, str):
-        return raw
-    return _NOW.sub(lambda match: match.group(1) + now.strftime(match.group(2)), raw)
-
-
-def _texts(value: Any) -> Iterator[str]:
+def texts_by_key(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of every text in nested plain values; the key of a list's item ends with its index."""
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
+        for name, item in value.items():
+            yield from texts_by_key(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+        for index, item in enumerate(value):
+            yield from texts_by_key(item, f"{key}[{index}]")
 
 
 def _joined(raw: Any, resolved: Any, path: str, problems: list[Problem]) -> Any:

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..comm.errors import Problem, raise_if_any
@@ -63,12 +63,17 @@ class InterpolatedText(str):
 
 def restore_interpolations(value: Any) -> Any:
     """Return nested plain values with every `InterpolatedText` replaced by its source, for files."""
-    if isinstance(value, InterpolatedText):
-        return value.source
+    return map_texts(value, lambda text: text.source if isinstance(text, InterpolatedText) else text)
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return nested plain values with every text changed by `change`; tuples become lists."""
+    if isinstance(value, str):
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: restore_interpolations(item) for key, item in value.items()}
+        return {key: map_texts(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [restore_interpolations(item) for item in value]
+        return [map_texts(item, change) for item in value]
     return value
 
 

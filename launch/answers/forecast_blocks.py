@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from markupsafe import Markup
 
 from ...comm.units import format_significant
-from ...trainer.memory.peak import MEMORY_LABELS
+from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
 from ..planner.forecast import StepForecast
-from ..planner.layout_memory import MemoryForecast
+from ..planner.layout_memory import memory_by_kind
 from ..planner.run_cost import RunPhaseCost
 from ..report import svg
 from ..report.timeline import svg_timeline
@@ -43,7 +43,7 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
     )
 
 
-def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | None) -> Markup:
+def _memory_bars(memory_by_rank: Sequence[RankMemory], memory_gb: float | None) -> Markup:
     """Draw a stacked bar per pipeline rank."""
     scale = _BAR_WIDTH / 1.05 / max(1e9 * (memory_gb or 0.0), *(memory.total for memory in memory_by_rank))
     height = _BAR_STEP * len(memory_by_rank) + 8
@@ -52,9 +52,8 @@ def _memory_bars(memory_by_rank: Sequence[MemoryForecast], memory_gb: float | No
         for rank, memory in enumerate(memory_by_rank):
             x, y = float(_BAR_LEFT), 4 + rank * _BAR_STEP
             yield svg.text(0, y + 15, f"rank {rank}", "soft")
-            for part, style in _STYLES.items():
-                size = vars(memory)[part]
-                box = svg.rect(x, y, size * scale, _BAR_HEIGHT, style)
+            for part, size in memory_by_kind(memory).items():
+                box = svg.rect(x, y, size * scale, _BAR_HEIGHT, _STYLES[part])
                 yield svg.group(f"{MEMORY_LABELS[part]}: {size / 1e9:.1f} GB", [box])
                 x += size * scale
             yield svg.text(_BAR_LEFT + _BAR_WIDTH + 8, y + 15, f"{memory.total / 1e9:.1f} GB", "soft")

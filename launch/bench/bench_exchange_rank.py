@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
@@ -158,9 +159,7 @@ class ExchangeBenchmark:
     def measure_bytes_sent(self) -> dict[str, dict[str, dict[str, int]]]:
         """Run one pass; return the bytes that all ranks sent, by operation, kind and link."""
         self.time_operations()
-        keys = [
-            (operation, kind, link) for operation in (*OPERATIONS, "sizes") for kind in TrafficKind for link in LinkType
-        ]
+        keys = list(product((*OPERATIONS, "sizes"), TrafficKind, LinkType))
         own = [self._traffic.bytes_by_link(kind, operation)[link] for operation, kind, link in keys]
         total = self._groups.world_cpu.all_reduce_sum(torch.tensor(own), "sum of bytes").tolist()
         tree: dict[str, dict[str, dict[str, int]]] = {}
@@ -235,13 +234,8 @@ def minimum_inter_node_bytes(spec: ExchangeBenchmarkSpec, groups: ProcessGroups)
     sizes = {
         form: RowCodec(WireFormat(form), spec.hidden, torch.bfloat16).payload_bytes_per_row for form in spec.formats
     }
-    return {
-        form: {
-            way: count * size
-            for way, count in zip(("once_per_node", "once_per_rank", "once_per_expert"), per_way, strict=True)
-        }
-        for form, size in sizes.items()
-    }
+    counts = dict(zip(("once_per_node", "once_per_rank", "once_per_expert"), per_way, strict=True))
+    return {form: {way: count * size for way, count in counts.items()} for form, size in sizes.items()}
 
 
 def run_exchange_benchmarks(rank: RankContext, spec: ExchangeBenchmarkSpec) -> dict[str, object]:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -71,31 +72,19 @@ class Calibration:
     groups: ProcessGroups
     repeats: int
 
-    @property
-    def sequence_length(self) -> int:
-        """Sequence length in tokens."""
-        return self.config.training.sequence_length
-
     def measure_rows(self) -> Iterator[KernelMeasurement]:
         """Yield every row of the table; collective, and equal on all ranks."""
         torch.manual_seed(self.groups.rank)
-        batch, sizes = self.config.training.global_batch_size, []
-        size = 1
-        while size <= batch // self.groups.world.size:
-            sizes.append(size)
-            size *= 2
-        for micro_batch in sizes:
-            exchanges = {}
+        share = self.config.training.global_batch_size // self.groups.world.size
+        for micro_batch in (2**power for power in range(share.bit_length())):
+            shape = f"{micro_batch}x{self.config.training.sequence_length}"
             for ranks in self.exchange_group_sizes:
-                exchanges[ranks] = self._exchanges(micro_batch, ranks)
-                for exchange, seconds in exchanges[ranks].items():
-                    yield self._row("phase", exchange.value, f"{micro_batch}x{self.sequence_length}/{ranks}", seconds)
+                for exchange, seconds in self._exchanges(micro_batch, ranks).items():
+                    yield self._row("phase", exchange.value, f"{shape}/{ranks}", seconds)
             for name, seconds in self._phases(micro_batch).items():
-                for ranks in exchanges:
-                    yield self._row("phase", name, f"{micro_batch}x{self.sequence_length}/{ranks}", seconds)
-            yield self._row(
-                "edge", "message", "any", self._message(micro_batch), f"{micro_batch}x{self.sequence_length}"
-            )
+                for ranks in self.exchange_group_sizes:
+                    yield self._row("phase", name, f"{shape}/{ranks}", seconds)
+            yield self._row("edge", "message", shape, self._message(micro_batch))
         yield from self._updates()
 
     @property
@@ -112,30 +101,30 @@ class Calibration:
         topology = Topology(edp=world // ranks, ep=ranks, gpus_per_node=per_node)
         return ProcessGroups.create(topology, self.groups.rank, _LIMIT)
 
-    def _row(self, kind: str, name: str, role: str, seconds: float, shape: str = "") -> KernelMeasurement:
+    def _row(self, kind: str, name: str, role: str, seconds: float) -> KernelMeasurement:
         """Build a row from the time of the slowest rank."""
         slowest = self.groups.world.all_reduce_max(torch.tensor([seconds], dtype=torch.float64), "slowest rank")
-        role = shape or role
-        return KernelMeasurement(
-            kind, name, role, "any", 0, 0, 0, round(float(slowest) * 1e6, 2), "us", "measured", _SOURCE
-        )
+        microseconds = round(float(slowest) * 1e6, 2)
+        return KernelMeasurement(kind, name, role, "any", 0, 0, 0, microseconds, "us", "measured", _SOURCE)
 
     def _phases(self, micro_batch: int) -> dict[str, float]:
         """Return the seconds of every phase, and of the rest of a chunk."""
-        recorder = TraceRecorder(nvtx=False)
-        stepper, batch, settings = self._stepper(micro_batch, recorder)
-        found: defaultdict[str, list[float]] = defaultdict(list)
+        _, recorder, step = self._stepper(micro_batch)
+        runs = [phase_seconds_from_spans(spans, self.config) for spans, _ in self._timed_steps(recorder, step)]
+        return {name: median(run[name] for run in runs) for name in runs[0]}
+
+    def _timed_steps(self, recorder: TraceRecorder, step: Callable[[], object]) -> Iterator[tuple[list[Span], float]]:
+        """Yield the spans and the seconds of each step after the warm-up; the spans are cleared afterwards."""
         for repetition in range(self.repeats + _WARM_UP):
-            self.groups.world.barrier("a step to time")
             recorder.is_recording = repetition >= _WARM_UP
             recorder.spans.clear()
-            stepper.step([batch], micro_batch, settings)
+            _, seconds = self._timed(step)
             if recorder.is_recording:
-                for name, seconds in phase_seconds_from_spans(recorder.spans, self.config).items():
-                    found[name].append(seconds)
-        return {name: median(seconds) for name, seconds in found.items()}
+                yield list(recorder.spans), seconds
 
-    def _stepper(self, micro_batch: int, recorder: TraceRecorder) -> tuple[Stepper, TokenBatch, StepSettings]:
+    def _stepper(self, micro_batch: int) -> tuple[Stepper, TraceRecorder, Callable[[], object]]:
+        """Return a stepper, its recorder, and a function that runs one step."""
+        recorder = TraceRecorder(nvtx=False)
         config, device = self.config, torch.device("cpu")
         alone = Topology()
         groups = ProcessGroups.create(alone, 0, _LIMIT)
@@ -145,11 +134,12 @@ class Calibration:
         exchange = build_token_exchange(
             ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
         )
-        stages, policy = StageLayout.build(config.model, self.sequence_length), config.recompute.recompute_modules
+        stages = StageLayout.build(config.model, config.training.sequence_length)
+        policy = config.recompute.recompute_modules
         pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = self.sequence_length + 1 + config.model.num_nextn_predict_layers
+        window = config.training.sequence_length + 1 + config.model.num_nextn_predict_layers
         tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
         settings = StepSettings(
             learning_rate=1e-4,
@@ -158,7 +148,8 @@ class Calibration:
             mtp_loss_scaling_factor=0.3,
             router_bias_update_rate=0.001,
         )
-        return stepper, TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool)), settings
+        batch = TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
+        return stepper, recorder, partial(stepper.step, [batch], micro_batch, settings)
 
     def _exchanges(self, micro_batch: int, ranks: int) -> dict[ExchangeOperation, float]:
         """Return the seconds of the four operations over `ranks` ranks, from the call to the arrival of the result."""
@@ -168,20 +159,18 @@ class Calibration:
         exchange = build_token_exchange(
             config.exchange, groups, model.n_routed_experts, worker, TrafficCounter(groups.topology, groups.rank)
         )
-        tokens = micro_batch * self.sequence_length
+        tokens = micro_batch * config.training.sequence_length
         dtype = config.precision.compute_dtype(device)
         tokens_TD, grad_TD = (torch.randn(tokens, model.hidden_size).to(dtype) for _ in range(2))
         weights_TK = torch.rand(tokens, model.num_experts_per_tok)
         experts_TK = torch.rand(tokens, model.n_routed_experts).topk(model.num_experts_per_tok).indices
         inputs = DispatchInputs(tokens_TD, weights_TK, experts_TK, grad_TD)
-        seconds: defaultdict[ExchangeOperation, list[float]] = defaultdict(list)
-        for repetition in range(self.repeats + _WARM_UP):
-            times = time_exchange_operations(exchange, inputs, ExchangeLabel("calibrate", repetition), self._timed)
-            for name, value in zip(ExchangeOperation, times, strict=True):
-                if repetition >= _WARM_UP:
-                    seconds[name].append(value)
+        times = [
+            time_exchange_operations(exchange, inputs, ExchangeLabel("calibrate", repetition), self._timed)
+            for repetition in range(self.repeats + _WARM_UP)
+        ]
         worker.close()
-        return {name: median(values) for name, values in seconds.items()}
+        return dict(zip(ExchangeOperation, map(median, zip(*times[_WARM_UP:], strict=True)), strict=True))
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         self.groups.world.barrier("an operation to time")
@@ -194,7 +183,7 @@ class Calibration:
         world, model = self.groups.world, self.config.model
         if world.size == 1:
             return 0.0
-        hidden_BSD = torch.zeros(micro_batch, self.sequence_length, model.hidden_size)
+        hidden_BSD = torch.zeros(micro_batch, self.config.training.sequence_length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
         times = []
         for _ in range(self.repeats + _WARM_UP):
@@ -211,18 +200,13 @@ class Calibration:
 
     def _updates(self) -> Iterator[KernelMeasurement]:
         """Yield nanoseconds per parameter of the optimizer and of an all-reduce, and the rest of a step."""
-        recorder = TraceRecorder(nvtx=False)
-        stepper, batch, settings = self._stepper(1, recorder)
+        stepper, recorder, step = self._stepper(1)
         count = sum(parameter.numel() for parameter in stepper.model.parameters())
         update, rest = [], []
-        for repetition in range(self.repeats + _WARM_UP):
-            recorder.is_recording = repetition >= _WARM_UP
-            recorder.spans.clear()
-            _, whole = self._timed(lambda: stepper.step([batch], 1, settings))
-            if recorder.is_recording:
-                top = [span for span in recorder.spans if span.track is TimelineTrack.INSTRUCTION]
-                update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, GRADIENT_SYNC_WAIT)))
-                rest.append(whole - sum(map(_length, top)))
+        for spans, whole in self._timed_steps(recorder, step):
+            top = [span for span in spans if span.track is TimelineTrack.INSTRUCTION]
+            update.append(sum(_length(span) for span in top if span.name in (OPTIMIZER, GRADIENT_SYNC_WAIT)))
+            rest.append(whole - sum(map(_length, top)))
         # The small reduction has the size of expert loads and router biases.
         small = torch.zeros(2 * self.config.model.num_hidden_layers * self.config.model.n_routed_experts)
         large = torch.zeros(count)

@@ -8,8 +8,9 @@ an exchange.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.costs.cluster import ClusterConfig
@@ -91,7 +92,6 @@ class ComputeTimeModel:
     recipe: ForecastRecipe
     table: KernelTable
     coverage: EvidenceCoverage = field(default_factory=EvidenceCoverage)
-    _priced: dict[tuple[LayerWorkload, ComputePhase], float] = field(default_factory=dict)
 
     @staticmethod
     def from_cluster(cluster: ClusterConfig, recipe: ForecastRecipe) -> ComputeTimeModel:
@@ -105,35 +105,33 @@ class ComputeTimeModel:
             cluster, recipe, table, EvidenceCoverage(strongest_evidence=cluster_evidence_class(cluster, "tables"))
         )
 
-    def phase_seconds(self, shape: LayerWorkload, phase: ComputePhase) -> float:
-        """Return the seconds of one phase of one layer, launch gaps included."""
-        key = shape, phase
-        if key not in self._priced:
-            measured = self.table.find_row("phase", phase.value, _shape_name(shape))
-            # A calibrated table times whole phases on this machine; it has no kernels from which another shape could be
-            # composed.
-            if measured is None and self.table.measured_recipe:
-                hint = f"has no {phase.value} of {_shape_name(shape)}; calibrate with as many ranks and such a batch"
-                raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
-            if measured is not None:
-                self._count(measured, measured.seconds)
-                self._priced[key] = measured.seconds
-            else:
-                self._priced[key] = sum(map(self._seconds, phase_operations(shape, self.recipe, phase)))
-                self._priced[key] += self._gaps(phase)
-        return self._priced[key]
+    @cached_property
+    def phase_seconds(self) -> Callable[[LayerWorkload, ComputePhase], float]:
+        """Function that returns the seconds of one phase of one layer, launch gaps included."""
+        return cache(self._price)
+
+    def _price(self, shape: LayerWorkload, phase: ComputePhase) -> float:
+        measured = self.table.find_row("phase", phase.value, shape.table_name)
+        if measured is not None:
+            return self._counted(measured, measured.seconds)
+        # A calibrated table times whole phases on this machine; it has no kernels from which another shape could be
+        # composed.
+        if self.table.measured_recipe:
+            hint = f"has no {phase.value} of {shape.table_name}; calibrate with as many ranks and such a batch"
+            raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
+        seconds = sum(map(self._seconds, phase_operations(shape, self.recipe, phase)))
+        gaps = self._gap_row(phase)
+        return seconds if gaps is None else seconds + self._counted(gaps, gaps.seconds)
 
     def gap_seconds(self, phase: ComputePhase) -> float:
         """Return the seconds of a phase in which no kernel runs: the gaps between launches."""
-        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
+        row = self._gap_row(phase)
         return row.seconds if row is not None else 0.0
 
-    def _gaps(self, phase: ComputePhase) -> float:
-        row = self.table.find_row("launch", "gaps", _gap_phase(phase))
-        if row is None:
-            return 0.0
-        self._count(row, row.seconds)
-        return row.seconds
+    def _gap_row(self, phase: ComputePhase) -> KernelMeasurement | None:
+        """Return the row of a phase's launch gaps: a dense layer has those of attention."""
+        part, direction = phase.value[:-3], phase.value[-2]
+        return self.table.find_row("launch", "gaps", f"attn({direction})" if part == "dense" else phase.value)
 
     def _seconds(self, operation: ComputeOperation) -> float:
         if isinstance(operation, Gemm):
@@ -146,10 +144,7 @@ class ComputeTimeModel:
         kind, shape = ("grouped" if gemm.is_grouped else "gemm"), (gemm.tokens, gemm.in_features, gemm.out_features)
         found = self.table.nearest_row(kind, gemm.role.value, gemm.dtype.value, shape)
         if found is not None and found[1]:
-            row = found[0]
-            seconds = gemm.flops / self._rate(row, gemm.dtype) * self._waves(gemm)
-            self._count(row, seconds)
-            return seconds
+            return self._counted(found[0], gemm.flops / self._rate(found[0], gemm.dtype) * self._waves(gemm))
         # Not measured: take the share of peak that the most similar shape reaches, in this format or else in another.
         # Shapes differ: on H800 FP8 forward GEMMs of the trace reach 563 (512 inputs) to 1,068 TFLOPS (16,384 inputs).
         formats = (p for p in (gemm.dtype, *GemmPrecision) if self.table.select(kind, gemm.role.value, p.value))
@@ -163,7 +158,9 @@ class ComputeTimeModel:
         share = self._rate(row, dtype) / self._peak(dtype)
         seconds = gemm.flops / (share * self._peak(gemm.dtype)) * self._waves(gemm)
         taken = f"{row.name} {row.tokens} x {row.inputs} x {row.outputs} {row.dtype}, {share:.0%} of peak"
-        self._miss(f"{gemm.name} {gemm.role.value} {'x'.join(map(str, shape))} {gemm.dtype.value}", taken, seconds)
+        operation = f"{gemm.name} {gemm.role.value} {'x'.join(map(str, shape))} {gemm.dtype.value}"
+        self.coverage.substituted_rows[operation] = taken
+        self.coverage.add_seconds("assumed", seconds)
         return seconds
 
     def _rate(self, row: KernelMeasurement, dtype: GemmPrecision) -> float:
@@ -180,7 +177,7 @@ class ComputeTimeModel:
 
     def _waves(self, gemm: Gemm) -> float:
         """Return the factor on a GEMM's time from other comm SMs than in the table: the ratio of its waves of tiles."""
-        sms, measured = self.cluster.sm_count, self.table.find_row("gemm", "lent_sms", "any")
+        sms, measured = self.cluster.sm_count, self.table.reserved_sms
         if sms is None or measured is None or self.recipe.comm_sms == int(measured.value):
             return 1.0
         # An input gradient's tiles are tokens x inputs, a weight gradient's inputs x outputs.
@@ -196,9 +193,7 @@ class ComputeTimeModel:
         return waves[0] / waves[1]
 
     def _core(self, core: AttentionCore) -> float:
-        rows = [
-            row for precision in GemmPrecision for row in self.table.select("attention", core.role, precision.value)
-        ]
+        rows = self.table.select_any_format("attention", core.role)
         if not rows:
             raise ConfigError([Problem("cluster.tables", self.table.name, f"has no attention core, {core.role}")])
         row = rows[0]
@@ -210,11 +205,10 @@ class ComputeTimeModel:
                 widths = 3 * row.inputs + 2 * row.outputs
             seconds = core.flops / (MEASURED_MODEL.num_attention_heads * widths * length**2) * row.seconds
         # Attention has many more blocks than SMs (32 x 128 in the trace), so its time is proportional to free SMs.
-        reserved = self.table.find_row("gemm", "lent_sms", "any")
-        if reserved is not None and self.cluster.sm_count is not None:
-            seconds *= (self.cluster.sm_count - reserved.value) / (self.cluster.sm_count - self.recipe.comm_sms)
-        self._count(row, seconds)
-        return seconds
+        sms, reserved = self.cluster.sm_count, self.table.reserved_sms
+        if reserved is not None and sms is not None:
+            seconds *= (sms - reserved.value) / (sms - self.recipe.comm_sms)
+        return self._counted(row, seconds)
 
     def _pass(self, operation: MemoryBoundKernel) -> float:
         row = self.table.find_row("memory", operation.kind, operation.table_phase.value)
@@ -222,34 +216,14 @@ class ComputeTimeModel:
             default = self.table.find_row("memory", "default", "any")
             if default is None:
                 return 0.0  # the measured layer has no such pass in this phase
-            rate = bytes_per_second(
-                self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, f"a {operation.kind} pass"
-            )
-            seconds = operation.bytes / (default.value * rate)
-            self._count(default, seconds)
-            return seconds
+            rate = bytes_per_second(self.cluster, "memory", f"a {operation.kind} pass")
+            return self._counted(default, operation.bytes / (default.value * rate))
         # Memory-bound: time is proportional to bytes, whichever share of the bandwidth the kernel reaches.
         shape = LayerWorkload(MEASURED_MODEL, row.tokens, 1, 1, traced_rows=row.inputs or None)
-        seconds = (
-            row.seconds * operation.bytes / memory_bound_kernel_bytes(shape, operation.kind, operation.table_phase)
-        )
-        self._count(row, seconds)
-        return seconds
+        least = memory_bound_kernel_bytes(shape, operation.kind, operation.table_phase)
+        return self._counted(row, row.seconds * operation.bytes / least)
 
-    def _count(self, row: KernelMeasurement, seconds: float) -> None:
+    def _counted(self, row: KernelMeasurement, seconds: float) -> float:
+        """Count the seconds as evidence of the row's class, and return them."""
         self.coverage.add_seconds(row.evidence, seconds)
-
-    def _miss(self, operation: str, taken: str, seconds: float) -> None:
-        self.coverage.add_seconds("assumed", seconds)
-        self.coverage.substituted_rows[operation] = taken
-
-
-def _gap_phase(phase: ComputePhase) -> str:
-    """Return the phase whose launch gaps are used: a dense layer has those of attention."""
-    part, direction = phase.value[:-3], phase.value[-2]
-    return f"attn({direction})" if part == "dense" else phase.value
-
-
-def _shape_name(shape: LayerWorkload) -> str:
-    """Return the name of the shape in a table of whole phases."""
-    return f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"
+        return seconds

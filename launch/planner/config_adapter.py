@@ -18,8 +18,6 @@ from .forecast import ParallelLayout
 from .kernel_times import KernelTable
 from .recipe import ForecastRecipe, GemmPrecision
 
-_COMPUTE = {"float32": GemmPrecision.FP32, "bfloat16": GemmPrecision.BF16}
-
 
 def layout_from_config(config: RunConfig) -> ParallelLayout:
     """Return the layout that a configuration describes."""
@@ -36,13 +34,8 @@ def recipe_from_config(config: RunConfig, inputs: Mapping[str, Any]) -> Forecast
     """
     table = cluster_kernel_table(config.cluster)
     recipe = replace(configured_recipe(config), **{"comm_sms": _default_comm_sms(config, table), **inputs})
-    raise_if_any(
-        [
-            *unsupported_config_problems(config),
-            *cluster_size_problems(config),
-            *_input_problems(config, table, recipe, inputs),
-        ]
-    )
+    problems = [*unsupported_config_problems(config), *cluster_size_problems(config)]
+    raise_if_any([*problems, *_input_problems(config, table, recipe, inputs)])
     return recipe
 
 
@@ -65,8 +58,8 @@ def gemm_precision_from_config(config: RunConfig) -> GemmPrecision:
     if config.precision.linear == "fp8":
         return GemmPrecision.FP8
     device = torch.device("cpu" if runs_on_cpu(config) else "cuda")
-    name = str(config.precision.compute_dtype(device)).removeprefix("torch.")
-    return _COMPUTE.get(name, GemmPrecision.FP32)  # FP64 is refused
+    computes_in_bf16 = config.precision.compute_dtype(device) is torch.bfloat16
+    return GemmPrecision.BF16 if computes_in_bf16 else GemmPrecision.FP32  # FP64 is refused
 
 
 def runs_on_cpu(config: RunConfig) -> bool:
@@ -76,18 +69,16 @@ def runs_on_cpu(config: RunConfig) -> bool:
 
 def _default_comm_sms(config: RunConfig, table: KernelTable) -> int:
     """Return the SMs of the exchange: DeepEP's setting, else those of the table's measurement."""
-    measured = table.find_row("gemm", "lent_sms", "any")
-    if measured is None:
+    if table.reserved_sms is None:
         return 0
     # Kernel times are of the free SMs: 112 of 132 in the public trace, where 20 communicate (report §3.2.2).
     uses_deepep = config.exchange.name == "deepep" and config.topology.nodes_per_ep_group > 1
-    return INTER_NODE_SMS if uses_deepep else int(measured.value)
+    return INTER_NODE_SMS if uses_deepep else int(table.reserved_sms.value)
 
 
 def comm_sms_limit(config: RunConfig) -> int | None:
     """Return the SMs of a GPU; None if no time depends on them, as the table does not say how many communicated."""
-    measured = cluster_kernel_table(config.cluster).find_row("gemm", "lent_sms", "any")
-    return None if measured is None else config.cluster.sm_count
+    return None if cluster_kernel_table(config.cluster).reserved_sms is None else config.cluster.sm_count
 
 
 def unsupported_config_problems(config: RunConfig) -> Iterator[Problem]:

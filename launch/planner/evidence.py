@@ -26,7 +26,7 @@ def list_assumptions(config: RunConfig, forecast: StepForecast, costs: ChunkTime
     if recipe.comm_sms:
         found += _reserved_sms(config, recipe, table, at_best)
     found += _of_a_trace(at_best) if table.select("sync", "overlapped") else ()
-    found += _of_a_cpu() if table.measured_recipe else _of_kernels(config, recipe, costs.shape)
+    found += [_OF_A_CPU] if table.measured_recipe else _of_kernels(config, recipe, costs.shape)
     if config.optimizer.ema_decay is not None:
         found.append(("the EMA of the weights costs no time", "assumed", "a host thread updates it"))
     skew = "expert skew" if recipe.skew == 0 else f"expert skew {recipe.skew:g}"
@@ -55,11 +55,9 @@ def _outside(recipe: ForecastRecipe, expert_ranks: int) -> Iterator[Assumption]:
 def _times(table: KernelTable, at_best: str) -> Iterator[Assumption]:
     rows: dict[tuple[str, str], str] = {}
     for row in table.rows:
-        if row.kind == "recipe":
-            continue  # names the measured configuration; it is not a time
-        rows.setdefault((f"times: {row.kind}", weakest_evidence(row.evidence, at_best)), row.source)
-    for (what, evidence), source in rows.items():
-        yield what, evidence, source
+        if row.kind != "recipe":  # names the measured configuration; it is not a time
+            rows.setdefault((f"times: {row.kind}", weakest_evidence(row.evidence, at_best)), row.source)
+    yield from ((what, evidence, source) for (what, evidence), source in rows.items())
 
 
 def _figures(cluster: ClusterConfig) -> Iterator[Assumption]:
@@ -76,7 +74,7 @@ def _choices(recipe: ForecastRecipe) -> Iterator[Assumption]:
 
 
 def _reserved_sms(config: RunConfig, recipe: ForecastRecipe, table: KernelTable, at_best: str) -> Iterator[Assumption]:
-    row = table.find_row("gemm", "lent_sms", "any")
+    row = table.reserved_sms
     if row is None:
         return
     what, measured = f"{recipe.comm_sms} SMs reserved for communication", int(row.value)
@@ -106,8 +104,7 @@ def _of_kernels(config: RunConfig, recipe: ForecastRecipe, shape: LayerWorkload)
         yield "FP8 kernels as fast as the table's", "assumed", f"precision.fp8_backend={config.precision.fp8_backend}"
 
 
-def _of_a_cpu() -> Iterator[Assumption]:
-    yield "all-to-alls and gradient sums overlap nothing", "assumed", "the computing core runs them"
+_OF_A_CPU = ("all-to-alls and gradient sums overlap nothing", "assumed", "the computing core runs them")
 
 
 def _fragmentation(recipe: ForecastRecipe) -> tuple[str, str]:

@@ -9,8 +9,9 @@ visit, K experts it visits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from math import comb
 
 from ...comm.errors import ConfigError, Problem
@@ -20,14 +21,16 @@ from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.model.config import ModelConfig
 from .kernel_times import EvidenceCoverage, KernelMeasurement, KernelTable, weakest_evidence
 from .operations import LayerWorkload
-from .recipe import ForecastRecipe, GemmPrecision
+from .recipe import ForecastRecipe
 
 
-def bytes_per_second(cluster: ClusterConfig, name: str, gigabytes: float | None, need: str) -> float:
-    """Convert `gigabytes`, the value of `cluster.<name>` in GB/s, to bytes/s. Raises `ConfigError` if it is None.
+def bytes_per_second(cluster: ClusterConfig, link: str, need: str) -> float:
+    """Return the bytes/s of `infiniband`, `nvlink` or `memory` on a cluster. Raises `ConfigError` if it is not known.
 
     `need` names the operation that needs it, for the message.
     """
+    name = f"{link}_gb_per_second"
+    gigabytes: float | None = getattr(cluster, name)
     if gigabytes is None:
         hint = f"is not known for {cluster.name}, and {need} cannot be priced without it; set it"
         raise ConfigError([Problem(f"cluster.{name}", None, hint)])
@@ -82,14 +85,11 @@ class ExchangeTimeModel:
     recipe: ForecastRecipe
     table: KernelTable
     coverage: EvidenceCoverage
-    _priced: dict[tuple[LayerWorkload, ExchangeOperation], ExchangeTime] = field(default_factory=dict)
 
-    def exchange_time(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
-        """Return the time of one exchange of one layer and micro-batch; 0 if all experts are on the rank."""
-        key = shape, exchange
-        if key not in self._priced:
-            self._priced[key] = self._price(shape, exchange)
-        return self._priced[key]
+    @cached_property
+    def exchange_time(self) -> Callable[[LayerWorkload, ExchangeOperation], ExchangeTime]:
+        """Function that returns the time of one exchange of one layer and micro-batch; 0 if no expert is elsewhere."""
+        return cache(self._price)
 
     def bytes_by_link(self, shape: LayerWorkload, exchange: ExchangeOperation) -> tuple[float, float]:
         """Return the bytes that one rank sends over InfiniBand, and over NVLink at the nodes that forward them."""
@@ -108,13 +108,7 @@ class ExchangeTimeModel:
         return shape.tokens * row * remote, shape.tokens * row * forwarded
 
     def _row_bytes(self, model: ModelConfig, exchange: ExchangeOperation) -> float:
-        formats = self.recipe.exchange
-        named = {
-            ExchangeOperation.DISPATCH: formats.dispatch,
-            ExchangeOperation.COMBINE: formats.combine,
-            ExchangeOperation.COMBINE_BACKWARD: formats.combine_backward,
-            ExchangeOperation.DISPATCH_BACKWARD: formats.dispatch_backward,
-        }[exchange]
+        named = getattr(self.recipe.exchange, exchange.value)
         if named == WireFormat.FP8:
             # With an FP32 scale per 128 elements, as in DeepEP V1: 7,392 bytes per token of V3.
             return model.hidden_size * (1 + 4 / 128)
@@ -125,13 +119,17 @@ class ExchangeTimeModel:
         return self.recipe.exchange.name == "flat"
 
     def _price(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime:
-        measured = self._calibrated(shape, exchange)
-        if measured is not None:
-            return measured
+        calibrated = self.table.find_row("phase", exchange.value, shape.table_name)
+        if calibrated is not None:
+            self.coverage.add_seconds(calibrated.evidence, calibrated.seconds)
+            # Overlapped time is infinite: on a CPU the core that communicates cannot compute.
+            return ExchangeTime(exchange.value, math.inf, calibrated.seconds)
         if shape.ep_size == 1:
             return ExchangeTime(exchange.value, 0.0, 0.0)
         if self.table.measured_recipe:
-            self._refuse_unmeasured(shape)
+            name = f"{shape.micro_batch_size} sequences of {shape.sequence_length} over {shape.ep_size} ranks"
+            hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
+            raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         rows = [row for row in self.table.select("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
         # An all-to-all ends when its most loaded rank has everything, so it grows with the skew.
@@ -156,37 +154,15 @@ class ExchangeTimeModel:
         row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
         return cluster_evidence_class(self.cluster, name) if row is None else row.evidence
 
-    def _refuse_unmeasured(self, shape: LayerWorkload) -> None:
-        name = f"{shape.micro_batch_size} sequences of {shape.sequence_length} over {shape.ep_size} ranks"
-        hint = f"has no exchange of {name}; calibrate with as many ranks and such a batch"
-        raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
-
-    def _calibrated(self, shape: LayerWorkload, exchange: ExchangeOperation) -> ExchangeTime | None:
-        """Return the time that `shoestring calibrate` measured, None if there is none.
-
-        Overlapped time is infinite: on a CPU the core that communicates cannot compute.
-        """
-        row = self.table.find_row(
-            "phase", exchange.value, f"{shape.micro_batch_size}x{shape.sequence_length}/{shape.ep_size}"
-        )
-        if row is None:
-            return None
-        self.coverage.add_seconds(row.evidence, row.seconds)
-        return ExchangeTime(exchange.value, math.inf, row.seconds)
-
     def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> float:
         """Return the seconds of the slower link: forwarding over NVLink overlaps arrival over InfiniBand."""
-        cluster, kind = self.cluster, _kind(exchange)
         infiniband, nvlink = self.bytes_by_link(shape, exchange)
-        seconds = [
-            nvlink / self._rate(kind, cluster.gpus_per_node, cluster.nvlink_gb_per_second, "nvlink_gb_per_second")
-        ]
+        seconds = nvlink / self._rate(_kind(exchange), self.cluster.gpus_per_node, "nvlink")
         if infiniband > 0:
-            rate = self._rate(kind, shape.ep_size, cluster.infiniband_gb_per_second, "infiniband_gb_per_second")
-            seconds.append(infiniband / rate)
-        return max(seconds)
+            seconds = max(seconds, infiniband / self._rate(_kind(exchange), shape.ep_size, "infiniband"))
+        return seconds
 
-    def _rate(self, kind: str, ranks: int, link: float | None, name: str) -> float:
+    def _rate(self, kind: str, ranks: int, link: str) -> float:
         """Return bytes/s that kernels reached on this cluster, else those of the link."""
         # Published kernels reach 50.6 GB/s over 64 ranks and 45.3 over 128 (DeepEP, logical bytes) on 50 GB/s links.
         # They send a token to a node once, so the figures say nothing about a flat exchange.
@@ -194,7 +170,7 @@ class ExchangeTimeModel:
         measured = self._measured_rate(kind, ranks) if same_cluster else None
         if measured is not None:
             return measured
-        return bytes_per_second(self.cluster, name, link, f"an exchange over {ranks} expert-parallel ranks")
+        return bytes_per_second(self.cluster, link, f"an exchange over {ranks} expert-parallel ranks")
 
     def _measured_rate(self, kind: str, ranks: int) -> float | None:
         """Return bytes/s over the link, from the measurement with the most similar number of ranks."""
@@ -207,10 +183,14 @@ class ExchangeTimeModel:
 
     def _rate_row(self, kind: str, ranks: int) -> KernelMeasurement | None:
         size = self.cluster.gpus_per_node
-        rows = [row for precision in GemmPrecision for row in self.table.select("exchange", "alone", precision.value)]
-        rows = [row for row in rows if row.name == kind and (row.inputs <= size) == (ranks <= size)]
         # Without two nodes: there NVLink limits the published kernels (43 GB/s over 16 ranks, 58 over 32).
-        rows = [row for row in rows if row.inputs <= size or row.inputs > 2 * size]
+        rows = [
+            row
+            for row in self.table.select_any_format("exchange", "alone")
+            if row.name == kind
+            and (row.inputs <= size) == (ranks <= size)
+            and (row.inputs <= size or row.inputs > 2 * size)
+        ]
         return min(rows, key=lambda row: abs(row.inputs - ranks), default=None)
 
     def _contention(self, exchange: ExchangeOperation) -> float:
@@ -232,11 +212,8 @@ class ExchangeTimeModel:
 
     def _overlapped(self, exchange: ExchangeOperation) -> KernelMeasurement | None:
         """Return the measurement of the exchange with overlapped computing, or None."""
-        names = (
-            self.table.find_row("exchange", exchange.value, "overlapped", precision.value)
-            for precision in GemmPrecision
-        )
-        return next((row for row in names if row is not None), None)
+        rows = self.table.select_any_format("exchange", "overlapped")
+        return next((row for row in rows if row.name == exchange.value), None)
 
 
 def _kind(exchange: ExchangeOperation) -> str:

@@ -20,16 +20,16 @@ from ...trainer.costs.cluster import ClusterConfig
 from ...trainer.costs.flops import FlopCount, count_flops
 from ...trainer.ledger.terms import to_paper_terms
 from ...trainer.memory.layout import LayoutMemory, ShardedParameters, stage_shapes, stage_shapes_by_pp_rank
+from ...trainer.memory.peak import RankMemory
 from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import StageLayout
 from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeTimeModel, bytes_per_second
 from .instruction_times import InstructionCounts, InstructionTimes, count_instructions
 from .kernel_times import EvidenceCoverage
-from .layout_memory import MemoryForecast, candidate_memory
+from .layout_memory import candidate_memory
 from .operations import LayerWorkload
 from .optimizer_step_time import (
-    CollectiveSeconds,
     OptimizerStepTimeModel,
     RankParameters,
     WeightLiveness,
@@ -69,7 +69,7 @@ class StepForecast:
     exposed_collective_seconds: float
     """Exposed seconds of gradient reduce-scatter and weight all-gather."""
     optimizer_seconds: float
-    memory_by_rank: tuple[MemoryForecast, ...]
+    memory_by_rank: tuple[RankMemory, ...]
     flops_per_token: FlopCount
     global_batch_tokens: int
     """Tokens per step."""
@@ -102,7 +102,7 @@ class StepForecast:
         return self.flops_per_token.main_model * self.tokens_per_second_per_gpu / self.peak_flops_per_gpu
 
     @property
-    def peak_memory(self) -> MemoryForecast:
+    def peak_memory(self) -> RankMemory:
         """Memory of the rank that needs most."""
         return max(self.memory_by_rank, key=lambda memory: memory.total)
 
@@ -138,25 +138,19 @@ class StepForecast:
 
     def instruction_seconds(self, op: Op) -> list[float]:
         """Return the seconds of all instructions of one op, by rank."""
-        program = self.program_times.program
+        times = self.program_times
         return [
-            sum(end - start for entry, start, end in zip(row, starts, ends, strict=True) if entry.op is op)
-            for row, starts, ends in zip(
-                program.instructions, self.program_times.start_times, self.program_times.end_times, strict=True
-            )
+            sum(end - start for entry, start, end in zip(*rows, strict=True) if entry.op is op)
+            for rows in zip(times.program.instructions, times.start_times, times.end_times, strict=True)
         ]
 
     @property
     def bottleneck(self) -> str:
         """Largest part of the step besides computing, in words."""
-        mean, busy, waits = (
-            self.mean_time_terms,
-            self.program_times.busy_time_per_rank,
-            self.program_times.bubble_time_per_rank,
-        )
+        busy, waits = self.program_times.busy_time_per_rank, self.program_times.bubble_time_per_rank
         parts = {
             "pipeline bubble": sum(waits) / len(waits),
-            "exposed all-to-alls": mean["exposed_all_to_all"],
+            "exposed all-to-alls": self.mean_time_terms["exposed_all_to_all"],
             "gradients and optimizer": self.exposed_collective_seconds + self.optimizer_seconds,
         }
         name = max(parts, key=lambda key: parts[key])
@@ -168,14 +162,13 @@ class StepForecast:
 def _terms(
     runs: InstructionTimes, times: SimulatedTimes, reduce: float, optimizer: float
 ) -> Iterator[dict[str, float]]:
-    """Yield the terms of each rank."""
     for rank, (ends, busy) in enumerate(zip(times.end_times, times.busy_time_per_rank, strict=True)):
         # The gradient norm is a sum over all ranks: after its last instruction every rank waits for the slowest one.
         last = times.makespan - ends[-1] + reduce
         yield runs.time_terms(rank) | {PIPELINE_WAIT: ends[-1] - busy, GRADIENT_SYNC_WAIT: last, OPTIMIZER: optimizer}
 
 
-def bytes_with_fragmentation(memory: MemoryForecast, recipe: ForecastRecipe) -> float:
+def bytes_with_fragmentation(memory: RankMemory, recipe: ForecastRecipe) -> float:
     """Return the bytes that a rank needs, fragmentation included."""
     # Weights, gradients and optimizer state are flat buffers allocated once; only memory that is allocated and freed
     # within a step leaves gaps.
@@ -236,7 +229,8 @@ class StepForecaster:
         runs = InstructionTimes(costs, held, planned.instruction_counts, recipe, factor)
         transfer = self.p2p_seconds(layout, recipe)
         times = planned.simulator.simulate(runs.duration, transfer)
-        reduce, optimizer = self._optimizer_step_seconds(layout, recipe, planned.weight_liveness, times)
+        reduce = self._exposed_collective_seconds(layout, recipe, planned.weight_liveness, times)
+        optimizer = self._optimizer_seconds(layout, recipe)
         peak = self.cluster.peak_tflops
         assert peak is not None
         return StepForecast(
@@ -266,11 +260,11 @@ class StepForecaster:
 
     def memory_by_rank(
         self, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
-    ) -> tuple[MemoryForecast, ...]:
+    ) -> tuple[RankMemory, ...]:
         """Return the memory of every pipeline rank."""
         memory = self._layout_memory(layout, recipe)
         worst_by_rank = self.step_program(layout, global_batch).peak_instructions_by_rank
-        return tuple(MemoryForecast.from_rank_memory(memory.predict_rank(*each)) for each in enumerate(worst_by_rank))
+        return tuple(memory.predict_rank(*each) for each in enumerate(worst_by_rank))
 
     def static_memory_bytes(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the bytes of weights, gradients and optimizer state of the rank with most."""
@@ -312,60 +306,45 @@ class StepForecaster:
         measured = table.find_row("edge", "message", f"{layout.micro_batch_size}x{self.sequence_length}")
         if measured is not None:
             return measured.seconds
-        cluster = self.cluster
         # A chunk's output is one hidden state per token: 58.7 MB for V3, 1.5 ms at 40 GB/s. The slowest link counts,
         # since one late rank delays its whole expert-parallel group.
         links = {topology.link_type(rank, rank + topology.dp) for rank in range(topology.dp)}
-        crosses = LinkType.INFINIBAND in links
-        name, link = (
-            ("infiniband_gb_per_second", cluster.infiniband_gb_per_second)
-            if crosses
-            else ("nvlink_gb_per_second", cluster.nvlink_gb_per_second)
-        )
-        rate = bytes_per_second(cluster, name, link, "a P2P message between stages")
+        link = "infiniband" if LinkType.INFINIBAND in links else "nvlink"
+        rate = bytes_per_second(self.cluster, link, "a P2P message between stages")
         return tokens * self.model.hidden_size * recipe.high_precision_bytes / (rate * recipe.link_speed_factor)
 
-    def _optimizer_step_seconds(
+    def _exposed_collective_seconds(
         self, layout: ParallelLayout, recipe: ForecastRecipe, uses: WeightLiveness, times: SimulatedTimes
-    ) -> tuple[float, float]:
-        """Return the exposed seconds of gradient and weight collectives, and those of the slowest rank's optimizer."""
+    ) -> float:
         step_model = self._optimizer_step_model(layout, recipe)
-        optimizer = self._optimizer_seconds(layout, recipe)
         if step_model.is_measured:
-            return max(step_model.measured_seconds(held)[0] for held in self.parameters_by_rank(layout)), optimizer
-        traffic = self._collective_seconds(layout, step_model)
-        shown = exposed_reduce_scatter_seconds(uses, times, traffic) + exposed_all_gather_seconds(uses, times, traffic)
-        return shown, optimizer
+            return max(map(step_model.measured_sum_seconds, self.parameters_by_rank(layout)))
+        stages = list(self._parameters_of_collectives(layout))
+        reduce = exposed_reduce_scatter_seconds(uses, times, [*map(step_model.reduce_scatter_seconds, stages)])
+        return reduce + exposed_all_gather_seconds(uses, times, [*map(step_model.all_gather_seconds, stages)])
 
     def _optimizer_seconds(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the optimizer's seconds on the slowest rank."""
-        step_model = self._optimizer_step_model(layout, recipe)
-        if step_model.is_measured:
-            return max(step_model.measured_seconds(held)[1] for held in self.parameters_by_rank(layout))
-        return max(map(step_model.optimizer_seconds, self.parameters_by_rank(layout)))
+        return max(map(self._optimizer_step_model(layout, recipe).optimizer_seconds, self.parameters_by_rank(layout)))
 
     def _optimizer_step_model(self, layout: ParallelLayout, recipe: ForecastRecipe) -> OptimizerStepTimeModel:
         return OptimizerStepTimeModel(
             self.cluster, recipe, self.chunk_time_model(layout, recipe).compute_model.table, layout.topology
         )
 
-    def _collective_seconds(
-        self, layout: ParallelLayout, step_model: OptimizerStepTimeModel
-    ) -> list[CollectiveSeconds]:
-        """Return the collective times of each stage."""
+    def _parameters_of_collectives(self, layout: ParallelLayout) -> Iterator[RankParameters]:
+        """Yield the parameters that the collectives of each stage contain."""
         together = any(held[0].is_first and held[-1].is_last for held in self._stages_by_rank(layout))
         has_replica = bool(together and self.model.num_nextn_predict_layers)
-        embedding, counted = self.model.vocab_size * self.model.hidden_size, []
+        embedding = self.model.vocab_size * self.model.hidden_size
         for stage in self.stage_shapes(layout):
             held = self._rank_parameters(layout, [stage])
             # MTP embeds tokens in the last stage. Where one rank holds the first and the last stage, as in DualPipe,
             # they share the embedding (report §3.2.3), and the first stage's collectives contain it.
             spare = embedding if stage.is_last and not stage.is_first and has_replica else 0
-            counted.append(replace(held, dense=held.dense - spare))
-        return [step_model.collective_seconds(held) for held in counted]
+            yield replace(held, dense=held.dense - spare)
 
     def _parameters_by_rank(self, layout: ParallelLayout) -> tuple[RankParameters, ...]:
-        """Return the parameters of one rank per pipeline rank."""
         return tuple(self._rank_parameters(layout, held) for held in self._stages_by_rank(layout))
 
     def _rank_parameters(self, layout: ParallelLayout, held: Sequence[StageShape]) -> RankParameters:
@@ -384,7 +363,6 @@ class StepForecaster:
         return candidate_memory(parameters, self.chunk_time_model(layout, recipe).shape, recipe)
 
     def _slowest_node_factor(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
-        """Return the time factor of the slowest node."""
         # Expected maximum of N normal variables: mean + deviation * sqrt(2 ln N), an upper estimate for small N.
         nodes = max(1, layout.topology.world_size // layout.topology.gpus_per_node)
         return 1 + recipe.jitter * math.sqrt(2 * math.log(nodes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...comm.trace import EXPOSED_ALL_TO_ALL
 from ...parallelism.pipeline.chunk_walk import StageShape
@@ -11,8 +11,8 @@ from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
 from .recipe import ForecastRecipe
 from .stream_simulation import ChunkTimeModel, SimulatedStreams
 
-InstructionCounts = Sequence[dict[tuple[Op, int, int], int]]
-"""One mapping per rank: (op, forward chunk, backward chunk) to the number of such instructions; chunk -1: none."""
+InstructionCounts = Sequence[Mapping[tuple[Op, int | None, int | None], int]]
+"""One mapping per rank: op, forward chunk and backward chunk to the number of such instructions."""
 
 
 class InstructionTimes:
@@ -40,10 +40,7 @@ class InstructionTimes:
 
     def duration(self, rank: int, instruction: Instruction) -> float:
         """Return the seconds of `instruction` on `rank`."""
-        forward, backward = instruction.forward, instruction.backward
-        return self._seconds[rank][
-            instruction.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
-        ]
+        return self._seconds[rank][instruction.op_and_chunks]
 
     def time_terms(self, rank: int) -> dict[str, float]:
         """Return a rank's seconds by op without exposed all-to-alls, and the seconds of these."""
@@ -56,12 +53,9 @@ class InstructionTimes:
             exposed += count * waits
         return terms | {EXPOSED_ALL_TO_ALL: exposed}
 
-    def _streams(self, rank: int, key: tuple[Op, int, int]) -> SimulatedStreams:
-        op, forward, backward = key
-        held = self._held[rank]
-        return self._costs.simulate_instruction(
-            op.value, held[forward] if forward >= 0 else None, held[backward] if backward >= 0 else None
-        )
+    def _streams(self, rank: int, key: tuple[Op, int | None, int | None]) -> SimulatedStreams:
+        forward, backward = (None if chunk is None else self._held[rank][chunk] for chunk in key[1:])
+        return self._costs.simulate_instruction(key[0].value, forward, backward)
 
     def _equalize(self) -> None:
         """Give every instruction of an op the mean duration, as if all stages were equal."""
@@ -81,9 +75,4 @@ class InstructionTimes:
 
 def count_instructions(program: PipelineProgram) -> InstructionCounts:
     """Count each rank's instructions by op and chunks."""
-    return [dict(Counter(map(_key, row))) for row in program.instructions]
-
-
-def _key(entry: Instruction) -> tuple[Op, int, int]:
-    forward, backward = entry.forward, entry.backward
-    return entry.op, -1 if forward is None else forward.chunk, -1 if backward is None else backward.chunk
+    return [Counter(entry.op_and_chunks for entry in row) for row in program.instructions]

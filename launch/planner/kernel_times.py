@@ -6,7 +6,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,11 +14,11 @@ from pathlib import Path
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_text
 from ...comm.files.strict_json import shorten_for_message
+from .recipe import GemmPrecision
 
 _UNITS = ("us", "GB/s", "share", "SMs", "")
 _RATES = ("GB/s", "share")
 _MOST_BYTES = 2**26
-_COLUMNS = ("kind", "name", "role", "dtype", "tokens", "inputs", "outputs", "value", "unit", "evidence", "source")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class KernelMeasurement:
         return self.value * 1e-6
 
 
+_COLUMNS = tuple(column.name for column in fields(KernelMeasurement))
+
+
 @dataclass(frozen=True)
 class KernelTable:
     """All rows of one cluster."""
@@ -69,9 +72,18 @@ class KernelTable:
         """Recipe of a table of whole phases, by configuration key; empty for a table of kernels."""
         return {row.name: row.role for row in self.rows if row.kind == "recipe"}
 
+    @property
+    def reserved_sms(self) -> KernelMeasurement | None:
+        """Row with the SMs that communicated during the measurements; None if the table does not say."""
+        return self.find_row("gemm", "lent_sms", "any")
+
     def select(self, kind: str, role: str, dtype: str = "any") -> Sequence[KernelMeasurement]:
         """Return the rows of one kind, role and dtype."""
         return self._index.get((kind, role, dtype), ())
+
+    def select_any_format(self, kind: str, role: str) -> list[KernelMeasurement]:
+        """Return the rows of one kind and role in every format of GEMMs."""
+        return [row for precision in GemmPrecision for row in self.select(kind, role, precision.value)]
 
     def find_row(self, kind: str, name: str, role: str, dtype: str = "any") -> KernelMeasurement | None:
         """Return the row with this name, or None."""
@@ -115,36 +127,29 @@ def read_kernel_table(name: str) -> KernelTable:
     try:
         if tuple(reader.fieldnames or ()) != _COLUMNS:
             raise ConfigError([Problem("cluster.tables", name, f"must have the columns {','.join(_COLUMNS)}")])
-        return KernelTable(name, tuple(_checked(name, reader.line_num, line) for line in reader))
+        return KernelTable(name, tuple(_parse_row(f"{name}:{reader.line_num}", line) for line in reader))
     except csv.Error as error:  # a cell of more than 131,072 characters
         raise ConfigError([Problem(f"{name}:{reader.line_num}", None, f"is not a line of a table: {error}")]) from error
 
 
-def _checked(name: str, number: int, line: Mapping[str | None, str | None]) -> KernelMeasurement:
-    """Parse one line of a table. Raises `ConfigError` for a malformed one."""
+def _parse_row(place: str, line: Mapping[str | None, str | None]) -> KernelMeasurement:
+    """Parse one line, at `place`, as `csv.DictReader` gives it. Raises `ConfigError` for a malformed one."""
+    cells = [cell for column, cell in line.items() if column is not None and cell is not None]
     try:
-        return _parse_row(line)
+        if len(cells) < len(_COLUMNS) or None in line:
+            raise ValueError(f"it must have {len(_COLUMNS)} columns")
+        kind, name, role, dtype, *shape, value, unit, evidence, source = cells
+        tokens, inputs, outputs = (int(cell or 0) for cell in shape)
+        row = KernelMeasurement(kind, name, role, dtype, tokens, inputs, outputs, float(value), unit, evidence, source)
+        if min(tokens, inputs, outputs) < 0 or not 0 <= row.value < math.inf:
+            raise ValueError("a number that is negative or not finite")
+        if unit in _RATES and row.value == 0:
+            raise ValueError("a rate of 0")
+        if unit not in _UNITS or evidence not in EVIDENCE_CLASSES:
+            raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
     except ValueError as error:
         hint = f"is not a row of the table ({error}); write the table again with `shoestring calibrate`"
-        raise ConfigError(
-            [Problem(f"{name}:{number}", shorten_for_message(",".join(map(str, line.values()))), hint)]
-        ) from error
-
-
-def _parse_row(line: Mapping[str | None, str | None]) -> KernelMeasurement:
-    """Parse one line as `csv.DictReader` gives it. Raises `ValueError` with the reason."""
-    cells = [cell for column, cell in line.items() if column is not None and cell is not None]
-    if len(cells) < len(_COLUMNS) or None in line:
-        raise ValueError(f"it must have {len(_COLUMNS)} columns")
-    kind, name, role, dtype, *shape, value, unit, evidence, source = cells
-    tokens, inputs, outputs = (int(cell or 0) for cell in shape)
-    row = KernelMeasurement(kind, name, role, dtype, tokens, inputs, outputs, float(value), unit, evidence, source)
-    if min(tokens, inputs, outputs) < 0 or not 0 <= row.value < math.inf:
-        raise ValueError("a number that is negative or not finite")
-    if unit in _RATES and row.value == 0:
-        raise ValueError("a rate of 0")
-    if unit not in _UNITS or evidence not in EVIDENCE_CLASSES:
-        raise ValueError(f"units are {', '.join(_UNITS)}, and evidence {', '.join(EVIDENCE_CLASSES)}")
+        raise ConfigError([Problem(place, shorten_for_message(",".join(map(str, line.values()))), hint)]) from error
     return row
 
 
@@ -153,7 +158,7 @@ def write_kernel_table(path: Path, rows: Sequence[KernelMeasurement]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows([row.__dict__[column] for column in _COLUMNS] for row in rows)
+        writer.writerows(map(astuple, rows))
 
 
 EVIDENCE_CLASSES = ("measured", "published", "assumed")

@@ -105,6 +105,11 @@ class LayerWorkload:
         return self.sequence_length * self.micro_batch_size
 
     @property
+    def table_name(self) -> str:
+        """Name of the shape in a table of whole phases."""
+        return f"{self.micro_batch_size}x{self.sequence_length}/{self.ep_size}"
+
+    @property
     def routed_rows(self) -> int:
         """R, the rows of the rank's experts: the balanced number times 1 + `expert_skew`."""
         if self.traced_rows is not None:

@@ -76,14 +76,6 @@ class WeightLiveness:
 
 
 @dataclass(frozen=True)
-class CollectiveSeconds:
-    """Seconds of one stage's gradient reduce-scatter and weight all-gather."""
-
-    reduce_scatter: float
-    all_gather: float
-
-
-@dataclass(frozen=True)
 class OptimizerStepTimeModel:
     """Times of the optimizer step in one layout."""
 
@@ -97,14 +89,10 @@ class OptimizerStepTimeModel:
         """True if the table has the whole update per thousand parameters, as `shoestring calibrate` times it."""
         return self.table.find_row("phase", "optimizer", "any") is not None
 
-    def measured_seconds(self, held: RankParameters) -> tuple[float, float]:
-        """Return the seconds of gradient sums and of the rest of the update on one rank, as calibrated.
-
-        Nothing overlaps there: a CPU process sums and computes on one core.
-        """
-        reduce, update, rest = (self._timed_row(name) for name in ("reduce", "optimizer", "step"))
+    def measured_sum_seconds(self, held: RankParameters) -> float:
+        """Return the seconds of one rank's gradient sums as calibrated; a CPU process overlaps them with nothing."""
         copied = held.dense * (held.dense_replicas > 1) + held.routed * (held.routed_replicas > 1)
-        return copied / 1e3 * reduce, (held.dense + held.routed) / 1e3 * update + rest
+        return copied / 1e3 * self._timed_row("reduce")
 
     def _timed_row(self, name: str) -> float:
         row = self.table.find_row("phase", name, "any")
@@ -113,7 +101,9 @@ class OptimizerStepTimeModel:
         return row.seconds
 
     def optimizer_seconds(self, held: RankParameters) -> float:
-        """Return the seconds of updating one rank's shard: bytes read and written over the memory bandwidth."""
+        """Return the seconds of one rank's update, as calibrated or from the bytes that it moves of its shard."""
+        if self.is_measured:
+            return (held.dense + held.routed) / 1e3 * self._timed_row("optimizer") + self._timed_row("step")
         wide = self.recipe.high_precision_bytes
         shard = held.dense / held.dense_replicas + held.routed / held.routed_replicas
         # A pure memory pass: read the gradient for the norm and again for the update, read and write the FP32 master
@@ -123,14 +113,16 @@ class OptimizerStepTimeModel:
             # Quantizing reads BF16 (2 bytes) and writes both FP8 layouts (1 each), of all weights and not the shard.
             touched += (held.dense + held.routed) * 4
         share = self.table.find_row("memory", "update", "any")
-        rate = bytes_per_second(
-            self.cluster, "memory_gb_per_second", self.cluster.memory_gb_per_second, "the optimizer's update"
-        )
+        rate = bytes_per_second(self.cluster, "memory", "the optimizer's update")
         return touched / (rate * (share.value if share is not None else 1.0))
 
-    def collective_seconds(self, held: RankParameters) -> CollectiveSeconds:
-        """Return the collective times of one stage's parameters."""
-        return CollectiveSeconds(self._seconds(held, _GRADIENT), self._seconds(held, self.recipe.high_precision_bytes))
+    def reduce_scatter_seconds(self, held: RankParameters) -> float:
+        """Return the seconds in which one stage's gradients are reduced."""
+        return self._seconds(held, _GRADIENT)
+
+    def all_gather_seconds(self, held: RankParameters) -> float:
+        """Return the seconds in which one stage's weights are gathered."""
+        return self._seconds(held, self.recipe.high_precision_bytes)
 
     def _seconds(self, held: RankParameters, size: int) -> float:
         topology, per_node = self.topology, self.topology.gpus_per_node
@@ -143,36 +135,29 @@ class OptimizerStepTimeModel:
         """Return the seconds of a reduce-scatter or all-gather of `count` bytes over `ranks`, `inside` per node."""
         if ranks == 1 or not count:
             return 0.0
-        nodes, cluster, need = max(1, ranks // inside), self.cluster, f"a sum over {ranks} replicas"
-        seconds = []
+        nodes, need, seconds = max(1, ranks // inside), f"a sum over {ranks} replicas", []
         if inside > 1:
-            rate = bytes_per_second(cluster, "nvlink_gb_per_second", cluster.nvlink_gb_per_second, need)
-            seconds.append(count * (inside - 1) / inside / rate)
+            seconds.append(count * (inside - 1) / inside / bytes_per_second(self.cluster, "nvlink", need))
         if nodes > 1:
-            rate = bytes_per_second(cluster, "infiniband_gb_per_second", cluster.infiniband_gb_per_second, need)
-            seconds.append(count * (nodes - 1) / nodes / inside / rate)
+            seconds.append(count * (nodes - 1) / nodes / inside / bytes_per_second(self.cluster, "infiniband", need))
         # Rings inside nodes and between them run at the same time, so the slower one counts.
         return max(seconds) / self.recipe.link_speed_factor
 
 
-def exposed_reduce_scatter_seconds(
-    uses: WeightLiveness, times: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
-) -> float:
-    """Return the seconds from the last instruction until all gradients are reduced."""
+def exposed_reduce_scatter_seconds(uses: WeightLiveness, times: SimulatedTimes, seconds: Sequence[float]) -> float:
+    """Return the time from the last instruction until all gradients are reduced; `seconds` are of each stage."""
     # All ranks must start their collectives in one order, or they deadlock: that of the stages' last uses.
-    order = sorted(range(len(traffic)), key=lambda stage: (max(uses.last_use_by_stage[stage].values()), stage))
+    order = sorted(range(len(seconds)), key=lambda stage: (max(uses.last_use_by_stage[stage].values()), stage))
     ready = [{rank: times.end_times[rank][index] for rank, index in ends.items()} for ends in uses.last_use_by_stage]
-    ends = list(_one_by_one(order, ready, [each.reduce_scatter for each in traffic], len(times.end_times)))
+    ends = _one_by_one(order, ready, seconds, len(times.end_times))
     return max(0.0, max(end for _, end in ends) - times.makespan)
 
 
-def exposed_all_gather_seconds(
-    uses: WeightLiveness, times: SimulatedTimes, traffic: Sequence[CollectiveSeconds]
-) -> float:
-    """Return the seconds by which the next step waits for weights, on the rank that waits longest."""
-    order = sorted(range(len(traffic)), key=lambda stage: (min(uses.first_use_by_stage[stage].values()), stage))
+def exposed_all_gather_seconds(uses: WeightLiveness, times: SimulatedTimes, seconds: Sequence[float]) -> float:
+    """Return how long the next step waits for weights, on the rank that waits longest; `seconds` are of each stage."""
+    order = sorted(range(len(seconds)), key=lambda stage: (min(uses.first_use_by_stage[stage].values()), stage))
     ready = [dict.fromkeys(firsts, 0.0) for firsts in uses.first_use_by_stage]
-    ends = _one_by_one(order, ready, [each.all_gather for each in traffic], len(times.end_times))
+    ends = _one_by_one(order, ready, seconds, len(times.end_times))
     return max(
         end - times.start_times[rank][index]
         for stage, end in ends

@@ -39,11 +39,12 @@ def plan_header() -> dict[str, object]:
     return {"format": PLAN_FORMAT, "version": __version__}
 
 
-def run_description(config: RunConfig) -> dict[str, object]:
-    """Return what determines the price of a run besides the layout."""
+def run_description(config: RunConfig) -> dict[str, Any]:
+    """Return what determines the price of a run besides the layout, as JSON gives it back: tuples are lists."""
     names = ("sequence_length", "global_batch_size", *_PRICE[:-1])
     training = {name: getattr(config.training, name) for name in names}
-    return {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+    description = {"model": asdict(config.model), **training, "cluster": config.cluster.name}
+    return dict(json.loads(json.dumps(description)))
 
 
 def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object]:
@@ -73,29 +74,9 @@ def layout_as_dict(forecast: StepForecast, gpu_hours: float) -> dict[str, object
     }
 
 
-@dataclass(frozen=True)
-class PlanEntry:
-    """Planned figures of one layout. Times are means over ranks."""
-
-    layout_name: str
-    """Which layout of the plan this is, in words."""
-    time_terms: Mapping[str, float]
-    """Seconds per step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
-    step_seconds: float
-    """Seconds per step, the sum of the terms."""
-    tokens_per_second: float
-    """Throughput of all GPUs together."""
-    gpu_hours: float
-    """GPU-hours of the whole pre-training, steps only."""
-    memory_bytes: float
-    """Bytes of the rank that needs most memory."""
-    deviations: Sequence[str]
-    """Differences between plan and run that leave the plan comparable, in words."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class _PlannedLayout:
-    """Values of one layout in the file that are read here."""
+class LayoutFigures:
+    """Values of one layout in the file that are read here. Times are means over ranks."""
 
     pp: int = between(1, _MAX_COUNT)
     edp: int = between(1, _MAX_COUNT)
@@ -109,15 +90,35 @@ class _PlannedLayout:
     overlap: bool
     moment_bytes: int = between(1, _MAX_COUNT)
     step_seconds: float = between(0, _MAX_NUMBER)
+    """Seconds per step, the sum of the terms."""
     tokens_per_second_per_gpu: float = between(0, _MAX_NUMBER)
     gpu_hours: float = between(0, _MAX_NUMBER)
+    """GPU-hours of the whole pre-training, steps only."""
     memory_bytes: float = between(0, _MAX_NUMBER)
+    """Bytes of the rank that needs most memory."""
     time_terms: dict[str, float]
+    """Seconds per step, by the names of `trainer.ledger.terms.STEP_TIME_TERMS`."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of all GPUs together."""
+        return self.tokens_per_second_per_gpu * self.pp * self.edp * self.ep
 
     @property
     def words(self) -> str:
         """The layout without its recipe and figures; equal for equal layouts."""
         return _layout_in_words(self.pp, self.edp, self.ep, self.schedule, self.micro_batch, self.layers_per_stage)
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """Layout of a plan, compared with a run."""
+
+    layout_name: str
+    """Which layout of the plan this is, in words."""
+    figures: LayoutFigures
+    deviations: Sequence[str]
+    """Differences between plan and run that leave the plan comparable, in words."""
 
 
 def _layout_in_words(pp: int, edp: int, ep: int, schedule: str, micro_batch: int, layers: Iterable[int]) -> str:
@@ -132,27 +133,23 @@ def read_plan_entry(path: Path, config: RunConfig, precision: str | None) -> Pla
     batch or layout.
     """
     run, layouts = _read(path)
-    raise_if_any(_other_run(path, run, _run_description(config)))
+    raise_if_any(_other_run(path, run, run_description(config)))
     wanted = _run_in_words(config)
     same = {name: layout for name, layout in layouts.items() if layout.words == wanted}
     if not same:
-        raise ConfigError([_no_such_layout(path, layouts.values(), wanted)])
+        listed = "; ".join(dict.fromkeys(layout.words for layout in layouts.values())) or "none"
+        hint = f"does not contain the run's layout, {wanted}; it contains {listed}"
+        raise ConfigError(
+            [Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")]
+        )
     # A plan may list one layout several times with other precision or recompute. `min` keeps the first of equals,
     # and the file lists the fastest first.
     name = min(same, key=lambda name: len(list(_other_recipe(same[name], config, precision))))
-    layout = same[name]
-    return PlanEntry(
-        layout_name=name,
-        time_terms={term: layout.time_terms[term] for term in STEP_TIME_TERMS},
-        step_seconds=layout.step_seconds,
-        tokens_per_second=layout.tokens_per_second_per_gpu * layout.pp * layout.edp * layout.ep,
-        gpu_hours=layout.gpu_hours,
-        memory_bytes=layout.memory_bytes,
-        deviations=[*_other_price(run, config), *_other_recipe(layout, config, precision)],
-    )
+    deviations = [*_other_price(run, config), *_other_recipe(same[name], config, precision)]
+    return PlanEntry(name, same[name], deviations)
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, _PlannedLayout]]:
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, LayoutFigures]]:
     """Read the description of the planned run, and every layout by its name, the fastest first.
 
     Raises `ConfigError` unless the file is a plan of this format with all keys that are read here.
@@ -185,7 +182,7 @@ def _other_format(path: Path, tree: JsonValue) -> Problem:
     return Problem(_OPTION, str(path), f"{hint}; {_COMMAND}")
 
 
-def _read_layouts(tree: JsonValue) -> Iterator[tuple[str, _PlannedLayout]]:
+def _read_layouts(tree: JsonValue) -> Iterator[tuple[str, LayoutFigures]]:
     """Yield (name, layout) of every layout of the file, the fastest first. Raises `MalformedFileError`."""
     if "layouts" not in tree:
         yield "the simulated layout", _read_layout(tree["layout"])
@@ -196,17 +193,11 @@ def _read_layouts(tree: JsonValue) -> Iterator[tuple[str, _PlannedLayout]]:
     yield "the configured layout", _read_layout(tree["configured"])
 
 
-def _read_layout(item: JsonValue) -> _PlannedLayout:
-    layout = item.as_dataclass(_PlannedLayout, ignore_unknown_keys=True)
+def _read_layout(item: JsonValue) -> LayoutFigures:
+    layout = item.as_dataclass(LayoutFigures, ignore_unknown_keys=True)
     for term in STEP_TIME_TERMS:
         item["time_terms"][term].as_number(-_MAX_NUMBER, _MAX_NUMBER)
     return layout
-
-
-def _run_description(config: RunConfig) -> dict[str, Any]:
-    """Return `run_description` as JSON gives it back: tuples are lists, for example."""
-    description: dict[str, Any] = json.loads(json.dumps(run_description(config)))
-    return description
 
 
 def _run_in_words(config: RunConfig) -> str:
@@ -228,21 +219,15 @@ def _other_run(path: Path, planned: Mapping[str, Any], run: Mapping[str, Any]) -
                 yield Problem(_OPTION, str(path), f"{plan}, but the run has {ours!r}; make a plan for this run")
 
 
-def _no_such_layout(path: Path, layouts: Iterable[_PlannedLayout], wanted: str) -> Problem:
-    listed = list(dict.fromkeys(layout.words for layout in layouts))
-    hint = f"does not contain the run's layout, {wanted}; it contains {'; '.join(listed) or 'none'}"
-    return Problem(_OPTION, str(path), f"{hint}. Forecast the run's layout with `shoestring simulate`")
-
-
 def _other_price(planned: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
     """Yield differences that change a run's cost but not its steps."""
-    ours = _run_description(config)
+    ours = run_description(config)
     for key in _PRICE:
         if planned[key] != ours[key]:
             yield f"{key}: {_word(planned[key])} planned, {_word(ours[key])} run"
 
 
-def _other_recipe(layout: _PlannedLayout, config: RunConfig, precision: str | None) -> Iterator[str]:
+def _other_recipe(layout: LayoutFigures, config: RunConfig, precision: str | None) -> Iterator[str]:
     """Yield differences that change the time of a step."""
     run = configured_recipe(config)
     pairs: dict[str, tuple[object, object]] = {

@@ -13,7 +13,6 @@ from ...parallelism.pipeline.chunk_walk import StageShape
 from ...parallelism.pipeline.instruction import run_instruction
 from ...parallelism.pipeline.program import Op
 from ...trainer.config import RunConfig
-from ...trainer.model.config import ModelConfig
 from .forecast import ParallelLayout, StepForecast
 from .recipe import ForecastRecipe
 from .stream_simulation import ChunkTimeModel, SimulatedChunk, SimulatedStreams
@@ -34,18 +33,24 @@ PUBLISHED_GLOBAL_BATCH, PUBLISHED_SEQUENCE_LENGTH, PUBLISHED_GPUS = 15_360, 4096
 PUBLISHED_TOKENS = 14_800_000_000_000
 PUBLISHED_INITIAL_BATCH = 3072
 """Sequences in the first step (V3 report §4.2)."""
-_MODEL = (61, 3, 7168, 256, 8, 2048, 129_280, 1)
+_MODEL = {
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "vocab_size": 129_280,
+    "num_nextn_predict_layers": 1,
+}
 
 
 def is_deepseek_v3_run(config: RunConfig) -> bool:
     """Return whether model, cluster, batch and tokens are those of DeepSeek-V3's pre-training, in any layout."""
     training, cluster = config.training, config.cluster
-    same = (training.global_batch_size, training.sequence_length, training.tokens) == (
-        PUBLISHED_GLOBAL_BATCH,
-        PUBLISHED_SEQUENCE_LENGTH,
-        PUBLISHED_TOKENS,
-    )
-    return same and (cluster.name, cluster.total_gpus) == ("h800", PUBLISHED_GPUS) and _size(config.model) == _MODEL
+    run = training.global_batch_size, training.sequence_length, training.tokens, cluster.name, cluster.total_gpus
+    reported = PUBLISHED_GLOBAL_BATCH, PUBLISHED_SEQUENCE_LENGTH, PUBLISHED_TOKENS, "h800", PUBLISHED_GPUS
+    return run == reported and _MODEL.items() <= vars(config.model).items()
 
 
 def is_deepseek_v3_layout(config: RunConfig, layout: ParallelLayout, recipe: ForecastRecipe) -> bool:
@@ -78,12 +83,6 @@ def seconds_by_published_phase(forecast: StepForecast) -> dict[str, float]:
     }
 
 
-def _size(model: ModelConfig) -> tuple[int, ...]:
-    layers = model.num_hidden_layers, model.first_k_dense_replace, model.hidden_size
-    experts = model.n_routed_experts, model.num_experts_per_tok, model.moe_intermediate_size
-    return *layers, *experts, model.vocab_size, model.num_nextn_predict_layers
-
-
 TRACED_STAGE = StageShape(dense_layers=0, moe_layers=4, is_first=False, is_last=False)
 
 
@@ -95,8 +94,10 @@ def simulate_traced_chunk_pair(costs: ChunkTimeModel, *, use_traced_rows: bool =
     forward_rows, backward_rows = TRACED_EXPERT_ROWS if use_traced_rows else ((), ())
     # The comparison must not count in the forecast's evidence shares.
     streams, costs = SimulatedStreams(), costs.with_separate_coverage()
-    parts = costs.shape, costs.compute_model, costs.exchange_model, streams, True
-    forward, backward = (SimulatedChunk(TRACED_STAGE, *parts, rows) for rows in (forward_rows, backward_rows))
+    forward, backward = (
+        SimulatedChunk(TRACED_STAGE, costs, streams, wait_for_peers=True, routed_rows_by_layer=rows)
+        for rows in (forward_rows, backward_rows)
+    )
     run_instruction(Op.FB, forward, backward)
     return streams
 

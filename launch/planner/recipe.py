@@ -9,6 +9,7 @@ from enum import StrEnum
 from ...comm.errors import Problem
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.wire_format import WireFormat
+from ...parallelism.pipeline.chunk_walk import ExchangeOperation
 from ...trainer.model.recompute import RecomputeModule
 
 
@@ -116,8 +117,7 @@ class ForecastRecipe:
     def exchange_name(self) -> str:
         """Name of the token dispatcher, and the wire format of each of its four operations."""
         exchange = self.exchange
-        operations = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-        formats = {name: getattr(exchange, name) for name in operations}
+        formats = {name: getattr(exchange, name) for name in ExchangeOperation}
         if len(set(formats.values())) == 1:
             return f"{exchange.name} (all {exchange.dispatch})"
         return f"{exchange.name} ({', '.join(f'{name} {form}' for name, form in formats.items())})"

@@ -40,69 +40,35 @@ class RunPhaseCost:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class ContextExtensionPhase:
-    """Phase of context extension (report §4.3)."""
-
-    sequence_length: int
-    global_batch: int
-    steps: int = 1000
-
-
-CONTEXT_EXTENSION_PHASES = (ContextExtensionPhase(32_768, 1920), ContextExtensionPhase(131_072, 480))
+CONTEXT_EXTENSION_PHASES = ((32_768, 1920), (131_072, 480))
+"""Sequence length and global batch of the phases of context extension, of 1,000 steps each (report §4.3)."""
 
 
 def run_phase_costs(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> list[RunPhaseCost]:
-    """Estimate the cost of each phase of the run of `config` in the layout of `forecast`."""
-    return estimate_phase_costs(
-        forecaster,
-        forecast.layout,
-        forecast.recipe,
-        tokens=config.training.tokens,
-        batch_ramp=config.batch_ramp,
-        include_published_phases=is_deepseek_v3_run(config),
-    )
+    """Estimate the cost of each phase of the run of `config` in the layout of `forecast`, a step of its full batch.
 
-
-def estimate_phase_costs(
-    forecaster: StepForecaster,
-    layout: ParallelLayout,
-    recipe: ForecastRecipe,
-    *,
-    tokens: int,
-    batch_ramp: BatchRamp,
-    include_published_phases: bool,
-) -> list[RunPhaseCost]:
-    """Estimate the cost of each phase of a run in this layout; pre-training takes `tokens` with `batch_ramp`.
-
-    `include_published_phases` adds the later phases of DeepSeek-V3's run at their published cost. Raises `ConfigError`
-    for a batch size that the layout cannot run.
+    The later phases of DeepSeek-V3's run have their published cost. Raises `ConfigError` for a batch size that the
+    layout cannot run.
     """
-    _refuse_illegal(layout, batch_ramp)
+    layout, batch_ramp, tokens = forecast.layout, config.batch_ramp, config.training.tokens
+    for level in batch_ramp.levels:
+        if (note := batch_size_problem(layout, level.batch_size)) is not None:
+            raise ConfigError([Problem("batch of a step", level.batch_size, note)])
     phases, full = [], batch_ramp.levels[-1]
-    forecast = forecaster.forecast(layout, recipe, full.batch_size)
     ramp = min(full.samples_before * forecaster.sequence_length, tokens)
     if ramp:
-        hours = _ramp_hours(forecaster, layout, recipe, batch_ramp, ramp)
+        hours = _ramp_hours(forecaster, layout, forecast.recipe, batch_ramp, ramp)
         dearer = f"{hours / forecast.gpu_hours(ramp) - 1:+.1%} over the full batch"
         note = f"from {batch_ramp.levels[0].batch_size:,} to {full.batch_size:,} sequences; {dearer}"
         phases.append(RunPhaseCost("batch ramp", hours, SIMULATED, note))
     note = f"{format_count(tokens - ramp)} tokens at full batch"
     phases.append(RunPhaseCost("pre-training", forecast.gpu_hours(tokens - ramp), SIMULATED, note))
-    return [*phases, *_published(layout)] if include_published_phases else phases
-
-
-def _refuse_illegal(layout: ParallelLayout, batches: BatchRamp) -> None:
-    """Raise `ConfigError` for a batch size of the ramp that the layout cannot run."""
-    for level in batches.levels:
-        note = batch_size_problem(layout, level.batch_size)
-        if note is not None:
-            raise ConfigError([Problem("batch of a step", level.batch_size, note)])
+    return [*phases, *_published(layout)] if is_deepseek_v3_run(config) else phases
 
 
 def _published(layout: ParallelLayout) -> Iterator[RunPhaseCost]:
     """Yield DeepSeek's phases after pre-training, at their published cost."""
-    reasons = [context_extension_problem(layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
+    reasons = [context_extension_problem(layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
     note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which is not supported"])
     yield RunPhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
     yield RunPhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
@@ -137,10 +103,10 @@ def _ramp_hours(
     return spent * layout.topology.world_size / 3600
 
 
-def context_extension_problem(layout: ParallelLayout, phase: ContextExtensionPhase) -> str | None:
+def context_extension_problem(layout: ParallelLayout, sequence_length: int, sequences: int) -> str | None:
     """Return why a phase of long sequences is illegal in this layout, with the nearest legal batch; None if legal."""
-    note = batch_size_problem(layout, phase.global_batch)
-    return None if note is None else f"{phase.sequence_length // 1024} K: {note}"
+    note = batch_size_problem(layout, sequences)
+    return None if note is None else f"{sequence_length // 1024} K: {note}"
 
 
 def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:

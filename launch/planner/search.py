@@ -11,6 +11,7 @@ from itertools import product
 from ...comm.errors import ConfigError
 from ...comm.topology import Topology
 from ...parallelism.pipeline.schedules.registry import SCHEDULES, build_placement, schedule_problems
+from ...trainer.memory.chunk import MemoryKind
 from ...trainer.model.recompute import RecomputeModule
 from .forecast import ParallelLayout, StepForecast, StepForecaster, bytes_with_fragmentation
 from .recipe import RECOMPUTE_DEEPSEEK_V3, RECOMPUTE_EVERYTHING, RECOMPUTE_NOTHING, ForecastRecipe, GemmPrecision
@@ -167,9 +168,10 @@ def find_memory_problem(
     worst = max(ranks, key=lambda memory: bytes_with_fragmentation(memory, recipe))
     if bytes_with_fragmentation(worst, recipe) <= limit:
         return None
+    in_flight = worst.at_peak[MemoryKind.ACTIVATIONS] + worst.at_peak[MemoryKind.DELAYED_WGRAD]
     parts = {
-        "weights, gradients and optimizer": worst.weights + worst.gradients + worst.optimizer_states,
-        "activations in flight": worst.activations + worst.delayed_wgrad,
-        "one layer and the logits": worst.temporary,
+        "weights, gradients and optimizer": worst.state.total,
+        "activations in flight": in_flight,
+        "one layer and the logits": worst.within_step - in_flight,
     }
     return f"mostly {max(parts, key=lambda part: parts[part])}"

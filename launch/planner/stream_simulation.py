@@ -7,7 +7,9 @@ The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 
 from typing_extensions import override
 
@@ -127,9 +129,7 @@ class SimulatedChunk:
     """Chunk of one stage on `streams`, for one simulation."""
 
     stage: StageShape
-    shape: LayerWorkload
-    compute_model: ComputeTimeModel
-    exchange_model: ExchangeTimeModel
+    costs: ChunkTimeModel
     streams: SimulatedStreams
     wait_for_peers: bool
     """True: exchanges wait for other ranks, as in the public trace of an overlapped forward and backward chunk."""
@@ -158,20 +158,18 @@ class SimulatedChunk:
 
     @property
     def _mtp_modules(self) -> int:
-        return self.shape.model.num_nextn_predict_layers
+        return self.costs.shape.model.num_nextn_predict_layers
 
     def run_compute(self, phase: ComputePhase, turn: int | None) -> None:
         """Compute a phase; `turn` is the number of a phase of routed experts, whose rows may differ by layer."""
-        shape = self.shape
+        shape, costs = self.costs.shape, self.costs.compute_model
         if turn is not None and self.routed_rows_by_layer:
             shape = replace(shape, traced_rows=self.routed_rows_by_layer[turn % len(self.routed_rows_by_layer)])
-        self.streams.run_compute(
-            phase, self.compute_model.phase_seconds(shape, phase), self.compute_model.gap_seconds(phase)
-        )
+        self.streams.run_compute(phase, costs.phase_seconds(shape, phase), costs.gap_seconds(phase))
 
     def launch(self, exchange: ExchangeOperation, turn: int) -> _InFlightExchange:
         """Launch an exchange of the MoE layer that has this number in execution order."""
-        travel = self.exchange_model.exchange_time(self.shape, exchange)
+        travel = self.costs.exchange_model.exchange_time(self.costs.shape, exchange)
         waits = travel.peer_wait_seconds_by_layer
         return self.streams.launch_exchange(travel, waits[turn % len(waits)] if self.wait_for_peers else 0.0)
 
@@ -246,30 +244,20 @@ class ChunkTimeModel:
     shape: LayerWorkload
     compute_model: ComputeTimeModel
     exchange_model: ExchangeTimeModel
-    _simulated: dict[tuple[str, StageShape | None, StageShape | None], SimulatedStreams] = field(default_factory=dict)
 
     def with_separate_coverage(self) -> ChunkTimeModel:
         """Return a model with the same prices and a separate, empty coverage."""
         coverage = EvidenceCoverage(strongest_evidence=self.compute_model.coverage.strongest_evidence)
-        cost = ComputeTimeModel(
-            self.compute_model.cluster, self.compute_model.recipe, self.compute_model.table, coverage
+        compute, exchange = (
+            replace(self.compute_model, coverage=coverage),
+            replace(self.exchange_model, coverage=coverage),
         )
-        return ChunkTimeModel(
-            self.shape,
-            cost,
-            ExchangeTimeModel(
-                self.exchange_model.cluster, self.exchange_model.recipe, self.exchange_model.table, coverage
-            ),
-        )
+        return ChunkTimeModel(self.shape, compute, exchange)
 
-    def simulate_instruction(
-        self, op: str, forward: StageShape | None, backward: StageShape | None
-    ) -> SimulatedStreams:
-        """Return the streams after one instruction; `op` is F, B, I, W or FB."""
-        key = op, forward, backward
-        if key not in self._simulated:
-            self._simulated[key] = self._run(*key)
-        return self._simulated[key]
+    @cached_property
+    def simulate_instruction(self) -> Callable[[str, StageShape | None, StageShape | None], SimulatedStreams]:
+        """Function that returns the streams after one instruction: op (F, B, I, W or FB), stages forward, backward."""
+        return cache(self._run)
 
     def _run(self, op: str, forward: StageShape | None, backward: StageShape | None) -> SimulatedStreams:
         streams, recipe = SimulatedStreams(), self.compute_model.recipe
@@ -280,16 +268,12 @@ class ChunkTimeModel:
             recipe.peer_waits is PeerWaits.OVERLAPPED_PAIRS and overlapped
         )
         ahead, back = (
-            None
-            if stage is None
-            else SimulatedChunk(stage, self.shape, self.compute_model, self.exchange_model, streams, waits)
-            for stage in (forward, backward)
+            None if stage is None else SimulatedChunk(stage, self, streams, waits) for stage in (forward, backward)
         )
         run_instruction(Op(op), ahead, back, overlap=recipe.overlap)
         return streams
 
     def compute_seconds(self, stage: StageShape) -> float:
         """Seconds of forward and full backward of one micro-batch without waiting, a lower bound of every schedule."""
-        lone = (("F", stage, None), ("B", None, stage))
-        streams = [self.simulate_instruction(op, forward, backward) for op, forward, backward in lone]
+        streams = [self.simulate_instruction("F", stage, None), self.simulate_instruction("B", None, stage)]
         return sum(each.elapsed_seconds for each in streams) - sum(each.exposed_seconds for each in streams)

@@ -17,7 +17,7 @@ from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..answers.blocks import Block, Cell, Paragraph, Quantity, TableRow, table
 from ..compose import read_config
-from ..planner.plan_file import PlanEntry, read_plan_entry
+from ..planner.plan_file import read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
 _METRICS_FILE = "metrics.jsonl"
@@ -75,17 +75,17 @@ def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> Plan
     seconds = summary.productive_ms / 1e3 / ranks
     tokens = sum(summary.tokens_by_phase.values())
     terms = [
-        PlannedVsMeasured(term, planned.time_terms[term], _seconds_per_step(summary, term, ranks))
+        PlannedVsMeasured(term, planned.figures.time_terms[term], _seconds_per_step(summary, term, ranks))
         for term in STEP_TIME_TERMS
     ]
     return PlanComparison(
         layout_name=planned.layout_name,
         time_terms=[*terms, PlannedVsMeasured("other", 0.0, _seconds_per_step(summary, "other", ranks))],
-        step=PlannedVsMeasured("step", planned.step_seconds, seconds / steps),
+        step=PlannedVsMeasured("step", planned.figures.step_seconds, seconds / steps),
         totals=[
-            PlannedVsMeasured("tokens_per_second", planned.tokens_per_second, tokens / seconds),
-            *_costs(config, summary, planned),
-            PlannedVsMeasured("memory_bytes", planned.memory_bytes, _allocated(run_dir)),
+            PlannedVsMeasured("tokens_per_second", planned.figures.tokens_per_second, tokens / seconds),
+            *_costs(config, summary, planned.figures.gpu_hours),
+            PlannedVsMeasured("memory_bytes", planned.figures.memory_bytes, _allocated(run_dir)),
         ],
         deviations=planned.deviations,
         notes=list(_notes(config, summary, tokens)),
@@ -98,11 +98,11 @@ def _seconds_per_step(summary: LedgerSummary, term: str, ranks: int) -> float | 
     return summary.gpu_ms_by_term[term] / 1e3 / ranks / summary.steps_retained
 
 
-def _costs(config: RunConfig, summary: LedgerSummary, planned: PlanEntry) -> Iterator[PlannedVsMeasured]:
+def _costs(config: RunConfig, summary: LedgerSummary, planned_hours: float) -> Iterator[PlannedVsMeasured]:
     tokens_left = config.tokens_after(config.total_steps) - summary.tokens_retained
     assert summary.step_ms_per_token is not None
     ahead = project_gpu_hours(0.0, tokens_left, summary.step_ms_per_token)
-    yield PlannedVsMeasured("gpu_hours_of_steps", planned.gpu_hours, to_gpu_hours(summary.productive_ms) + ahead)
+    yield PlannedVsMeasured("gpu_hours_of_steps", planned_hours, to_gpu_hours(summary.productive_ms) + ahead)
     yield PlannedVsMeasured("gpu_hours", None, summary.gpu_hours + ahead)
 
 

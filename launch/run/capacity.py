@@ -61,23 +61,20 @@ def _limit(name: str) -> int | None:
 
 def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapacity) -> Iterator[Problem]:
     """Yield a problem for each part of the run that is too large for this machine."""
-    grid = f"{local_ranks} ranks on this machine"
-    if capacity.gpu_bytes is None and local_ranks > MAX_RANKS_PER_CORE * capacity.cpu_cores:
-        hint = (
-            f"asks for {grid}, which has {capacity.cpu_cores} cores; at most {MAX_RANKS_PER_CORE * capacity.cpu_cores}"
-        )
-        yield Problem("topology", _grid(config), f"{hint}: write a smaller topology, or use more nodes")
+    most, lacks = MAX_RANKS_PER_CORE * capacity.cpu_cores, None
+    if capacity.gpu_bytes is None and local_ranks > most:
+        cores = f"which has {capacity.cpu_cores} cores; at most {most}"
+        lacks = f"{cores}: write a smaller topology, or use more nodes"
     elif local_ranks * MIN_PROCESS_BYTES > capacity.host_bytes:
         needs = f"{format_giga(local_ranks * MIN_PROCESS_BYTES, 0)} GB for their processes alone"
-        yield Problem(
-            "topology", _grid(config), f"asks for {grid}, {needs}; it has {format_giga(capacity.host_bytes, 1)} GB"
-        )
+        lacks = f"{needs}; it has {format_giga(capacity.host_bytes, 1)} GB"
     elif capacity.max_tasks is not None and local_ranks * _THREADS_PER_RANK > capacity.max_tasks:
-        yield Problem(
-            "topology", _grid(config), f"asks for {grid}, which may start {capacity.max_tasks} processes and threads"
-        )
-    needed = minimum_memory_per_rank(config)
-    for name, key, size in needed:
+        lacks = f"which may start {capacity.max_tasks} processes and threads"
+    if lacks is not None:
+        topology = config.topology
+        grid = f"pp={topology.pp} edp={topology.edp} ep={topology.ep}"
+        yield Problem("topology", grid, f"asks for {local_ranks} ranks on this machine, {lacks}")
+    for name, key, size in minimum_memory_per_rank(config):
         has = capacity.host_bytes / local_ranks if capacity.gpu_bytes is None else capacity.gpu_bytes
         if size > has:
             kind = "of this machine's memory" if capacity.gpu_bytes is None else "of GPU memory"
@@ -102,8 +99,3 @@ def parameter_count_lower_bound(model: ModelConfig) -> int:
     routed = model.num_moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
     dense = model.first_k_dense_replace * model.intermediate_size
     return model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)
-
-
-def _grid(config: RunConfig) -> str:
-    topology = config.topology
-    return f"pp={topology.pp} edp={topology.edp} ep={topology.ep}"

@@ -105,13 +105,8 @@ def launch_run(
         reserve_status_space(run_dir)
         write_run_config(run_dir, config_to_yaml(config))
         attempt = uuid.uuid4().hex[:12]
-        allocation = AllocationJournal(
-            run_dir,
-            ranks=config.topology.world_size,
-            attempt=attempt,
-            budget=config.budget,
-            job=os.environ.get("SLURM_JOB_ID"),
-        )
+        ranks, job = config.topology.world_size, os.environ.get("SLURM_JOB_ID")
+        allocation = AllocationJournal(run_dir, ranks=ranks, attempt=attempt, budget=config.budget, job=job)
         reason = "the launcher failed"
         try:
             if rendezvous is not None:
@@ -119,10 +114,7 @@ def launch_run(
                     with raise_on_stop_signals(STOP_SIGNALS):
                         rendezvous(attempt)
                 except StoppedBySignal as stop:
-                    reason = f"{stop} before all nodes had connected"
-                    record_stop(run_dir, made_step=False)
-                    print_to_stderr(f"shoestring train: {reason}")
-                    return preemption_exit_code(run_dir)
+                    raise StoppedBeforeStart(f"{stop} before all nodes had connected") from stop
                 except (ConfigError, RendezvousError) as error:
                     reason = str(error)
                     raise
@@ -141,7 +133,7 @@ def launch_run(
             return code if code > _FAILURE else _FAILURE
         except StoppedBeforeStart as stop:
             # A signal between two handlers of this launcher counts as any stop without a step.
-            reason = f"stopped by {stop}"
+            reason = str(stop)
             record_stop(run_dir, made_step=False)
             print_to_stderr(f"shoestring train: {reason}")
             return preemption_exit_code(run_dir)

@@ -9,8 +9,9 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,38 +40,27 @@ from .torchrun import local_torchrun_arguments
 
 _PORT = 29500
 _FAILURE, _CONFIG_ERROR = 1, 2
-_NO_WAIT = 0.0
 _SECONDS_FOR_STATUS = 10
 _POLL_SECONDS = 0.5
 _NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
-class NodeEnvironment:
+class NodeEnvironment(RendezvousEndpoint):
     """Position of this node in the launch, and the address at which the nodes connect."""
 
-    nodes: int
-    node_rank: int
-    """Number of this node. Node 0 runs rank 0 and owns the run directory and the ledger."""
-    master_address: str
-    """Address of node 0; empty for a launch of one node."""
-    master_port: int
-    """TCP port on node 0."""
-    gpus_per_node: int | None
+    gpus_per_node: int | None = None
     """Ranks on each node; None if GPUS_PER_NODE is not set."""
-
-    def rendezvous_endpoint(self, seconds: float) -> RendezvousEndpoint:
-        """Return the endpoint at which the nodes connect, with a timeout of `seconds`."""
-        return RendezvousEndpoint(self.master_address, self.master_port, self.nodes, self.node_rank, seconds)
 
     def torchrun_arguments(self, processes: int) -> list[str]:
         """Return torchrun's arguments for `processes` ranks on this node."""
-        if self.nodes == 1:
+        if self.node_count == 1:
             return local_torchrun_arguments(processes)
         # A static rendezvous: c10d's would number the nodes by the order of their addresses, so that neighbors in the
         # topology would not be neighbors in the network, and rank 0 could be on any node.
-        master = [f"--master-addr={self.master_address}", f"--master-port={self.master_port}"]
-        return [f"--nnodes={self.nodes}", f"--node-rank={self.node_rank}", *master, f"--nproc-per-node={processes}"]
+        master = [f"--master-addr={self.address}", f"--master-port={self.port}"]
+        place = [f"--nnodes={self.node_count}", f"--node-rank={self.node_rank}"]
+        return [*place, *master, f"--nproc-per-node={processes}"]
 
 
 def read_node_environment(environment: Mapping[str, str]) -> NodeEnvironment:
@@ -93,7 +83,7 @@ def read_node_environment(environment: Mapping[str, str]) -> NodeEnvironment:
         hint = "is missing; write the address of the node with NODE_RANK=0, the same on all nodes"
         problems.append(Problem("MASTER_ADDR", "", hint))
     raise_if_any(problems)
-    return NodeEnvironment(nodes, rank, address, port, processes)
+    return NodeEnvironment(address, port, nodes, rank, gpus_per_node=processes)
 
 
 def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
@@ -103,13 +93,13 @@ def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
     """
     world, topology = config.topology.world_size, config.topology
     gpus = 0 if config.training.device == "cpu" else torch.cuda.device_count()
-    processes = place.gpus_per_node or gpus or max(1, world // place.nodes)
+    processes = place.gpus_per_node or gpus or max(1, world // place.node_count)
     problems = []
-    if place.nodes * processes != world:
-        total = f"NNODES x GPUS_PER_NODE = {place.nodes} x {processes} = {place.nodes * processes} processes"
+    if place.node_count * processes != world:
+        total = f"NNODES x GPUS_PER_NODE = {place.node_count} x {processes} = {place.node_count * processes} processes"
         hint = f"{total}, and the topology needs {world}; {_how_to_fit(world, place, processes, gpus)}"
         problems.append(Problem("GPUS_PER_NODE", processes, hint))
-    if place.nodes > 1 and topology.gpus_per_node != processes:
+    if place.node_count > 1 and topology.gpus_per_node != processes:
         hint = f"each node runs {processes} ranks; write topology.gpus_per_node={processes}"
         problems.append(Problem("topology.gpus_per_node", topology.gpus_per_node, hint))
     raise_if_any(problems)
@@ -117,11 +107,11 @@ def count_local_ranks(config: RunConfig, place: NodeEnvironment) -> int:
 
 
 def _how_to_fit(world: int, place: NodeEnvironment, processes: int, gpus: int) -> str:
-    ranks = place.nodes * processes
+    ranks = place.node_count * processes
     topology = "topology=single" if ranks == 1 else f"a topology of {ranks} ranks (pp x edp x ep)"
-    if world % place.nodes:
+    if world % place.node_count:
         return f"write {topology}"
-    share = world // place.nodes
+    share = world // place.node_count
     cpu = " and training.device=cpu" if 0 < gpus < share else ""
     return f"write {topology}, or GPUS_PER_NODE={share}{cpu}"
 
@@ -135,29 +125,24 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     try:
         config = compose_run_config(overrides, config_dir)
         processes = count_local_ranks(config, place)
-        if place.nodes > 1:
-            raise_if_any(master_address_problems(place.master_address))
+        if place.node_count > 1:
+            raise_if_any(master_address_problems(place.address))
         run_preflight_checks(config, processes, fresh=fresh, is_first_node=place.node_rank == 0)
     except ConfigError as error:
         if place.node_rank == 0:
             raise
         _print_config_error(error)
-        report_config_error(place.rendezvous_endpoint(_NO_WAIT), error)
+        report_config_error(place, error)
         return _CONFIG_ERROR
     local = LocalRanks(processes, tuple(place.torchrun_arguments(processes)))
-    if place.nodes == 1:
+    if place.node_count == 1:
         return launch_run(config, local, fresh=fresh)
     # Each node would resolve `${now:...}` to another time: node 0's is used, and a constant is compared.
     fingerprints = run_fingerprint(compose_run_config(overrides, config_dir, _NO_INSTANT), data_digest(config))
-    endpoint = place.rendezvous_endpoint(config.training.rendezvous_timeout_seconds)
+    endpoint = replace(place, timeout_seconds=config.training.rendezvous_timeout_seconds)
     if place.node_rank == 0:
-        run_dir = Path(config.training.run_dir)
-        return launch_run(
-            config,
-            local,
-            fresh=fresh,
-            rendezvous=lambda attempt: host_rendezvous(endpoint, fingerprints, run_dir, attempt),
-        )
+        rendezvous = partial(host_rendezvous, endpoint, fingerprints, Path(config.training.run_dir))
+        return launch_run(config, local, fresh=fresh, rendezvous=rendezvous)
     if not fresh and is_run_finished(config):
         return 0
     if not fresh and budget_blocker(config) is not None:
@@ -211,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with raise_on_early_stop():
             code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
     except StoppedBeforeStart as stopped:
-        print_to_stderr(f"launch/torchrun.sh: stopped by {stopped}")
+        print_to_stderr(f"launch/torchrun.sh: {stopped}")
         code = int(HaltReason.PREEMPTED)
     except ConfigError as error:
         _print_config_error(error)

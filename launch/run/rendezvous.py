@@ -50,11 +50,12 @@ class RendezvousEndpoint:
     """Address at which the nodes connect, and the number of this node."""
 
     address: str
+    """Address of node 0; empty for a launch of one node."""
     port: int
     node_count: int
     node_rank: int
-    """Number of this node."""
-    timeout_seconds: float
+    """Number of this node. Node 0 runs rank 0 and owns the run directory and the ledger."""
+    timeout_seconds: float = 0.0
     """Time to wait for other nodes: `training.rendezvous_timeout_seconds`."""
 
     @property

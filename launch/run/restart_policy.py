@@ -24,10 +24,7 @@ def record_stop(run_dir: Path, *, made_step: bool) -> None:
 
 def count_stops_without_step(run_dir: Path) -> int:
     """Return the number of consecutive attempts that were stopped before their first step."""
-    try:
-        text = read_text(run_dir / _FILE, _MAX_BYTES).strip()
-    except (OSError, MalformedFileError):
-        return 0
+    text = _read(run_dir / _FILE)
     return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0
 
 
@@ -47,9 +44,13 @@ def record_attempt_exit(run_dir: Path, attempt: str, code: int) -> None:
 
 def attempt_exit_code(run_dir: Path, attempt: str) -> int | None:
     """Return the exit code with which `attempt` ended on purpose; None if it did not."""
-    try:
-        name, _, code = read_text(run_dir / _ENDED, _MAX_BYTES).strip().rpartition(" ")
-    except (OSError, MalformedFileError):
-        return None
+    name, _, code = _read(run_dir / _ENDED).rpartition(" ")
     is_code = code.isascii() and code.isdigit() and len(code) <= 3
     return int(code) if name == attempt and is_code else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path, _MAX_BYTES).strip()
+    except (OSError, MalformedFileError):
+        return ""

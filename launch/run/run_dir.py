@@ -10,7 +10,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -142,14 +142,10 @@ def clear_run_status(run_dir: Path) -> None:
     (run_dir / STATUS_FILE).unlink(missing_ok=True)
 
 
-def _print_warning(text: str) -> None:
-    print_to_stderr(f"shoestring train: {text}")
-
-
-def read_run_status(run_dir: Path, warn: Callable[[str], None] = _print_warning) -> Mapping[str, object] | None:
+def read_run_status(run_dir: Path) -> Mapping[str, object] | None:
     """Return exit code and reason that a rank of the last attempt wrote; None if no rank stopped on purpose.
 
-    A status that cannot be read, as after a power failure during the write, counts as none and is passed to `warn`.
+    A status that cannot be read, as after a power failure during the write, counts as none and is reported.
     """
     path = run_dir / STATUS_FILE
     try:
@@ -158,7 +154,7 @@ def read_run_status(run_dir: Path, warn: Callable[[str], None] = _print_warning)
     except FileNotFoundError:
         return None
     except (MalformedFileError, OSError) as error:
-        warn(f"{path} cannot be read ({error}): the last attempt counts as failed")
+        print_to_stderr(f"shoestring train: {path} cannot be read ({error}): the last attempt counts as failed")
         return None
 
 
@@ -167,13 +163,10 @@ _POLL_SECONDS = 0.5
 
 def wait_for_run_dir_lock(run_dir: Path, seconds: float) -> None:
     """Return when no launcher holds `run_dir`, or after `seconds`; do not wait for a directory that has no lock."""
-    deadline, has_printed = time.monotonic() + seconds, False
+    deadline = time.monotonic() + seconds
+    if _is_held(run_dir):
+        print_to_stderr(f"shoestring train: waiting up to {seconds:g} s for the previous launch to release {run_dir}")
     while time.monotonic() < deadline and _is_held(run_dir):
-        if not has_printed:
-            print_to_stderr(
-                f"shoestring train: waiting up to {seconds:g} s for the previous launch to release {run_dir}"
-            )
-            has_printed = True
         time.sleep(_POLL_SECONDS)
 
 

@@ -64,7 +64,7 @@ def ignore_late_stop_signals() -> None:
 
 def _stop_early(number: int, frame: FrameType | None) -> NoReturn:
     ignore_late_stop_signals()
-    raise StoppedBeforeStart(f"{signal.Signals(number).name} before it began; nothing was trained")
+    raise StoppedBeforeStart(f"stopped by {signal.Signals(number).name} before it began; nothing was trained")
 
 
 def exclude_ignored_signals(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:

@@ -112,14 +112,6 @@ def _run(config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callabl
     return _stop(config, worker, 0, f"{steps} steps done")
 
 
-def _watch(config: RunConfig, worker: TorchrunEnvironment) -> Watchdog:
-    """Start the watchdog of NCCL calls, with the limit for startup until the engine has connected."""
-    limit = timedelta(seconds=config.training.start_timeout_seconds)
-    watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER_DIR)
-    watchdog.start()
-    return watchdog
-
-
 def _connect_ranks(
     config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callable[[], bool]
 ) -> tuple[torch.device, Watchdog | None]:
@@ -141,7 +133,10 @@ def _connect_ranks(
         _apply_settings(config, worker)
         print_unused_gpus(config.training.device, worker)
         device = pick_device(config.training.device, worker)
-        watchdog = _watch(config, worker) if device.type == "cuda" else None
+        watchdog = None
+        if device.type == "cuda":  # with the limit for startup until the engine has connected
+            watchdog = Watchdog(worker.rank, limit, Path(config.training.run_dir) / FLIGHT_RECORDER_DIR)
+            watchdog.start()
         with nullcontext() if watchdog is None else watchdog.watch_call("opening NCCL", range(worker.world_size)):
             init_default_process_group(worker, device, limit, store)
     except (dist.DistError, OSError) as error:
@@ -198,15 +193,12 @@ def _hold_run_dir(config: RunConfig) -> Iterator[None]:
 
     Raises `ConfigError`, before anything is written, if another run is active in the directory.
     """
-    run_dir = Path(config.training.run_dir)
-    if LAUNCHER_PID_ENV_VAR in os.environ:
+    run_dir, launched = Path(config.training.run_dir), LAUNCHER_PID_ENV_VAR in os.environ
+    with nullcontext() if launched else lock_run_dir(run_dir, fresh=False):
         create_run_dir(run_dir)
         reserve_status_space(run_dir)
-        yield
-        return
-    with lock_run_dir(run_dir, fresh=False):
-        reserve_status_space(run_dir)
-        write_run_config(run_dir, config_to_yaml(config))
+        if not launched:
+            write_run_config(run_dir, config_to_yaml(config))
         yield
 
 

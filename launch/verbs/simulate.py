@@ -41,6 +41,7 @@ from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import Assumption, list_assumptions
 from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
+from ..planner.layout_memory import memory_by_kind
 from ..planner.plan_file import layout_as_dict, plan_header, run_description
 from ..planner.published import (
     PUBLISHED_INITIAL_BATCH,
@@ -169,7 +170,7 @@ def simulation_answer(simulation: SimulatedLayout) -> Answer:
         "pipeline_wait_seconds": _pipeline_waits(forecast),
         "time_terms_by_rank": list(forecast.time_terms_by_rank),
         "deepseek_report_terms": forecast.deepseek_report_terms(),
-        "memory_by_rank": [vars(memory) | {"total": memory.total} for memory in forecast.memory_by_rank],
+        "memory_by_rank": [memory_by_kind(memory) | {"total": memory.total} for memory in forecast.memory_by_rank],
         "memory_without_recompute_bytes": simulation.peak_bytes_without_recompute,
         "memory_limit_bytes": None if cluster.memory_gb is None else cluster.memory_gb * 1e9,
         "p2p_seconds": forecast.p2p_seconds,
@@ -279,7 +280,7 @@ def _times(forecast: StepForecast) -> TableBlock:
 
 def _memory(simulation: SimulatedLayout) -> TableBlock:
     peak = simulation.forecast.peak_memory
-    rows = [TableRow((MEMORY_LABELS[name], _gigabytes(size))) for name, size in vars(peak).items()]
+    rows = [TableRow((MEMORY_LABELS[name], _gigabytes(size))) for name, size in memory_by_kind(peak).items()]
     rows.append(TableRow(("total", _gigabytes(peak.total)), is_total=True))
     if (without := simulation.peak_bytes_without_recompute) is not None:
         rows.append(TableRow(("without DeepSeek's memory savings (no recompute)", _gigabytes(without))))

@@ -76,9 +76,7 @@ def peak_instructions(
     for instruction, held in zip(
         program.instructions[rank], _counts_while_running(program, rank, p2p_batches), strict=True
     ):
-        forward, backward = instruction.forward, instruction.backward
-        chunks = None if forward is None else forward.chunk, None if backward is None else backward.chunk
-        found.setdefault((instruction.op, *chunks), set()).add(held)
+        found.setdefault(instruction.op_and_chunks, set()).add(held)
     return frozenset(
         LiveInstruction(*work, held) for work, all_counts in found.items() for held in _undominated(all_counts)
     )

@@ -59,6 +59,12 @@ class Instruction:
         """The one or two (chunk, micro-batch) of the instruction, forward first."""
         return tuple(work for work in (self.forward, self.backward) if work is not None)
 
+    @property
+    def op_and_chunks(self) -> tuple[Op, int | None, int | None]:
+        """Op, and the chunks of its forward and backward, without the micro-batches."""
+        forward, backward = self.forward, self.backward
+        return self.op, None if forward is None else forward.chunk, None if backward is None else backward.chunk
+
     def __str__(self) -> str:
         return f"{self.op} " + " & ".join(
             f"chunk {work.chunk} micro-batch {work.micro_batch}" for work in self.chunk_micro_batches

@@ -89,7 +89,12 @@ class RankMemory:
     @property
     def allocator_bytes(self) -> float:
         """Peak bytes within torch's allocator."""
-        return self.state.total + sum(self.at_peak.values())
+        return self.state.total + self.within_step
+
+    @property
+    def within_step(self) -> float:
+        """Peak bytes that are allocated and freed within a step."""
+        return sum(self.at_peak.values())
 
 
 @dataclass

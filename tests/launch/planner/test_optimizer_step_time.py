@@ -8,7 +8,6 @@ import pytest
 
 from shoestring.comm.topology import Topology
 from shoestring.launch.planner.optimizer_step_time import (
-    CollectiveSeconds,
     OptimizerStepTimeModel,
     RankParameters,
     WeightLiveness,
@@ -31,45 +30,38 @@ def run(schedule: str, ranks: int, micro_batches: int) -> tuple[WeightLiveness, 
 
 def test_one_rank_hides_nothing() -> None:
     uses, played = run("1f1b", 1, 4)
-    traffic = [CollectiveSeconds(reduce_scatter=2.0, all_gather=1.0)]
-    assert exposed_reduce_scatter_seconds(uses, played, traffic) == 2.0
-    assert exposed_all_gather_seconds(uses, played, traffic) == 1.0
+    assert exposed_reduce_scatter_seconds(uses, played, [2.0]) == 2.0
+    assert exposed_all_gather_seconds(uses, played, [1.0]) == 1.0
 
 
 def test_the_last_stage_reduces_while_others_go_back() -> None:
     """The last backward of 1F1B moves from the last stage to the first, two time units per stage."""
     uses, played = run("1f1b", 4, 8)
-    small, large = [CollectiveSeconds(2.0, 0.0)] * 4, [CollectiveSeconds(2.0, 0.0)] * 3 + [CollectiveSeconds(9.0, 0.0)]
-    assert exposed_reduce_scatter_seconds(uses, played, small) == 2.0  # of the first stage alone
-    assert exposed_reduce_scatter_seconds(uses, played, large) == 3.0  # six units are hidden
+    assert exposed_reduce_scatter_seconds(uses, played, [2.0] * 4) == 2.0  # of the first stage alone
+    assert exposed_reduce_scatter_seconds(uses, played, [2.0, 2.0, 2.0, 9.0]) == 3.0  # six units are hidden
 
 
 def test_later_stages_need_their_weights_later() -> None:
     uses, played = run("1f1b", 4, 8)
-    assert exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 1.0)] * 4) == 1.0
-    assert (
-        exposed_all_gather_seconds(uses, played, [CollectiveSeconds(0.0, 0.0)] * 3 + [CollectiveSeconds(0.0, 5.0)])
-        == 2.0
-    )
+    assert exposed_all_gather_seconds(uses, played, [1.0] * 4) == 1.0
+    assert exposed_all_gather_seconds(uses, played, [0.0, 0.0, 0.0, 5.0]) == 2.0
 
 
 def test_replicas_of_a_stage_go_together() -> None:
     """DualPipe's ranks 0 and 3 both hold the first and the last stage."""
     uses, played = run("dualpipe", 4, 8)
     assert [set(ranks) for ranks in uses.last_use_by_stage] == [{0, 3}, {1, 2}, {1, 2}, {0, 3}]
-    one = [CollectiveSeconds(1.0, 0.0)] + [CollectiveSeconds(0.0, 0.0)] * 3
-    assert 0.0 < exposed_reduce_scatter_seconds(uses, played, one) <= 1.0
+    assert 0.0 < exposed_reduce_scatter_seconds(uses, played, [1.0, 0.0, 0.0, 0.0]) <= 1.0
 
 
 def test_no_more_shows_than_is_sent() -> None:
     simulation = simulated()
     table = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe).compute_model.table
     updates = OptimizerStepTimeModel(simulation.config.cluster, ForecastRecipe(), table, simulation.layout.topology)
-    sent = max(
-        map(updates.collective_seconds, simulation.forecaster.parameters_by_rank(simulation.layout)),
-        key=lambda t: t.reduce_scatter,
-    )
-    assert 0.0 < simulation.forecast.exposed_collective_seconds < sent.reduce_scatter + sent.all_gather
+    ranks = simulation.forecaster.parameters_by_rank(simulation.layout)
+    most = max(ranks, key=updates.reduce_scatter_seconds)
+    sent = updates.reduce_scatter_seconds(most) + updates.all_gather_seconds(most)
+    assert 0.0 < simulation.forecast.exposed_collective_seconds < sent
     moments = [
         OptimizerStepTimeModel(updates.cluster, ForecastRecipe(moment_bytes=size), table, updates.topology)
         for size in (4, 8)

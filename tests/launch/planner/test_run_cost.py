@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +12,12 @@ from shoestring.launch.planner.run_cost import (
     CONTEXT_EXTENSION_PHASES,
     FailureModel,
     context_extension_problem,
-    estimate_phase_costs,
     pretraining_gpu_hours,
+    run_phase_costs,
     sensitivity_analysis,
 )
 from shoestring.launch.verbs.simulate import simulate
-from shoestring.trainer.run.batch_ramp import BatchRamp, make_batch_ramp
+from shoestring.trainer.config import RunConfig
 
 from .v3 import simulated
 
@@ -32,10 +33,8 @@ def test_the_ramp_costs_more_a_token_than_the_full_batch() -> None:
 
 
 def test_without_a_ramp_there_is_no_such_phase() -> None:
-    simulation = simulated()
-    recipe = simulation.forecast.recipe
-    rest = {"tokens": 10**12, "batch_ramp": BatchRamp.constant(15_360), "include_published_phases": True}
-    phases = estimate_phase_costs(simulation.forecaster, simulation.layout, recipe, **rest)  # type: ignore[arg-type]
+    config = _with_ramp(rampup_tokens=0)
+    phases = run_phase_costs(config, simulated().forecaster, simulated().forecast)
     assert [phase.name for phase in phases] == ["pre-training", "context extension", "post-training"]
 
 
@@ -46,17 +45,15 @@ def test_a_run_that_is_not_deepseeks_has_none_of_its_later_phases() -> None:
 
 
 def test_a_size_that_the_grid_cannot_run_is_refused_and_not_extrapolated() -> None:
-    simulation, batches = simulated(), make_batch_ramp(3072, 256, 15_360, 469 * 10**9, 4096)
+    config = _with_ramp(rampup_start_batch_size=3072, rampup_batch_size_increment=256)
     words = "3,072 sequences = 24 micro-batches of 128, illegal .* nearest legal 4,096 sequences"
     with pytest.raises(ConfigError, match=words):
-        estimate_phase_costs(
-            simulation.forecaster,
-            simulation.layout,
-            simulation.forecast.recipe,
-            tokens=10**12,
-            batch_ramp=batches,
-            include_published_phases=False,
-        )
+        run_phase_costs(config, simulated().forecaster, simulated().forecast)
+
+
+def _with_ramp(**ramp: int) -> RunConfig:
+    config = simulated().config
+    return replace(config, training=replace(config.training, **ramp))  # type: ignore[arg-type]
 
 
 def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
@@ -69,7 +66,7 @@ def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
-    notes = [context_extension_problem(simulated().layout, phase) for phase in CONTEXT_EXTENSION_PHASES]
+    notes = [context_extension_problem(simulated().layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
     assert notes[0] == (
         "32 K: 1,920 sequences = 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
         "nearest legal 4,096 sequences (32 micro-batches)"

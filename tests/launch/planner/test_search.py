@@ -53,8 +53,7 @@ def test_room_for_fragmentation_decides_what_fits() -> None:
     assert find_memory_problem(simulation.forecaster, layout, roomy, batch) is None
     assert find_memory_problem(simulation.forecaster, layout, tight, batch) == "mostly activations in flight"
     memory = simulation.forecast.peak_memory
-    comes_and_goes = memory.activations + memory.delayed_wgrad + memory.temporary
-    assert bytes_with_fragmentation(memory, tight) == pytest.approx(memory.total + 0.3 * comes_and_goes)
+    assert bytes_with_fragmentation(memory, tight) == pytest.approx(memory.total + 0.3 * sum(memory.at_peak.values()))
 
 
 def test_what_a_cluster_does_not_say_is_counted_and_never_free() -> None:

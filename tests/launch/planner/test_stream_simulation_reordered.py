@@ -78,7 +78,7 @@ def timed() -> SimulatedStreams:
     simulation = simulated()
     own = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
     streams = SimulatedStreams()
-    chunk = SimulatedChunk(STAGE, own.shape, own.compute_model, own.exchange_model, streams, wait_for_peers=False)
+    chunk = SimulatedChunk(STAGE, own, streams, wait_for_peers=False)
     interleave(chunk.backward(deferred=False), chunk.forward())
     return streams
 

@@ -33,9 +33,7 @@ def computed() -> Halves:
 def timed() -> Halves:
     simulation = simulated()
     own = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
-    chunk = SimulatedChunk(
-        STAGE, own.shape, own.compute_model, own.exchange_model, SimulatedStreams(), wait_for_peers=False
-    )
+    chunk = SimulatedChunk(STAGE, own, SimulatedStreams(), wait_for_peers=False)
     return chunk.backward(deferred=False), chunk.forward()
 
 

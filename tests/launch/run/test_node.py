@@ -26,7 +26,7 @@ def test_the_variables_become_torchruns_arguments() -> None:
         "--nproc-per-node=4",
     ]
     place = read_node_environment(TWO | {"MASTER_PORT": "1234", "GPUS_PER_NODE": "8"})
-    assert place == NodeEnvironment(nodes=2, node_rank=1, master_address="node0", master_port=1234, gpus_per_node=8)
+    assert place == NodeEnvironment("node0", 1234, node_count=2, node_rank=1, gpus_per_node=8)
     assert place.torchrun_arguments(8) == [
         "--nnodes=2",
         "--node-rank=1",

@@ -343,7 +343,7 @@ def test_a_stop_between_two_handlers_of_a_launcher_is_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def signaled(*arguments: object) -> int:
-        raise StoppedBeforeStart("SIGUSR1 before it began; nothing was trained")
+        raise StoppedBeforeStart("stopped by SIGUSR1 before it began; nothing was trained")
 
     monkeypatch.setattr(launcher, "run_torchrun", signaled)
     config = compose_run_config([*small_run(tmp_path, 1), f"training.run_dir={tmp_path / 'run'}"])

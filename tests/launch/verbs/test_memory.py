@@ -7,7 +7,7 @@ import torch
 
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.planner.layout_memory import MemoryForecast
+from shoestring.launch.planner.layout_memory import memory_by_kind
 from shoestring.launch.verbs.memory import MemoryReport, memory_answer
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.command_line import answer
@@ -54,7 +54,7 @@ def test_deepseeks_layout_is_what_the_planner_says(layout: str) -> None:
     forecast = simulate(overrides, None, {}).forecast
     for pp_rank in (0, 1, 7, 15):
         ours, planned = run.predict_rank(pp_rank), forecast.memory_by_rank[pp_rank]
-        assert MemoryForecast.from_rank_memory(ours) == planned  # to the byte
+        assert memory_by_kind(ours) == memory_by_kind(planned)  # to the byte
         assert ours.total == planned.total
 
 
