@@ -1,7 +1,5 @@
 """Pretrain a frontier mixture-of-experts model inside a GPU-hour budget."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -24,9 +22,9 @@ def load(
     *,
     step: int | None = None,
     ema_weights: bool = False,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> LoadedModel:
+    device: "torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
+) -> "LoadedModel":
     """Load the model of a run, a checkpoint or imported weights as an `nn.Module`; see `load_model` for the options.
 
     Raises `ConfigError`.
@@ -46,7 +44,7 @@ def metrics(run: str | PathLike[str], kind: str = "step") -> dict[str, list[Any]
     return metrics_table(Path(run), kind)
 
 
-def plan(overrides: Sequence[str], config_dir: Path | None = None, keep: int = 5) -> Plan:
+def plan(overrides: Sequence[str], config_dir: Path | None = None, keep: int = 5) -> "Plan":
     """Search the `keep` best layouts of the run that `overrides` describe, as `shoestring plan` does.
 
     Raises `ConfigError`.

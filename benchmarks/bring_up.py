@@ -10,8 +10,6 @@ mandatory row failed. Without a GPU the rows that need one are `not here`.
 Docs may replace "not yet run on hardware" by "run on ..." only for rows that print `works`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

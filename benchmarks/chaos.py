@@ -9,8 +9,6 @@ variants of one fault; the first is the fault as it was first observed. Rows wit
 root; without it they are skipped. Exit code 1 if a row is not as expected.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -12,8 +12,6 @@ Export: a model of --export-gigabytes in FP32 is saved as a checkpoint, then exp
 resident memory is printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

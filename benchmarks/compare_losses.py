@@ -3,8 +3,6 @@
 python benchmarks/compare_losses.py runs/on_gpu runs/on_cpu --within 0.02
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ Shares are of the time inside torch's operations on the calling thread. The inte
 none; the time of this repository's autograd functions outside operations is under "other".
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

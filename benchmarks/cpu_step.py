@@ -12,8 +12,6 @@ The lower bound is the model's FLOPs (convention: trainer/costs/flops.py) divide
 measured between the steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

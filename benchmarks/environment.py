@@ -6,8 +6,6 @@
 It needs only torch, so that it runs before anything else is installed.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

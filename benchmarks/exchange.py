@@ -6,8 +6,6 @@ Four nodes of two ranks with routing as in the report (top 8 within two of four 
 nodes of one rank with more tokens, where each rank has one core and computes while its dispatches are in flight.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

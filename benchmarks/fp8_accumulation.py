@@ -8,8 +8,6 @@ error is max |error| / max |exact sum| over the result; the report gives "nearly
 matrices.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

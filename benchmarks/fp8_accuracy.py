@@ -10,8 +10,6 @@ report stays below 0.25 %. Then, for each Linear, the error of its input gradien
 in FP8 (without experts and the Linear after a SwiGLU, whose inputs no module hook sees).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -9,8 +9,6 @@ cache. Every product is first compared with the reference backend's, and a wrong
 GPU it prints why and exits with 0. Not yet run on hardware.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

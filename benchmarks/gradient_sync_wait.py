@@ -8,8 +8,6 @@ figures come from the ledger, over all steps and ranks. Needs prepared data (`./
 machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -10,8 +10,6 @@ The limits apply to CPU seconds (user and system, of the verb and its children);
 the load of other processes. Exit code 1 if a limit is exceeded.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

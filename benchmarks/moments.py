@@ -8,8 +8,6 @@ losses on the validation text after the last step; the mean over seeds should li
 (`./launch/quickstart.sh`).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ All run interleaved in the same processes on the same model and batches: forward
 reduction, clipping, AdamW, all-gather of weights. The figure is the median of the ratios of neighboring runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

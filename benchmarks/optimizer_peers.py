@@ -3,8 +3,6 @@
 Letters: R rows of a micro-batch, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

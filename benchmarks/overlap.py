@@ -7,8 +7,6 @@ interleaved and with the forward first, in neighboring steps. The uplinks are se
 long as computation. Then four nodes, with a pipeline of two ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ A step is the forward and backward of one batch. Both run interleaved in the sam
 the ratios of neighboring runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

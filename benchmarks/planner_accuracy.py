@@ -9,8 +9,6 @@ DeepSeek's trace is composed of kernels of the same trace: it tests consistency,
 of `published_measurements.csv` are listed with the reason why they do not apply.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

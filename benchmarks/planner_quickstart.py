@@ -6,8 +6,6 @@ Needs an idle machine with two cores. Calibrates kernels on two processes (witho
 layout forecasts a step and trains: the median of 20 steps after five warm-up steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -6,8 +6,6 @@ Prints the median of each call, and their sum per step as a share of --step-ms. 
 (`shoestring budget`) has the overhead measured inside the run, with all disturbances.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -9,8 +9,6 @@ The trace (deepseek-ai/profile-data, train.json) is of an H800 whose GEMMs had 1
 script prints why and exits with 0. Not yet run on hardware.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -1,7 +1,5 @@
 """Asynchronous communication: on a worker thread for gloo, on a side stream for NCCL."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager

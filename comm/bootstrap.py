@@ -1,7 +1,5 @@
 """Start of a rank: torchrun's environment variables, the rendezvous store, the default process group."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +25,7 @@ class TorchrunEnvironment:
     """Ranks on this machine."""
 
     @staticmethod
-    def read() -> TorchrunEnvironment | None:
+    def read() -> "TorchrunEnvironment | None":
         """Read this process's variables; None outside torchrun. Raises `ConfigError` where some are missing."""
         wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in wanted if name not in os.environ]

@@ -3,8 +3,6 @@
 Letters: G ranks of the group, N elements of a shard, M members.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol

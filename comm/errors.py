@@ -3,8 +3,6 @@
 `ConfigError` lists all problems, each with field, value and hint. `CollectiveError` names rank, operation and peers.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ class Problem:
     hint: str
     related_fields: tuple[str, ...] = ()
 
-    def with_prefix(self, prefix: str) -> Problem:
+    def with_prefix(self, prefix: str) -> "Problem":
         """Return a copy with `prefix.` in front of all keys, for the configuration that contains this one."""
         others = tuple(f"{prefix}.{other}" for other in self.related_fields)
         return replace(self, field=f"{prefix}.{self.field}", related_fields=others)
@@ -54,7 +52,7 @@ class UnreadableFields:
     readable_fields: frozenset[str] = field(default_factory=frozenset)
     """Keys inside an unreadable group whose values could be parsed."""
 
-    def with_fields(self, fields: Iterable[str]) -> UnreadableFields:
+    def with_fields(self, fields: Iterable[str]) -> "UnreadableFields":
         """Return a copy that also contains `fields`."""
         return replace(self, fields=self.fields | frozenset(fields))
 

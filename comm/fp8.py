@@ -5,8 +5,6 @@ Tokens cross between ranks in this format; `trainer/precision/fp8_tensors.py` bu
 Letters: X rows, D width, Q tiles of a row.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Creation of process groups: one by one over gloo, by splits of the default group over NCCL."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from datetime import timedelta

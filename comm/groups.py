@@ -3,8 +3,6 @@
 A group of one rank has no communicator and its operations do nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,7 +41,7 @@ class Group:
     @staticmethod
     def from_process_group(
         process_group: dist.ProcessGroup | None = None, timeout: timedelta = _ADOPTED_TIMEOUT
-    ) -> Group:
+    ) -> "Group":
         """Return the group of torch's `process_group` (None: the default one), such as `mesh.get_group("ep")`.
 
         Not collective. A group with NCCL is for tensors on a GPU. `timeout` is that of gloo's messages; NCCL keeps the
@@ -169,7 +167,7 @@ class ExpertGroups:
         inter_node: dist.ProcessGroup | None = None,
         intra_node: dist.ProcessGroup | None = None,
         timeout: timedelta = _ADOPTED_TIMEOUT,
-    ) -> ExpertGroups:
+    ) -> "ExpertGroups":
         """Adopt torch's process groups; without the last two, `ep` (None: the default group) counts as one node.
 
         On a DeviceMesh of nodes by ranks they are `mesh.get_group("node")` and `mesh.get_group("rank")`. Raises
@@ -223,7 +221,7 @@ class ProcessGroups(ExpertGroups):
         shared_pp_ranks: Iterable[tuple[int, ...]] = (),
         group_factory: GroupFactory | None = None,
         watchdog: Watchdog | None = None,
-    ) -> ProcessGroups:
+    ) -> "ProcessGroups":
         """Create every group of the grid and keep those of `rank`. Collective over the default group.
 
         `shared_pp_ranks` are sets of pipeline ranks that share parameters (the same on all ranks), besides each rank

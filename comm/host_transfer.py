@@ -4,8 +4,6 @@ On a CPU they return their argument. For background threads there is pinned memo
 separate stream.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections import defaultdict
 from collections.abc import Iterator

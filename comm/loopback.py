@@ -1,7 +1,5 @@
 """Loopback addresses of this machine, and sockets that no other machine reaches."""
 
-from __future__ import annotations
-
 import socket
 from ipaddress import ip_address
 

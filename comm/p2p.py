@@ -1,7 +1,5 @@
 """P2P channels: asynchronous messages between pipeline neighbors, one channel per direction."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections import Counter

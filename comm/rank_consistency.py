@@ -1,7 +1,5 @@
 """Check that all ranks have the same configuration, code and data, before any process group exists."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Mapping

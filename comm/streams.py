@@ -1,7 +1,5 @@
 """Interface of CUDA streams and events, which tests and `shoestring rehearse` implement without a GPU."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol

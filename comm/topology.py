@@ -1,7 +1,5 @@
 """Topology: arithmetic on the rank grid pipeline x expert-data x expert, and the link between two ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

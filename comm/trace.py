@@ -1,7 +1,5 @@
 """Timeline: tracks, span recorders, and labels of communications. The default recorder keeps nothing."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Bytes that crossed each kind of link, counted where they are sent."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,7 +24,7 @@ class TrafficCounter:
     bytes_sent: dict[tuple[str, TrafficKind, LinkType], int] = field(default_factory=dict)
 
     @staticmethod
-    def by_nodes(groups: ExpertGroups) -> TrafficCounter:
+    def by_nodes(groups: ExpertGroups) -> "TrafficCounter":
         """Return a counter for nodes of as many consecutive ranks as `groups` has in this node."""
         return TrafficCounter(Topology(gpus_per_node=groups.ep_intra_node.size), groups.ep.rank)
 

@@ -1,7 +1,5 @@
 """Numbers with units, as text and from text, and whole numbers rounded up."""
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """First collectives right after the creation of groups, so that NCCL does not connect, and deadlock, inside a step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -3,8 +3,6 @@
 Not yet run on hardware.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import pickle

@@ -5,8 +5,6 @@
 Packages of the extra `hopper` are replaced by mocks where they are not installed, so that every module is documented.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import warnings

@@ -6,8 +6,6 @@ A key's meaning is the first paragraph of the docstring below its field, that of
 file.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import itertools

@@ -6,8 +6,6 @@ A reader who knows Megatron-LM explains each of them from the names alone: of th
 parameters. A name that such a reader cannot explain is renamed. Without SEED, the script chooses one and prints it.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import random

@@ -3,8 +3,6 @@
 Run it: python dualpipev_modules.py
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Run it: python plan_run.py
 """
 
-from __future__ import annotations
-
 import shoestring
 
 OVERRIDES = [

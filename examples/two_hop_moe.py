@@ -3,8 +3,6 @@
 Run it: python two_hop_moe.py. Shapes: T tokens of a rank, D width, K experts per token, R rows of this rank's experts.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

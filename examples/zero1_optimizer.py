@@ -3,8 +3,6 @@
 Run it: python zero1_optimizer.py
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -1,7 +1,5 @@
 """The `shoestring` command and its verbs."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

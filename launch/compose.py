@@ -1,7 +1,5 @@
 """Compose configuration groups and command-line overrides into one typed `RunConfig`, with Hydra."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator, Sequence

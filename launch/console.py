@@ -3,8 +3,6 @@
 A standard stream may be closed, on a full disk, or a pipe or terminal without a reader.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

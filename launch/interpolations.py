@@ -4,8 +4,6 @@
 an `InterpolatedText`, which stores both. Numbers and choices hold no secrets.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from datetime import datetime

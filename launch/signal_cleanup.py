@@ -1,7 +1,5 @@
 """Signals during a verb that writes files: it removes its unfinished output and exits with 128 + n."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

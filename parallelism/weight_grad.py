@@ -8,8 +8,6 @@ Apex's GEMM, where it is installed, adds BF16 products to an FP32 gradient. Not 
 Letters: R rows, N and K widths, T tokens, V vocabulary size, D hidden size.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections import deque
@@ -89,7 +87,7 @@ class DelayedWeightGradients:
         while self._tasks:
             self._tasks.popleft()()
 
-    def move_tasks_from(self, other: DelayedWeightGradients) -> None:
+    def move_tasks_from(self, other: "DelayedWeightGradients") -> None:
         """Move all tasks of `other` to the end of this list."""
         self._tasks.extend(other._tasks)
         other._tasks.clear()

@@ -1,7 +1,5 @@
 """Setup for every test: this tree importable as `shoestring`, fixed seeds, and a skip reason where a GPU is missing."""
 
-from __future__ import annotations
-
 import importlib.util
 import random
 import signal

@@ -1,7 +1,5 @@
 """A disk that rejects the bytes of a file past a size, by the kernel's own limit."""
 
-from __future__ import annotations
-
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager

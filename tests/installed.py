@@ -1,7 +1,5 @@
 """The package as users install it: built as a wheel, outside of the checkout."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -10,8 +10,6 @@
 One forkserver imports torch once; each rank is then a fork of it, so a start costs a fraction of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

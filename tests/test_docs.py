@@ -1,7 +1,5 @@
 """README and docs: every command runs as written from a clean clone, sizes and links hold."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The process harness: ordered results, tracebacks, stacks instead of hangs, cheap starts."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """Names in backticks exist: classes, functions, members and files that docstrings, comments and docs mention."""
 
-from __future__ import annotations
-
 import ast
 import io
 import re

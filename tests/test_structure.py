@@ -1,7 +1,5 @@
 """The tree's rules: imports point down, everything ships, everything is pinned, nothing names one machine."""
 
-from __future__ import annotations
-
 import configparser
 import re
 import sys

@@ -1,7 +1,5 @@
 """Each module's test is found by its path, no test imports from another, and no folder is crowded."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path

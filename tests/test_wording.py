@@ -3,8 +3,6 @@
 Words and phrases are written with marks, `_` for a space and `|` for nothing, so that this file has no hit itself.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import tokenize

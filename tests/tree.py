@@ -1,7 +1,5 @@
 """The files of this repository, for tests about the tree itself."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from fnmatch import fnmatch

@@ -1,7 +1,5 @@
 """Objects of one rank of a training run, built from the configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +64,7 @@ class RankResources:
     groups: ProcessGroups
     device: torch.device
     dtype: torch.dtype
-    engine: TrainingEngine
+    engine: "TrainingEngine"
     train_samples: SampleDataset
     sample_order: SampleOrder
     validation_samples: SampleDataset
@@ -81,7 +79,7 @@ class RankResources:
     """Recorder of timeline spans; it records only in steps that are profiled or traced."""
 
     @property
-    def pipeline(self) -> PipelineRuntime:
+    def pipeline(self) -> "PipelineRuntime":
         """Pipeline of this rank."""
         return self.engine.pipeline
 
@@ -141,7 +139,7 @@ class PipelineRuntime:
         recorder: SpanRecorder = NULL_RECORDER,
         recompute: frozenset[RecomputeModule] = frozenset(),
         streams: DeviceStreams | None = None,
-    ) -> PipelineRuntime:
+    ) -> "PipelineRuntime":
         """Open the P2P channels to the neighboring pipeline ranks."""
         channels = build_p2p_channels(groups.pp_next, groups.pp_prev, device, recorder, streams)
         return PipelineRuntime(stages, groups, channels, overlap, recorder, recompute, streams)

@@ -1,7 +1,5 @@
 """Configuration of a training run, and the checks that involve more than one of its groups."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 

@@ -1,7 +1,5 @@
 """Training loop: step, evaluate and checkpoint until the tokens are consumed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Text from environment variables may be a secret: `InterpolatedText` keeps the `$
 errors show that instead of the text.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -22,7 +20,7 @@ def field_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def reset_to_defaults(config: T, keys: Iterable[str]) -> T:
+def reset_to_defaults(config: "T", keys: Iterable[str]) -> "T":
     """Return a copy of nested dataclasses in which each of the dotted `keys` that has a default is set to it."""
     for key in keys:
         config = _with_default(config, key.split("."))
@@ -48,7 +46,7 @@ class InterpolatedText(str):
 
     source: str
 
-    def __new__(cls, text: str, source: str) -> InterpolatedText:
+    def __new__(cls, text: str, source: str) -> "InterpolatedText":
         """Attach `source` to the resolved `text`."""
         interpolated = super().__new__(cls, text)
         interpolated.source = source

@@ -1,7 +1,5 @@
 """Small runs into which faults are injected, and the comparison of each with an undisturbed run."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -115,7 +113,7 @@ class Bench:
         place = [f"data.corpus={self.root / 'corpus'}", f"data.prepared={self.root / data}"]
         return [*SMALL, f"topology.ep={self.ep}", *place, f"training.run_dir={run_dir}"]
 
-    def start(self, run_dir: Path, *more: str, data: str = "prepared", shell: str = "", site: str = "") -> Launch:
+    def start(self, run_dir: Path, *more: str, data: str = "prepared", shell: str = "", site: str = "") -> "Launch":
         """Start a launch; `shell` is executed before it, `site` is a folder at the front of its module path."""
         command = [*CLI, "train", *self.overrides(run_dir, data), *more]
         if shell:

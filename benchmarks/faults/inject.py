@@ -1,7 +1,5 @@
 """Faults: each function injects one into runs of a bench, and records deviations from the expected outcome."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -3,8 +3,6 @@
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -3,8 +3,6 @@
 Letters: M, N, K sides of a matrix product; R rows, L experts, D hidden, F inner width.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

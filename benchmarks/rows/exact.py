@@ -3,8 +3,6 @@
 Letters: T tokens, E experts, K top-k, M members, C copies, D width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ of compilations.
 Letters: R rows, D hidden, F inner width, L experts; N, K sides of a weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +40,7 @@ class Operands:
         """Hidden size D."""
         return self.x_RD.shape[1]
 
-    def to(self, device: torch.device) -> Operands:
+    def to(self, device: torch.device) -> "Operands":
         """Return the inputs on `device`."""
         tensors = (self.x_RD, self.gate_up_RF, self.gates_R, self.weight_LND)
         return Operands(self.rows_L, *(x.to(device) for x in tensors))

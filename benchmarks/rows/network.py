@@ -3,8 +3,6 @@
 Letters: P ranks of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter

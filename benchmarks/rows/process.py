@@ -6,8 +6,6 @@ next row runs in a new process. A GPU fault leaves the process without a usable 
 any rank all ranks get new processes.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ None is imported before its row, and none is required.
 Letters: M, N, K sides of a matrix product; T tokens, D hidden, K top-k in routing.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 from pathlib import Path

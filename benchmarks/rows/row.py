@@ -1,7 +1,5 @@
 """A row of benchmarks/bring_up.py: one check that runs on every rank, and its outcome."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence

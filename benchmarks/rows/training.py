@@ -4,8 +4,6 @@ every pipeline schedule on two halves of the ranks.
 Letters: B batch, W window of tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

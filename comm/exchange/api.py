@@ -3,8 +3,6 @@
 Letters: T local tokens, K experts per token, D hidden size, R rows received by this rank, L experts on this rank.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -36,7 +34,7 @@ class DispatchedTokens(Generic[Layout]):
     quantized_rows: QuantizedRows | None = None
     """The rows in FP8 if `keep_quantized` was asked for; `rows_RD` is then a `nan_placeholder`."""
 
-    def without_rows(self) -> DispatchedTokens[Layout]:
+    def without_rows(self) -> "DispatchedTokens[Layout]":
         """Return a copy without the rows: enough for the three operations that follow."""
         # A forward keeps this until its backward; the rows would be the largest part of what it keeps.
         nothing = self.rows_RD.new_empty(0)

@@ -9,8 +9,6 @@ Each call waits for its exchange: to compute while tokens travel, use the operat
 Letters: T local tokens, K experts per token, D hidden size, R rows received by this rank.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 Letters: T tokens, K experts per token, R rows received, D hidden size, P ranks.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property

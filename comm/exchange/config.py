@@ -1,7 +1,5 @@
 """Configuration of the token dispatcher."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

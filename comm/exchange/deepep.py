@@ -12,8 +12,6 @@ Letters: T local tokens, K experts per token, D hidden size, L experts on this r
 R rows received by this rank, Q tiles of a row, X rows in general.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.util

@@ -5,8 +5,6 @@ and `WorkspaceLayout` (deep_ep/include/deep_ep/common/layout.cuh), for its defau
 `allow_multiple_reduction=True`. NCCL registers the buffer as a window, so torch's allocator does not count it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..units import ceil_div, round_up

@@ -4,8 +4,6 @@ The import asserts (deep_ep/__init__.py of 2.1.0) that exactly one libnccl is ma
 one that DeepEP was built with. Not yet run on hardware.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Construction of the token dispatcher that a configuration names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

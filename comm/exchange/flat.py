@@ -5,8 +5,6 @@ group, M nodes, N = T·K copies sent by this rank, R rows received by it, A rows
 metadata per row, B bytes of a message.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ The permutations of a dispatch serve the three operations that follow it.
 Letters: T tokens, K experts per token, X rows, M members (nodes, or ranks), C copies, B bytes of a message.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +26,7 @@ class Permutation:
     first_slot_X: Tensor
 
     @staticmethod
-    def from_row_indices(row_of_copy_C: Tensor, copies_of_row_X: Tensor) -> Permutation:
+    def from_row_indices(row_of_copy_C: Tensor, copies_of_row_X: Tensor) -> "Permutation":
         """Build from the row of each copy in sending order and the number of copies of each row, which may be 0."""
         # Stable: the copies of a row keep their order, so that their sum has the same bits in every run.
         return Permutation(
@@ -38,7 +36,7 @@ class Permutation:
         )
 
     @staticmethod
-    def from_destination_mask(mask_XM: Tensor, copies: int) -> Permutation:
+    def from_destination_mask(mask_XM: Tensor, copies: int) -> "Permutation":
         """Build one copy for each true entry of `mask_XM`, sorted by member, then row; `copies` is their number."""
         # `nonzero_static` with a known size: plain `nonzero` makes the host wait for the device.
         row_of_copy_C = torch.nonzero_static(mask_XM.T, size=copies)[:, 1]
@@ -109,7 +107,7 @@ class TokenCounts:
     token_node_pairs: int
     """(token, node) pairs."""
 
-    def __add__(self, other: TokenCounts) -> TokenCounts:
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(*(a + b for a, b in zip(self.as_tuple(), other.as_tuple(), strict=True)))
 
     def as_tuple(self) -> tuple[int, int, int, int]:

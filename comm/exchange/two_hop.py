@@ -9,8 +9,6 @@ G ranks of a node, S sizes for each rank, V rows that arrived from the nodes, U 
 (one per token and rank), R rows for the experts, W numbers of metadata per row, X rows in general, B bytes per message.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

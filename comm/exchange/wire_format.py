@@ -5,8 +5,6 @@ A message is the payload (the row and, in FP8, its scales) followed by the metad
 Letters: X rows, D hidden size, Q tiles of a row, B bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """File access: non-blocking opens, bounded reads, atomic writes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

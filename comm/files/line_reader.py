@@ -1,7 +1,5 @@
 """Reading of line files: a crash may leave a partial last line, which is neither read nor appended to."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Appending of whole lines to a file, also when the disk is full for a while."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from contextlib import suppress

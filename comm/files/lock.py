@@ -1,7 +1,5 @@
 """Exclusive file lock: one writer per file."""
 
-from __future__ import annotations
-
 import fcntl
 
 from ..errors import ConfigError, Problem

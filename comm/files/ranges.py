@@ -3,8 +3,6 @@
 `heads: int = at_least(1, 4)` declares a field with the default 4. The configuration reference prints the ranges.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator
@@ -32,7 +30,7 @@ class FieldRange:
     """Function that returns what a value must be, or None for a value in the range."""
 
     @property
-    def metadata(self) -> Mapping[str, FieldRange]:
+    def metadata(self) -> "Mapping[str, FieldRange]":
         """The range as the `metadata` of `dataclasses.field`, for a field without a default among others."""
         return {_KEY: self}
 

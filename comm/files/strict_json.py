@@ -4,8 +4,6 @@ A fraction, boolean or quoted number is not an integer, no key occurs twice, and
 raises `MalformedFileError` with the location, the value and what it must be.
 """
 
-from __future__ import annotations
-
 import collections.abc
 import dataclasses
 import functools
@@ -71,7 +69,7 @@ def shorten_for_message(value: object) -> object:
     return value if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def parse_json(raw: bytes | str) -> JsonValue:
+def parse_json(raw: bytes | str) -> "JsonValue":
     """Parse JSON. Raises `MalformedFileError` for anything but UTF-8 without NaN, infinity or a repeated key."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
@@ -200,7 +198,7 @@ class JsonValue:
             raise self.malformed_error("must be true or false")
         return self.value
 
-    def as_list(self) -> list[JsonValue]:
+    def as_list(self) -> "list[JsonValue]":
         """Return the items of a list."""
         if not isinstance(self.value, list):
             raise self.malformed_error("must be a list")
@@ -212,20 +210,20 @@ class JsonValue:
             raise self.malformed_error("must be a mapping of keys")
         return self.value
 
-    def items(self) -> Iterable[tuple[str, JsonValue]]:
+    def items(self) -> "Iterable[tuple[str, JsonValue]]":
         """Yield the keys and values of a mapping."""
         return ((key, JsonValue(value, self._under(key))) for key, value in self.as_mapping().items())
 
     def __contains__(self, key: str) -> bool:
         return key in self.as_mapping()
 
-    def __getitem__(self, key: str) -> JsonValue:
+    def __getitem__(self, key: str) -> "JsonValue":
         tree = self.as_mapping()
         if key not in tree:
             raise MalformedFileError(self._under(key), None, "is missing")
         return JsonValue(tree[key], self._under(key))
 
-    def get(self, key: str) -> JsonValue | None:
+    def get(self, key: str) -> "JsonValue | None":
         """Return the value of `key`; None if it is missing or null."""
         value = self.as_mapping().get(key)
         return None if value is None else JsonValue(value, self._under(key))
@@ -271,7 +269,7 @@ class JsonValue:
         rest = {key: value for key, value in self.as_mapping().items() if key != tag}
         return JsonValue(rest, self.location).as_dataclass(known[name])
 
-    def _of_field(self, field: _JsonField) -> Any:
+    def _of_field(self, field: "_JsonField") -> Any:
         found = self._of(field.kind)
         return found if found is None or field.range is None else self._in_range(found, field.range)
 

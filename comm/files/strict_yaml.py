@@ -1,7 +1,5 @@
 """Strict YAML reader: bounded bytes, depth and number of values after aliases are expanded."""
 
-from __future__ import annotations
-
 from io import StringIO
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Blocks that an answer consists of; terminal.py and page.html render them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,7 +201,7 @@ class Answer:
     @staticmethod
     def from_blocks(
         title: str, data: object, blocks: Sequence[Block], cards: Sequence[HeadlineCard] = (), exit_code: int = 0
-    ) -> Answer:
+    ) -> "Answer":
         """Build an answer of one section without a title."""
         return Answer(title, data, [PageSection("", "", blocks)], cards, exit_code=exit_code)
 

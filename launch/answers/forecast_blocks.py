@@ -1,7 +1,5 @@
 """Blocks that the answers of `simulate` and `plan` share: timeline, memory per pipeline rank, cost of the whole run."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Options of verbs that answer a question, and printing of the answer."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Answer as one self-contained HTML file."""
 
-from __future__ import annotations
-
 from datetime import datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined

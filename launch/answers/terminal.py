@@ -1,7 +1,5 @@
 """Answer as text for a terminal or a pipe."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`shoestring bench exchange`: bytes and times of each token dispatcher, compared with the minimum of bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Letters: T tokens, D hidden, E experts, K top-k, N nodes, P ranks.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass

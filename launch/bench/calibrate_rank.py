@@ -4,8 +4,6 @@ Phases are timed inside whole steps of one process, so that caches and allocator
 layout that distributes a model is run: communication between ranks is timed separately.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`shoestring bench`: benchmarks of parts of this machine."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import fields
 

@@ -4,8 +4,6 @@ Every node runs launch/run/node.py, as launch/torchrun.sh does on a real node. N
 of the other nodes is printed if the run fails.
 """
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys
@@ -48,7 +46,7 @@ class InjectedFault:
     step: int
 
     @staticmethod
-    def parse(option: str, text: str, nodes: int) -> InjectedFault:
+    def parse(option: str, text: str, nodes: int) -> "InjectedFault":
         """Parse `NODE@STEP`. Raises `ConfigError`."""
         node, _, step = text.partition("@")
         if not (node.isdecimal() and step.isdecimal() and int(node) < nodes and int(step) > 0):

@@ -6,8 +6,6 @@ kernel then kills every other process of its process-id namespace, and with the 
 its interfaces and its mounts.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -72,7 +70,7 @@ class NamespaceNode:
     """Process id of `cat` in the owner's namespace, which identifies the node's namespaces."""
 
     @staticmethod
-    def create() -> NamespaceNode:
+    def create() -> "NamespaceNode":
         """Start a node. Its working directory is the owner's."""
         pipe = subprocess.PIPE
         holder = subprocess.Popen([*_UNSHARE, "cat"], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)

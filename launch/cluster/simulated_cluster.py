@@ -12,8 +12,6 @@ where the bridge sends to the node, so that several nodes that send to one share
 node is not shaped: it goes over lo, and does not count as uplink bytes.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

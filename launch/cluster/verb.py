@@ -1,7 +1,5 @@
 """`shoestring cluster`: train on nodes that are simulated on this machine."""
 
-from __future__ import annotations
-
 import argparse
 
 from ..answers.options import add_override_arguments

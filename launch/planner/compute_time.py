@@ -5,8 +5,6 @@ in the public trace grids are 112 of 132 SMs throughout, and attn(W) takes 2,405
 an exchange.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -94,7 +92,7 @@ class ComputeTimeModel:
     coverage: EvidenceCoverage = field(default_factory=EvidenceCoverage)
 
     @staticmethod
-    def from_cluster(cluster: ClusterConfig, recipe: ForecastRecipe) -> ComputeTimeModel:
+    def from_cluster(cluster: ClusterConfig, recipe: ForecastRecipe) -> "ComputeTimeModel":
         """Build the model. Raises `ConfigError` if the cluster lacks a figure or was measured with another recipe."""
         table = cluster_kernel_table(cluster)
         problems = list(_recipe_mismatches(table, recipe))

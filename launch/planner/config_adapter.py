@@ -1,7 +1,5 @@
 """Conversion between run configurations and the planner's inputs: layout and recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Every assumption of a forecast, with its evidence class and source."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from ...trainer.config import RunConfig

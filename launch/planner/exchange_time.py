@@ -6,8 +6,6 @@ Letters: T tokens, D hidden, N nodes and P ranks of the expert-parallel group, G
 visit, K experts it visits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

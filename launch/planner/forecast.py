@@ -1,7 +1,5 @@
 """Forecast of one optimizer step of one layout: the runtime's program simulated, with each rank's time by term."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

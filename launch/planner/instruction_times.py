@@ -1,7 +1,5 @@
 """Durations of a program's instructions on every rank, and their exposed communication."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Tables of measured kernel times by shape and role, and the evidence behind a forecast."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Memory of a candidate layout, by the runtime's accounting (`trainer/memory/layout.py`)."""
 
-from __future__ import annotations
-
 import torch
 
 from ...trainer.costs.operation_memory import MicroBatchShape

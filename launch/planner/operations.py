@@ -3,8 +3,6 @@
 Letters: T tokens of a micro-batch, R rows that reach this rank's experts, D hidden, F expert FFN width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ next step's first instruction that reads them (`parallelism/zero/`). A rank's co
 model assumes that they and the exchanges do not slow each other down.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +35,7 @@ class RankParameters:
     routed_replicas: int
 
     @staticmethod
-    def of_stages(model: ModelConfig, topology: Topology, copies: int, held: Sequence[StageShape]) -> RankParameters:
+    def of_stages(model: ModelConfig, topology: Topology, copies: int, held: Sequence[StageShape]) -> "RankParameters":
         """Count the parameters of a rank that holds the stages `held`; `copies` pipeline ranks hold each stage."""
         parts = count_model_parts(model)
         is_first, is_last = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
@@ -63,7 +61,7 @@ class WeightLiveness:
     last_use_by_stage: tuple[dict[int, int], ...]
 
     @staticmethod
-    def from_program(program: PipelineProgram) -> WeightLiveness:
+    def from_program(program: PipelineProgram) -> "WeightLiveness":
         """Derive the indices from the program, as the runtime does."""
         holders = [
             sorted({place.rank for place in program.placement.locations_of_stage(stage)})

@@ -1,7 +1,5 @@
 """The JSON of `shoestring plan` and `shoestring simulate`: its keys, and the planned figures of a run read from it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

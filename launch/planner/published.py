@@ -4,8 +4,6 @@ The kernel table comes from the trace of one pair of chunks that DeepSeek publis
 that trace therefore checks the stream simulation only, not the kernel times.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 

@@ -1,7 +1,5 @@
 """Assumptions of a forecast besides the layout: how the run computes, and deviations from a perfect machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum

@@ -7,8 +7,6 @@ Failures follow Young's and Daly's first-order model: with a failure every M sec
 blocks for d and a restart that takes r, the lost share is d/t + t/(2 M) + r/M, least at t = sqrt(2 d M).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

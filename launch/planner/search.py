@@ -1,7 +1,5 @@
 """Search over the layouts of a model on a cluster: each is illegal, out of memory, simulated or pruned by a bound."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

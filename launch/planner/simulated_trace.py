@@ -1,7 +1,5 @@
 """A simulated step as a Chrome trace with the runtime's names, to compare with a real one in Perfetto."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk
 (`run_instruction`). They advance a clock instead of computing.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -129,7 +127,7 @@ class SimulatedChunk:
     """Chunk of one stage on `streams`, for one simulation."""
 
     stage: StageShape
-    costs: ChunkTimeModel
+    costs: "ChunkTimeModel"
     streams: SimulatedStreams
     wait_for_peers: bool
     """True: exchanges wait for other ranks, as in the public trace of an overlapped forward and backward chunk."""
@@ -245,7 +243,7 @@ class ChunkTimeModel:
     compute_model: ComputeTimeModel
     exchange_model: ExchangeTimeModel
 
-    def with_separate_coverage(self) -> ChunkTimeModel:
+    def with_separate_coverage(self) -> "ChunkTimeModel":
         """Return a model with the same prices and a separate, empty coverage."""
         coverage = EvidenceCoverage(strongest_evidence=self.compute_model.coverage.strongest_evidence)
         compute, exchange = (

@@ -1,7 +1,5 @@
 """The result of a rehearsal as an answer: its findings, then the figures behind them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Limits of one rank's step: collectives of the host and over all ranks, group creations and memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from ...comm.units import format_giga

@@ -1,7 +1,5 @@
 """Comparison of all rehearsed ranks' logs: equal collectives in equal order, and matching P2P messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, zip_longest
 

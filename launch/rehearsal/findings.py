@@ -1,7 +1,5 @@
 """Findings of a rehearsal, from all of its checks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

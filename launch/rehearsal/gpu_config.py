@@ -1,7 +1,5 @@
 """Configuration of a run as on its GPUs: `auto` values resolved, and options that cannot be rehearsed rejected."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

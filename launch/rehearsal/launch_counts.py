@@ -1,7 +1,5 @@
 """Kernel launches and bytes per phase of a layer in one micro-batch, averaged over the rehearsed ranks."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

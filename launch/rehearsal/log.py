@@ -4,8 +4,6 @@
 (`compute`, or the track of the communicator that created it) and an event by its number.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -169,6 +167,6 @@ class RankLog:
         path.write_text(json.dumps(tree))
 
     @staticmethod
-    def read(path: Path) -> RankLog:
+    def read(path: Path) -> "RankLog":
         """Read a log that `write` has written."""
         return read_json(path).as_dataclass(RankLog)

@@ -1,7 +1,5 @@
 """Processes of rehearsed ranks: as many at a time as cores and memory allow, and none left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ SPEC: {"overrides": [...], "config_dir": null or a path, "rank": a number, "micr
 "shim": the path that `build_autograd_shim` returns}. Nothing here may import torch before the shim is loaded.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

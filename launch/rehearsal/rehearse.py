@@ -1,7 +1,5 @@
 """Rehearsal of one rank: build it and run one step on a device that computes nothing."""
 
-from __future__ import annotations
-
 import sys
 import time
 import warnings

@@ -1,7 +1,5 @@
 """Result of a rehearsal over all of its ranks: the findings and the printed figures."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Selection of the ranks to rehearse."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from ...comm.errors import Problem, raise_if_any

@@ -1,7 +1,5 @@
 """`shoestring rehearse`: run the real code of some ranks of a GPU run on fake CUDA tensors, and check their logs."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +50,7 @@ def rehearse(
     micro_batches: int | None,
     tell: Callable[[str], None],
     entry: Sequence[str] | None = None,
-) -> RehearsalResult:
+) -> "RehearsalResult":
     """Rehearse one optimizer step on the ranks of `listed`, such as `0,7,901`; None: representative ranks.
 
     `micro_batches` is the number per rank; None: that of the run's first step. `tell` prints one line of progress.

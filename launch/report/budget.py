@@ -1,7 +1,5 @@
 """Cost of a run as figures and blocks, for `shoestring budget` and the report: buckets, terms, DeepSeek-V3."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

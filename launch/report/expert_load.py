@@ -1,7 +1,5 @@
 """Expert load section of a report. Letters: N steps, E experts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

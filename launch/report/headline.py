@@ -1,7 +1,5 @@
 """Head of a report: facts about the run, and its main figures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime

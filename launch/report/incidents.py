@@ -1,7 +1,5 @@
 """Incidents section of a report: warnings, attempts that ended early, undone steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime

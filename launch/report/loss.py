@@ -1,7 +1,5 @@
 """Loss section of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from ...trainer.telemetry.format import strip_control_codes

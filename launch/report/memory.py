@@ -1,7 +1,5 @@
 """Memory section of a report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from statistics import median

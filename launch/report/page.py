@@ -1,7 +1,5 @@
 """Report of a run: its sections in order."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """`shoestring budget --against`: planned against measured figures, in the ledger's terms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Line plots over steps; hovering a step shows its values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -101,7 +99,7 @@ class _Canvas:
     high: float
 
     @staticmethod
-    def of(plot: Plot) -> _Canvas:
+    def of(plot: Plot) -> "_Canvas":
         xs = [x for x, _ in plot.finite_points]
         ys = [y for _, y in plot.finite_points] + [y for _, y in plot.reference_lines if _is_drawn(y)]
         low, high = min(ys), max(ys)

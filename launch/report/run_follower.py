@@ -1,7 +1,5 @@
 """Follower of a run directory: repeated snapshots while the run continues."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

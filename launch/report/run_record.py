@@ -1,7 +1,5 @@
 """Recorded data of a run, as a report shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Schedule section of a report: the last traced step, measured and simulated."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Not matplotlib: each instruction of a timeline has a tooltip, colors follow a li
 It would also cost a second of start-up and tens of megabytes of the container image.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping

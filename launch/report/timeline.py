@@ -1,7 +1,5 @@
 """Timeline of a pipeline program, as text for a terminal and as SVG for a paper or a browser."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """SVG of one overlapped pair of MoE layers, a forward's and a backward's, from a real trace: two streams, to scale."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """`shoestring watch`: live view of a run in the terminal, until it ends or Ctrl-C."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable
@@ -35,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
 def watch(
     run_dir: Path,
-    console: Console,
+    console: "Console",
     *,
     once: bool = False,
     wait_for_refresh: Callable[[], None] = lambda: time.sleep(REFRESH_SECONDS),

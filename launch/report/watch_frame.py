@@ -1,7 +1,5 @@
 """Live view of a run, in a few lines of a terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime

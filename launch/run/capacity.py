@@ -3,8 +3,6 @@
 `shoestring memory` predicts what a run really needs. These bounds are far lower, and cost nothing to compute.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class MachineCapacity:
     """Limit on processes and threads; None for no limit."""
 
     @staticmethod
-    def detect(*, on_gpu: bool) -> MachineCapacity:
+    def detect(*, on_gpu: bool) -> "MachineCapacity":
         """Read the capacity from the kernel and the control group of this process."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = _limit("memory.max")

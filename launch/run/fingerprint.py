@@ -1,7 +1,5 @@
 """Fingerprint of a run (configuration, code, data), equal in all of its processes, and the name of the attempt."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

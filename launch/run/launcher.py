@@ -1,7 +1,5 @@
 """Launcher: lock the run directory, record the allocation in the ledger, run torchrun, and return the exit code."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -79,7 +77,7 @@ class StoppedBySignal(BaseException):
 
 
 def launch_run(
-    config: RunConfig, local: LocalRanks, *, fresh: bool, rendezvous: RendezvousCallback | None = None
+    config: RunConfig, local: "LocalRanks", *, fresh: bool, rendezvous: RendezvousCallback | None = None
 ) -> int:
     """Run the whole job, or node 0's ranks of it, to the end; return the exit code of `shoestring train`.
 
@@ -194,7 +192,7 @@ def _torchrun(config: RunConfig, local: LocalRanks) -> tuple[str, ...]:
     return (*local.torchrun_arguments, NUMA_BINDING_FLAG) if can_bind else local.torchrun_arguments
 
 
-def _run(command: Sequence[str], environment: dict[str, str], request: StopRequest) -> int:
+def _run(command: Sequence[str], environment: dict[str, str], request: "StopRequest") -> int:
     with raise_on_stop_signals():
         process = subprocess.Popen(command, env=environment, preexec_fn=_prepare_torchrun_process)
         try:

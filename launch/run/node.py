@@ -1,7 +1,5 @@
 """`shoestring train` on one node of several; launch/torchrun.sh starts it on each node."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

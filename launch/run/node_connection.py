@@ -1,7 +1,5 @@
 """Connections between the nodes of a launch: lines of JSON over TCP, and a port that strangers may reach too."""
 
-from __future__ import annotations
-
 import errno
 import json
 import selectors

@@ -9,8 +9,6 @@ if __name__ == "__main__":  # the ranks import a script whose function they run
     print(run_on_ranks(work, 10, ranks=4))  # [60, 60, 60, 60]
 """
 
-from __future__ import annotations
-
 import pickle
 import tempfile
 import traceback
@@ -123,7 +121,7 @@ class _Call:
     timeout: timedelta
 
     @staticmethod
-    def describe(function: Callable[..., Any], argument: object, device: str, timeout: timedelta) -> _Call:
+    def describe(function: Callable[..., Any], argument: object, device: str, timeout: timedelta) -> "_Call":
         try:
             pickled = pickle.dumps((function, argument))
         except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -1,7 +1,5 @@
 """Checks of disk and hardware before a run's first process exists."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,8 +7,6 @@ GPU's NUMA node. A rank under the user's torchrun sets those that are read late,
 Not yet run on hardware: the settings for GPUs.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -207,7 +205,7 @@ class NumaSupport:
     """True if torchrun knows `--numa-binding`."""
 
     @staticmethod
-    def detect(nodes: Path = _NODES) -> NumaSupport:
+    def detect(nodes: Path = _NODES) -> "NumaSupport":
         """Read the facts of this machine."""
         lists = (path.read_text() for path in sorted(nodes.glob("node[0-9]*/cpulist")))
         cpus = tuple(found for found in map(parse_cpu_list, lists) if found)

@@ -4,8 +4,6 @@ As in the rendezvous of nodes (`rendezvous.py`), a name that does not resolve is
 waits for, the wait has a limit, and a stop signal ends it.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable

@@ -8,8 +8,6 @@
 Instead of either answer node 0 may send an error, which all nodes receive. A message is one line of JSON.
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Iterator, Mapping

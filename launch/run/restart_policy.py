@@ -1,7 +1,5 @@
 """Records that keep a scheduler from restarting a run that makes no progress, or an attempt that ended on purpose."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A marker, the first file of a new run directory, distinguishes it from other dir
 `config.yaml`. A launcher waits for a limited time until the previous one has released the lock.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil

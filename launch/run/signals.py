@@ -7,8 +7,6 @@ immediately. A killed launcher leaves no ranks behind (Linux only).
 This module imports nothing slow: a rank uses it before it loads torch, and is unprotected until then.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import select

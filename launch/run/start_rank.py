@@ -4,8 +4,6 @@ The function takes the path and returns the exit code: `worker:run_rank_from_con
 `on_ranks:run_call` with the folder of the call.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import pkgutil

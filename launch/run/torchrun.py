@@ -1,7 +1,5 @@
 """torchrun from Python: its arguments for the ranks of one machine, and a run of such ranks with a time limit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

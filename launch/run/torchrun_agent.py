@@ -5,8 +5,6 @@ listens on every address. It prints one line on the rank that failed. The stop s
 every process of a job, reach the ranks through the launcher's stop file, and the agent waits for the ranks.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """`shoestring train`: run the checks, then start the ranks under torchrun; inside torchrun, run one of them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One rank of a training run, inside torchrun."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """`shoestring budget`: cost of a run or project, what-ifs, and reconciliation with scheduler and invoice."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence

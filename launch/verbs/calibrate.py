@@ -1,7 +1,5 @@
 """`shoestring calibrate`: measure the parts of a run on this machine, as a cluster for the planner."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`shoestring checkpoint`: list, verify and compare checkpoints."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 from pathlib import Path

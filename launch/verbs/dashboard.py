@@ -4,8 +4,6 @@ It prints what wandb-workspaces would send, without random ids, so that docs/das
 panels. Creation on a server needs an account and has not been tried.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`shoestring data`: prepare a corpus as token shards, and inspect them."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`shoestring doctor`: which implementation runs each operation on this machine, and why others cannot."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

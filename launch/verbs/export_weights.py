@@ -1,7 +1,5 @@
 """`shoestring export`: write a checkpoint as a Hugging Face directory (transformers, vLLM)."""
 
-from __future__ import annotations
-
 import argparse
 
 from ...comm.units import parse_byte_size

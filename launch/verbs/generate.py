@@ -1,7 +1,5 @@
 """`shoestring generate`: text from a checkpoint, with speculative decoding by its MTP module."""
 
-from __future__ import annotations
-
 import argparse
 
 from ...comm.errors import raise_if_any

@@ -1,7 +1,5 @@
 """`shoestring import`: create a checkpoint from a Hugging Face directory."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

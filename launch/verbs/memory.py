@@ -1,7 +1,5 @@
 """`shoestring memory`: predicted memory of each rank by kind, and measured memory of real processes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

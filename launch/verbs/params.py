@@ -1,7 +1,5 @@
 """`shoestring params`: parameters, FLOPs and activations of a model, with the conventions used."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`shoestring partition`: layers, parameters and FLOPs of each pipeline stage."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

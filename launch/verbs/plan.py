@@ -1,7 +1,5 @@
 """`shoestring plan`: search of the best layouts, with their cost against the budget."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """`shoestring report`: HTML report of a run."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

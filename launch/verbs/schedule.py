@@ -1,7 +1,5 @@
 """`shoestring schedule`: check and draw a pipeline program."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

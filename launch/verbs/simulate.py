@@ -1,7 +1,5 @@
 """`shoestring simulate`: forecast of one layout's step, from kernel and link times."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

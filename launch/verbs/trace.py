@@ -1,7 +1,5 @@
 """`shoestring trace`: time terms of a traced run by rank, and a picture of one pair of layers."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     return print_answer(options, trace_answer(ranks))
 
 
-def open_trace(place: Path) -> dict[int, list[Span]]:
+def open_trace(place: Path) -> "dict[int, list[Span]]":
     """Read the spans of each rank; `place` is a run's directory or its merged file. Raises `ConfigError`."""
     from ...trainer.run.profiling import TRACE_FOLDER
     from ...trainer.telemetry.trace import TRACE_FILE, read_trace
@@ -53,7 +51,7 @@ def open_trace(place: Path) -> dict[int, list[Span]]:
         raise ConfigError([Problem("TRACE", str(path), str(error))]) from None
 
 
-def trace_answer(ranks: Mapping[int, Sequence[Span]]) -> Answer:
+def trace_answer(ranks: "Mapping[int, Sequence[Span]]") -> Answer:
     """Return the seconds of each term by rank; blocks show milliseconds, without terms that are 0 on every rank."""
     from ...trainer.telemetry.trace import summarize_trace
 
@@ -69,7 +67,7 @@ def trace_answer(ranks: Mapping[int, Sequence[Span]]) -> Answer:
     return Answer.from_blocks("Time of a traced run", terms, blocks)
 
 
-def _picture(ranks: Mapping[int, Sequence[Span]]) -> Iterator[Block]:
+def _picture(ranks: "Mapping[int, Sequence[Span]]") -> Iterator[Block]:
     """Yield the picture of an overlapped pair of MoE layers, if the trace has one."""
     from ..report.trace_svg import find_layer_pairs, svg_layer_pair
 

@@ -1,7 +1,5 @@
 """Proof that a program computes a global batch and cannot deadlock."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 
 from .placement import StageLocation

@@ -13,8 +13,6 @@ A backward computes the gradients of inputs, launches the exchange that needs th
 gradients.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum

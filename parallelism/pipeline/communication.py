@@ -1,7 +1,5 @@
 """P2P messages of a program, derived from it: the one source for check, simulation and execution."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Configuration of the pipeline schedule."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...comm.files.ranges import CheckedConfig, between, one_of

@@ -4,8 +4,6 @@ Independent of the model: stages receive and return tensors. Their forward and b
 which run to completion alone or interleaved in pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,7 +104,7 @@ class PipelineExecutor:
         *,
         overlap: bool = True,
         recorder: SpanRecorder = NULL_RECORDER,
-    ) -> PipelineExecutor:
+    ) -> "PipelineExecutor":
         """Create an executor, deriving the messages from the program."""
         return PipelineExecutor(
             program, pp_rank, channels, global_ranks, derive_p2p_batches(program)[pp_rank], overlap, recorder

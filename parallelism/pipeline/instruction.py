@@ -4,8 +4,6 @@ One definition for three users: the executor runs instructions on tensors, `trai
 and the planner their seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from typing import Any, Protocol, TypeVar
 

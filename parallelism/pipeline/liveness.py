@@ -4,8 +4,6 @@ Counts only; callers multiply by bytes. Before its first use a weight may still 
 its gradient is final.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ class LiveCounts:
     p2p_messages: int
     """Activations and gradients received before they are needed, or produced and not sent yet."""
 
-    def dominates(self, other: LiveCounts) -> bool:
+    def dominates(self, other: "LiveCounts") -> bool:
         """Return whether every count is at least that of `other`."""
         return (
             self.p2p_messages >= other.p2p_messages

@@ -1,7 +1,5 @@
 """Any `nn.Module` as a stage of a pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

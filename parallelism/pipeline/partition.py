@@ -1,7 +1,5 @@
 """Partition of layers over stages: the one whose largest stage is smallest, or a given one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

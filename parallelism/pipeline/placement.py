@@ -1,7 +1,5 @@
 """Placement of stages on ranks: arithmetic between (rank, chunk) and stage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,7 +14,7 @@ class Direction(StrEnum):
     PREV = "prev"
 
     @property
-    def opposite(self) -> Direction:
+    def opposite(self) -> "Direction":
         """The other direction, in which the gradients of a chunk travel."""
         return Direction.PREV if self is Direction.NEXT else Direction.NEXT
 

@@ -3,8 +3,6 @@
 Schedules write programs with `RankProgramWriter`, which counts micro-batches.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import asdict, dataclass
 from enum import StrEnum

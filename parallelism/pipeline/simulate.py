@@ -1,7 +1,5 @@
 """Simulation of a program: start and end of each instruction, bubble of each rank."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +110,7 @@ class ProgramSimulator:
     _nodes: tuple[_Node, ...]
 
     @staticmethod
-    def from_program(program: PipelineProgram) -> ProgramSimulator:
+    def from_program(program: PipelineProgram) -> "ProgramSimulator":
         """Sort a complete program (`verify_program`). Raises `InvalidProgramError` for a deadlock."""
         return ProgramSimulator(program, _Dependencies(program).sorted_nodes())
 

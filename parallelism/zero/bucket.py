@@ -3,8 +3,6 @@
 Letters: N elements of a bucket, G ranks that share it, n = N / G elements of one shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

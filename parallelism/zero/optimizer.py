@@ -1,7 +1,5 @@
 """ZeRO-1 (arXiv 1910.02054): each rank updates its shard of every bucket, then all ranks all-gather the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -72,7 +70,7 @@ class ShardedOptimizer:
         *,
         moments_dtype: torch.dtype | None = None,
         has_weight_decay: Callable[[str, Tensor], bool] = lambda name, parameter: parameter.dim() >= 2,
-    ) -> ShardedOptimizer:
+    ) -> "ShardedOptimizer":
         """Shard the state of parameters that are equal on all ranks of `group`, one bucket per dtype.
 
         They and their `.grad` become views of the buckets, so that `reducer.begin_step` takes the place of `zero_grad`.

@@ -1,7 +1,5 @@
 """Reduce-scatter of gradients, bucket by bucket, as soon as they are final."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

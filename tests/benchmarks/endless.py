@@ -1,7 +1,5 @@
 """Rows of a machine on which something is wrong: one never ends, one kills its process, one raises."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """benchmarks/bring_up.py on a CPU: its rows, and what it reports as missing, wrong or broken."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

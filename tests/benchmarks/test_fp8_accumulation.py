@@ -1,7 +1,5 @@
 """The benchmark of FP8 accumulation."""
 
-from __future__ import annotations
-
 from shoestring.benchmarks import fp8_accumulation
 
 

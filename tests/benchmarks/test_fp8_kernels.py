@@ -1,7 +1,5 @@
 """The benchmark of FP8 kernels on a machine without a GPU: it runs, and reports that there is nothing to measure."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 
@@ -47,7 +45,7 @@ class Event:
     def query(self) -> bool:
         return Event.awake > 0
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end: "Event") -> float:
         return end.at - self.at
 
 

@@ -1,7 +1,5 @@
 """benchmarks/gpu_check.sh without a GPU and with no time: what it reports for each part, and its exit code."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The rows of benchmarks/bring_up.py that compare: each detects the errors it is meant to find."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """The benchmark of a layer: its phases are those of training, and launches are counted by phase."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """CPU streams whose copies run immediately, or as late as a GPU may run them: when the host waits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +31,7 @@ class _Later(TorchFunctionMode):
 @dataclass
 class LateEvent:
     name: str
-    streams: LateStreams
+    streams: "LateStreams"
     queued: list[Callable[[], object]] = field(default_factory=list)
 
     def synchronize(self) -> None:
@@ -45,7 +43,7 @@ class LateEvent:
 @dataclass
 class LateStream:
     name: str
-    streams: LateStreams
+    streams: "LateStreams"
     queue: list[Callable[[], object]] = field(default_factory=list)
     events: int = 0
 

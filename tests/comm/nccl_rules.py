@@ -14,8 +14,6 @@ A CPU computes at once, in the host thread. So what a stream of a GPU would hold
 for an event, but at the first tensor operation behind it, which `Eager` sees. Posting alone never blocks.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

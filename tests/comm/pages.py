@@ -1,7 +1,5 @@
 """Stand-ins for CUDA where memory is pinned."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

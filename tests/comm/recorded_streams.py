@@ -1,7 +1,5 @@
 """Stand-ins for CUDA streams on a CPU: work runs immediately, and what it would have waited for is recorded."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ REST = "rest of "
 class RecordedEvent:
     """An event that completes when all of `behind` has run."""
 
-    def __init__(self, behind: frozenset[str], streams: RecordedStreams) -> None:
+    def __init__(self, behind: frozenset[str], streams: "RecordedStreams") -> None:
         self.behind = behind
         self._streams = streams
 
@@ -33,7 +31,7 @@ class RecordedEvent:
 class RecordedStream:
     """A stream that knows all work that has run when its queue is empty."""
 
-    def __init__(self, streams: RecordedStreams) -> None:
+    def __init__(self, streams: "RecordedStreams") -> None:
         self._streams = streams
         self.behind: frozenset[str] = frozenset()
 

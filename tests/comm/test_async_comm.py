@@ -1,7 +1,5 @@
 """Exchanges progress before they are waited on, in one order on all ranks; errors name rank, call and peers."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The environment variables of a rank: each invalid one is refused by name."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.bootstrap import TorchrunEnvironment

@@ -1,7 +1,5 @@
 """The stand-ins for NCCL follow NCCL where it differs from gloo."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

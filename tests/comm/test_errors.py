@@ -1,7 +1,5 @@
 """Error messages: no control code reaches the terminal."""
 
-from __future__ import annotations
-
 from shoestring.comm.errors import Problem
 from shoestring.comm.files.strict_json import MalformedFileError
 

@@ -1,7 +1,5 @@
 """The quantizer: its stated error bound, the smallest power of two for each tile, and NaN and infinity that stay."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Creation of groups with NCCL: one split of the default group."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ class Splitting:
         self.options = SimpleNamespace(config=SimpleNamespace(max_ctas=None))
         self.asked: list[dict[str, Any]] = []
 
-    def _get_backend(self, device: torch.device) -> Splitting:
+    def _get_backend(self, device: torch.device) -> "Splitting":
         return self
 
     def split_group(self, **asked: Any) -> str:

@@ -1,7 +1,5 @@
 """Creation of process groups: few calls where the library can split, and the right ranks in each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pinned memory of the requested size, against a stand-in for the CUDA runtime."""
 
-from __future__ import annotations
-
 import mmap
 
 import pytest

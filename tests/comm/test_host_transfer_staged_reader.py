@@ -1,7 +1,5 @@
 """Tensors that a thread reads during training: the bits, the order of copies and waits, and the memory between."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

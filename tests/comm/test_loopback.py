@@ -1,7 +1,5 @@
 """This machine's loopback address, and ports that no other machine reaches."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Processes that differ are refused together, with the first difference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Bytes that a rank sends, by operation, kind and link."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 from shoestring.comm.groups import Group

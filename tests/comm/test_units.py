@@ -1,7 +1,5 @@
 """Numbers with units: as text, from text, and rounded up."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.errors import ConfigError

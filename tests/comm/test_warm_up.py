@@ -1,7 +1,5 @@
 """A first collective connects a group for all of the same size, so that none of them waits for another rank."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A call into the communication library that does not return is reported, and ends its rank."""
 
-from __future__ import annotations
-
 import pickle
 from datetime import timedelta
 from io import TextIOWrapper

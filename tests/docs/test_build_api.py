@@ -1,7 +1,5 @@
 """The API pages are built from the docstrings without a warning."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

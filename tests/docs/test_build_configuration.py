@@ -1,7 +1,5 @@
 """docs/configuration.md is what its generator writes from the code as it is."""
 
-from __future__ import annotations
-
 from shoestring.docs.build_configuration import PAGE, ROOT, configuration_page, head_comment
 
 

@@ -1,7 +1,5 @@
 """docs/draw_names.py draws public names only, and the same ones for one seed."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

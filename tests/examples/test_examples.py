@@ -1,7 +1,5 @@
 """Each example, alone in an empty folder, under an installed wheel; and the page that tells of it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

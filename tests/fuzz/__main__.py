@@ -1,7 +1,5 @@
 """Try damaged files and command lines: `python -m shoestring.tests.fuzz --each 200`; see `command.py`."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -7,8 +7,6 @@ left behind; then counts by kind and the lines of the readers that were run. End
 A kind and a seed make the same input on every machine: `--kind corpus --first 17 --each 1` runs one again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Damage that keeps a file well-formed: values of the right type that contradict each other or the other files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any

@@ -1,7 +1,5 @@
 """Kinds of inputs: which seed file is damaged, and which command then reads it."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

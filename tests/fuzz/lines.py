@@ -1,7 +1,5 @@
 """The lines of the readers that were run."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator, Mapping, Sequence

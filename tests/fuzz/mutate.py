@@ -1,7 +1,5 @@
 """Seeded damage to JSON, text, bytes and files: each call changes one thing, like a disk, an editor or an attacker."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Valid files of every kind, created once; each input of the fuzzer is a damaged copy of some."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Damaged files and command lines end in exit code 0, a refusal, or another documented exit code."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

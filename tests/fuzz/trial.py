@@ -1,7 +1,5 @@
 """One input, run by a fork of this process, which has imported everything, within limits of time and memory."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """The `shoestring` command, run in this process: exit code and output."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Helpers for tests with simulated machines: a skip condition, and the processes that are left."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

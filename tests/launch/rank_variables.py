@@ -1,7 +1,5 @@
 """The environment variables that torchrun gives its ranks."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.tests.launch.small_run import free_port

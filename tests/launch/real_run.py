@@ -1,7 +1,5 @@
 """`shoestring train` as real processes, observed from outside."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

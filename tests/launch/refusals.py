@@ -1,7 +1,5 @@
 """The problems that a configuration is refused for, by field."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """Check that an answer's terminal text, JSON and page hold the same numbers."""
 
-from __future__ import annotations
-
 import html
 import json
 import math

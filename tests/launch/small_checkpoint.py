@@ -1,7 +1,5 @@
 """A small checkpoint with a tokenizer, and damage to its files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A search that takes seconds: eight layers of DeepSeek-V3 on four nodes."""
 
-from __future__ import annotations
-
 SMALL_PLAN = (
     *(
         "plan",

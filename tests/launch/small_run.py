@@ -1,7 +1,5 @@
 """A run of seconds on a corpus of two short files, for tests that start real processes."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The parsers of all verbs: overrides at any place, no argument ignored, no heavy import; and how a verb ends."""
 
-from __future__ import annotations
-
 import argparse
 import configparser
 import signal

@@ -1,7 +1,5 @@
 """Groups, overrides and user directories compose to one configuration, or to one list of its problems."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

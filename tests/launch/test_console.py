@@ -1,7 +1,5 @@
 """Output that cannot be printed does not fail the work."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A launch has one start time, and text of the environment is written to no file."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path

@@ -1,7 +1,5 @@
 """launch/quickstart.sh: the arguments of each command, recorded by a stand-in for `shoestring`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`data prepare`, `import` and `export` at a signal, and after an earlier one was killed."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Two machines of one launch as real processes on this one: launch/torchrun.sh twice, each in its own session."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

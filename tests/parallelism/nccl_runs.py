@@ -3,8 +3,6 @@
 `python -m shoestring.tests.parallelism.nccl_runs` prints how every schedule ends without it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext

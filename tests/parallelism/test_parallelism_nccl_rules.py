@@ -1,7 +1,5 @@
 """Every schedule trains under NCCL's rules, with the classes that GPUs use, and equals the plain reference."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.parallelism.pipeline.communication import derive_p2p_batches

@@ -1,7 +1,5 @@
 """Delayed weight gradients: equal to autograd's, left where the forward left them, computed when flushed."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """Apex's GEMM for weight gradients: when it is called, with a stand-in that checks what Apex requires."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec

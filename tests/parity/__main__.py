@@ -4,8 +4,6 @@ python -m shoestring.tests.parity            everything
 python -m shoestring.tests.parity ep4 fp64   rows whose name holds each of these words
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, T tokens (B*S), D hidden, E experts, K top-k, N routers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Letters: B batch (of a global batch, or of one micro-batch), S sequence, W window (S + 1 + MTP depth), E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum

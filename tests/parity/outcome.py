@@ -1,7 +1,5 @@
 """The results of a run, and the differences between two runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -3,8 +3,6 @@
 Letters: B batch of one micro-batch, W window of tokens, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from datetime import timedelta
@@ -68,7 +66,7 @@ def run_rank(world: World, layout: Layout, steps: int, break_name: str | None) -
     return outcome(records, gradients)
 
 
-def outcome(records: tuple[StepOutcome, ...], gradients: RecordingReducer) -> Outcome:
+def outcome(records: tuple[StepOutcome, ...], gradients: "RecordingReducer") -> Outcome:
     """Return the outcome of one rank's steps."""
     parts = {name: (value.detach().clone(), trained) for name, value, trained in released_parts(gradients.model)}
     return Outcome(

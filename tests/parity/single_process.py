@@ -5,8 +5,6 @@ rounding and nothing else. In FP8 a tile of a weight's gradient holds rows of on
 unless an expert received them; so there the reference takes one by one what an expert-parallel group takes together.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 
 import torch

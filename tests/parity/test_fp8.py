@@ -1,7 +1,5 @@
 """FP8 in every layout: the numbers of one process that computes by the NumPy definition."""
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The activations in memory at the start and end of each instruction are of as many chunks as the program says."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field

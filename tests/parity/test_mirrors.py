@@ -1,7 +1,5 @@
 """DualPipe holds every stage twice: the replicas start equal and stay equal to the last bit."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """BF16 weights with FP32 masters give the bits of FP32 weights that are cast at each use."""
 
-from __future__ import annotations
-
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """The order in which a forward and a backward alternate, against the published trace of DeepSeek-V3's training."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Overlap of a forward and a backward, and recomputed activations, change no bit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle, product

@@ -3,8 +3,6 @@
 `python -m shoestring.tests.parity` prints the same tables.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """Gradients are reduced after the last instruction that touches them, in one order, with one decision."""
 
-from __future__ import annotations
-
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from unittest.mock import patch

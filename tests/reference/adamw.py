@@ -1,7 +1,5 @@
 """AdamW with decoupled weight decay (arXiv 1711.05101) and clipping by the global norm, one tensor after another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

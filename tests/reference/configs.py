@@ -1,7 +1,5 @@
 """Small configurations that between them turn each switch of the model on and off, and random parameters for them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

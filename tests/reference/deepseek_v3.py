@@ -12,8 +12,6 @@ and value widths of a head, C latent rank, T tokens (B*S, or those that count), 
 K top-k, G groups, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ from left to right (report §3.3.2).
 Letters: X, Y rows of two factors, K what is summed over.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

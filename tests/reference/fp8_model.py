@@ -7,8 +7,6 @@ Gate weights multiply before the down projection.
 Shape suffixes: T tokens (those of one expert), D hidden, F expert width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Conversion to and from transformers' DeepSeek-V3, the outside reference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType

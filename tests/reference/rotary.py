@@ -3,8 +3,6 @@
 Shape suffixes: B batch, S sequence, H heads, Y rotary width of a head.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

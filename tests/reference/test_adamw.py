@@ -1,7 +1,5 @@
 """The plain AdamW against torch's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The reference against transformers' DeepSeek-V3, and its other parts against formulas and finite differences."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

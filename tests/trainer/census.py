@@ -1,7 +1,5 @@
 """A census of live memory among allocations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A directory with prepared data for small training runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

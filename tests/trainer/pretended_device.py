@@ -1,7 +1,5 @@
 """Simulates on a CPU which tensors would be on the device of a GPU run, and where the host would wait for it."""
 
-from __future__ import annotations
-
 import traceback
 from collections import Counter
 from typing import Any

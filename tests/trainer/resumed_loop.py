@@ -1,7 +1,5 @@
 """Small runs that are trained on one layout and resumed on another, and their state."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The engine of a tiny model on one rank."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import torch

@@ -1,7 +1,5 @@
 """A training run small enough for seconds: its configuration, its data, and its ranks."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The engine of a rank: when it warms up, and the limit of its first calls."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """Every invalid value is refused with its key and a hint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 

@@ -1,7 +1,5 @@
 """A value that changes at token counts is the one that was set last, at the count itself already."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.trainer.config import scheduled_value, value_schedule_problems

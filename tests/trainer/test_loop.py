@@ -1,7 +1,5 @@
 """The whole loop: data, order, model, gradients, optimizer, checkpoint, ledger."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

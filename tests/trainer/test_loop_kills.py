@@ -3,8 +3,6 @@
 `tests/launch/run/test_train.py` kills a run under a real torchrun once.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """A resumed run, on any layout, despite damaged checkpoints and failed saves."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Plain values become the types that a dataclass names; every value that does not fit is a problem."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

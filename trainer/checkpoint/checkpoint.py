@@ -4,8 +4,6 @@ A missing file, a wrong size or a wrong hash raises `CheckpointDamaged`. A file 
 a missing disk) raises `OSError`: it may be intact.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -43,7 +41,7 @@ class Checkpoint:
     manifest: CheckpointManifest
 
     @staticmethod
-    def open(path: Path) -> Checkpoint:
+    def open(path: Path) -> "Checkpoint":
         """Open a checkpoint after checking its marker, manifest and file sizes. Raises `CheckpointDamaged`."""
         return Checkpoint(path, read_manifest(path))
 
@@ -178,7 +176,7 @@ class Checkpoint:
                 wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
                 yield f"{path}: its header is damaged: it differs from the manifest in {wrong[0]}"
 
-    def with_ema_weights(self) -> Checkpoint:
+    def with_ema_weights(self) -> "Checkpoint":
         """Return this checkpoint with the moving average (report §3.2.3) as weights; routing biases have no average.
 
         Raises `ConfigError` if the run has no average.

@@ -1,7 +1,5 @@
 """Rules for resuming from a checkpoint: any parallel layout, but the same model, numerics and data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any

@@ -5,8 +5,6 @@ on a virtual machine this is often the slowest part of a save, and it evicts the
 whole blocks from aligned memory.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import mmap
@@ -48,7 +46,7 @@ class DirectIOFile:
             if self._filled == WRITE_BUFFER_BYTES:
                 self._flush_buffer()
 
-    def __enter__(self) -> DirectIOFile:
+    def __enter__(self) -> "DirectIOFile":
         return self
 
     def __exit__(

@@ -1,7 +1,5 @@
 """Resolution of a path to a checkpoint: the path itself, or the newest one of a run directory."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checkpoints in words and numbers: a run's list, damage of one, differences of two."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`manifest.json`: the tensors of a checkpoint, their places in files, and the SHA-256 of every piece."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

@@ -4,8 +4,6 @@ Each expert is a separate tensor, named by its number in the whole layer. A piec
 its flattened elements, as a sharded optimizer holds it. If several ranks hold the same piece, one of them writes it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ No thread communicates. Once per step the step reduction counts the ranks that h
 commits the checkpoint. A full disk ends the save, not the run.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Directory of a run's checkpoints: each is written under a temporary name, then renamed when it is complete."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

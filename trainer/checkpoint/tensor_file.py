@@ -4,8 +4,6 @@ The format is eight bytes of length, a JSON header and the tensors' bytes. The s
 memory to write a file and maps a whole file to read it; here reader and writer hold one tensor at most.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -70,7 +68,7 @@ class TensorFileWriter:
         self._file.write(tensor_as_bytes(tensor))
         self._next += 1
 
-    def __enter__(self) -> TensorFileWriter:
+    def __enter__(self) -> "TensorFileWriter":
         with ExitStack() as opening:
             self._file = opening.enter_context(DirectIOFile(self._path))
             self._file.write(self._header)  # inside `opening`: the disk may be full

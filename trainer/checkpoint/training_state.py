@@ -1,7 +1,5 @@
 """Training state of one rank as pieces under canonical names."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

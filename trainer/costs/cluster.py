@@ -1,7 +1,5 @@
 """Hardware of a run: the peak TFLOPS behind MFU, and the speeds and prices behind the planner's predictions."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 

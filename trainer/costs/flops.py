@@ -1,7 +1,5 @@
 """Floating point operations per training token, of the whole model and of the parts that a pipeline can place."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig

@@ -5,8 +5,6 @@ Each module of `trainer/model/` states below its code what its operations keep a
 Letters: T tokens, R rows received.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -115,7 +113,7 @@ class OperationMemory:
     backward_workspace: float = 0.0
     """Peak bytes of its backward beyond what was saved or is recomputed."""
 
-    def __add__(self, later: OperationMemory) -> OperationMemory:
+    def __add__(self, later: "OperationMemory") -> "OperationMemory":
         """Return both as one operation, which reaches its peaks while it holds the activations of both."""
         return OperationMemory(
             self.activations + later.activations,

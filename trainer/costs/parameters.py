@@ -1,7 +1,5 @@
 """Parameters of a model by part, taken on the meta device: 671 B parameters need no memory."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property

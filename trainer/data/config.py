@@ -1,7 +1,5 @@
 """Configuration of the training text and of the directory of its tokens."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files of a corpus: listed, checked and read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

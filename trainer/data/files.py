@@ -1,7 +1,5 @@
 """Crash-safe files: hashed as they are written, synced to disk before they are used, and limited in size."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Description of a prepared directory: sizes, hashes, and an excerpt of its text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

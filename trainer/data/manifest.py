@@ -1,7 +1,5 @@
 """`manifest.json` of a prepared directory: its files, sizes and hashes. Written last, read first."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

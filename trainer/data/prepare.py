@@ -1,7 +1,5 @@
 """Preparation of a corpus: tokenizer and token shards in a directory that appears only when it is complete."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time

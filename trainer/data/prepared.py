@@ -11,8 +11,6 @@ Its files are checked against their hashes at a bounded cost:
 * `shoestring data inspect` always reads everything.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

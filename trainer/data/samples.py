@@ -9,8 +9,6 @@ same on every machine and with every library version.
 Shapes: B batch, S sequence, D multi-token-prediction depth, W window of tokens = S + 1 + D.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +63,7 @@ class TokenBatch:
     valid_BW: Tensor
     """bool [B, W]; False on padding, which is neither input nor target of any loss."""
 
-    def to(self, device: torch.device) -> TokenBatch:
+    def to(self, device: torch.device) -> "TokenBatch":
         """Return the batch on `device`."""
         return TokenBatch(to_device(self.tokens_BW, device), to_device(self.valid_BW, device))
 

@@ -4,8 +4,6 @@ A corpus of 280 GB has 1,049 shards, and a process may open 1,024 files. A memor
 truncated file would kill the process by a signal; so ranges are read, which is ten microseconds slower.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import OrderedDict

@@ -3,8 +3,6 @@
 Shapes: T tokens of a range, M documents.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Iterator, Sequence

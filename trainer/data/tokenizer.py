@@ -1,7 +1,5 @@
 """Byte-level BPE: any text to tokens and back without loss."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ class Tokenizer:
     """Token that fills a window after the last token of a split."""
 
     @classmethod
-    def from_bpe(cls, bpe: tokenizers.Tokenizer) -> Tokenizer:
+    def from_bpe(cls, bpe: tokenizers.Tokenizer) -> "Tokenizer":
         """Wrap a BPE that has the two special tokens; raises `ValueError` for one without them."""
         end, pad = bpe.token_to_id(END_TOKEN), bpe.token_to_id(PAD_TOKEN)
         if end is None or pad is None:

@@ -1,7 +1,5 @@
 """Directories that are being written: locked while their writer runs; those of dead writers are removed later."""
 
-from __future__ import annotations
-
 import fcntl
 import glob
 import os

@@ -1,7 +1,5 @@
 """`.verified.json` next to the data: files that were verified, with their size and modification time."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Text generation during training, one token at a time, without a KV cache: for short samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

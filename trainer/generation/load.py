@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, V vocabulary, E experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta

@@ -8,8 +8,6 @@ of 85-90 % (§5.4.3). There is no KV cache: for short samples.
 Letters: V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

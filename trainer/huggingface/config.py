@@ -1,7 +1,5 @@
 """Conversion between `config.json` of `DeepseekV3ForCausalLM` and `ModelConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields

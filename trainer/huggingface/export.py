@@ -1,7 +1,5 @@
 """Export of a checkpoint to a directory that `transformers` loads, with one tensor in memory at a time."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Letters: N rows, K columns, I and J their blocks of 128, the last of which may be smaller.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

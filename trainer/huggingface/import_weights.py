@@ -1,7 +1,5 @@
 """Import of released weights into a checkpoint of weights and routing biases, some tensors at a time."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -72,7 +70,7 @@ class HuggingFaceWeights:
     """File of each tensor, by the tensor's name."""
 
     @staticmethod
-    def open(directory: Path) -> HuggingFaceWeights:
+    def open(directory: Path) -> "HuggingFaceWeights":
         """Read the headers. Raises `ConfigError` for files that are missing or no safetensors files."""
         index = _weight_map(directory)
         names = ["model.safetensors"] if index is None else sorted(set(index.values()))

@@ -1,7 +1,5 @@
 """Tensor names of the released weights, in which MTP modules are layers after the last one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Tokenizer files of a Hugging Face directory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

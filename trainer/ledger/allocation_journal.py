@@ -3,8 +3,6 @@
 The launcher writes it, because imports, restarts and crashes happen outside the lifetime of the ranks.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from contextlib import suppress

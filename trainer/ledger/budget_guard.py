@@ -1,7 +1,5 @@
 """Running cost of a run, and budget enforcement: projection of the cost at its end, warnings and halts."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass

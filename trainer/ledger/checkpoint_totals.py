@@ -1,7 +1,5 @@
 """Check, at a resume, that the ledger fits the totals in the checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Instants that processes can compare: the launcher and rank 0 write different files of one ledger."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from dataclasses import dataclass
@@ -29,12 +27,12 @@ class Instant:
     """ID of the boot that the monotonic clock counts from."""
 
     @staticmethod
-    def now() -> Instant:
+    def now() -> "Instant":
         """Return the current instant."""
         boot = _BOOT_ID.read_text()[:8] if _BOOT_ID.exists() else f"{uuid.getnode():x}"
         return Instant(time.time_ns(), time.monotonic_ns(), boot)
 
-    def ns_since(self, earlier: Instant) -> int:
+    def ns_since(self, earlier: "Instant") -> int:
         """Return the nanoseconds since `earlier`, at least 0: monotonic within one boot, else by the wall clock."""
         if self.boot == earlier.boot:
             return max(0, self.monotonic_ns - earlier.monotonic_ns)

@@ -1,7 +1,5 @@
 """Configuration of a run's budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...comm.files.ranges import CheckedConfig, above, not_empty, one_of

@@ -3,8 +3,6 @@
 Each line is one JSON object. Its `hash` is SHA-256 over the hash of the line before and the canonical JSON of the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

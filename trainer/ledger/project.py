@@ -8,8 +8,6 @@ runs:            # directories relative to the file; a run may not exist yet
   - runs/context_extension
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +34,7 @@ class Project:
     """Run directories."""
 
     @staticmethod
-    def read(path: Path) -> Project:
+    def read(path: Path) -> "Project":
         """Read a project file. Raises `ConfigError` with all its problems."""
         with config_error_context(path, "it cannot be read as a project; correct it"):
             tree = read_yaml(path)
@@ -108,7 +106,7 @@ class ProjectTotals:
     """Cost inherited from runs outside the project."""
 
     @staticmethod
-    def from_summaries(project: Project, summaries: Mapping[Path, LedgerSummary]) -> ProjectTotals:
+    def from_summaries(project: Project, summaries: Mapping[Path, LedgerSummary]) -> "ProjectTotals":
         """Return the sum of the runs' summaries."""
         by_phase = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)
         tokens = dict.fromkeys(PUBLISHED_GPU_HOURS, 0)

@@ -5,8 +5,6 @@ compared with a cluster that accounts for GPUs (`gres/gpu` in AllocTRES).
 Invoices: CSV with a row per charge; the names of the columns for `gpu_hours` and `amount` are configurable.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ attempt is then replayed in whole columns, which reads a million records in a th
 as a single record.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

@@ -3,8 +3,6 @@
 A record is the instant at which something happened to an attempt. On disk its keys are the fields, and `kind`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -4,8 +4,6 @@ Of the time between two records of rank 0, the second record charges a part; the
 attempt's state: starting, running, ended or failed. So the parts add up by construction.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +84,7 @@ class Attempt:
     """Whole milliseconds of `since_ns`."""
 
     @staticmethod
-    def from_opening(opening: AttemptOpened | Rank0Started) -> Attempt:
+    def from_opening(opening: AttemptOpened | Rank0Started) -> "Attempt":
         """Return the attempt that `opening` begins."""
         return Attempt(
             name=opening.attempt,

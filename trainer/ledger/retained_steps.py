@@ -1,7 +1,5 @@
 """Kept steps (those whose updates are in the weights) as columns of numbers: a long run has a million."""
 
-from __future__ import annotations
-
 import operator
 from array import array
 from collections import Counter
@@ -90,7 +88,7 @@ class RetainedSteps:
         pairs = zip(self.step_gpu_ms[-last:], self.step_tokens[-last:], strict=True)
         return [gpu_ms / tokens for gpu_ms, tokens in pairs if tokens]
 
-    def without_early_steps(self) -> RetainedSteps:
+    def without_early_steps(self) -> "RetainedSteps":
         """Return the same with the steps before the last `MAX_STEPS_KEPT` summed."""
         dropped = len(self.step_numbers) - MAX_STEPS_KEPT
         if dropped <= 0:

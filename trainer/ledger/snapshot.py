@@ -5,8 +5,6 @@ journals, by position and hash. If that record is missing, or the snapshot is da
 does not show whether earlier records were changed later; `shoestring budget --verify` reads all of them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

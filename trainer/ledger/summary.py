@@ -1,7 +1,5 @@
 """Cost of a run: allocated = productive + rolled back + buckets + unattributed, to the millisecond."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Terms and units of the ledger, and the published budget of DeepSeek-V3 (V3 report Table 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType

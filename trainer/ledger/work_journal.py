@@ -5,8 +5,6 @@ remainder of one interval is added to the next, so that ten thousand short steps
 Intervals must not overlap; time that none of them covers is `unattributed`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

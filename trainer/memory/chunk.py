@@ -4,8 +4,6 @@ The chunks follow the runtime's order of steps (`parallelism/pipeline/chunk_walk
 of an FB interleave as at run time. They change the levels of a `PeakMeter` and compute no tensor.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property

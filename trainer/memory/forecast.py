@@ -1,7 +1,5 @@
 """Predicted memory of each rank of a configured run, from its layout; no process is started."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Memory of the ranks of one layout; `shoestring memory` and the planner both ask here."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

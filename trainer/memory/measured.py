@@ -5,8 +5,6 @@ gloo and of math libraries, the interpreter, autograd's graph. On a GPU the cach
 see the CUDA context and NCCL's buffers.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterator
@@ -48,7 +46,7 @@ class MeasuredMemory:
         return {"state": vars(self.state), "between_instructions": self.between_instructions, "total": self.total}
 
     @staticmethod
-    def from_dict(tree: dict[str, Any]) -> MeasuredMemory:
+    def from_dict(tree: dict[str, Any]) -> "MeasuredMemory":
         """Build the measurement from the values of `to_dict`."""
         return MeasuredMemory(StateBytes(**tree["state"]), tree["between_instructions"], tree["total"])
 
@@ -172,7 +170,7 @@ class _OnCpu(NullRecorder):
         yield
         self._borders.append(self._cut())
 
-    def __enter__(self) -> _OnCpu:
+    def __enter__(self) -> "_OnCpu":
         self._cut()
         return self
 

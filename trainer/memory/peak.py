@@ -1,7 +1,5 @@
 """Peak memory of one rank: its state, and the largest sum over its program's instructions of all that is live."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,7 +49,7 @@ class NonAllocatorMemory:
     @staticmethod
     def for_exchange(
         exchange: ExchangeConfig, shape: DeepEPBufferShape, nodes: int, ranks_a_node: int
-    ) -> NonAllocatorMemory:
+    ) -> "NonAllocatorMemory":
         """Estimate it for an expert-parallel group of `ranks_a_node` ranks on each of `nodes`; not yet measured."""
         if nodes * ranks_a_node == 1:
             return NonAllocatorMemory(CUDA_CONTEXT_BYTES)

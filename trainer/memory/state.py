@@ -1,7 +1,5 @@
 """Bytes that a rank holds from step to step: weights, gradients, masters, moments and weight average."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,7 +34,7 @@ class StateBytes:
     average: float
 
     @staticmethod
-    def from_groups(portions: Iterable[ParameterGroup], fp8_weights: float = 0.0) -> StateBytes:
+    def from_groups(portions: Iterable[ParameterGroup], fp8_weights: float = 0.0) -> "StateBytes":
         """Sum the bytes of `portions`: 6 + 8/d per parameter with BF16 weights and moments and d = `zero_ranks`."""
         # BF16: 2 for the weight and 4 for the FP32 gradient on every rank; 4 for the master and 2 + 2 for the moments,
         # sharded. A weight as wide as its master is the master, and counts once.

@@ -1,7 +1,5 @@
 """Memory of the parts of a stage, summed up from what each operation of `trainer/model/` keeps and needs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,7 +53,7 @@ class WorkspaceBytes:
         )
 
     @cached_property
-    def parts(self) -> dict[LayerPart, PartMemory]:
+    def parts(self) -> "dict[LayerPart, PartMemory]":
         """Memory of each part of a stage. A layer's input, which is another part's output, is in none of them."""
         config, batch, message = self.config, self.batch, self.hidden_state_bytes
         tables = routing_table_bytes(batch.tokens, config.num_experts_per_tok, batch.received_rows(config))
@@ -98,7 +96,7 @@ class WorkspaceBytes:
         return attend_memory(self.config, self.batch, is_dense=False)
 
     @property
-    def _dense_layer(self) -> PartMemory:
+    def _dense_layer(self) -> "PartMemory":
         attention = attend_memory(self.config, self.batch, is_dense=True)
         network = self._network(self.config.intermediate_size)
         again = network.recomputed_bytes(self.recompute_modules)  # allocated while attention runs
@@ -112,7 +110,7 @@ class WorkspaceBytes:
     def _workspace(self, memory: OperationMemory) -> tuple[float, float]:
         return memory.forward_bytes(self.recompute_modules), memory.backward_bytes(self.recompute_modules)
 
-    def _part(self, memory: OperationMemory, forward: float = 0.0, backward: float = 0.0) -> PartMemory:
+    def _part(self, memory: OperationMemory, forward: float = 0.0, backward: float = 0.0) -> "PartMemory":
         saved = memory.saved_bytes(self.recompute_modules)
         return PartMemory(saved, memory.deferred_bytes, memory.wgrad, forward, backward)
 

@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, D hidden, H heads, C latent rank. Head widths: `nope` without rotation, `rope` with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

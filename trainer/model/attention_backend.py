@@ -5,8 +5,6 @@ Each backend calls one operator, and a shape that the operator does not support 
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -139,7 +137,7 @@ class GpuCapabilities:
     """Reason why FlashAttention-3 cannot be used; None if it can."""
 
     @staticmethod
-    def detect() -> GpuCapabilities:
+    def detect() -> "GpuCapabilities":
         """Return the capabilities of the current device."""
         return GpuCapabilities(
             torch.cuda.get_device_capability(), torch.backends.cudnn.version(), why_flash3_is_unavailable()

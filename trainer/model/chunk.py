@@ -7,8 +7,6 @@ Letters: B batch, S sequence, T tokens (B·S), W window (S inputs, the target of
 D hidden, V vocabulary, E experts, K top-k, R rows received by this rank, L experts on this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

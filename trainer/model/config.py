@@ -1,7 +1,5 @@
 """Shape of a DeepSeek-V3 model, with the keys of Hugging Face's DeepseekV3 config (report §2, §4.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

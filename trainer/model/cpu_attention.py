@@ -4,8 +4,6 @@ Letters: B batch, H heads, S sequence, Q queries of one block, P the positions u
 keys, V of values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

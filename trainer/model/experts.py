@@ -9,8 +9,6 @@ the backward of inputs and are not delayed.
 Letters: T tokens, D hidden, F inner width, R received rows, L experts on this rank, B blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, D hidden, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ Attend, experts and merge compute; dispatch and combine are the token exchange, 
 Letters: B batch, S sequence, T tokens (B·S), D hidden, K top-k.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Linear layer of all projections of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

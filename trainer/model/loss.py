@@ -3,8 +3,6 @@
 Letters: T tokens, D hidden, V vocabulary, C tokens of one chunk.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Letters: D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -98,7 +96,7 @@ class ModelShard:
     """Index of this rank among them."""
 
     @staticmethod
-    def full_model(config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> ModelShard:
+    def full_model(config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> "ModelShard":
         """Return a shard of every layer, with the experts of one expert-parallel rank."""
         return ModelShard(tuple(range(config.num_hidden_layers)), ep_size=ep_size, ep_rank=ep_rank)
 

@@ -6,8 +6,6 @@ done.
 Letters: B batch, S sequence, T tokens (B·S), D hidden, K top-k, R rows received by this rank, L experts on this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

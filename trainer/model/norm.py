@@ -1,7 +1,5 @@
 """RMSNorm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ those without recomputation, to the last bit.
 Neither the token exchange nor the selection of experts is recomputed: no token is sent twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -114,7 +112,7 @@ class SelectiveRecompute:
         """Return True if there is a recipe for `tensor`."""
         return tensor.untyped_storage() in self._results
 
-    def pack_saved_tensor(self, tensor: Tensor) -> Tensor | _View:
+    def pack_saved_tensor(self, tensor: Tensor) -> "Tensor | _View":
         """Return what autograd saves for `tensor`: the tensor, or a view of a recipe's result to recompute it from."""
         found = self._results.get(tensor.untyped_storage())
         if found is None:

@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, H heads, P rotated pairs (half the rotated head width).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

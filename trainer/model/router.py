@@ -3,8 +3,6 @@
 Letters: B batch, S sequence, T tokens (B·S), D hidden, E experts, K top-k, G groups.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Compute phase whose backward runs separately from its neighbors', so that communication can run in between."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Assignment of the model's layers to pipeline stages and ranks, and the ranks that share a parameter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +33,7 @@ class StageLayout:
         ranks: int = 1,
         chunks: int | None = None,
         layout: Sequence[int] | None = None,
-    ) -> StageLayout:
+    ) -> "StageLayout":
         """Split the layers by FLOPs, or as `layout` gives the layers per stage; the numbers must be valid."""
         placement = build_placement(schedule, ranks, chunks)
         return StageLayout(

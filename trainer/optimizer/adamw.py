@@ -6,8 +6,6 @@ nearest.
 Letters: N elements.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """AdamW's hyperparameters, and the learning rate as a function of consumed tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 It estimates the model's quality after learning-rate decay early, and takes neither memory nor time of a GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager

@@ -10,8 +10,6 @@ CPUs) do not save it, so this changes nothing for them.
 Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Letters: X rows, D width, R rows of activations, F inner width, L experts on this rank; N, K sides of a weight [N, K].
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Iterator

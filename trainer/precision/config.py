@@ -1,7 +1,5 @@
 """Number formats of compute, weights and FP8 operands."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ largest number 65,024. Two numbers share three bytes.
 Letters: X rows, D width (P when made even), Q tiles of a row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -11,8 +11,6 @@ x that the recompute policy recomputes anyway, except after attention.
 Letters: R rows, L experts on this rank; N and K widths, F inner width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

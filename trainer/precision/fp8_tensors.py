@@ -8,8 +8,6 @@ Letters: X rows, D width, Q tiles of a row; R rows of activations, L experts on 
 its blocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,11 +49,11 @@ class RowwiseFp8Tensor:
     """Scales, FP32."""
 
     @staticmethod
-    def from_received(rows: QuantizedRows) -> RowwiseFp8Tensor:
+    def from_received(rows: QuantizedRows) -> "RowwiseFp8Tensor":
         """Convert received FP8 rows: unchanged numbers, with scales in FP32 instead of exponents."""
         return RowwiseFp8Tensor(rows.values_XD, scales_from_exponents(rows.exponents_XQ, torch.float32))
 
-    def slice_rows(self, rows: slice) -> RowwiseFp8Tensor:
+    def slice_rows(self, rows: slice) -> "RowwiseFp8Tensor":
         """Return some of the rows, as views."""
         return RowwiseFp8Tensor(self.values_XD[rows], self.scales_XQ[rows])
 
@@ -81,11 +79,11 @@ class Fp8Weight:
     scales_PQ: Tensor
     """Scales, FP32 [..., P, Q]."""
 
-    def transposed(self) -> Fp8Weight:
+    def transposed(self) -> "Fp8Weight":
         """Return the transpose, [..., K, N], with the same numbers: square blocks need no new quantization."""
         return Fp8Weight(self.values_NK.transpose(-1, -2), self.scales_PQ.transpose(-1, -2))
 
-    def contiguous(self) -> Fp8Weight:
+    def contiguous(self) -> "Fp8Weight":
         """Return the tensor in row-major memory."""
         return Fp8Weight(self.values_NK.contiguous(), self.scales_PQ.contiguous())
 

@@ -13,8 +13,6 @@ CUDA's exp, which `tests/trainer/precision/against_reference.py` replaces. Not y
 Letters: R rows, D width, F inner width, N and K sides of a weight.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice

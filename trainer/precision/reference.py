@@ -8,8 +8,6 @@ Letters: X and Y rows of two operands, Q tiles, K inner dimension, I products of
 F inner width, L experts on this rank; N, K sides of a weight.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

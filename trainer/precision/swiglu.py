@@ -3,8 +3,6 @@
 Letters: R rows, F inner width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ recipe `Float8BlockScaling` (1 × 128 for activations and gradients, 128 × 128 
 Letters: M, N, K sides of a product, Q tiles of a row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

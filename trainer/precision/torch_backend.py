@@ -8,8 +8,6 @@ to 512, M and N to 16.
 Letters: M, N, K sides of a product, Q tiles of a row; L experts on this rank.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

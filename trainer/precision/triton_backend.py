@@ -4,8 +4,6 @@ Letters: X rows, D width, R rows of activations, F inner width, L experts on thi
 of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate

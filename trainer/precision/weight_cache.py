@@ -1,7 +1,5 @@
 """FP8 weights, quantized once per step and used by all its micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A step's size depends on its number alone, so neither a restart nor another grid
 step takes.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +31,7 @@ class BatchRamp:
     """Levels in ascending order; the last one has no end."""
 
     @staticmethod
-    def constant(size: int) -> BatchRamp:
+    def constant(size: int) -> "BatchRamp":
         """Return a ramp that has one batch size from the first step on."""
         return BatchRamp((BatchSizeLevel(0, 0, size),))
 

@@ -1,7 +1,5 @@
 """Assignment of a rank's parameters to buckets: by replicas, stages that use them, and dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Saving a run's state in checkpoints, and resuming from the newest one that is intact."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict

@@ -4,8 +4,6 @@ A checkpoint is saved before the evaluation that is due at its step. A file in t
 evaluated step, so that a resumed run knows whether that evaluation is pending.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ways in which a run ends early: an error, or a halt that all ranks agree on after the same step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import IntEnum
 

@@ -1,7 +1,5 @@
 """Sampling of step times and memory, and the timeline of a traced run."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rank 0's reports of a run: events go to telemetry, costs go to the ledger."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -74,7 +72,7 @@ class _DirectoryIdentity:
     inode: int
 
     @staticmethod
-    def of(path: Path) -> _DirectoryIdentity:
+    def of(path: Path) -> "_DirectoryIdentity":
         status = path.stat()
         return _DirectoryIdentity(path, status.st_dev, status.st_ino)
 
@@ -207,8 +205,8 @@ class Reporter:
         result: StepResult,
         settings: StepSettings,
         seconds: float,
-        traffic: TrafficCounter,
-        between_replicas: TrafficCounter,
+        traffic: "TrafficCounter",
+        between_replicas: "TrafficCounter",
     ) -> None:
         """Report step number `step`: every step to the ledger, one in `log_every` to telemetry.
 

@@ -1,7 +1,5 @@
 """Executor of the current step's program, rebuilt when the batch ramp changes the number of micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 from ...parallelism.pipeline.executor import PipelineExecutor

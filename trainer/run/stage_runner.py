@@ -1,7 +1,5 @@
 """Adapters from a model chunk to the `PipelineStage` protocol of the pipeline executor."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

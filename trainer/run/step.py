@@ -1,7 +1,5 @@
 """One optimizer step over a global batch; its result does not depend on how batch and model are distributed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

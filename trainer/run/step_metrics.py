@@ -1,7 +1,5 @@
 """Metrics of one step: losses, load balance of the experts, bytes sent, and where the tokens went."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from ...comm.traffic import TrafficKind
@@ -16,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def step_metrics(
-    config: RunConfig,
-    result: StepResult,
-    settings: StepSettings,
-    traffic: TrafficCounter,
-    between_replicas: TrafficCounter,
+    config: "RunConfig",
+    result: "StepResult",
+    settings: "StepSettings",
+    traffic: "TrafficCounter",
+    between_replicas: "TrafficCounter",
 ) -> dict[str, JSON]:
     """Return all metrics of a step; `traffic` and `between_replicas` as in `Reporter.report_step`."""
     return {
@@ -40,7 +38,7 @@ def step_metrics(
     }
 
 
-def _load_balance(result: StepResult, topology: Topology) -> dict[str, JSON]:
+def _load_balance(result: "StepResult", topology: "Topology") -> dict[str, JSON]:
     """Return the loads of experts, ranks and nodes of each MoE layer in this step, and the range of the routing biases.
 
     `max_violation` (arXiv 2408.15664) is the largest load over the mean load, minus 1; 0 is perfect balance. The load
@@ -63,14 +61,14 @@ def _load_balance(result: StepResult, topology: Topology) -> dict[str, JSON]:
     return values
 
 
-def _exchange_traffic(traffic: TrafficCounter) -> dict[str, JSON]:
+def _exchange_traffic(traffic: "TrafficCounter") -> dict[str, JSON]:
     """Return the bytes that rank 0 sent through the token exchange in this step by link: all, and the rows alone."""
     all_bytes, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
     values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in all_bytes.items()}
     return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
 
 
-def _replica_traffic(traffic: TrafficCounter) -> dict[str, JSON]:
+def _replica_traffic(traffic: "TrafficCounter") -> dict[str, JSON]:
     """Return the bytes of gradients and weights that rank 0 sent to ranks with the same parameters, by link."""
     operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
     return {
@@ -80,7 +78,7 @@ def _replica_traffic(traffic: TrafficCounter) -> dict[str, JSON]:
     }
 
 
-def _routing(result: StepResult) -> dict[str, JSON]:
+def _routing(result: "StepResult") -> dict[str, JSON]:
     """Return how many nodes and ranks each token is sent to, mean over tokens and MoE layers.
 
     The report sends a token to at most 4 nodes, and could select 3.2 experts per node at the same cost (§3.2.2).

@@ -6,8 +6,6 @@ everything that a step needs from other ranks is summed by one all-reduce and re
 Letters: N routers of the whole model, E experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ three may block: NCCL until the peer makes the same call, CUDA until the device 
 receives ahead, so in the first step the device is not idle until the peer has sent, which may wait for this rank.
 """
 
-from __future__ import annotations
-
 import torch
 
 from ...comm.async_comm import AsyncCommunicator

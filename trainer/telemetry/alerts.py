@@ -1,7 +1,5 @@
 """Alerts: jumps of the loss and drops of the training speed."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator

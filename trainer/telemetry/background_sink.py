@@ -1,7 +1,5 @@
 """Sink that runs in a background thread, so that a slow server costs no GPU time."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

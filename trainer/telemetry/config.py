@@ -1,7 +1,5 @@
 """Configuration of logging."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from ...comm.files.ranges import CheckedConfig, at_least, between, not_empty, one_of

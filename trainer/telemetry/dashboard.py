@@ -1,7 +1,5 @@
 """Dashboard of a run as a list of panels of metrics, named as in `step` events."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 A run of a million steps has two gigabytes of events, which take minutes and nine gigabytes of memory to parse.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `metrics.jsonl` is the record; the terminal and wandb are views of it. Values are flat: `loss/mtp` is one key.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

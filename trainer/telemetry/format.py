@@ -1,7 +1,5 @@
 """Formatting of events as lines of plain text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 

@@ -1,7 +1,5 @@
 """Reading of `metrics.jsonl` as the history of the current weights, without rolled back steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice

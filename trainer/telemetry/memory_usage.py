@@ -1,7 +1,5 @@
 """Memory use of a rank: of the GPU's allocator, or on a CPU of the process."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

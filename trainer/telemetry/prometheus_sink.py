@@ -3,8 +3,6 @@
 All metrics are gauges, also tokens and GPU-hours: a resume rolls steps back. Unknown values are absent instead of 0.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Construction of a run's event stream with its configured sinks."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import TextIO

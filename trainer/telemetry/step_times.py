@@ -1,7 +1,5 @@
 """Time of a sampled step by term, of one rank or summed over all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ class StepTimes:
     """Number of each instruction."""
 
     @staticmethod
-    def from_spans(spans: Sequence[Span], step_seconds: float) -> StepTimes:
+    def from_spans(spans: Sequence[Span], step_seconds: float) -> "StepTimes":
         """Return the times of one rank's step from its spans."""
         seconds = summarize_trace(spans)
         instructions = [span for span in spans if span.track is TimelineTrack.INSTRUCTION]
@@ -43,7 +41,7 @@ class StepTimes:
         return [self.step_us, *self.terms_us, *self.instruction_us, *self.instruction_counts]
 
     @staticmethod
-    def from_list(numbers: Sequence[int]) -> StepTimes:
+    def from_list(numbers: Sequence[int]) -> "StepTimes":
         """Return the step times of a list from `to_list`."""
         terms, ops = 1 + len(STEP_TIME_TERMS), len(INSTRUCTIONS)
         parts = numbers[1:terms], numbers[terms : terms + ops], numbers[terms + ops :]

@@ -1,7 +1,5 @@
 """Terminal sinks: a live progress bar for a terminal, plain lines for a file or pipe."""
 
-from __future__ import annotations
-
 from typing import TextIO
 
 from rich.console import Console, Group

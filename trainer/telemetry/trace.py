@@ -1,7 +1,5 @@
 """Timelines of traced steps, one file per rank, in the JSON of Perfetto and Chrome; and their sums by term."""
 
-from __future__ import annotations
-
 import json
 import time
 from bisect import bisect_left
@@ -156,7 +154,7 @@ class _Waits:
     """Prefix sums of the spans' lengths."""
 
     @staticmethod
-    def of(spans: Sequence[Span]) -> _Waits:
+    def of(spans: Sequence[Span]) -> "_Waits":
         ordered = sorted(spans, key=lambda span: span.begin)
         lengths = (span.end - span.begin for span in ordered)
         return _Waits([span.begin for span in ordered], [0, *accumulate(lengths)])

@@ -3,8 +3,6 @@
 It is imported only when a run opens the sink, since importing wandb is slow.
 """
 
-from __future__ import annotations
-
 import html
 import os
 import re

@@ -1,7 +1,5 @@
 """Calls of the rehearsed ranks, grouped by communicator, in the order of each rank's host."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Diagnosis of a hang: the missing call or the shortest cycle of waits, and the position of every rank."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise

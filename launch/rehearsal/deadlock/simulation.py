@@ -14,8 +14,6 @@ The rules, from NCCL's source (`enqueue.cc`, `group.cc`, `transport.cc`):
 Computation takes no time here. Members that were not rehearsed are never waited for.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

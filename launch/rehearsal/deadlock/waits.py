@@ -1,7 +1,5 @@
 """Waits of the hosts and streams of rehearsed ranks, and what they wait for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +35,7 @@ class Rendezvous:
         """True if all members have arrived."""
         return self.members <= self.arrived
 
-    def wait(self, text: str) -> ActorWait:
+    def wait(self, text: str) -> "ActorWait":
         """Return the wait of a member until all have arrived."""
         return ActorWait(self, text, self._missing_actors)
 

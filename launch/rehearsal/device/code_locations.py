@@ -1,7 +1,5 @@
 """Code locations: the innermost stack frame in the package, without the rehearsal itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path

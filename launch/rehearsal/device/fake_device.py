@@ -5,8 +5,6 @@ dtype and device, but no memory. Operations on host tensors compute, so that Pyt
 tensors, which nothing reads, are fake too. A `DeviceReadback` supplies the values of copies from device to host.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -69,7 +67,7 @@ class FakeDeviceMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # the wrapper that disables torch.compile, which is not used here, costs more than most operations
 
-    def __enter__(self) -> FakeDeviceMode:
+    def __enter__(self) -> "FakeDeviceMode":
         self._lifts_on_cpu = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()  # type: ignore[no-untyped-call]

@@ -4,8 +4,6 @@ torch's fake mode computes the result of a new case. It has a cache too, but its
 step of DeepSeek-V3 has 300,000 operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Process groups of a rehearsed rank: communicators that log their calls, on torch's `fake` backend."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from types import FrameType

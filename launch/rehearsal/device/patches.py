@@ -1,7 +1,5 @@
 """Replacements, in the process of a rehearsed rank, of functions that need a GPU or a second thread."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress

@@ -1,7 +1,5 @@
 """Values that the host reads from the fake device: sizes of balanced routing, and ones for everything else."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Recorder of one rehearsed rank: launches, live memory, events and findings."""
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections import defaultdict

@@ -4,8 +4,6 @@ Letters: P ranks of an expert-parallel group, N nodes of G ranks each, E experts
 per rank, K experts per token.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,7 +35,7 @@ class BalancedRouting:
     mean_nodes_per_token: float
 
     @staticmethod
-    def from_config(config: RunConfig) -> BalancedRouting:
+    def from_config(config: RunConfig) -> "BalancedRouting":
         """Return the routing of a run's micro-batches."""
         topology, model = config.topology, config.model
         return BalancedRouting(

@@ -4,8 +4,6 @@ Autograd calls a device guard and hooks, two internal C++ interfaces of torch, b
 A CPU build has neither, so `cpp/` registers some that do nothing. They must be loaded before `import torch`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Span recorder of a rehearsed rank: the current instruction, phase and layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

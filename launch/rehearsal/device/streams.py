@@ -1,7 +1,5 @@
 """Streams and events of a rehearsed rank, identified in its log by names and numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

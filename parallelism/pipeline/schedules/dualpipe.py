@@ -5,8 +5,6 @@ it, folded: a rank holds stages r and 2P - 1 - r. Both have the same program on 
 micro-batches reach it first, the *other* chunk's micro-batches reach it after the turn.
 """
 
-from __future__ import annotations
-
 from ..placement import StagePlacement
 from ..program import RankProgramWriter
 

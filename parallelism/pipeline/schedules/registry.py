@@ -1,7 +1,5 @@
 """Registry of schedules: their requirements and their programs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count

@@ -1,7 +1,5 @@
 """Schedules whose micro-batches enter at rank 0 and leave at the last: GPipe, 1F1B, interleaved 1F1B and ZB-H1."""
 
-from __future__ import annotations
-
 from ..placement import StagePlacement
 from ..program import RankProgramWriter
 

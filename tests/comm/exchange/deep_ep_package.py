@@ -1,7 +1,5 @@
 """Packages in the place of DeepEP, for a child process that only imports them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 GOOD = """

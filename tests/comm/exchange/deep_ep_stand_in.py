@@ -10,8 +10,6 @@ all that the adapter asks for. Stricter than the original, so that a test sees w
 Letters: T tokens, D width, K experts per token, R rows received, P ranks, L experts per rank, S packed scales.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Letters: T tokens, D width, E experts, K experts per token, L experts per rank, R rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Differentiable dispatch and combine on several ranks against one process that holds every expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

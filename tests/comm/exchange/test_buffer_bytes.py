@@ -1,7 +1,5 @@
 """Predicted buffers of a dispatch against every allocation of a real one."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

@@ -1,7 +1,5 @@
 """DeepEP's adapter against a stand-in: the numbers of `flat`, the published signatures, and refused configurations."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import replace

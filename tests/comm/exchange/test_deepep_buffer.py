@@ -1,7 +1,5 @@
 """The size of DeepEP's buffer against sizes derived by hand from its source."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The child process that imports DeepEP, against small packages that stand in for DeepEP and torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

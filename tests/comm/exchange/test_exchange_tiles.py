@@ -1,7 +1,5 @@
 """Rows that stay in FP8: the numbers and scales that were sent, in the order of the rows."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """The flat exchange against its definition: rows by expert, and sums over the experts of each token."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Permutations: rows copied out, and the copies summed back."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

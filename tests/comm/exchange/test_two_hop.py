@@ -1,7 +1,5 @@
 """Two hops against the flat exchange: equal results and gradients, and the minimum of bytes between nodes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """Messages between ranks: tensors in, bytes out and back."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Files opened without blocking, read up to a limit, and replaced atomically."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

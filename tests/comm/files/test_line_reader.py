@@ -1,7 +1,5 @@
 """Files of whole lines: a partial last line is neither read nor extended."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Lines that a full disk rejects wait in memory; a reader finds whole lines only."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

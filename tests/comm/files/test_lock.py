@@ -1,7 +1,5 @@
 """A file has one writer at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Ranges declared beside fields: what they refuse, and what the reference prints."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """JSON from other programs: it is read unchanged, or the error names what is wrong."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """YAML from other programs: bounded in bytes, depth and aliases."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """An answer is printed as the options say, and its tables align their numbers."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

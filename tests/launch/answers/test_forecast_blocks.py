@@ -1,7 +1,5 @@
 """Blocks that `simulate` and `plan` share: pictures and costs."""
 
-from __future__ import annotations
-
 import argparse
 from xml.etree import ElementTree
 

@@ -1,7 +1,5 @@
 """Options of answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

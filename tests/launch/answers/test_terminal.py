@@ -1,7 +1,5 @@
 """Every kind of block as terminal text."""
 
-from __future__ import annotations
-
 from markupsafe import Markup
 
 from shoestring.launch.answers.blocks import (

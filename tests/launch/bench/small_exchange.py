@@ -1,7 +1,5 @@
 """An exchange of two small nodes."""
 
-from __future__ import annotations
-
 from shoestring.launch.bench.bench_exchange_rank import ExchangeBenchmarkSpec
 
 SPEC = ExchangeBenchmarkSpec(

@@ -1,7 +1,5 @@
 """`shoestring bench exchange`: refusals, and figures that agree with each other and with the bytes sent."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

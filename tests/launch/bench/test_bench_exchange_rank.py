@@ -1,7 +1,5 @@
 """A rank of `shoestring bench exchange` counts the bytes that leave its node."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """One rank of `shoestring calibrate`: the phases of a step are separated."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Options of `shoestring bench` reach the benchmark, and its result is printed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`shoestring cluster`: refusals, exit codes, and a training run over two machines that breaks and resumes."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

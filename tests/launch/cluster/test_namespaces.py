@@ -1,7 +1,5 @@
 """A machine that cannot simulate others."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Simulated machines: they reach each other at the configured rate, break on request, and leave nothing behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

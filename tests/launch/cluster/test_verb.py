@@ -1,7 +1,5 @@
 """Options of `shoestring cluster` reach the run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

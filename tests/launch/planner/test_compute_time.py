@@ -1,7 +1,5 @@
 """The clusters and recipes that can be priced, and the table that prices them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The forecast is of the configured run, or an error."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The evidence behind each figure of a forecast."""
 
-from __future__ import annotations
-
 from shoestring.launch.planner.evidence import list_assumptions
 from shoestring.launch.verbs.simulate import simulate
 

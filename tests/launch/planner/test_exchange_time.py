@@ -1,7 +1,5 @@
 """Bytes of an exchange: each token once per node, then once per rank."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations

@@ -1,7 +1,5 @@
 """A step of DeepSeek-V3 from kernel and link figures, and properties of every forecast."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Tables of kernel times: the source of a row, and the nearest one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Memory by simulation: live tensors, and figures that other projects counted."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.launch.planner.layout_memory import workspace_from_shape

@@ -1,7 +1,5 @@
 """The end of a step: the exposed time of its collectives, from the program."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

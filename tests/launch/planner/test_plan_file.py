@@ -1,7 +1,5 @@
 """A plan file gives a run's forecast; other formats and damaged files are refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The whole planner: the forecast matches the published run without fitting, and the run fits into memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

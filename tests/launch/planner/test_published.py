@@ -1,7 +1,5 @@
 """The public trace of DeepSeek-V3: its layer pair and its exposed communication."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack

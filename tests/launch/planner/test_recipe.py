@@ -1,7 +1,5 @@
 """Recipes without known figures are refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

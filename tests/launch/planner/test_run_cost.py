@@ -1,7 +1,5 @@
 """A whole run: the batch ramp, illegal layouts, failures."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

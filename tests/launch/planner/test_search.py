@@ -1,7 +1,5 @@
 """The search never discards the best layout."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

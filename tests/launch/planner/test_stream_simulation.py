@@ -1,7 +1,5 @@
 """Two streams: hidden and exposed communication, in the runtime's order."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """A step that moves in the walk of an MoE layer moves on tensors, in bytes and in seconds."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 
 import pytest

@@ -1,7 +1,5 @@
 """Real and simulated chunks of an FB alternate between forward and backward in the same order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepSeek-V3 on 2048 H800, built once for all tests."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from shoestring.launch.planner.stream_simulation import ChunkTimeModel

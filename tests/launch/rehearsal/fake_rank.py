@@ -1,7 +1,5 @@
 """A stand-in for the process of a rehearsed rank: writes a log, or does what its first argument says."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Rehearsal results of written logs."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

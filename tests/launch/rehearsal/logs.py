@@ -1,7 +1,5 @@
 """Logs of rehearsed ranks, made by hand or from a pipeline's program."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A rank of a tiny model, rehearsed in another process as `rehearse` does it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 The code of the run is changed in this process before its rank is built.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import sys

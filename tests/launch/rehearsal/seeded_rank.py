@@ -1,7 +1,5 @@
 """The process of a rehearsed rank whose MoE layers have faults: SPEC.json OUT.json FAULT[,FAULT...]"""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import sys

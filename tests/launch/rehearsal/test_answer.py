@@ -1,7 +1,5 @@
 """The text and tables of a result agree with its JSON."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Limits of a step on one rank, and of its memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

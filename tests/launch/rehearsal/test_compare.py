@@ -1,7 +1,5 @@
 """Two rehearsed ranks compared: no finding where they agree, and each kind of mismatch is named."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.compare import compare_rank_logs

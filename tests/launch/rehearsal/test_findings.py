@@ -1,7 +1,5 @@
 """A fault of several ranks and instructions is one finding."""
 
-from __future__ import annotations
-
 from shoestring.launch.rehearsal.log import RankFinding
 from shoestring.tests.launch.rehearsal.judged import judged
 from shoestring.tests.launch.rehearsal.logs import log

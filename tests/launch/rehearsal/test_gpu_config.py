@@ -1,7 +1,5 @@
 """The configuration of a run as its GPUs would have it."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.errors import ConfigError

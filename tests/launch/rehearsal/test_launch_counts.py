@@ -1,7 +1,5 @@
 """Launches and bytes per layer and micro-batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.launch.compose import compose_run_config

@@ -1,7 +1,5 @@
 """The log of a rank that ends with an error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.tests.launch.rehearsal.rehearsed_rank import BF16, BF16_RANK, rehearse

@@ -1,7 +1,5 @@
 """The processes of rehearsed ranks: their logs, their deaths, and nothing left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import tempfile

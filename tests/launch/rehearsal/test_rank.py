@@ -1,7 +1,5 @@
 """A rank of a tiny model on a device that computes nothing: a process writes each log, as in `rehearse`."""
 
-from __future__ import annotations
-
 from shoestring.launch.rehearsal.log import RankLog
 from shoestring.tests.launch.rehearsal.rehearsed_rank import (
     FP8_RANK,

@@ -1,7 +1,5 @@
 """`shoestring rehearse` on a tiny model: refusals, findings for planted faults, and output."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

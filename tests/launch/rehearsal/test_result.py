@@ -1,7 +1,5 @@
 """The result of a rehearsal: each limit of a step, the counts, and the printed form."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.answer import rehearsal_answer

@@ -1,7 +1,5 @@
 """The ranks that are rehearsed, and refused selections."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.errors import raise_if_any

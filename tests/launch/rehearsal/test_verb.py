@@ -1,7 +1,5 @@
 """`shoestring rehearse` as a command: refusals and its result."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """One recorded run and its page, for tests that only read them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

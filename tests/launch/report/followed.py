@@ -1,7 +1,5 @@
 """A run that continues while it is followed."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

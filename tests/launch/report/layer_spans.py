@@ -1,7 +1,5 @@
 """Trace spans of a rank that runs pairs of layers."""
 
-from __future__ import annotations
-
 from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, TimelineTrack
 from shoestring.launch.report.trace_svg import LAYER_PAIR_PHASES
 from shoestring.trainer.telemetry.trace import Span

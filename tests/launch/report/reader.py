@@ -1,7 +1,5 @@
 """A report as a browser reads it: matching tags, text by section, and references that would be loaded."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 

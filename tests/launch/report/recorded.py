@@ -1,7 +1,5 @@
 """The directory of a run of two pipeline ranks, written without training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The cost of a run adds up, in the budget section of a report and as JSON, and a broken ledger is named."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The load of experts as a heat map."""
 
-from __future__ import annotations
-
 import re
 from xml.etree import ElementTree
 

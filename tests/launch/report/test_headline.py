@@ -1,7 +1,5 @@
 """The first lines of a report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

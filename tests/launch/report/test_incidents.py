@@ -1,7 +1,5 @@
 """Incidents of a run in their order."""
 
-from __future__ import annotations
-
 from shoestring.tests.launch.report.reader import Reader
 
 

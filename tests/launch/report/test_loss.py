@@ -1,7 +1,5 @@
 """Curves of a report: those of the retained steps, also where losses are not finite."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.launch.run.run_dir import create_run_dir

@@ -1,7 +1,5 @@
 """`shoestring budget --against`: a real run's ledger compared with the planner's forecast."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Curves as SVG: to scale, interrupted where a value is not finite, and small."""
 
-from __future__ import annotations
-
 import math
 import re
 

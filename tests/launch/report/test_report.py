@@ -1,7 +1,5 @@
 """`shoestring report`: one page that loads nothing, has the run's figures, and names what was not recorded."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

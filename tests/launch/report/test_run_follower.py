@@ -1,7 +1,5 @@
 """A run is followed from before its first step, and reread when it starts again."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

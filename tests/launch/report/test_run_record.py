@@ -1,7 +1,5 @@
 """Files that a run has left, and the missing ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The timeline of a report: of the step traced last, and of no other program."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """SVG marks: escaped, in the page's colors in light and dark, with round ticks and legends that fit."""
 
-from __future__ import annotations
-
 from xml.etree import ElementTree
 
 import pytest

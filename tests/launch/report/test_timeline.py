@@ -1,7 +1,5 @@
 """A program as a timeline, in text and as SVG: to scale and complete."""
 
-from __future__ import annotations
-
 import re
 from xml.etree import ElementTree
 

@@ -1,7 +1,5 @@
 """The picture of a layer pair shows the trace to scale."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree
 

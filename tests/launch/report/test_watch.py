@@ -1,7 +1,5 @@
 """`shoestring watch`: a run from before its first step to after its end."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

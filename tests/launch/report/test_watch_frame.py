@@ -1,7 +1,5 @@
 """One frame of a watched run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.launch.report.run_follower import RunFollower

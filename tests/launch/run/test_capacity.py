@@ -1,7 +1,5 @@
 """Sizes that no machine holds are refused by arithmetic, before any allocation that grows with them."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

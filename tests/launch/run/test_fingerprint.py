@@ -1,7 +1,5 @@
 """Values that must be equal in every process of a launch, and the first key that differs."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """The ledger's name for a launch that another launcher made: equal for its restarts, another for the next launch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

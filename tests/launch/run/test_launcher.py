@@ -1,7 +1,5 @@
 """The launcher ends a torchrun whose ranks have exited."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

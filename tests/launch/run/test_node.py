@@ -1,7 +1,5 @@
 """launch/torchrun.sh: its variables and refusals."""
 
-from __future__ import annotations
-
 import subprocess
 
 import pytest

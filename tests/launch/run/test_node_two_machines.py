@@ -3,8 +3,6 @@
 Each is a session of its own, as a machine is: what is sent to one does not reach the other.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial

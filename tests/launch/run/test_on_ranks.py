@@ -1,7 +1,5 @@
 """A function on several ranks: of a module, of a script, one that fails, and those that no rank can load."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

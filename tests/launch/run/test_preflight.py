@@ -1,7 +1,5 @@
 """Checks before the first process of a run starts."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """The environment of ranks: defaults where the user set nothing, and values from the launcher."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

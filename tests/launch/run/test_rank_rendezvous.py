@@ -1,7 +1,5 @@
 """Ranks of another launcher wait for each other with a message, a time limit, and attention to signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

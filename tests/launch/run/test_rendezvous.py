@@ -1,7 +1,5 @@
 """Nodes that connect, that differ, that do not come, and other clients at the port; nodes are threads."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

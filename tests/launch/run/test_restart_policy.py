@@ -1,7 +1,5 @@
 """Notes that keep a run from restarting without end."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

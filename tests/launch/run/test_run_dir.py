@@ -1,7 +1,5 @@
 """The directory of a run: its owner, its status, and links in place of its files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

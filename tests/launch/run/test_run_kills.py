@@ -1,7 +1,5 @@
 """A run that is killed ten times, launcher and ranks together, at seeded random moments."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """launch/slurm/pretrain.sbatch under a real Slurm: a controller and three node daemons on this machine."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

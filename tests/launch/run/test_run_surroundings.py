@@ -1,7 +1,5 @@
 """Launches in unusual surroundings: no output, shadowing modules in the working directory, no `localhost`."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Runs that stop before their end, through real torchrun: exit code 75 when asked to, 3 when the budget is used up."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

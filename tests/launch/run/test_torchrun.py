@@ -1,7 +1,5 @@
 """Ranks that end, that fail, and that hang."""
 
-from __future__ import annotations
-
 import sys
 import time
 

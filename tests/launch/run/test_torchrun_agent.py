@@ -1,7 +1,5 @@
 """torchrun as the launcher starts it: ranks meet at the loopback address, and failed ranks are named."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure

@@ -1,7 +1,5 @@
 """`shoestring train` as a user runs it: real torchrun, real kills."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """A run that is scraped while it trains, is stopped, and is scraped again on the same port after its restart."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A rank started by another launcher."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Fixtures: runs with checkpoints of a small model, and an export of one, that a test may change."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

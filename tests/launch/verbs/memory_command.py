@@ -1,7 +1,5 @@
 """`shoestring memory` on a small model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

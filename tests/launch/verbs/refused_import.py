@@ -1,7 +1,5 @@
 """Imports that are refused and leave nothing behind, and edits of their input."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`shoestring budget` and the checks before a run: tables, JSON, what-if, project, refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

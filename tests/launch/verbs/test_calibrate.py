@@ -1,7 +1,5 @@
 """`shoestring calibrate`: the phases of a step separated, and a table that the planner prices with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

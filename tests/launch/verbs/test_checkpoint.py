@@ -1,7 +1,5 @@
 """`shoestring checkpoint` as a user runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checkpoints whose headers or manifests are damaged: verified, and opened."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The dashboard: its file is made from its panels, and wandb's own library reads it back. Not tried on a server."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.errors import ConfigError

@@ -1,7 +1,5 @@
 """`shoestring data inspect` on the prepared data of a small corpus."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

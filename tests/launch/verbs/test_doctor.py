@@ -1,7 +1,5 @@
 """`shoestring doctor` reports what this machine has and marks what was never run on hardware."""
 
-from __future__ import annotations
-
 import json
 import os
 

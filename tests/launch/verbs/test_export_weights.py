@@ -1,7 +1,5 @@
 """`shoestring export`: what it writes is read by transformers and imported again, or it is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`shoestring generate` from an unusable checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`shoestring import` of files of other programs: one clear refusal, exit code 2, nothing left behind."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`shoestring import` of a `config.json` of another program: it is read exactly, or refused by its key."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`shoestring memory`: predictions, measurements and refusals."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """`shoestring params` gives the figures that the report's shape gives by hand."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

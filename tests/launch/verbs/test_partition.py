@@ -1,7 +1,5 @@
 """`shoestring partition`: DeepSeek-V3 on sixteen stages, and refusals."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`shoestring plan` as a command: its layouts and their order, and refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

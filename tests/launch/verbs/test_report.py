@@ -1,7 +1,5 @@
 """`shoestring report` as a command: where it writes, and refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`shoestring schedule` draws programs that it has checked, and refuses others with a message."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`shoestring simulate` as a command, and refusals."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

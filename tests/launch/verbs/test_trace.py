@@ -1,7 +1,5 @@
 """`shoestring trace` on a written timeline, and refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

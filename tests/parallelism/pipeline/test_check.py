@@ -1,7 +1,5 @@
 """`verify_program` refuses every broken program and says where it is broken."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

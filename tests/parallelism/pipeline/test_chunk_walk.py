@@ -1,7 +1,5 @@
 """The walk of a stage: which parts in which order, forward and backward."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from typing_extensions import override

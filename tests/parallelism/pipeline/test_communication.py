@@ -1,7 +1,5 @@
 """P2P messages: each once at both ends, in one order, never later than needed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import pytest

@@ -1,7 +1,5 @@
 """Configuration of the pipeline schedule: its values alone."""
 
-from __future__ import annotations
-
 from shoestring.parallelism.pipeline.config import ScheduleConfig
 from shoestring.parallelism.pipeline.schedules.registry import SCHEDULES
 

@@ -1,7 +1,5 @@
 """The executor on stages of one product each: serial gradients, I and W separate, errors that name the message."""
 
-from __future__ import annotations
-
 import re
 import weakref
 from collections.abc import Sequence

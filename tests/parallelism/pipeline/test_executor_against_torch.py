@@ -1,7 +1,5 @@
 """torch's own pipelining as an independent reference: the same stages, the same gradients."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.benchmarks.pipeline_peers import PEERS, Sizes, ours, theirs

@@ -1,7 +1,5 @@
 """Each instruction runs its halves, in this order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

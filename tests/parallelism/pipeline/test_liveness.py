@@ -1,7 +1,5 @@
 """Tensors that a rank holds at each instruction, by hand and from the program."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.parallelism.pipeline.communication import derive_p2p_batches

@@ -1,7 +1,5 @@
 """First and last use of a stage's weights: an order that all ranks agree on, and the compute left to overlap."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.parallelism.pipeline.liveness import first_use, first_use_on_any_rank, last_use, last_use_on_any_rank

@@ -1,7 +1,5 @@
 """Plain modules under the executor: losses and gradients of one process, and where W has work."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest

@@ -1,7 +1,5 @@
 """The search is exact and its ties are decided; an impossible layout is refused."""
 
-from __future__ import annotations
-
 import random
 from itertools import combinations, pairwise
 

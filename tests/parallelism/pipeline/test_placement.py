@@ -1,7 +1,5 @@
 """The ranks of stages: both directions along every route, and the stages held twice."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.parallelism.pipeline.placement import Direction, PlacementStyle, StageLocation, StagePlacement

@@ -1,7 +1,5 @@
 """Instructions of a program, and the program as plain values."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.parallelism.pipeline.program import ChunkMicroBatch, Instruction, Op, program_as_dict

@@ -1,7 +1,5 @@
 """Simulated with unit times, every schedule has the bubble that its formula gives."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """Sharded masters and moments: the unsharded optimizer's numbers, the bytes of a reduce-scatter, one decision."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch

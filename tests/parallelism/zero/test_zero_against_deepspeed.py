@@ -4,8 +4,6 @@ It is driven as a library: its own flat buffers, partitions and `step()`, and an
 are the same in any order here: gradients are small multiples of a power of two.
 """
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from typing import Any

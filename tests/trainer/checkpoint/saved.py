@@ -1,7 +1,5 @@
 """Checkpoints of untrained models, for tests that read them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import timedelta

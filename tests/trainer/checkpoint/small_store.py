@@ -1,7 +1,5 @@
 """A store of checkpoints of three small tensors, saved by one rank."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 

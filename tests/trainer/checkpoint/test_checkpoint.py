@@ -1,7 +1,5 @@
 """An opened checkpoint: all damage is found before anything is used."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A checkpoint of one layout is read on any other, to the last bit."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

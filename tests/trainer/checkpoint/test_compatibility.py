@@ -1,7 +1,5 @@
 """The configurations with which a run may continue from a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Files written past the page cache hold what was written, on any file system, and failures have a reason."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

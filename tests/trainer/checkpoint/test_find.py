@@ -1,7 +1,5 @@
 """The checkpoint that a path means."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

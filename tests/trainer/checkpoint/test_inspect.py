@@ -1,7 +1,5 @@
 """Lists, verification and differences of checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The manifest of a checkpoint."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.trainer.checkpoint.manifest import CheckpointManifest

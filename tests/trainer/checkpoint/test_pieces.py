@@ -1,7 +1,5 @@
 """Pieces of tensors: from any sharding into any other, and pieces that no rank has saved."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 

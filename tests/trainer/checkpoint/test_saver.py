@@ -1,7 +1,5 @@
 """A background save: the step's wait, the memory of its copies, and its failures."""
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os

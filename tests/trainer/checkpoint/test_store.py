@@ -1,7 +1,5 @@
 """Checkpoints: their guarantees, and what a crash may leave behind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

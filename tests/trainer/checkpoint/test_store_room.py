@@ -1,7 +1,5 @@
 """Disk space for checkpoints: checked before a save, freed from crash leftovers, or reported missing."""
 
-from __future__ import annotations
-
 import errno
 from contextlib import AbstractContextManager
 from pathlib import Path

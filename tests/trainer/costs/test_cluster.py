@@ -1,7 +1,5 @@
 """Descriptions of clusters: every figure has a source that says what kind of evidence it is."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import pytest

@@ -1,7 +1,5 @@
 """The parts of a model add up to the whole."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.trainer.costs.flops import count_flops, count_part_costs

@@ -1,7 +1,5 @@
 """Predicted activations against a census of the memory that a layer's forward leaves."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """A small corpus, and a prepared directory that a test may damage."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

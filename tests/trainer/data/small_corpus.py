@@ -1,7 +1,5 @@
 """Refused preparations of a small corpus that leave nothing behind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

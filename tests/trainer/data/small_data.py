@@ -1,7 +1,5 @@
 """Refusals of a small prepared directory, edits of its manifest, and shards without files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The configuration of the data: all bad values in one error."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.tests.trainer.data.small_corpus import refusal

@@ -1,7 +1,5 @@
 """The files of a corpus: which are read, left out, or refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

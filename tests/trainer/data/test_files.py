@@ -1,7 +1,5 @@
 """Files that are hashed as they are written."""
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import closing
 from pathlib import Path

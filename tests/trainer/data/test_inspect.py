@@ -1,7 +1,5 @@
 """A prepared directory in numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Preparation of shards from a corpus: repeatable, whole or not at all, and refused with a reason."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

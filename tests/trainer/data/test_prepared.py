@@ -1,7 +1,5 @@
 """A prepared directory is verified before it is used."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.tests.trainer.data.small_data import refusal, verify_for_launch

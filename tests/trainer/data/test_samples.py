@@ -1,7 +1,5 @@
 """Windows over tokens: each target once, padding marked, and an order that depends on seed and position only."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

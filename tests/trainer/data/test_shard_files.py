@@ -1,7 +1,5 @@
 """Shards: few open together, hashed when first read, and again after a change."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Changed shards are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

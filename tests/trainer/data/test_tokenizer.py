@@ -1,7 +1,5 @@
 """A tokenizer that does not belong to the shards is refused."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Directories that are being written, by a process that runs, has died, or cannot be known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Large files are read once, and again after a change."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

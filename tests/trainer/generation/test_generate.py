@@ -1,7 +1,5 @@
 """Text from logits that are not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 
@@ -32,7 +30,7 @@ class AloneInTheWorld:
     rank, topology = 0, Topology()
 
     @property
-    def world(self) -> AloneInTheWorld:
+    def world(self) -> "AloneInTheWorld":
         """The group of one rank."""
         return self
 

@@ -1,7 +1,5 @@
 """A whole model from a checkpoint, in one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

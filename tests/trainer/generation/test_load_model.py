@@ -1,7 +1,5 @@
 """A loaded model: loss, logits and gradients of the reference by released names, text, and directories without one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Text with MTP as a draft: the same text as without for greedy decoding, the same distribution for sampling."""
 
-from __future__ import annotations
-
 from typing import cast
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """Small exported models, and the logits of transformers and of our model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`config.json`: ours round-trips, the released one equals ours, and others are refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

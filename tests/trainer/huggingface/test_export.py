@@ -1,7 +1,5 @@
 """An export: in shards, whole or not at all, and of models that transformers has."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

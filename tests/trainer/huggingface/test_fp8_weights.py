@@ -1,7 +1,5 @@
 """Weights in FP8 with a scale for each block, as the released checkpoint stores them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

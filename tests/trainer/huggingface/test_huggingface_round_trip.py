@@ -1,7 +1,5 @@
 """Export and import against transformers' DeepseekV3ForCausalLM and the safetensors library."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Released weights that are damaged or incomplete."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

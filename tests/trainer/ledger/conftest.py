@@ -1,7 +1,5 @@
 """The clock of a ledger."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.tests.trainer.ledger.small_ledger import Time

@@ -1,7 +1,5 @@
 """A ledger of four ranks under a manual clock."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

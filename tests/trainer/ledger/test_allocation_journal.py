@@ -1,7 +1,5 @@
 """The launcher's half of the ledger."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The guard and the project: projections, thresholds, and budgets shared by several runs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

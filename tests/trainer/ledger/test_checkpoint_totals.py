@@ -1,7 +1,5 @@
 """A checkpoint continues with its own ledger, or brings its cost."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

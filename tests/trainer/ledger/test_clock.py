@@ -1,7 +1,5 @@
 """Times that processes can compare."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.trainer.ledger.clock import Instant

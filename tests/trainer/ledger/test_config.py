@@ -1,7 +1,5 @@
 """The configuration of the budget: all its problems."""
 
-from __future__ import annotations
-
 from shoestring.tests.trainer.ledger.small_ledger import BUDGET
 from shoestring.trainer.ledger.config import BudgetConfig
 

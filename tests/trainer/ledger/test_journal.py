@@ -1,7 +1,5 @@
 """The journal: appended records stay, changes are detected, and a torn record is cut off."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A ledger on a disk that is full for a while, has no locks, or lost one half."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -4,8 +4,6 @@ Random sequences of events drive the ledger and a plain model, which knows nothi
 totals. Durations are whole milliseconds, so that both must agree exactly.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable

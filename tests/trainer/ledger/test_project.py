@@ -1,7 +1,5 @@
 """Several runs on one budget."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The ledger against the scheduler and an invoice: each difference has a name, and the lines add up."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Lines parsed in batches give what they give one by one, with the same checks."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

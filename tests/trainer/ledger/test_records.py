@@ -1,7 +1,5 @@
 """Required fields of each kind of record."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saved totals of a ledger: reading on from them gives what the whole ledger gives, or they are ignored."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The whole ledger: the identity, rollbacks, crashes of launcher and ranks, inheritance, and its printed forms."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The published phases."""
 
-from __future__ import annotations
-
 from shoestring.trainer.ledger.terms import PUBLISHED_GPU_HOURS, PUBLISHED_TOTAL_GPU_HOURS
 
 

@@ -1,7 +1,5 @@
 """Rank 0's half of the ledger: intervals, timed blocks, and errors of the caller."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

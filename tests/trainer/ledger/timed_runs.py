@@ -1,7 +1,5 @@
 """Runs of one rank with a given duration, under one project."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small runs whose memory is measured."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import torch

@@ -1,7 +1,5 @@
 """The predicted memory of a rank, against every allocation of real ranks."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.launch.compose import compose_run_config

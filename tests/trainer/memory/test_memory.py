@@ -1,7 +1,5 @@
 """The memory of whole runs: the predicted bytes are the allocated ones."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.tests.trainer.memory.measured_runs import ONE_RANK, run

@@ -1,7 +1,5 @@
 """Gradients of a fused operation and of its reference, from the same random numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Every recompute policy."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 from shoestring.trainer.model.recompute import RecomputeModule

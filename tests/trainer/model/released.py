@@ -1,7 +1,5 @@
 """Conversion between the model under test and released names, which the reference and transformers use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields

@@ -1,7 +1,5 @@
 """A small chunk, and an exchange that logs its launches and waits."""
 
-from __future__ import annotations
-
 import weakref
 from datetime import timedelta
 from typing import Generic, TypeVar

@@ -1,7 +1,5 @@
 """The kernels that compute attention: where each one runs, refusals, and a choice that reaches every layer."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from types import ModuleType

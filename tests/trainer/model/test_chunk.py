@@ -1,7 +1,5 @@
 """The generators yield once for each communication they have launched, in the order that all ranks share."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

@@ -1,7 +1,5 @@
 """When the host waits for the sizes of a dispatch, the device has other work queued."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar

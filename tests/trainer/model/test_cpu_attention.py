@@ -1,7 +1,5 @@
 """Causal attention against its reference, and sums in BF16."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Grouped expert GEMMs against their reference, one expert at a time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

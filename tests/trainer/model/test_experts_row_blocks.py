@@ -1,7 +1,5 @@
 """Rows computed in blocks: equal results and gradients, less memory kept and less allocated per step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

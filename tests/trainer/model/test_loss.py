@@ -1,7 +1,5 @@
 """The fused cross-entropy against its reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The model against its references: transformers' DeepseekV3ForCausalLM; the plain one with MTP and balance loss."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Experts over several processes give the losses, loads and gradients of one process."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 

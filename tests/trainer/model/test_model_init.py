@@ -1,7 +1,5 @@
 """Initial weights depend on the seed and the name, not on the number of ranks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The fused RMSNorm against its reference."""
 
-from __future__ import annotations
-
 import torch
 
 from shoestring.tests.trainer.model.against_reference import gradients, random

@@ -1,7 +1,5 @@
 """Recomputed activations equal the forward's; communication and expert choice never run twice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from unittest.mock import patch
 

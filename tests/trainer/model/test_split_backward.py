@@ -1,7 +1,5 @@
 """A compute phase passes on the weight gradients of its backward."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

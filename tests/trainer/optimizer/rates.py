@@ -1,7 +1,5 @@
 """A schedule of the learning rate with every part: warm-up to 100 tokens, constant to 400, cosine to 1000."""
 
-from __future__ import annotations
-
 from shoestring.trainer.optimizer.config import OptimizerConfig
 
 RATES = OptimizerConfig(

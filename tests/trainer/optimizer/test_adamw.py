@@ -1,7 +1,5 @@
 """The learning rate by consumed tokens, and AdamW against the plain reference."""
 
-from __future__ import annotations
-
 import math
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """The learning rate as a function of consumed tokens."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The moving average of the weights: its formula, its background update, and weights untouched by an evaluation."""
 
-from __future__ import annotations
-
 import threading
 from datetime import timedelta
 

@@ -5,8 +5,6 @@ interpreter's casts to E4M3 and BF16 are wrong, so there quantized numbers are s
 does it know functions of CUDA's library: Triton's own exp takes the place of that one.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from unittest.mock import patch

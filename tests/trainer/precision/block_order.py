@@ -1,7 +1,5 @@
 """The block of a result that each program computes. Runs in Triton's interpreter."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Needs a process without TRITON_INTERPRET.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """A Linear in FP8, and numbers for it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

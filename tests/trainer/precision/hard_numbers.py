@@ -1,7 +1,5 @@
 """Numbers that are hard to quantize."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A process that runs or compiles Triton kernels."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

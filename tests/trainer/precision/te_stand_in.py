@@ -4,8 +4,6 @@ The library behind it, `transformer_engine_torch`, lies inside the package and i
 `transformer_engine.pytorch` has loaded it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Attention's output, kept once in E5M6 for two backwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The backend that is chosen, and why the others are not."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

@@ -1,7 +1,5 @@
 """The FP8 backend that a configuration names."""
 
-from __future__ import annotations
-
 import torch
 
 from shoestring.trainer.precision.config import PrecisionConfig

@@ -1,7 +1,5 @@
 """Twelve-bit numbers against their definition."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A Linear in FP8: its three products by the NumPy definition, the tensors it keeps, and when weights are quantized."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """Rows received in FP8 are multiplied unchanged, and give the bits of rows that are widened and quantized again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import pytest

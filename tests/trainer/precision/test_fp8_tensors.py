@@ -1,7 +1,5 @@
 """Quantization against its NumPy definition, to the last bit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Every Triton kernel compiles for Hopper."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

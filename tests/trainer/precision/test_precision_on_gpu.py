@@ -1,7 +1,5 @@
 """The backends for Hopper GPUs against the reference, on one GPU. Not yet run on hardware."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

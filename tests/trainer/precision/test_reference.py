@@ -1,7 +1,5 @@
 """Products of the reference backend against their NumPy definition, and the sums of Hopper's accumulator."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The fused SwiGLU against its reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

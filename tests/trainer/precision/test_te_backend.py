@@ -1,7 +1,5 @@
 """The Transformer Engine backend's calls, against a stand-in; and when the backend is available."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

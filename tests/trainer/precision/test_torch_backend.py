@@ -1,7 +1,5 @@
 """The torch backend's calls of `scaled_mm`, against a stand-in that checks what torch's source requires."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 Each in a process of its own: the interpreter is chosen when triton is imported.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

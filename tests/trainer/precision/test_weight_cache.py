@@ -1,7 +1,5 @@
 """Weights in FP8, quantized once per step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

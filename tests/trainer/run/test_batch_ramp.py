@@ -1,7 +1,5 @@
 """The sizes of steps, against a plain walk through them."""
 
-from __future__ import annotations
-
 from itertools import pairwise, product
 
 import pytest

@@ -1,7 +1,5 @@
 """The state that a run's checkpoint restores, and the memory that its saves reserve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch

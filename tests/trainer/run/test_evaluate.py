@@ -1,7 +1,5 @@
 """The validation loss: every target once, on any number of ranks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ends of a run before its last token: a rank that raises, a request to stop, a used-up budget."""
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """A traced run: one timeline of all ranks, and their memory."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's reports on its steps and on damage to its files, and unattributed time."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """A growing batch: another program for each size, and equal losses on every layout."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The number and the places of a step's host waits for the device."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """The sums of a step over all ranks: exact, in one all-reduce."""
 
-from __future__ import annotations
-
 import math
 from datetime import timedelta
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """The warm-up before the first step leaves only what a step needs."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import torch

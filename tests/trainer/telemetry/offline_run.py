@@ -6,8 +6,6 @@ tail too short for a header is zero. Each record is one protobuf `Record`. The f
 test reads what the installed wandb writes.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 import zlib

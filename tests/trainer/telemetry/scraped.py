@@ -1,7 +1,5 @@
 """A scrape of a run, as Prometheus does it."""
 
-from __future__ import annotations
-
 import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families

@@ -1,7 +1,5 @@
 """Alerts: loss jumps and stalls, once each, and nothing else."""
 
-from __future__ import annotations
-
 from shoestring.trainer.telemetry.alerts import AlertMonitor
 
 

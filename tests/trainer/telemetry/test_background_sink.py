@@ -1,7 +1,5 @@
 """A sink may fail or be slow: the run neither stops nor waits, and reports the sink's failure."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

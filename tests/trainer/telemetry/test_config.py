@@ -1,7 +1,5 @@
 """The configuration of telemetry: all its problems in one error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Every panel of the dashboard, read back by wandb's own library."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from shoestring.launch.compose import compose_run_config

@@ -1,7 +1,5 @@
 """Metrics of a long run: all rare events, and a sample of the steps that shows every turn of the loss."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The event file: flat, strict JSON, repaired after a crash, read back as the history of the retained steps."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Events as readable lines: figures, facts, durations and rates."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP

@@ -1,7 +1,5 @@
 """Reading `metrics.jsonl` back: the history of the retained steps, and refused lines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

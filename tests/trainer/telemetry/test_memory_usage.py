@@ -1,7 +1,5 @@
 """Memory of a rank: on a CPU the resident memory that the kernel reports."""
 
-from __future__ import annotations
-
 import mmap
 from pathlib import Path
 

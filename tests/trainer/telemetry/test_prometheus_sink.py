@@ -1,7 +1,5 @@
 """Prometheus scrapes of a run over the network, and a port that is in use."""
 
-from __future__ import annotations
-
 import math
 import socket
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The event stream of a run with the sinks that its configuration names."""
 
-from __future__ import annotations
-
 import io
 import socket
 from pathlib import Path

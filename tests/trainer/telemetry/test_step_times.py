@@ -1,7 +1,5 @@
 """A step's time by term over all ranks, and the share of waiting that an ideal run has too."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.comm.trace import EXPOSED_ALL_TO_ALL, GRADIENT_SYNC_WAIT, PIPELINE_WAIT, TimelineTrack

@@ -1,7 +1,5 @@
 """The stream on a terminal: plain lines for a pipe, a live bar for a person."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

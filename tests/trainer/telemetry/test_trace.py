@@ -1,7 +1,5 @@
 """Timelines: the spans kept, their sums, and a file that Perfetto can open."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """wandb, offline: the events sent to the sink are read back from its file."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

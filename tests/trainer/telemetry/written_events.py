@@ -1,7 +1,5 @@
 """Events of a run, and a run directory that they are written to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.trainer.telemetry.events import JSON, METRICS_FORMAT, Event, EventStream

@@ -1,7 +1,5 @@
 """The single finding of logs that hang, and messages of two ranks."""
 
-from __future__ import annotations
-
 from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs
 from shoestring.launch.rehearsal.findings import RunFinding
 from shoestring.launch.rehearsal.log import RankLog

@@ -1,7 +1,5 @@
 """Every schedule hangs on NCCL without a warm-up and finishes with one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

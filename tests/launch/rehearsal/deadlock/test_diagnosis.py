@@ -1,7 +1,5 @@
 """The reason for a deadlock in the simulation: the missing call, or the cycle."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs

@@ -1,7 +1,5 @@
 """The deadlock check: what hangs on NCCL hangs here, with hand-made logs and those of every schedule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from shoestring.launch.rehearsal.deadlock.diagnosis import find_hangs

@@ -3,8 +3,6 @@
 The shim must be there before torch, and would make every other test see a GPU: `test_device.py` runs these alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Findings name their place in the code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shoestring.launch.rehearsal.log import HostWait

@@ -1,7 +1,5 @@
 """Runs `device_cases.py` in a process that loads the shim before torch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Process groups of a rehearsed rank: their log records, and the number of calls that create them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Values that a rehearsed GPU returns to its host: sizes inside a dispatch, ones elsewhere."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import cast
 

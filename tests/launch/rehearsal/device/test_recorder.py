@@ -1,7 +1,5 @@
 """The log of a rehearsed rank: memory, waits and launches."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """Balanced routing: both ends of every message have the same size, and the parts add up."""
 
-from __future__ import annotations
-
 import pytest
 
 from shoestring.launch.compose import compose_run_config

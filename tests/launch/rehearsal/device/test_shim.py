@@ -1,7 +1,5 @@
 """The library for torch without CUDA: its compiler, and the torch version that it needs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

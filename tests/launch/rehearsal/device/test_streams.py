@@ -1,7 +1,5 @@
 """Events of a rehearsed rank's streams."""
 
-from __future__ import annotations
-
 from shoestring.launch.rehearsal.log import EventRecord, RankLog, StreamWait
 
 

@@ -1,7 +1,5 @@
 """DualPipe and DualPipeV, instruction by instruction, and their published numbers."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

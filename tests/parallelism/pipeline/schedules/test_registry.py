@@ -1,7 +1,5 @@
 """The programs that schedules build: the number of each instruction, and refused sizes."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

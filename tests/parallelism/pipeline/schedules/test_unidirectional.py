@@ -1,7 +1,5 @@
 """Unidirectional schedules, instruction by instruction."""
 
-from __future__ import annotations
-
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.tests.parallelism.pipeline.schedules.written import written
 

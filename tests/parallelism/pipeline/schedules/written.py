@@ -1,7 +1,5 @@
 """Programs as text and as counts of instructions."""
 
-from __future__ import annotations
-
 from shoestring.parallelism.pipeline.program import PipelineProgram
 
 
