@@ -291,8 +291,8 @@ class RunConfig:
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
-        if self.data.vocab_size != model.vocab_size:
-            hint = f"must equal model.vocab_size = {model.vocab_size}"
+        if self.data.vocab_size is not None and self.data.vocab_size > model.vocab_size:
+            hint = f"must be at most model.vocab_size = {model.vocab_size}"
             yield Problem("data.vocab_size", self.data.vocab_size, hint, ("model.vocab_size",))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:

@@ -298,7 +298,7 @@ def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_aske
             rank.groups,
             rank.device,
             seed=training.seed,
-            stop_token_id=tokenizer.end_token_id,
+            stop_token_id=tokenizer.eos_token_id,
             stop_requested=stop_asked,
         )
     if continuation is None:

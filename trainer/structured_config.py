@@ -113,7 +113,8 @@ class _Reader:
         if origin in (typing.Union, types.UnionType):
             if value is None and type(None) in arguments:
                 return None
-            return self.read(next(a for a in arguments if a is not type(None)), value, path, default)
+            kinds = [kind for kind in arguments if kind is not type(None)]
+            return self.read(next((kind for kind in kinds if type(value) is kind), kinds[0]), value, path, default)
         if origin is tuple and isinstance(value, list | tuple):
             return tuple(self._item(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if origin is dict and isinstance(value, Mapping):

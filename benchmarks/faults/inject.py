@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from shoestring.launch.compose import compose_run_config
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
 from shoestring.trainer.run.reporter import RECORDS_WAIT
 

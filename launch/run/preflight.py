@@ -47,7 +47,7 @@ def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is
         prepared = open_prepared_data(config.data)
         data = prepared.manifest
         open_samples(config, prepared)
-        verify_before_run(Path(config.data.prepared), prepared.manifest, first_machine=is_first_node)
+        verify_before_run(Path(config.data.prepared), prepared, first_machine=is_first_node)
     problems += hardware_problems(config, local_ranks)
     if is_first_node and config.telemetry.wandb.mode == "online":
         from ...trainer.telemetry.wandb_sink import (

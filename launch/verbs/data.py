@@ -3,10 +3,14 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...comm.errors import escape_unprintable
 from ..answers.blocks import Answer, Block, Paragraph, PreformattedText, records_table
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
+
+if TYPE_CHECKING:
+    from ...trainer.data.inspect import SplitDescription
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     config = compose_run_config(options.overrides, options.config_dir).data
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
-    from ...trainer.data.prepare import prepare_corpus
+    from ...trainer.data.preparation.prepare import prepare_corpus
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
     from ..signal_cleanup import clean_up_on_signal
@@ -48,10 +52,18 @@ def inspect_answer(directory: Path) -> Answer:
     )
     formats = {"bytes_per_token": "{:.3f}".format, "unigram_entropy": "{:.4f}".format}
     blocks: list[Block] = [
-        Paragraph(f"{found.directory}: byte-level BPE of {found.vocabulary} entries, {found.dtype} shards"),
-        PreformattedText("", f"source fingerprint  {found.fingerprint}\ncontent hash        {found.digest}"),
+        Paragraph(
+            f"{found.directory}: {found.vocab_size} token ids, {found.dtype} shards, "
+            f"license {found.license or 'not given'}"
+        ),
+        PreformattedText("", f"content hash  {found.digest}"),
         records_table("", headings, data["splits"], formats),
-        *(Paragraph(f"{split.name}: {', '.join(split.works)}") for split in found.splits),
+        *(Paragraph(f"{split.name}: {_list_files(split)}") for split in found.splits),
         PreformattedText("Start of the training text:", escape_unprintable(found.excerpt)),
     ]
     return Answer.from_blocks(f"Prepared data in {directory}", data, blocks)
+
+
+def _list_files(split: "SplitDescription") -> str:
+    more = split.files - len(split.first_files)
+    return ", ".join(split.first_files) + (f", and {more} more" if more else "")

@@ -59,7 +59,7 @@ def test_every_import_of_a_command_is_looked_for() -> None:
         "import sys, torch; before = set(sys.modules)\n"
         "import shoestring.launch.cli, shoestring.launch.run.launcher, shoestring.launch.run.worker\n"
         "import shoestring.launch.verbs.doctor, shoestring.launch.verbs.memory, shoestring.launch.answers.terminal\n"
-        "import shoestring.trainer.data.prepare\n"
+        "import shoestring.trainer.data.preparation.prepare\n"
         "known = {name.split('.')[0] for name in before} | set(sys.stdlib_module_names) | {'shoestring'}\n"
         "print(*{name.split('.')[0] for name in sys.modules} - known)"
     )

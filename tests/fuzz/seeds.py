@@ -63,7 +63,7 @@ def make_seeds(root: Path, *, with_plan: bool) -> None:
     lines = (json.dumps({"text": TEXT[place : place + 90], "id": place}) for place in range(0, 900, 90))
     (root / "corpus" / "w.jsonl").write_text("".join(f"{line}\n" for line in lines))
     quietly("data", "prepare", *data_overrides(root))
-    tokenizer = train_tokenizer([TEXT], 300).to_json().encode()
+    tokenizer = train_tokenizer([TEXT], 300).raw
     for step in (2, 4):
         model = Model(SHAPE)
         initialize_weights(model, step)

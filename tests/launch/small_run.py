@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 from shoestring.launch.compose import compose_run_config
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 
 SEQUENCE, BATCH = 32, 8
 SMALL = (
@@ -29,7 +29,7 @@ def small_run(root: Path, steps: int) -> list[str]:
     """Return the overrides of a run of `steps` on two ranks, except its directory; prepare its data under `root`."""
     corpus = root / "corpus"
     corpus.mkdir(parents=True)
-    packaged = compose_run_config(["experiment=quickstart"]).data.corpus_directory
+    packaged = Path(compose_run_config(["experiment=quickstart"]).data.corpus_location)
     (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
     (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
     data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]

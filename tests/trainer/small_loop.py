@@ -12,7 +12,7 @@ from shoestring.comm.topology import Topology
 from shoestring.tests.processes import World, run_processes
 from shoestring.trainer.build import build_stage_layout
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.loop import train
 from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from ...comm.errors import Problem
-from ...comm.files.ranges import CheckedConfig, between, not_empty
+from ...comm.files.ranges import CheckedConfig, at_least, between, fraction, not_empty
 
 PACKAGED_CORPUS = "shakespeare"
 MIN_VOCAB_SIZE = 258  # 256 bytes and two special tokens
@@ -17,28 +17,55 @@ MAX_VOCAB_SIZE = 2**32  # what a uint32 shard can name
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(CheckedConfig):
-    """Data of a run. A corpus directory holds `NAME.txt`, one document, and `NAME.jsonl`, one per line (key `text`)."""
+    """Data of a run: where the text is, how it becomes tokens, and where they are."""
 
-    corpus: str = not_empty(hint=f"must name a directory, or be {PACKAGED_CORPUS}")
-    """Directory of the corpus files; `shakespeare` means the seven plays that come with the package."""
-    prepared: str
-    """Directory for the tokenizer and the token shards made from the corpus."""
-    vocab_size: int = between(
+    corpus: str = not_empty(hint=f"must name a file, folder or glob, or be {PACKAGED_CORPUS}")
+    """File, folder (with all below) or glob: `*.txt` (one document), `*.jsonl` (one a line), `*.parquet` (one a row),
+    the first two also as .gz or .zst; a path, `s3://` or `gs://`. `shakespeare`: seven plays of the package."""
+    text_key: str = not_empty("text")
+    """Key or column of the text in JSON lines and Parquet."""
+    tokenizer: str | None = None
+    """A `tokenizer.json`, or a Hugging Face directory with one; null trains a BPE of `vocab_size` entries."""
+    eos_token: str | int | None = None
+    """Token after each document, by name or id; null takes that of the `tokenizer_config.json` beside the tokenizer."""
+    vocab_size: int | None = between(
         MIN_VOCAB_SIZE,
         MAX_VOCAB_SIZE,
+        None,
         least_reason=": 256 bytes and two special tokens",
         most_reason=", to fit 32 bits",
+        null="with a given tokenizer",
     )
-    """Entries of the byte-level BPE, including two special tokens."""
-    validation: tuple[str, ...] = not_empty(hint="must name at least one file: the loss on training text says little")
-    """Names of the files held out for validation; the other files are trained on."""
+    """Entries of the byte-level BPE that is trained, including two special tokens."""
+    prepared: str
+    """Directory for the tokenizer and the token shards made from the corpus."""
+    validation: tuple[str, ...] = ()
+    """Files held out for validation, by path in the corpus, name without suffix, or glob; the rest is trained on."""
+    validation_fraction: float = fraction(0.0)
+    """Share of the documents held out for validation instead of whole files, chosen by hash."""
+    max_bad_records: int = at_least(0, 0)
+    """Broken records that may be skipped: not JSON, not UTF-8, without the key."""
+    seed: int = at_least(0, 0)
+    """Seed of the choices that are made for each document."""
+    shuffle: bool = True
+    """Shuffle the documents of a file, within buckets of 8 M tokens. Samples are shuffled in any case."""
+    fim_rate: float = fraction(0.0)
+    """Share of the documents that are reordered for fill-in-the-middle; the report has 0.1 (§4.1)."""
+    fim_tokens: tuple[str, ...] | None = None
+    """Tokens before prefix, suffix and middle; null takes DeepSeek's, StarCoder's or Qwen's if they exist."""
+    token_split_rate: float = fraction(0.0)
+    """Share of the tokens that join punctuation and line breaks which are split (report §4.1, which gives no share)."""
+    workers: int | None = at_least(1, None, null="for all cores")
+    """Processes that prepare; any number gives the same files."""
+    license: str | None = None
+    """License of the text, written into the manifest."""
 
     @property
-    def corpus_directory(self) -> Path:
-        """Directory of the corpus files."""
+    def corpus_location(self) -> str:
+        """Place of the corpus files."""
         if self.corpus == PACKAGED_CORPUS:
-            return Path(__file__).parent / "corpus" / PACKAGED_CORPUS
-        return Path(self.corpus)
+            return str(Path(__file__).parent / "corpus" / PACKAGED_CORPUS)
+        return self.corpus
 
     @override
     def rule_problems(self) -> Iterator[Problem]:
@@ -46,3 +73,11 @@ class DataConfig(CheckedConfig):
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
         if len(set(self.validation)) < len(self.validation):
             yield Problem("validation", self.validation, "names a file twice")
+        if bool(self.validation) == (self.validation_fraction > 0):
+            hint = "name files, or set data.validation_fraction, not both: the loss on training text says little"
+            yield Problem("validation", self.validation, hint, ("validation_fraction",))
+        if self.tokenizer is not None and self.vocab_size is not None:
+            hint = "is for a tokenizer that is trained; with data.tokenizer leave it out"
+            yield Problem("vocab_size", self.vocab_size, hint, ("tokenizer",))
+        if self.fim_tokens is not None and len(self.fim_tokens) != 3:
+            yield Problem("fim_tokens", self.fim_tokens, "must name three tokens: before prefix, suffix and middle")

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from ...comm.errors import ConfigError, Problem
-from .manifest import DataManifest
-from .prepared import verify_prepared_data
+from .prepared import PreparedData, verify_prepared_data
 from .shards import TokenSplit
 
 _PIECE = 2**24  # tokens counted at once: 128 MiB
+_MAX_NAMES = 8
 
 
 def unigram_entropy(split: TokenSplit, vocabulary: int) -> float:
@@ -36,7 +36,9 @@ class SplitDescription:
     """Sizes of one split."""
 
     name: str
-    works: tuple[str, ...]
+    files: int
+    first_files: tuple[str, ...]
+    """Names of the first corpus files, at most 8."""
     documents: int
     tokens: int
     bytes: int
@@ -52,10 +54,11 @@ class PreparedDataDescription:
     """Description of a prepared directory in plain values, so that `dataclasses.asdict` gives JSON."""
 
     directory: str
-    fingerprint: str
     digest: str
-    vocabulary: int
+    vocab_size: int
+    """One more than the largest token id."""
     dtype: str
+    license: str | None
     splits: tuple[SplitDescription, ...]
     excerpt: str
     """The first tokens of the training split, decoded."""
@@ -68,24 +71,26 @@ def describe_prepared_data(directory: Path, excerpt_tokens: int = 128) -> Prepar
     tokens_T = train.read_tokens(0, min(excerpt_tokens, train.num_tokens))
     return PreparedDataDescription(
         directory=str(directory),
-        fingerprint=manifest.fingerprint,
         digest=manifest.content_hash,
-        vocabulary=manifest.vocabulary,
-        dtype=manifest.dtype,
-        splits=(_describe_split(manifest, train), _describe_split(manifest, prepared.validation)),
+        vocab_size=manifest.settings.vocab_size,
+        dtype=manifest.settings.dtype,
+        license=manifest.license,
+        splits=(_describe_split(prepared, train), _describe_split(prepared, prepared.validation)),
         excerpt=prepared.tokenizer.decode(tokens_T.tolist()),
     )
 
 
-def _describe_split(manifest: DataManifest, split: TokenSplit) -> SplitDescription:
-    entry = {"train": manifest.train, "validation": manifest.validation}[split.name]
+def _describe_split(prepared: PreparedData, split: TokenSplit) -> SplitDescription:
+    totals, found = prepared.manifest.split(split.name), [part for part in prepared.parts if part.split(split.name)]
+    files = sorted({piece.file for part in found for piece in part.pieces})
     return SplitDescription(
         name=split.name,
-        works=tuple(source.work for source in manifest.sources if source.split == split.name),
-        documents=entry.documents,
-        tokens=entry.tokens,
-        bytes=entry.bytes,
-        bytes_per_token=entry.bytes / entry.tokens,
-        shards=len(entry.shards),
-        unigram_entropy=unigram_entropy(split, manifest.vocabulary),
+        files=len(files),
+        first_files=tuple(files[:_MAX_NAMES]),
+        documents=totals.documents,
+        tokens=totals.tokens,
+        bytes=totals.bytes,
+        bytes_per_token=totals.bytes / totals.tokens,
+        shards=len(split.shard_starts) - 1,
+        unigram_entropy=unigram_entropy(split, prepared.manifest.settings.vocab_size),
     )

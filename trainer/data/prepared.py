@@ -11,14 +11,15 @@ Its files are checked against their hashes at a bounded cost:
 * `shoestring data inspect` always reads everything.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...comm.errors import Problem, collect_problems, raise_if_any
 from .config import DataConfig
-from .manifest import DataManifest, read_manifest
+from .manifest import SPLITS, DataManifest, DataPart, FileEntry, read_manifest, read_parts
 from .shards import TokenSplit, open_split, verify_file_hashes
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, load_prepared_tokenizer
 from .verified_files import read_file_signature, read_verified_files, write_verified_files
 
 
@@ -27,6 +28,7 @@ class PreparedData:
     """Manifest, tokenizer and splits of one prepared directory."""
 
     manifest: DataManifest
+    parts: tuple[DataPart, ...]
     tokenizer: Tokenizer
     train: TokenSplit
     validation: TokenSplit
@@ -38,57 +40,79 @@ def open_prepared_directory(directory: Path) -> PreparedData:
     Raises `ConfigError` with all problems of the files; `verify_prepared_data` reads every byte.
     """
     manifest = read_manifest(directory)
+    parts = read_parts(directory, manifest)
     problems: list[Problem] = []
     splits = {}
-    for name in ("train", "validation"):
+    for name in SPLITS:
         with collect_problems(problems):
-            splits[name] = open_split(directory, manifest, name)
-    entry = manifest.tokenizer
+            splits[name] = open_split(directory, manifest, parts, name)
     with collect_problems(problems):
-        tokenizer = load_tokenizer(directory / entry.file, manifest.vocabulary, entry.sha256)
+        tokenizer = load_prepared_tokenizer(directory, manifest)
     raise_if_any(problems)
-    return PreparedData(manifest, tokenizer, splits["train"], splits["validation"])
+    return PreparedData(manifest, parts, tokenizer, splits["train"], splits["validation"])
 
 
 def open_prepared_data(config: DataConfig) -> PreparedData:
     """Open `config.prepared` for a run; the corpus need not exist.
 
-    Raises `ConfigError` if the directory is damaged, or was prepared with another vocabulary or other validation files.
+    Raises `ConfigError` if the directory is damaged, or was prepared with other settings.
     """
     directory = Path(config.prepared)
     manifest = read_manifest(directory)
-    problems: list[Problem] = []
-    if config.vocab_size != manifest.vocabulary:
-        hint = f"{config.prepared} was prepared with {manifest.vocabulary}; use that, or another data.prepared"
-        problems.append(Problem("data.vocab_size", config.vocab_size, hint))
-    held_out = tuple(source.work for source in manifest.sources if source.split == "validation")
-    if set(config.validation) != set(held_out):
-        hint = f"{config.prepared} was prepared with {', '.join(held_out)} held out; use that, or another data.prepared"
-        problems.append(Problem("data.validation", config.validation, hint))
+    problems = list(_setting_problems(config, manifest))
     with collect_problems(problems):
         prepared = open_prepared_directory(directory)
     raise_if_any(problems)
     return prepared
 
 
+def _setting_problems(config: DataConfig, manifest: DataManifest) -> Iterator[Problem]:
+    """Yield a problem for each setting of the configuration that the data was not prepared with."""
+    settings = manifest.settings
+    wanted: dict[str, object] = {
+        "text_key": config.text_key,
+        "validation": tuple(sorted(config.validation)),
+        "validation_fraction": config.validation_fraction,
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "fim_rate": config.fim_rate,
+        "token_split_rate": config.token_split_rate,
+    }
+    found = {key: getattr(settings, key) for key in wanted} | {"validation": tuple(sorted(settings.validation))}
+    if config.vocab_size is not None:
+        wanted["vocab_size"], found["vocab_size"] = config.vocab_size, settings.vocab_size
+    for key, value in wanted.items():
+        if found[key] != value:
+            shown = ", ".join(settings.validation) or "none" if key == "validation" else found[key]
+            hint = f"{config.prepared} was prepared with {shown}; use that, or another data.prepared"
+            yield Problem(f"data.{key}", getattr(config, key), hint)
+
+
+def all_files(manifest: DataManifest, parts: Sequence[DataPart]) -> tuple[FileEntry, ...]:
+    """Return all files of a prepared directory except the manifest."""
+    return (*manifest.head_files, *(entry for part in parts for entry in part.files))
+
+
 def verify_prepared_data(directory: Path) -> PreparedData:
     """Open a prepared directory after reading every byte. Raises `ConfigError` with each damaged file."""
-    verify_file_hashes(directory, read_manifest(directory).files)
+    manifest = read_manifest(directory)
+    verify_file_hashes(directory, all_files(manifest, read_parts(directory, manifest)))
     return open_prepared_directory(directory)
 
 
 ALWAYS_VERIFY_BYTES = 2**28
 
 
-def verify_before_run(directory: Path, manifest: DataManifest, *, first_machine: bool) -> None:
+def verify_before_run(directory: Path, prepared: PreparedData, *, first_machine: bool) -> None:
     """Raise `ConfigError` with each file of `directory` that differs from the manifest."""
-    if sum(entry.bytes for entry in manifest.files) <= ALWAYS_VERIFY_BYTES:
-        verify_file_hashes(directory, manifest.files)
+    files = all_files(prepared.manifest, prepared.parts)
+    if sum(entry.bytes for entry in files) <= ALWAYS_VERIFY_BYTES:
+        verify_file_hashes(directory, files)
     elif first_machine:
         verified = read_verified_files(directory)
         # Taken before the files are read: a change during the read then shows at the next launch.
-        signatures = {entry.file: read_file_signature(directory, entry) for entry in manifest.files}
-        unknown = [entry for entry in manifest.files if verified.get(entry.file) != signatures[entry.file]]
+        signatures = {entry.file: read_file_signature(directory, entry) for entry in files}
+        unknown = [entry for entry in files if verified.get(entry.file) != signatures[entry.file]]
         verify_file_hashes(directory, unknown)
         if unknown:
             write_verified_files(directory, signatures)

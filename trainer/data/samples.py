@@ -13,18 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.host_transfer import to_device
+from .document_random import GOLDEN_RATIO, UInt64Array, splitmix64
 from .shards import Int64Array, TokenSplit
 
-UInt64Array = npt.NDArray[np.uint64]
-
 _ROUNDS = 8
-_GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
 
 
@@ -37,19 +34,12 @@ def permute_indices(positions: UInt64Array, size: int, keys: UInt64Array) -> UIn
     return result
 
 
-def splitmix64(values: UInt64Array) -> UInt64Array:
-    """Mix the bits of each value by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def _feistel(values: UInt64Array, half: int, keys: UInt64Array) -> UInt64Array:
     """Apply a keyed bijection of the numbers of 2 * `half` bits."""
     mask = np.uint64(2**half - 1)
     left, right = values >> np.uint64(half), values & mask
     for number in range(1, _ROUNDS + 1):
-        round_keys = splitmix64(keys + np.uint64(number * _GOLDEN & _WORD))
+        round_keys = splitmix64(keys + np.uint64(number * GOLDEN_RATIO & _WORD))
         left, right = right, left ^ (splitmix64(right ^ round_keys) & mask)
     return (left << np.uint64(half)) | right
 

@@ -1,10 +1,10 @@
 """Shards: the tokens of a split in files of limited size, written once.
 
-Shapes: T tokens of a range, M documents.
+Shapes: T tokens of a range, M documents, P parts.
 """
 
+import bisect
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
-from ...comm.files.file_io import config_error_context, open_regular_file, os_error_to_problem, read_regular_file
-from .files import HashedFileWriter, write_file_durably
-from .manifest import DataManifest, FileEntry, SplitEntry
+from ...comm.files.file_io import config_error_context, open_regular_file, read_regular_file
+from .files import HashedFileWriter
+from .manifest import DataManifest, DataPart, FileEntry, SplitPart
 from .shard_files import ShardFileReader
 from .verified_files import read_verified_files
 
@@ -26,8 +26,8 @@ TOKENS_PER_SHARD = 2**27
 """Default size of a shard: 256 MiB of uint16."""
 
 
-class SplitWriter:
-    """Writer of one split, document by document, into shards in a new directory."""
+class SplitPartWriter:
+    """Writer of one part of one split, document by document, into shards in a directory."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._directory = directory
@@ -35,20 +35,26 @@ class SplitWriter:
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._shards: list[HashedFileWriter] = []
-        self._starts: list[int] = []
-        self._tokens = 0
-        self._text_bytes = 0
+        self._starts = HashedFileWriter(directory / f"{name}.documents")
+        self._tokens = self._documents = self._text_bytes = 0
 
     def close(self) -> None:
-        """Close the shards; needed after an error, and harmless after `finish_split`."""
-        for shard in self._shards:
-            shard.close()
+        """Sync the files to disk and close them; a second call does nothing."""
+        for file in (*self._shards, self._starts):
+            file.close()
 
-    def add_document(self, tokens: Sequence[int], text_bytes: int) -> None:
-        """Append a document's tokens, including its end token; `text_bytes` is the size of its text."""
-        self._starts.append(self._tokens)
+    def add_documents(self, documents: Sequence[npt.NDArray[Any]], text_bytes: int) -> None:
+        """Append the tokens of documents, each with its end token; `text_bytes` is the size of their texts."""
+        if not documents:
+            return
+        ends_M = np.cumsum([len(tokens_T) for tokens_T in documents], dtype=np.int64)
+        starts_M = np.concatenate((np.zeros(1, dtype=np.int64), ends_M[:-1])) + self._tokens
+        self._starts.write(starts_M.astype("<i8").tobytes())
+        self._documents += len(documents)
         self._text_bytes += text_bytes
-        tokens_T = np.asarray(tokens, dtype=self._dtype)
+        self._add_tokens(np.concatenate(documents).astype(self._dtype, copy=False))
+
+    def _add_tokens(self, tokens_T: npt.NDArray[Any]) -> None:
         while len(tokens_T):
             room = -self._tokens % self._shard_tokens
             if room == 0:
@@ -58,23 +64,23 @@ class SplitWriter:
             self._tokens += len(tokens_T[:room])
             tokens_T = tokens_T[room:]
 
-    def finish_split(self) -> SplitEntry:
-        """Sync the split to disk and return its manifest entry."""
+    def finish(self) -> SplitPart | None:
+        """Sync the part to disk and return its entry; None without documents."""
         self.close()
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(self._starts, dtype="<i8"))
-        return SplitEntry(
+        if self._documents == 0:
+            return None
+        return SplitPart(
             tokens=self._tokens,
-            documents=len(self._starts),
+            documents=self._documents,
             bytes=self._text_bytes,
             shards=tuple(shard.entry for shard in self._shards),
-            starts=write_file_durably(self._directory / f"{self._name}_documents.npy", buffer.getvalue()),
+            starts=self._starts.entry,
         )
 
     def _open_next(self) -> None:
         if self._shards:
             self._shards[-1].close()
-        self._shards.append(HashedFileWriter(self._directory / f"{self._name}_{len(self._shards):05d}.bin"))
+        self._shards.append(HashedFileWriter(self._directory / f"{self._name}.{len(self._shards):05d}.bin"))
 
 
 class ShardReader(Protocol):
@@ -91,44 +97,67 @@ class TokenSplit:
 
     name: str
     """`train` or `validation`."""
-    num_tokens: int
-    """Length of the sequence."""
-    document_starts_M: Int64Array
-    """Start of each document in tokens: int64 [M]."""
+    shard_starts: Sequence[int]
+    """First token of each shard, and the length of the sequence."""
     shard_reader: ShardReader
-    """Reader of the shards; each but the last holds `shard_tokens` tokens."""
-    shard_tokens: int
+    """Reader of the shards."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return self.shard_starts[-1]
 
     def read_tokens(self, start: int, stop: int) -> Int64Array:
         """Return tokens `start` to `stop` (excluded) as int64 [T]. Raises `DataChanged` for a changed shard."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.num_tokens}")
         tokens_T = np.empty(stop - start, dtype=np.int64)
-        position = start
+        position, number = start, bisect.bisect_right(self.shard_starts, start) - 1
         while position < stop:
-            index, offset = divmod(position, self.shard_tokens)
-            count = min(stop - position, self.shard_tokens - offset)
-            tokens_T[position - start : position - start + count] = self.shard_reader.read_tokens(index, offset, count)
-            position += count
+            first, end = self.shard_starts[number], self.shard_starts[number + 1]
+            count = min(stop, end) - position
+            found_T = self.shard_reader.read_tokens(number, position - first, count)
+            tokens_T[position - start : position - start + count] = found_T
+            position, number = position + count, number + 1
         return tokens_T
 
 
-def open_split(directory: Path, manifest: DataManifest, name: str) -> TokenSplit:
+def open_split(directory: Path, manifest: DataManifest, parts: Sequence[DataPart], name: str) -> TokenSplit:
     """Open a split without reading a token. Raises `ConfigError` for missing or truncated files."""
-    entry = {"train": manifest.train, "validation": manifest.validation}[name]
-    dtype = manifest.numpy_dtype
-    problems = list(_size_problems(directory, (*entry.shards, entry.starts)))
-    limit = manifest.shard_tokens
-    count = -(-entry.tokens // limit)  # counted before a list is made: a damaged manifest may ask for any number
-    last = entry.tokens - (count - 1) * limit
-    expected = [limit * dtype.itemsize] * (min(count, len(entry.shards) + 1) - 1) + [last * dtype.itemsize]
-    if count != len(entry.shards) or [shard.bytes for shard in entry.shards] != expected:
-        needed = f"{limit * dtype.itemsize} bytes, {count} of them, the last of {last * dtype.itemsize}"
-        hint = f"{entry.tokens} {name} tokens in {manifest.dtype} need shards of {needed}; prepare again"
-        problems.append(Problem(str(directory), [shard.bytes for shard in entry.shards][:8], hint))
-    raise_if_any(problems)
-    shards = ShardFileReader(directory, entry.shards, dtype, read_verified_files(directory))
-    return TokenSplit(name, entry.tokens, _read_starts(directory / entry.starts.file, entry), shards, limit)
+    entries: list[FileEntry] = []
+    starts, settings = [0], manifest.settings
+    for part in parts:
+        if (found := part.split(name)) is None:
+            continue
+        entries += found.shards
+        first, limit = starts[-1], settings.shard_tokens
+        starts += [first + min(limit * number, found.tokens) for number in range(1, len(found.shards) + 1)]
+    raise_if_any(_size_problems(directory, entries))
+    reader = ShardFileReader(directory, entries, settings.numpy_dtype, read_verified_files(directory))
+    return TokenSplit(name, starts, reader)
+
+
+def read_document_starts(directory: Path, parts: Sequence[DataPart], name: str) -> Iterator[Int64Array]:
+    """Yield the document starts of split `name`, part by part: int64 [M], counted in tokens of the whole split.
+
+    The arrays of one part at a time are in memory. Raises `ConfigError` for a damaged file.
+    """
+    before = 0
+    for part in parts:
+        if (found := part.split(name)) is not None:
+            yield _read_starts(directory / found.starts.file, found) + before
+            before += found.tokens
+
+
+def _read_starts(path: Path, part: SplitPart) -> Int64Array:
+    with config_error_context(path, _FIX, unreadable_fix="make it readable"):
+        raw = read_regular_file(path, part.starts.bytes)
+    starts_M: Int64Array = np.frombuffer(raw[: len(raw) // 8 * 8], dtype="<i8").astype(np.int64, copy=False)
+    ends_M = np.append(starts_M[1:], part.tokens)
+    if not (len(raw) == 8 * part.documents and starts_M[0] == 0 and (starts_M < ends_M).all()):
+        hint = f"must hold {part.documents} rising document starts in {part.tokens} tokens: {_PREPARE_AGAIN}"
+        raise ConfigError([Problem(str(path), starts_M.shape, hint)])
+    return starts_M
 
 
 def verify_file_hashes(directory: Path, files: Sequence[FileEntry]) -> None:
@@ -159,21 +188,3 @@ def _size_problems(directory: Path, files: Sequence[FileEntry]) -> Iterator[Prob
             yield Problem(str(path), None, f"{what}; {_FIX}")
         elif path.stat().st_size != entry.bytes:
             yield Problem(str(path), path.stat().st_size, f"must have {entry.bytes} bytes: {_PREPARE_AGAIN}")
-
-
-def _read_starts(path: Path, entry: SplitEntry) -> Int64Array:
-    try:
-        # Parsed from memory: a damaged header may ask for any size, but the buffer has only the file's bytes.
-        starts_M: Int64Array = np.load(io.BytesIO(read_regular_file(path, entry.starts.bytes)), allow_pickle=False)
-    except OSError as error:
-        raise ConfigError([os_error_to_problem(error, path, "make it readable")]) from error
-    except Exception as error:  # NumPy parses a header as Python: a damaged one may raise any error
-        raise ConfigError([Problem(str(path), str(error), f"is not an .npy file: {_PREPARE_AGAIN}")]) from error
-    if not isinstance(starts_M, np.ndarray):  # a zip file of several
-        raise ConfigError([Problem(str(path), type(starts_M).__name__, f"is not an .npy file: {_PREPARE_AGAIN}")])
-    ends_M = np.append(starts_M[1:], entry.tokens) if starts_M.ndim == 1 else starts_M
-    is_whole = starts_M.dtype == np.int64 and starts_M.shape == (entry.documents,) and starts_M[:1].tolist() == [0]
-    if not (is_whole and (starts_M < ends_M).all()):
-        hint = f"must hold {entry.documents} rising document starts in {entry.tokens} tokens: {_PREPARE_AGAIN}"
-        raise ConfigError([Problem(str(path), starts_M.shape, hint)])
-    return starts_M

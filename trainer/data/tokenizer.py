@@ -1,10 +1,17 @@
-"""Byte-level BPE: any text to tokens and back without loss."""
+"""Byte-level BPE: any text to tokens and back without loss.
+
+A tokenizer is trained here, or is anybody's `tokenizer.json`. Text never gives a control token: `<|end|>` in a document
+stays five characters and two bars.
+"""
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -12,52 +19,151 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context, read_regular_file
 from ...comm.files.strict_json import MalformedFileError, parse_json
+from .manifest import DataManifest
 
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 END_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
 MAX_TOKENIZER_BYTES = 2**28
 """Largest `tokenizer.json` that is read; DeepSeek-V3's has 8 MB."""
+_FIM_TOKENS = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+)
+"""Control tokens before prefix, suffix and middle: of DeepSeek, StarCoder and Qwen."""
+_CONTROL_TOKEN = re.compile(r"<.*>|\[.*\]|.*[|｜].*", re.DOTALL)
+"""Spelling of control tokens. `special` does not tell: DeepSeek's for chat and fill-in-the-middle are not special.
+Other added tokens, such as runs of blanks, are text."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Byte-level BPE. Text that spells a special token is encoded as text, never as that token."""
+    """Tokenizer of a `tokenizer.json`, without its template for the begin and end of a text."""
 
-    bpe: tokenizers.Tokenizer
-    end_token_id: int
+    raw: bytes
+    """Content of `tokenizer.json`."""
+    config: bytes | None
+    """Content of the `tokenizer_config.json` beside it, if any."""
+    encoder: tokenizers.Tokenizer
+    """Tokenizer that knows no control token."""
+    decoder: tokenizers.Tokenizer
+    """Tokenizer with all tokens."""
+    eos_token_id: int
     """Token after each document."""
-    pad_token_id: int
-    """Token that fills a window after the last token of a split."""
+    vocab_size: int
+    """One more than the largest token id."""
 
-    @classmethod
-    def from_bpe(cls, bpe: tokenizers.Tokenizer) -> "Tokenizer":
-        """Wrap a BPE that has the two special tokens; raises `ValueError` for one without them."""
-        end, pad = bpe.token_to_id(END_TOKEN), bpe.token_to_id(PAD_TOKEN)
-        if end is None or pad is None:
-            raise ValueError(f"the special tokens {END_TOKEN} and {PAD_TOKEN} are missing")
-        bpe.encode_special_tokens = True  # not kept in the file: a document may hold the letters `<|end|>`
-        return cls(bpe, end, pad)
+    @staticmethod
+    def from_json(raw: bytes, eos_token: str | int, config: bytes | None = None) -> "Tokenizer":
+        """Build from the content of `tokenizer.json`.
+
+        `eos_token` is a token or its id. Raises `MalformedFileError` for another file, an unknown end token, and a
+        tokenizer in which text can give a control token.
+        """
+        decoder = parse_tokenizer_json(raw)
+        ids = decoder.get_vocab(with_added_tokens=True)
+        eos = ids.get(eos_token) if isinstance(eos_token, str) else eos_token
+        if eos is None or eos not in ids.values():
+            raise MalformedFileError("", eos_token, "is no token of the tokenizer; set data.eos_token")
+        encoder = _without_control_tokens(raw)
+        _check_control_tokens(encoder, decoder)
+        return Tokenizer(raw, config, encoder, decoder, eos, max(ids.values()) + 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the file's content."""
+        return Tokenizer.from_json, (self.raw, self.eos_token_id, self.config)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of entries, including the special tokens."""
-        return self.bpe.get_vocab_size(with_added_tokens=True)
+    def pad_token_id(self) -> int:
+        """Token that fills a window after the last token of a split, where no loss is computed."""
+        found = self.decoder.token_to_id(PAD_TOKEN)
+        return self.eos_token_id if found is None else found
+
+    def fim_token_ids(self, names: Sequence[str] | None) -> tuple[int, ...]:
+        """Return the control tokens before prefix, suffix and middle, given by `names` or those that are known.
+
+        Raises `ConfigError` if the tokenizer has none.
+        """
+        for candidates in [tuple(names)] if names is not None else _FIM_TOKENS:
+            ids = [number for name in candidates if (number := self.decoder.token_to_id(name)) is not None]
+            if len(ids) == len(candidates):
+                return tuple(ids)
+        hint = (
+            "are no tokens of the tokenizer; name its tokens before prefix, suffix and middle, or set data.fim_rate=0"
+        )
+        raise ConfigError([Problem("data.fim_tokens", names, hint)])
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, without an end token."""
-        return self.bpe.encode(text).ids
+        return self.encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text, computed on all cores."""
-        return [encoding.ids for encoding in self.bpe.encode_batch(list(texts))]
+        """Return the tokens of each text."""
+        # `_fast` leaves out the places of tokens in the text, which takes a third of the time.
+        return [each.ids for each in self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of `tokens`, with special tokens by name and an incomplete character as U+FFFD."""
-        return self.bpe.decode(list(tokens), skip_special_tokens=False)
+        """Return the text of `tokens`, with control tokens by name and an incomplete character as U+FFFD."""
+        return self.decoder.decode(list(tokens), skip_special_tokens=False)
 
-    def to_json(self) -> str:
-        """Return the text of `tokenizer.json`."""
-        return self.bpe.to_str(pretty=True)
+
+def _is_control_token(token: dict[str, Any]) -> bool:
+    return bool(token.get("special")) or _CONTROL_TOKEN.fullmatch(token["content"]) is not None
+
+
+def _without_control_tokens(raw: bytes) -> tokenizers.Tokenizer:
+    tree = json.loads(raw)
+    tree["added_tokens"] = [token for token in tree.get("added_tokens") or [] if not _is_control_token(token)]
+    tree |= {"post_processor": None, "truncation": None, "padding": None}
+    vocabulary = tree["model"].get("vocab")
+    control = {token["content"] for token in json.loads(raw).get("added_tokens") or [] if _is_control_token(token)}
+    if isinstance(vocabulary, dict) and tree["model"].get("ignore_merges"):
+        # Such a model looks whole words up in its vocabulary before it merges.
+        tree["model"]["vocab"] = {word: number for word, number in vocabulary.items() if word not in control}
+    with _malformed_on_any_error("is not a tokenizer that the tokenizers library reads"):
+        return tokenizers.Tokenizer.from_str(json.dumps(tree))
+
+
+def _check_control_tokens(encoder: tokenizers.Tokenizer, decoder: tokenizers.Tokenizer) -> None:
+    """Raise `MalformedFileError` if the spelling of a control token is encoded as that token."""
+    control = sorted(set(decoder.get_added_tokens_decoder()) - set(encoder.get_added_tokens_decoder()))
+    names = [decoder.get_added_tokens_decoder()[number].content for number in control]
+    with _malformed_on_any_error("is a tokenizer that cannot encode the names of its control tokens"):
+        found = encoder.encode_batch_fast(names, add_special_tokens=False)
+    for number, name, tokens in zip(control, names, found, strict=True):
+        if number in tokens.ids:
+            raise MalformedFileError("", name, "is a control token that its spelling in a text would give")
+
+
+def load_tokenizer_file(path: Path, eos_token: str | int | None, field: str = "data.tokenizer") -> Tokenizer:
+    """Read a `tokenizer.json`, or that of a Hugging Face directory.
+
+    `eos_token` is a token or its id; None takes the one of `tokenizer_config.json` beside the file.
+    Raises `ConfigError`.
+    """
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.exists():
+        hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist; name a tokenizer.json or its directory"
+        raise ConfigError([Problem(field, str(path), hint)])
+    config_file = file.with_name(TOKENIZER_CONFIG_FILE)
+    with config_error_context(file, "take another tokenizer"):
+        raw = read_regular_file(file, MAX_TOKENIZER_BYTES)
+        config = read_regular_file(config_file, MAX_TOKENIZER_BYTES) if config_file.exists() else None
+        eos_token = eos_token if eos_token is not None else named_eos_token(config)
+        if eos_token is None:
+            hint = f"is needed: {file} has no {TOKENIZER_CONFIG_FILE} beside it that names the token after a document"
+            raise ConfigError([Problem("data.eos_token", None, hint)])
+        return Tokenizer.from_json(raw, eos_token, config)
+
+
+def named_eos_token(config: bytes | None) -> str | None:
+    """Return the end token that a `tokenizer_config.json` names; None if it names none. Raises `MalformedFileError`."""
+    found = None if config is None else parse_json(config).get("eos_token")
+    if found is None:
+        return None
+    return found["content"].as_string() if isinstance(found.value, dict) else found.as_string()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -75,7 +181,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer=trainer)
-    tokenizer = Tokenizer.from_bpe(bpe)
+    tokenizer = Tokenizer.from_json(bpe.to_str(pretty=True).encode(), END_TOKEN)
     if tokenizer.vocab_size != vocabulary:
         hint = f"cannot be reached: the training text gives {tokenizer.vocab_size} entries; ask for at most that"
         raise ConfigError([Problem("data.vocab_size", vocabulary, hint)])
@@ -84,11 +190,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 def _word_splitter() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def pretokenize(text: str) -> list[str]:
-    """Return the words within which merges are learned, in the byte alphabet."""
-    return [word for word, _ in _word_splitter().pre_tokenize_str(text)]
 
 
 def parse_tokenizer_json(raw: bytes) -> tokenizers.Tokenizer:
@@ -124,21 +225,17 @@ def _malformed_on_any_error(hint: str) -> Iterator[None]:
         raise MalformedFileError("", str(error), hint) from error
 
 
-def load_tokenizer(path: Path, vocabulary: int, sha256: str) -> Tokenizer:
-    """Read `tokenizer.json`. Raises `ConfigError` unless it is the file that the shards were made with."""
+def load_prepared_tokenizer(directory: Path, manifest: DataManifest) -> Tokenizer:
+    """Read the tokenizer of a prepared directory. Raises `ConfigError` unless the shards were made with it."""
+    path = directory / manifest.tokenizer.file
     if not path.exists():
         raise ConfigError([Problem(str(path), None, "is missing; remove the directory and prepare again")])
     with config_error_context(path, "prepare again", unreadable_fix="make it readable"):
         raw = read_regular_file(path, MAX_TOKENIZER_BYTES)
-    found = hashlib.sha256(raw).hexdigest()
-    if found != sha256:
-        hint = f"is not the tokenizer of these shards, whose SHA-256 is {sha256}; restore it, or prepare again"
-        raise ConfigError([Problem(str(path), found, hint)])
-    try:
-        tokenizer = Tokenizer.from_bpe(parse_tokenizer_json(raw))
-    except ValueError as error:
-        raise ConfigError([Problem(str(path), str(error), "is not a Shoestring tokenizer; prepare again")]) from error
-    if tokenizer.vocab_size != vocabulary:
-        hint = f"its number of entries must be the manifest's {vocabulary}; prepare again"
-        raise ConfigError([Problem(str(path), tokenizer.vocab_size, hint)])
-    return tokenizer
+        found = hashlib.sha256(raw).hexdigest()
+        if found != manifest.tokenizer.sha256:
+            hint = f"is not the tokenizer of these shards, whose SHA-256 is {manifest.tokenizer.sha256}; restore it"
+            raise MalformedFileError("", found, hint)
+        named = manifest.tokenizer_config
+        config = None if named is None else read_regular_file(directory / named.file, MAX_TOKENIZER_BYTES)
+        return Tokenizer.from_json(raw, manifest.settings.eos_token_id, config)

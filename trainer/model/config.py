@@ -45,7 +45,7 @@ class ModelConfig(CheckedConfig):
     name: str = "tiny"
     """Name of the model in logs and plots."""
     vocab_size: int = between(1, 2**24, 2048)
-    """V, tokens of the vocabulary; equal to `data.vocab_size`."""
+    """V, rows of embedding and head, at least the tokenizer's token ids; null takes their number."""
     hidden_size: int = between(1, _MAX_WIDTH, 128)
     """D, width of the hidden state."""
     num_hidden_layers: int = between(1, 4096, 4)

@@ -61,7 +61,7 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
             "ledger": reporter.ledger_totals(),
         }
         metadata |= {"data": rank.data_manifest.content_hash, "tokenizer": rank.data_manifest.tokenizer.sha256}
-        attachments[rank.data_manifest.tokenizer.file] = rank.tokenizer.to_json().encode()
+        attachments[rank.data_manifest.tokenizer.file] = rank.tokenizer.raw
     with charge_time(reporter, "checkpoint_save"):
         rank.checkpoint_saver.begin_save(
             step, _state(rank), CheckpointExtras(metadata, attachments, rank.checkpoint_tensor_names)

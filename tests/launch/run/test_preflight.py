@@ -20,7 +20,7 @@ from shoestring.tests.tree import ROOT
 from shoestring.trainer.checkpoint.compatibility import resume_problems
 from shoestring.trainer.checkpoint.store import CheckpointExtras, CheckpointStore
 from shoestring.trainer.config import RunConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.data.prepared import open_prepared_data
 from shoestring.trainer.model.attention_backend import GpuCapabilities
 from shoestring.trainer.telemetry.config import PrometheusConfig

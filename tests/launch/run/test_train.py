@@ -23,7 +23,7 @@ from shoestring.tests.launch.real_run import command, lines_as_they_come, proces
 from shoestring.tests.launch.report.recorded import report_of
 from shoestring.tests.trainer.telemetry.offline_run import read_offline_run
 from shoestring.trainer.checkpoint.store import CheckpointStore
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import make_dashboard
@@ -57,7 +57,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("data")
     corpus = root / "corpus"
     corpus.mkdir()
-    packaged = compose_run_config(["experiment=quickstart"]).data.corpus_directory
+    packaged = Path(compose_run_config(["experiment=quickstart"]).data.corpus_location)
     (corpus / "hamlet.txt").write_text((packaged / "hamlet.txt").read_text()[:20000])
     (corpus / "macbeth.txt").write_text((packaged / "macbeth.txt").read_text()[:1500])
     data = [f"data.corpus={corpus}", f"data.prepared={root / 'prepared'}", "data.validation=[macbeth]"]

@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 def original(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a run of one checkpoint, `run`, and its export, `hf`."""
     root = tmp_path_factory.mktemp("others")
-    save_model(model(1), root / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer.to_json().encode()})
+    save_model(model(1), root / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer.raw})
     assert exit_code("export", root / "run", root / "hf", "--dtype", "fp32") == 0
     return root
 
@@ -39,7 +39,7 @@ def run(original: Path, tmp_path: Path) -> Path:
 def saved_twice(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run with checkpoints of steps 2 and 4."""
     run = tmp_path_factory.mktemp("run")
-    attachments = {"tokenizer.json": tokenizer.to_json().encode()}
+    attachments = {"tokenizer.json": tokenizer.raw}
     for step in (2, 4):
         save_model(model(step), run / "checkpoints", step, attachments)
     return run

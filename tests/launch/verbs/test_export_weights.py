@@ -25,7 +25,7 @@ def test_export_and_import_carry_the_tokenizer(
     assert theirs(TEXT[:200])["input_ids"] == tokenizer.encode(TEXT[:200])
     assert (theirs.eos_token, theirs.pad_token) == (END_TOKEN, PAD_TOKEN)
     loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "hf")
-    assert (loaded.config.eos_token_id, loaded.config.pad_token_id) == (tokenizer.end_token_id, tokenizer.pad_token_id)
+    assert (loaded.config.eos_token_id, loaded.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert loaded.config.max_position_embeddings == 32  # what it was trained with
     code, output, _ = shoestring(capsys, "import", tmp_path / "hf", tmp_path / "again")
     assert code == 0
@@ -45,7 +45,7 @@ def test_the_average_of_the_weights_is_exported_and_generates(
     last, average = model(7), model(8)
     for _, router in last.routers():
         router.bias_E.uniform_(-1, 1)
-    attachments = {"tokenizer.json": tokenizer.to_json().encode()}
+    attachments = {"tokenizer.json": tokenizer.raw}
     save_model(last, saves / "checkpoints", 7, attachments, average)
     for (_, theirs), (_, own) in zip(average.routers(), last.routers(), strict=True):
         theirs.bias_E.copy_(own.bias_E)

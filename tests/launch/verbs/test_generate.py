@@ -46,7 +46,7 @@ def test_logits_that_are_not_finite_are_one_error(
 ) -> None:
     model = Model(replace(SHAPE, **values))
     initialize_weights(model, 1)
-    attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).to_json().encode()}
+    attachments = {"tokenizer.json": train_tokenizer([TEXT], 300).raw}
     save_model(model, tmp_path / "checkpoints", 4, attachments)
     how = ["--prompt", "word1", "--tokens", 2, "--temperature", temperature]
     code, _, errors = shoestring(capsys, "generate", tmp_path, *how)

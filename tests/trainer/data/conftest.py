@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 
 
 def silent(line: str) -> None:

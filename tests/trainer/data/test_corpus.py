@@ -124,7 +124,7 @@ def test_a_missing_or_empty_corpus_is_refused(config: DataConfig, tmp_path: Path
 
 
 def test_everything_wrong_with_the_files_is_listed_together(config: DataConfig) -> None:
-    corpus = config.corpus_directory
+    corpus = Path(config.corpus_location)
     (corpus / "empty.txt").write_text(" \n")
     (corpus / "nothing.jsonl").write_text("")
     (corpus / "latin.txt").write_bytes("naïve".encode("latin-1"))
@@ -148,7 +148,7 @@ def test_everything_wrong_with_the_files_is_listed_together(config: DataConfig) 
 
 def test_the_packaged_corpus_is_plain_ascii_prose() -> None:
     config = DataConfig(corpus="shakespeare", prepared="unused", vocab_size=2048, validation=("julius_caesar",))
-    texts = [path.read_text("ascii") for path in sorted(config.corpus_directory.glob("*.txt"))]
+    texts = [path.read_text("ascii") for path in sorted(Path(config.corpus_location).glob("*.txt"))]
     assert len(texts) == 7
     assert not set("".join(texts)) & set("*_#<>\\`|{}\r\t")
     assert all(text.endswith("\n") and "\n\n\n" not in text and " \n" not in text for text in texts)

@@ -16,7 +16,7 @@ from shoestring.comm.errors import ConfigError
 from shoestring.tests.trainer.data.small_corpus import refusal, silent
 from shoestring.trainer.data.config import DataConfig
 from shoestring.trainer.data.manifest import token_dtype
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.data.prepared import open_prepared_data, open_prepared_directory
 from shoestring.trainer.data.shards import SplitWriter
 
@@ -24,7 +24,7 @@ from shoestring.trainer.data.shards import SplitWriter
 KILLED = """
 import os, signal, sys
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 def report(line):
     if sys.argv[3] in line:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,7 +40,7 @@ def test_tokens_give_back_every_document_between_its_boundaries(config: DataConf
     manifest = prepare_corpus(config, silent, shard_tokens=100)
     prepared = open_prepared_data(config)
     assert len(manifest.train.shards) > 3
-    corpus = config.corpus_directory
+    corpus = Path(config.corpus_location)
     lines = [json.loads(line)["text"] for line in (corpus / "lines.jsonl").read_text().splitlines()]
     documents = [(corpus / "alpha.txt").read_text(), *lines]
     split, tokenizer = prepared.train, prepared.tokenizer
@@ -48,8 +48,8 @@ def test_tokens_give_back_every_document_between_its_boundaries(config: DataConf
     assert len(edges) == len(documents) + 1
     for start, stop, text in zip(edges, edges[1:], documents, strict=False):
         *body, end = split.read_tokens(start, stop).tolist()
-        assert end == tokenizer.end_token_id
-        assert tokenizer.end_token_id not in body  # the letters `<|end|>` in a document stay letters
+        assert end == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in body  # the letters `<|end|>` in a document stay letters
         assert tokenizer.decode(body) == text
     assert manifest.train.bytes == sum(len(text.encode()) for text in documents)
     assert [(s.work, s.split) for s in manifest.sources] == [
@@ -61,7 +61,7 @@ def test_tokens_give_back_every_document_between_its_boundaries(config: DataConf
 
 def test_the_tokenizer_never_sees_the_held_out_works(config: DataConfig) -> None:
     prepare_corpus(config, silent)
-    held = config.corpus_directory / "held.txt"
+    held = Path(config.corpus_location) / "held.txt"
     held.write_text("Quite other words. " * 100)
     other = replace(config, prepared=config.prepared + "2")
     prepare_corpus(other, silent)
@@ -97,7 +97,7 @@ def test_a_second_preparation_reuses_the_first(config: DataConfig) -> None:
 def test_data_of_other_text_or_settings_is_never_replaced(config: DataConfig) -> None:
     prepare_corpus(config, silent)
     before = contents(config.prepared)
-    with (config.corpus_directory / "alpha.txt").open("a") as file:
+    with (Path(config.corpus_location) / "alpha.txt").open("a") as file:
         file.write("More.")
     with pytest.raises(ConfigError, match="other text or settings"):
         prepare_corpus(config, silent)
@@ -185,6 +185,6 @@ def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:
-    inside_a_file = str(config.corpus_directory / "alpha.txt" / "prepared")
+    inside_a_file = str(Path(config.corpus_location) / "alpha.txt" / "prepared")
     with pytest.raises(ConfigError, match="cannot be created"):
         prepare_corpus(replace(config, prepared=inside_a_file), silent)

@@ -74,7 +74,7 @@ def test_a_second_backward_and_missing_mtp_are_errors(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_import_give_the_same_text(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer([TEXT], SHAPE.vocab_size).to_json().encode()
+    tokenizer = train_tokenizer([TEXT], SHAPE.vocab_size).raw
     saved = save_model(model(1), tmp_path / "run" / "checkpoints", 4, {"tokenizer.json": tokenizer})
     loaded = shoestring.load(tmp_path / "run")
     found = loaded.generate("word1 word2", 8, temperature=0)

@@ -15,7 +15,7 @@ from shoestring.tests.reference.deepseek_v3 import losses
 from shoestring.tests.trainer.model.released import make_chunk
 from shoestring.trainer.build import PipelineRuntime
 from shoestring.trainer.data.config import DataConfig
-from shoestring.trainer.data.prepare import prepare_corpus
+from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.data.prepared import open_prepared_directory
 from shoestring.trainer.data.samples import SampleDataset
 from shoestring.trainer.generation.generate import generate

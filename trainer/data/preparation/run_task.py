@@ -1,0 +1,239 @@
+"""One task of a preparation: documents to tokens, in shuffled buckets, to the files of a part and a completion record.
+
+Shapes: T tokens of a document.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ....comm.files.file_io import read_json, replace_file_atomically
+from ....comm.files.strict_json import MalformedFileError
+from ..document_random import document_key, uniform_fraction
+from ..files import fsync_directory, split_by_size
+from ..formats import BadRecords, read_documents
+from ..manifest import CorpusPiece, DataPart, FileEntry, PreparationSettings, SplitPart
+from ..shards import SplitPartWriter
+from ..storage import StoredFile, hash_stored_file
+from ..tokenizer import Tokenizer
+from .augmentation import TokenArray, TokenSplitter, cut_for_fill_in_the_middle, join_fill_in_the_middle
+from .tasks import Task
+
+TASKS_FOLDER = "tasks"
+"""Folder of the completion records, in the prepared directory."""
+_BATCH_CHARACTERS = 2**20
+"""Text that is encoded at once: enough to outweigh the call, little enough for memory."""
+_BUCKET_TOKENS, _BUCKET_DOCUMENTS = 2**23, 2**18
+"""Documents are shuffled within a bucket of this size, 32 MiB of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """Completion record of a task: what it was made from and its part. Written when the part's files are on disk."""
+
+    settings: str
+    """Digest of the settings."""
+    signatures: tuple[str, ...]
+    """State of each source file when it was read."""
+    bad: tuple[str, ...]
+    """The first broken records, each with file and line."""
+    part: DataPart
+
+
+@dataclass(frozen=True)
+class PreparationJob:
+    """What all tasks of a preparation share."""
+
+    directory: Path
+    settings: PreparationSettings
+    tokenizer: Tokenizer
+    max_bad_records: int
+    report_progress: Callable[[int, int], None] | None = None
+    """Called after each batch with its bytes of text and its tokens."""
+
+    @cached_property
+    def token_splitter(self) -> TokenSplitter | None:
+        """Splitter of joined tokens; None if none is to be split."""
+        settings, tokenizer = self.settings, self.tokenizer
+        if settings.token_split_rate == 0:
+            return None
+        return TokenSplitter.from_tokenizer(
+            settings.token_split_rate, settings.vocab_size, lambda token: tokenizer.decode([token]), tokenizer.encode
+        )
+
+
+class _Tokenized(NamedTuple):
+    key: int
+    is_validation: bool
+    tokens_T: TokenArray
+    text_bytes: int
+
+
+class _Text(NamedTuple):
+    file: str
+    place: int
+    text: str
+
+
+def run_task(job: PreparationJob, task: Task) -> TaskRecord:
+    """Run `task`: write its files into the prepared directory, then its completion record.
+
+    Raises `ConfigError` for broken records beyond the limit and for unreadable files, and `OSError` for a directory
+    that cannot be written.
+    """
+    # The files get their names when all of them are on disk: a killed task leaves a folder that the next call removes.
+    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{os.getpid()}"
+    folder.mkdir()
+    try:
+        bad = BadRecords(job.max_bad_records)
+        splits = _write_splits(job, task, folder, bad)
+        part = DataPart(
+            task=task.name,
+            pieces=tuple(_piece(task, file) for file in task.files),
+            empty_records=bad.empty,
+            bad_records=bad.count,
+            train=_publish(job.directory, task, folder, splits["train"]),
+            validation=_publish(job.directory, task, folder, splits["validation"]),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    fsync_directory(job.directory)
+    record = TaskRecord(
+        settings=job.settings.digest,
+        signatures=tuple(file.signature for file in task.files),
+        bad=tuple(str(problem) for problem in bad.problems),
+        part=part,
+    )
+    replace_file_atomically(record_path(job.directory, task), _to_json(record))
+    return record
+
+
+def record_path(directory: Path, task: Task) -> Path:
+    """Return the path of the completion record of `task`."""
+    return directory / TASKS_FOLDER / f"{task.name}.json"
+
+
+def find_record(directory: Path, task: Task, settings: PreparationSettings) -> TaskRecord | None:
+    """Return the record of `task` if it was completed with these settings and its files are as they were then.
+
+    A file whose signature has changed, as by a copy to another machine, is read and compared by its hash.
+    """
+    path = record_path(directory, task)
+    try:
+        record = read_json(path).as_dataclass(TaskRecord)
+    except (OSError, MalformedFileError):  # not completed, or damaged: the task runs again
+        return None
+    if record.settings != settings.digest or len(record.signatures) != len(task.files):
+        return None
+    if any(not _has_size(directory / entry.file, entry.bytes) for entry in record.part.files):
+        return None
+    signatures = tuple(file.signature for file in task.files)
+    if signatures != record.signatures:
+        if any(piece != _piece(task, file) for piece, file in zip(record.part.pieces, task.files, strict=True)):
+            return None
+        record = replace(record, signatures=signatures)
+        replace_file_atomically(path, _to_json(record))
+    return record
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _to_json(record: TaskRecord) -> bytes:
+    return (json.dumps(asdict(record)) + "\n").encode()
+
+
+def _piece(task: Task, file: StoredFile) -> CorpusPiece:
+    start, size = (0, file.bytes) if task.part is None else (task.part.start, task.bytes)
+    return CorpusPiece(file=file.name, start=start, bytes=size, sha256=hash_stored_file(file, start, size))
+
+
+def _write_splits(job: PreparationJob, task: Task, folder: Path, bad: BadRecords) -> dict[str, SplitPart | None]:
+    settings = job.settings
+    with (
+        closing(SplitPartWriter(folder, "train", settings.numpy_dtype, settings.shard_tokens)) as train,
+        closing(SplitPartWriter(folder, "validation", settings.numpy_dtype, settings.shard_tokens)) as validation,
+    ):
+        documents = _tokenize(job, _texts(task, settings.text_key, bad))
+        for bucket in _buckets(documents):
+            if settings.shuffle:
+                bucket.sort(key=lambda document: document.key)
+            for writer, is_validation in ((train, False), (validation, True)):
+                chosen = [each for each in bucket if (each.is_validation or task.is_validation) == is_validation]
+                writer.add_documents([each.tokens_T for each in chosen], sum(each.text_bytes for each in chosen))
+        return {"train": train.finish(), "validation": validation.finish()}
+
+
+def _texts(task: Task, text_key: str, bad: BadRecords) -> Iterator[_Text]:
+    for file in task.files:
+        for document in read_documents(file, text_key, task.part, bad):
+            yield _Text(file.name, document.place, document.text)
+
+
+def _tokenize(job: PreparationJob, texts: Iterator[_Text]) -> Iterator[_Tokenized]:
+    for batch in split_by_size(texts, lambda text: len(text.text), _BATCH_CHARACTERS):
+        tokenized = [_finish(job, text, tokens) for text, tokens in zip(batch, _encode(job, batch), strict=True)]
+        if job.report_progress is not None:
+            tokens = sum(len(each.tokens_T) for each in tokenized)
+            job.report_progress(sum(each.text_bytes for each in tokenized), tokens)
+        yield from tokenized
+
+
+def _encode(job: PreparationJob, batch: list[_Text]) -> list[list[int]]:
+    """Return the tokens of each text, a share of them reordered for fill-in-the-middle."""
+    settings = job.settings
+    if settings.fim_rate == 0:
+        return job.tokenizer.encode_batch([text.text for text in batch])
+    keys = [document_key(settings.seed, "fim", text.file, text.place) for text in batch]
+    cuts = [
+        cut_for_fill_in_the_middle(text.text, key) if uniform_fraction(key) < settings.fim_rate else (text.text,)
+        for text, key in zip(batch, keys, strict=True)
+    ]
+    encoded = iter(job.tokenizer.encode_batch([piece for cut in cuts for piece in cut]))
+    pieces = [[next(encoded) for _ in cut] for cut in cuts]
+    return [each[0] if len(each) == 1 else join_fill_in_the_middle(each, settings.fim_token_ids) for each in pieces]
+
+
+def _finish(job: PreparationJob, text: _Text, tokens: list[int]) -> _Tokenized:
+    settings, splitter = job.settings, job.token_splitter
+    tokens_T = np.array([*tokens, settings.eos_token_id], dtype=np.uint32)
+    if splitter is not None:
+        tokens_T = splitter.split(tokens_T, document_key(settings.seed, "split", text.file, text.place))
+    share = uniform_fraction(document_key(settings.seed, "validation", text.file, text.place))
+    key = document_key(settings.seed, "order", text.file, text.place)
+    return _Tokenized(key, share < settings.validation_fraction, tokens_T, len(text.text.encode()))
+
+
+def _buckets(documents: Iterator[_Tokenized]) -> Iterator[list[_Tokenized]]:
+    bucket: list[_Tokenized] = []
+    tokens = 0
+    for document in documents:
+        bucket.append(document)
+        tokens += len(document.tokens_T)
+        if tokens >= _BUCKET_TOKENS or len(bucket) >= _BUCKET_DOCUMENTS:
+            yield bucket
+            bucket, tokens = [], 0
+    if bucket:
+        yield bucket
+
+
+def _publish(directory: Path, task: Task, folder: Path, part: SplitPart | None) -> SplitPart | None:
+    """Move the files of a part into the prepared directory, under names that begin with the task's."""
+    if part is None:
+        return None
+
+    def move(entry: FileEntry) -> FileEntry:
+        name = f"{task.name}.{entry.file}"
+        (folder / entry.file).rename(directory / name)
+        return replace(entry, file=name)
+
+    return replace(part, shards=tuple(move(shard) for shard in part.shards), starts=move(part.starts))
