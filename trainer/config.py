@@ -291,6 +291,9 @@ class RunConfig:
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
+        if (self.data.tokenizer, self.data.vocab_size, training.start_from) == (None, None, None):
+            hint = "is needed to train a tokenizer; or name one as data.tokenizer"
+            yield Problem("data.vocab_size", None, hint, ("data.tokenizer",))
         if self.data.vocab_size is not None and self.data.vocab_size > model.vocab_size:
             hint = f"must be at most model.vocab_size = {model.vocab_size}"
             yield Problem("data.vocab_size", self.data.vocab_size, hint, ("model.vocab_size",))

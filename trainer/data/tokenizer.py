@@ -33,7 +33,7 @@ _FIM_TOKENS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
 )
 """Control tokens before prefix, suffix and middle: of DeepSeek, StarCoder and Qwen."""
-_CONTROL_TOKEN = re.compile(r"<.*>|\[.*\]|.*[|｜].*", re.DOTALL)
+_CONTROL_TOKEN = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 """Spelling of control tokens. `special` does not tell: DeepSeek's for chat and fill-in-the-middle are not special.
 Other added tokens, such as runs of blanks, are text."""
 

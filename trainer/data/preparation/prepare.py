@@ -75,7 +75,7 @@ def prepare_corpus(
     `tokenizer` is that of an import, for a configuration without one. Raises `ConfigError` for an invalid
     configuration, corpus or record, and for a directory that holds anything else; what was finished is kept.
     """
-    _check(config, shard_tokens)
+    _check(config, shard_tokens, has_tokenizer=tokenizer is not None)
     files = list_corpus(config, report)
     directory = Path(os.path.realpath(config.prepared))
     _refuse_other_content(directory)
@@ -88,8 +88,11 @@ def prepare_corpus(
         return _publish(config, job, _run_missing_tasks(config, job, files, report), report)
 
 
-def _check(config: DataConfig, shard_tokens: int) -> None:
+def _check(config: DataConfig, shard_tokens: int, *, has_tokenizer: bool) -> None:
     problems = [problem.with_prefix("data") for problem in config.problems()]
+    if not has_tokenizer and config.tokenizer is None and config.vocab_size is None:
+        hint = "is needed to train a tokenizer; or name one as data.tokenizer"
+        problems.append(Problem("data.vocab_size", None, hint))
     if shard_tokens < 1:
         problems.append(Problem("shard_tokens", shard_tokens, "must be at least 1"))
     raise_if_any(problems)
