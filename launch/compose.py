@@ -18,11 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..comm.errors import ConfigError, Problem, UnreadableFields, raise_if_any
+from ..comm.errors import ConfigError, Problem, UnreadableFields, collect_problems, raise_if_any
 from ..comm.files.file_io import config_error_context, os_error_to_problem
 from ..comm.files.strict_json import MalformedFileError, shorten_for_message
 from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
+from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.config import RunConfig
+from ..trainer.data.tokenizer import count_token_ids
 from ..trainer.huggingface.config import remove_released_keys
 from ..trainer.structured_config import InterpolatedText, build_dataclass, map_texts, parse_dataclass
 from .console import print_to_stderr
@@ -61,12 +63,30 @@ def compose_run_config(
         problems += found
         if ignored:
             print_to_stderr(f"model: keys of config.json without effect here (see docs/model.md): {', '.join(ignored)}")
+    with collect_problems(problems):
+        _fill_in_vocab_size(tree)
     config, doubtful = parse_dataclass(RunConfig, tree, problems)
     unreadable_fields = UnreadableFields(
         doubtful | unread, frozenset(_key(text) for text, read_as in parsed if read_as)
     )
     raise_if_any([*problems, *config.problems(unreadable_fields)])
     return config
+
+
+def _fill_in_vocab_size(tree: dict[str, Any]) -> None:
+    """Replace `model.vocab_size: null` by the number of token ids of the tokenizer, where that is known."""
+    model, data, training = (tree.get(group) for group in ("model", "data", "training"))
+    if not (isinstance(model, dict) and isinstance(data, dict) and isinstance(training, dict)):
+        return
+    if "vocab_size" not in model or model["vocab_size"] is not None:
+        return
+    tokenizer, start_from = data.get("tokenizer"), training.get("start_from")
+    if isinstance(tokenizer, str):
+        model["vocab_size"] = count_token_ids(Path(tokenizer))
+    elif isinstance(start_from, str):
+        model["vocab_size"] = find_checkpoint(Path(start_from)).model_config.vocab_size
+    elif data.get("vocab_size") is not None:
+        model["vocab_size"] = data["vocab_size"]
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -26,16 +26,21 @@ def run(options: argparse.Namespace) -> int:
     """Prepare the data of the configuration, or only inspect them, and print their description."""
     from ..compose import compose_run_config
 
-    config = compose_run_config(options.overrides, options.config_dir).data
+    run_config = compose_run_config(options.overrides, options.config_dir)
+    config = run_config.data
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
+    from ...trainer.checkpoint.tokenizer import load_checkpoint_tokenizer
     from ...trainer.data.preparation.prepare import prepare_corpus
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
     from ..signal_cleanup import clean_up_on_signal
 
+    tokenizer, start_from = None, run_config.training.start_from
+    if start_from is not None and config.tokenizer is None:
+        tokenizer = load_checkpoint_tokenizer(Path(start_from), config.eos_token)
     with clean_up_on_signal("data prepare"):
-        prepare_corpus(config, print_to_stdout)
+        prepare_corpus(config, print_to_stdout, tokenizer=tokenizer)
     # Without colors, whose codes print_to_stdout would show as text.
     print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0

@@ -241,7 +241,7 @@ def _damaged_file_errors(file: StoredFile, damaged: tuple[type[Exception], ...] 
     with read_errors(file.url):
         try:
             yield
-        except (OSError, *damaged) as error:
+        except (OSError, *damaged) as error:  # type: ignore[misc]  # a tuple of classes
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk, not of the content
             hint = f"is damaged or truncated ({error}); {_FIX}"

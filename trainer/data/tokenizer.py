@@ -81,6 +81,12 @@ class Tokenizer:
         found = self.decoder.token_to_id(PAD_TOKEN)
         return self.eos_token_id if found is None else found
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Content of its files by name."""
+        config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
+        return {TOKENIZER_FILE: self.raw} | config
+
     def fim_token_ids(self, names: Sequence[str] | None) -> tuple[int, ...]:
         """Return the control tokens before prefix, suffix and middle, given by `names` or those that are known.
 
@@ -137,16 +143,29 @@ def _check_control_tokens(encoder: tokenizers.Tokenizer, decoder: tokenizers.Tok
             raise MalformedFileError("", name, "is a control token that its spelling in a text would give")
 
 
-def load_tokenizer_file(path: Path, eos_token: str | int | None, field: str = "data.tokenizer") -> Tokenizer:
+def count_token_ids(path: Path) -> int:
+    """Return one more than the largest token id of a `tokenizer.json` or its directory. Raises `ConfigError`."""
+    file = _tokenizer_file(path)
+    with config_error_context(file, "take another tokenizer"):
+        ids = parse_tokenizer_json(read_regular_file(file, MAX_TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
+    return max(ids.values(), default=0) + 1
+
+
+def _tokenizer_file(path: Path) -> Path:
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.exists():
+        hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist; name a tokenizer.json or its directory"
+        raise ConfigError([Problem("data.tokenizer", str(path), hint)])
+    return file
+
+
+def load_tokenizer_file(path: Path, eos_token: str | int | None) -> Tokenizer:
     """Read a `tokenizer.json`, or that of a Hugging Face directory.
 
     `eos_token` is a token or its id; None takes the one of `tokenizer_config.json` beside the file.
     Raises `ConfigError`.
     """
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.exists():
-        hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist; name a tokenizer.json or its directory"
-        raise ConfigError([Problem(field, str(path), hint)])
+    file = _tokenizer_file(path)
     config_file = file.with_name(TOKENIZER_CONFIG_FILE)
     with config_error_context(file, "take another tokenizer"):
         raw = read_regular_file(file, MAX_TOKENIZER_BYTES)

@@ -26,9 +26,8 @@ from ..checkpoint.find import find_checkpoint
 from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.pieces import MODEL_STATE, expert_tensor_name
 from ..checkpoint.training_state import model_pieces
-from ..data.tokenizer import END_TOKEN, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
+from ..data.tokenizer import END_TOKEN, TOKENIZER_FILE, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
 from ..huggingface.tensor_names import make_tensor_mappings
-from ..huggingface.tokenizer import TOKENIZER_FILE
 from ..model.attention_backend import (
     CPU_ATTENTION,
     AttentionShape,
@@ -128,11 +127,10 @@ class LoadedModel(nn.Module):
 
     @property
     def stop_token_id(self) -> int | None:
-        """End token: Shoestring's, or that of an imported config.json."""
-        stop: int | None = self.tokenizer.token_to_id(END_TOKEN)
-        if stop is None:
-            named = (self.checkpoint.imported_config or {}).get("eos_token_id")
-            stop = named if type(named) is int else None
+        """End token: that of the run's data, or that of an imported config.json; None if neither names one."""
+        found = (self.checkpoint.manifest.metadata, self.checkpoint.imported_config or {})
+        named = [source["eos_token_id"] for source in found if type(source.get("eos_token_id")) is int]
+        stop: int | None = named[0] if named else self.tokenizer.token_to_id(END_TOKEN)
         return stop
 
     def encode(self, text: str) -> list[int]:

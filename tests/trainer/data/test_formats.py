@@ -80,7 +80,10 @@ def test_parquet_reads_the_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_several_compressed_streams_in_a_file_are_read_to_the_end(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
-    pieces = [write(path, lines([text])) and path.read_bytes() for text in TEXTS]
+    pieces = []
+    for text in TEXTS:
+        write(path, lines([text]))
+        pieces.append(path.read_bytes())
     path.write_bytes(b"".join(pieces))
     assert [document.text for document in read(stored(path))] == TEXTS
 
