@@ -17,9 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's actions with their options."""
     actions = parser.add_subparsers(dest="action", required=True)
     add_override_arguments(actions.add_parser("prepare", help="train the tokenizer and write token shards"))
+    preview = actions.add_parser("preview", help="show the first samples of a run, decoded, with control tokens marked")
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="number of samples (default 3)")
     inspect = actions.add_parser("inspect", help="describe prepared data")
-    add_override_arguments(inspect)
-    add_answer_options(inspect)
+    tokenizer = actions.add_parser("tokenizer", help="describe the tokenizer, and encode a text with it")
+    tokenizer.add_argument("--text", default="", metavar="TEXT", help="text to encode")
+    for parser in (inspect, preview, tokenizer):
+        add_override_arguments(parser)
+        add_answer_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,6 +35,14 @@ def run(options: argparse.Namespace) -> int:
     config = run_config.data
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
+    if options.action == "preview":
+        from .data_preview import preview_answer
+
+        return print_answer(options, preview_answer(run_config, options.samples))
+    if options.action == "tokenizer":
+        from .data_tokenizer import tokenizer_answer
+
+        return print_answer(options, tokenizer_answer(config, options.text))
     from ...trainer.checkpoint.tokenizer import load_checkpoint_tokenizer
     from ...trainer.data.preparation.prepare import prepare_corpus
     from ..answers.terminal import terminal_text
@@ -39,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer, start_from = None, run_config.training.start_from
     if start_from is not None and config.tokenizer is None:
         tokenizer = load_checkpoint_tokenizer(Path(start_from), config.eos_token)
-    with clean_up_on_signal("data prepare"):
+    with clean_up_on_signal("data prepare", "the same command continues"):
         prepare_corpus(config, print_to_stdout, tokenizer=tokenizer)
     # Without colors, whose codes print_to_stdout would show as text.
     print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))

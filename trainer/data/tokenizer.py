@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ class Tokenizer:
         eos = ids.get(eos_token) if isinstance(eos_token, str) else eos_token
         if eos is None or eos not in ids.values():
             raise MalformedFileError("", eos_token, "is no token of the tokenizer; set data.eos_token")
-        encoder = _without_control_tokens(raw)
-        _check_control_tokens(encoder, decoder)
-        return Tokenizer(raw, config, encoder, decoder, eos, max(ids.values()) + 1)
+        tokenizer = Tokenizer(raw, config, _without_control_tokens(raw), decoder, eos, max(ids.values()) + 1)
+        _check_control_tokens(tokenizer)
+        return tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the file's content."""
@@ -86,6 +87,18 @@ class Tokenizer:
         """Content of its files by name."""
         config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
         return {TOKENIZER_FILE: self.raw} | config
+
+    @property
+    def entries(self) -> int:
+        """Number of different tokens; ids may be left out."""
+        return self.decoder.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def control_tokens(self) -> dict[int, str]:
+        """Names of the tokens that no text gives, by id."""
+        text = self.encoder.get_added_tokens_decoder()
+        added = self.decoder.get_added_tokens_decoder().items()
+        return {number: token.content for number, token in added if number not in text}
 
     def fim_token_ids(self, names: Sequence[str] | None) -> tuple[int, ...]:
         """Return the control tokens before prefix, suffix and middle, given by `names` or those that are known.
@@ -132,14 +145,13 @@ def _without_control_tokens(raw: bytes) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(tree))
 
 
-def _check_control_tokens(encoder: tokenizers.Tokenizer, decoder: tokenizers.Tokenizer) -> None:
+def _check_control_tokens(tokenizer: Tokenizer) -> None:
     """Raise `MalformedFileError` if the spelling of a control token is encoded as that token."""
-    control = sorted(set(decoder.get_added_tokens_decoder()) - set(encoder.get_added_tokens_decoder()))
-    names = [decoder.get_added_tokens_decoder()[number].content for number in control]
+    names = tokenizer.control_tokens
     with _malformed_on_any_error("is a tokenizer that cannot encode the names of its control tokens"):
-        found = encoder.encode_batch_fast(names, add_special_tokens=False)
-    for number, name, tokens in zip(control, names, found, strict=True):
-        if number in tokens.ids:
+        found = tokenizer.encode_batch(list(names.values()))
+    for (number, name), tokens in zip(names.items(), found, strict=True):
+        if number in tokens:
             raise MalformedFileError("", name, "is a control token that its spelling in a text would give")
 
 
