@@ -5,7 +5,7 @@ from pathlib import Path
 from ...trainer.data.config import DataConfig
 from ...trainer.data.prepared import open_prepared_directory
 from ...trainer.data.tokenizer import Tokenizer, load_tokenizer_file
-from ..answers.blocks import Answer, Block, MarkedText, TextSpan, number, table
+from ..answers.blocks import Answer, Block, Cell, MarkedText, TextSpan, number, table
 
 
 def tokenizer_answer(config: DataConfig, text: str) -> Answer:
@@ -14,22 +14,23 @@ def tokenizer_answer(config: DataConfig, text: str) -> Answer:
         place, tokenizer = config.tokenizer, load_tokenizer_file(Path(config.tokenizer), config.eos_token)
     else:
         place, tokenizer = config.prepared, open_prepared_directory(Path(config.prepared)).tokenizer
-    end = tokenizer.eos_token_id
+    end, tokens = tokenizer.eos_token_id, tokenizer.encode(text)
+    end_name = tokenizer.decode([end])
     data = {
         "tokenizer": place,
         "vocab_size": tokenizer.vocab_size,
         "entries": tokenizer.entries,
         "eos_token_id": end,
-        "eos_token": tokenizer.decode([end]),
+        "eos_token": end_name,
         "control_tokens": tokenizer.control_tokens,
-        "tokens": tokenizer.encode(text),
+        "tokens": tokens,
     }
     controls = list(tokenizer.control_tokens.values())
     more = " …" * (len(controls) > _MOST_NAMES)
-    rows = [
+    rows: list[tuple[Cell, Cell]] = [
         ("token ids", number(tokenizer.vocab_size)),
         ("entries", number(tokenizer.entries)),
-        ("end of a document", f"{data['eos_token']} ({end})"),
+        ("end of a document", f"{end_name} ({end})"),
         (
             "control tokens",
             f"{len(controls)}: {', '.join(controls[:_MOST_NAMES])}{more}",
@@ -37,7 +38,7 @@ def tokenizer_answer(config: DataConfig, text: str) -> Answer:
     ]
     blocks: list[Block] = [table("", ("", place), rows)]
     if text:
-        blocks.append(MarkedText(f"{len(data['tokens'])} tokens", _pieces(tokenizer, tokenizer.encode(text))))
+        blocks.append(MarkedText(f"{len(tokens)} tokens", _pieces(tokenizer, tokens)))
     return Answer.from_blocks(f"Tokenizer of {place}", data, blocks)
 
 

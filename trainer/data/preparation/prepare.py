@@ -342,10 +342,10 @@ def _remove_other_parts(directory: Path, manifest: DataManifest, parts: Sequence
 
 def _report_result(records: Sequence[TaskRecord], totals: Mapping[str, SplitTotals], report: Report) -> None:
     for name, split in totals.items():
-        report(
-            f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes per token; documents: "
-            f"{split.documents}"
-        )
+        rate = f", {split.bytes / split.tokens:.2f} bytes per token" if split.bytes else ""
+        report(f"{name}: {split.tokens} tokens{rate}; documents: {split.documents}")
+    for note in [note for record in records for note in record.notes][:_BAD_RECORDS_SHOWN]:
+        report(note)
     empty, bad = (sum(getattr(record.part, key) for record in records) for key in ("empty_records", "bad_records"))
     if empty:
         report(f"{empty} records without text were skipped.")
