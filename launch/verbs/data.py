@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's actions with their options."""
     actions = parser.add_subparsers(dest="action", required=True)
-    add_override_arguments(actions.add_parser("prepare", help="train the tokenizer and write token shards"))
+    prepare = actions.add_parser("prepare", help="write the tokens of a corpus, with its tokenizer or a new one")
+    add_override_arguments(prepare)
+    _add_executor_arguments(prepare)
     preview = actions.add_parser("preview", help="show the first samples of a run, decoded, with control tokens marked")
     preview.add_argument("--samples", type=int, default=3, metavar="N", help="number of samples (default 3)")
     inspect = actions.add_parser("inspect", help="describe prepared data")
@@ -25,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for parser in (inspect, preview, tokenizer):
         add_override_arguments(parser)
         add_answer_options(parser)
+
+
+def _add_executor_arguments(parser: argparse.ArgumentParser) -> None:
+    words = "run the tasks by this executor of datatrove (pip install datatrove)"
+    parser.add_argument("--executor", choices=["local", "slurm", "ray"], help=words)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of the executor's jobs (default 1)")
+    words = "argument of the executor's constructor, such as partition=cpu; may be given several times"
+    parser.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE", help=words)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,17 +53,12 @@ def run(options: argparse.Namespace) -> int:
         from .data_tokenizer import tokenizer_answer
 
         return print_answer(options, tokenizer_answer(config, options.text))
-    from ...trainer.checkpoint.tokenizer import load_checkpoint_tokenizer
-    from ...trainer.data.preparation.prepare import prepare_corpus
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
-    from ..signal_cleanup import clean_up_on_signal
+    from .data_prepare import prepare
 
-    tokenizer, start_from = None, run_config.training.start_from
-    if start_from is not None and config.tokenizer is None:
-        tokenizer = load_checkpoint_tokenizer(Path(start_from), config.eos_token)
-    with clean_up_on_signal("data prepare", "the same command continues"):
-        prepare_corpus(config, print_to_stdout, tokenizer=tokenizer)
+    if not prepare(options, run_config):
+        return 0
     # Without colors, whose codes print_to_stdout would show as text.
     print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0

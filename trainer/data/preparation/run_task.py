@@ -5,7 +5,9 @@ Shapes: T tokens of a document.
 
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +33,7 @@ from .token_files import read_token_file
 
 TASKS_FOLDER = "tasks"
 """Folder of the completion records, in the prepared directory."""
+_ABANDONED_SECONDS = 3600.0
 _BATCH_CHARACTERS = 2**20
 """Text that is encoded at once: enough to outweigh the call, little enough for memory."""
 _BUCKET_TOKENS, _BUCKET_DOCUMENTS = 2**23, 2**18
@@ -94,7 +97,7 @@ def run_task(job: PreparationJob, task: Task) -> TaskRecord:
     that cannot be written.
     """
     # The files get their names when all of them are on disk: a killed task leaves a folder that the next call removes.
-    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{os.getpid()}"
+    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{platform.node()}-{os.getpid()}"
     folder.mkdir()
     try:
         record = _read_in_place(job, task, folder) if task.is_token_file else _tokenize_files(job, task, folder)
@@ -158,6 +161,19 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     note = f"{file.name}: {without_end} of {documents} documents do not end with the end token"
     notes = (note,) if without_end else ()
     return TaskRecord(settings=job.settings.digest, signatures=(file.signature,), bad=(), notes=notes, part=part)
+
+
+def remove_abandoned_folders(directory: Path) -> None:
+    """Remove what killed tasks have left: those of dead processes here, and of other machines after an hour."""
+    for left in (directory / TASKS_FOLDER).glob("*.unfinished-*"):
+        machine, _, process = left.name.partition(".unfinished-")[2].rpartition("-")
+        if machine == platform.node():
+            is_abandoned = not Path(f"/proc/{process}").exists()
+        else:
+            newest = max((path.stat().st_mtime for path in (left, *left.iterdir())), default=0.0)
+            is_abandoned = time.time() - newest > _ABANDONED_SECONDS
+        if is_abandoned:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def record_path(directory: Path, task: Task) -> Path:
