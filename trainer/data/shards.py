@@ -112,14 +112,17 @@ class TokenSplit:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"{self.name}: tokens {start} to {stop} of {self.num_tokens}")
         tokens_T = np.empty(stop - start, dtype=np.int64)
-        position, number = start, bisect.bisect_right(self.shard_starts, start) - 1
-        while position < stop:
-            first, end = self.shard_starts[number], self.shard_starts[number + 1]
-            count = min(stop, end) - position
-            found_T = self.shard_reader.read_tokens(number, position - first, count)
-            tokens_T[position - start : position - start + count] = found_T
-            position, number = position + count, number + 1
+        self.read_into(start, tokens_T)
         return tokens_T
+
+    def read_into(self, start: int, tokens_T: Int64Array) -> None:
+        """Fill `tokens_T` with the tokens from `start` on, which must exist. Raises `DataChanged`."""
+        done, number = 0, bisect.bisect_right(self.shard_starts, start) - 1
+        while done < len(tokens_T):
+            first, end = self.shard_starts[number], self.shard_starts[number + 1]
+            count = min(len(tokens_T) - done, end - start - done)
+            tokens_T[done : done + count] = self.shard_reader.read_tokens(number, start + done - first, count)
+            done, number = done + count, number + 1
 
 
 def open_split(directory: Path, manifest: DataManifest, parts: Sequence[DataPart], name: str) -> TokenSplit:
