@@ -1,8 +1,8 @@
 """Which source each sample of a run comes from: shares by samples, exact in every block, changing at token counts.
 
 All samples have S tokens, so shares of samples are shares of tokens. A block of samples takes from each source its
-share, rounded so that the sums over all blocks stay within one sample of it, in an order shuffled by the seed. Everything
-is computed from the number of the sample alone, in whole numbers: no process and no restart changes it.
+share, rounded so that the sums over all blocks stay within one sample of it, in an order shuffled by the seed. All
+of it is computed from the number of the sample alone, in whole numbers: no process and no restart changes it.
 
 Shapes: N samples of a range.
 """
