@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..comm.async_comm import AsyncCommunicator, CollectiveOrderCheck, build_async_communicator
+from ..comm.errors import ConfigError, Problem
 from ..comm.exchange.api import TokenExchange
 from ..comm.exchange.deepep_buffer import DeepEPBufferShape
 from ..comm.exchange.factory import build_token_exchange
@@ -334,7 +335,14 @@ def build_optimizer(
 
 
 def open_samples(config: RunConfig, prepared: PreparedData) -> tuple[SampleDataset, SampleDataset]:
-    """Open training and validation samples. Raises `ConfigError` for a split that is shorter than one sample."""
+    """Open training and validation samples.
+
+    Raises `ConfigError` for a split that is shorter than one sample, and for tokens that the model has no rows for.
+    """
+    tokens, rows = prepared.manifest.settings.vocab_size, config.model.vocab_size
+    if tokens > rows:  # fewer are legal: the rows that are left are never a target
+        hint = f"is less than the {tokens} token ids of {config.data.prepared}; write {tokens} or more, or null"
+        raise ConfigError([Problem("model.vocab_size", rows, hint)])
     length, depth = config.training.sequence_length, config.model.num_nextn_predict_layers
     train = SampleDataset(prepared.train, length, depth)
     return train, SampleDataset(prepared.validation, length, depth, prepared.tokenizer.pad_token_id)

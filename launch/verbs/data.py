@@ -26,16 +26,18 @@ def run(options: argparse.Namespace) -> int:
     """Prepare the data of the configuration, or only inspect them, and print their description."""
     from ..compose import compose_run_config
 
-    config = compose_run_config(options.overrides, options.config_dir).data
+    run_config = compose_run_config(options.overrides, options.config_dir)
+    config = run_config.data
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
+    from ...trainer.checkpoint.tokenizer import find_tokenizer
     from ...trainer.data.preparation.prepare import prepare_corpus
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
     from ..signal_cleanup import clean_up_on_signal
 
     with clean_up_on_signal("data prepare"):
-        prepare_corpus(config, print_to_stdout)
+        prepare_corpus(config, print_to_stdout, tokenizer=find_tokenizer(run_config))
     # Without colors, whose codes print_to_stdout would show as text.
     print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0

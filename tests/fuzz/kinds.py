@@ -1,7 +1,6 @@
 """Kinds of inputs: which seed file is damaged, and which command then reads it."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -13,10 +12,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from shoestring.launch.compose import compose_run_config, config_to_dict
-from shoestring.trainer.data.manifest import CorpusFile, source_fingerprint
 
 from . import edits
 from .mutate import dumps, mutate_bytes, mutate_file, mutate_json, mutate_tree, nasty, places
@@ -174,32 +170,36 @@ def _damage_json(random: Random, path: Path) -> None:
 
 
 def data_manifest(random: Random, seeds: Path, folder: Path) -> Input:
-    """Damage the manifest of prepared data, half of the time with a matching fingerprint, or another file there."""
+    """Damage the manifest of prepared data, its list of parts with a matching hash, or another file there."""
     prepared = copy(seeds, folder, "prepared")
-    path = prepared / "manifest.json"
+    files = sorted(path for path in prepared.rglob("*") if path.is_file())
     if random.random() < 0.2:
-        _damage_any(random, random.choice(sorted(prepared.iterdir())))
+        _damage_any(random, random.choice(files))
     elif random.random() < 0.15:
-        _flip(random, random.choice(sorted(prepared.iterdir())))
-    elif random.random() < 0.15:
-        starts = prepared / "train_documents.npy"
-        starts.write_bytes(_other_array(random, starts.read_bytes()))
-        tree = json.loads(path.read_bytes())
-        sha256 = hashlib.sha256(starts.read_bytes()).hexdigest()
-        tree["train"]["starts"].update(sha256=sha256, bytes=starts.stat().st_size)
-        path.write_bytes(dumps(tree))
+        _flip(random, random.choice([path for path in files if path.stat().st_size]))
     elif random.random() < 0.3:
+        path = random.choice([prepared / "manifest.json", prepared / "settings.json", *prepared.glob("tasks/*.json")])
         path.write_bytes(mutate_json(random, path.read_bytes()))
-    else:
+    elif random.random() < 0.5:
+        path = prepared / "manifest.json"
         tree = json.loads(path.read_bytes())
-        tree = edits.edit(random, tree, edits.DATA) if random.random() < 0.6 else mutate_tree(random, tree)
-        try:
-            sources = [CorpusFile(**source) for source in tree["sources"]]
-            tree["fingerprint"] = source_fingerprint(sources, tree["vocabulary"], tree["shard_tokens"])
-        except (TypeError, KeyError, AttributeError, ValueError):
-            pass  # no fingerprint fits it
-        path.write_bytes(dumps(tree))
+        path.write_bytes(
+            dumps(edits.edit(random, tree, edits.DATA) if random.random() < 0.6 else mutate_tree(random, tree))
+        )
+    else:
+        _damage_parts(random, prepared)
     return _opens_prepared(random, seeds, folder)
+
+
+def _damage_parts(random: Random, prepared: Path) -> None:
+    (path,) = prepared.glob("parts-*.jsonl")
+    parts = [json.loads(line) for line in path.read_bytes().splitlines()]
+    parts = edits.edit(random, parts, edits.DATA_PARTS) if random.random() < 0.6 else mutate_tree(random, parts)
+    path.write_bytes(b"".join(dumps(part) + b"\n" for part in (parts if isinstance(parts, list) else [parts])))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = json.loads((prepared / "manifest.json").read_bytes())
+    manifest["parts"].update(sha256=sha256, bytes=path.stat().st_size)
+    (prepared / "manifest.json").write_bytes(dumps(manifest))
 
 
 def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
@@ -208,16 +208,6 @@ def _opens_prepared(random: Random, seeds: Path, folder: Path) -> Input:
         return reads("data", "inspect", *data_overrides(folder))
     copy(seeds, folder, "corpus")
     return reads("data", "prepare", *data_overrides(folder))
-
-
-def _other_array(random: Random, raw: bytes) -> bytes:
-    """Return another NumPy array, or no array."""
-    if random.random() < 0.5:
-        return mutate_bytes(random, raw)
-    arrays = [np.zeros(11, "<f8"), np.zeros((11, 1), "<i8"), np.arange(11)[::-1], np.array(["x"] * 11), np.arange(12)]
-    file, write = io.BytesIO(), random.choice([np.save, np.save, np.savez])
-    write(file, random.choice(arrays))
-    return file.getvalue()
 
 
 def _damage_any(random: Random, path: Path) -> None:

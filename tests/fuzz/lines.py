@@ -18,7 +18,7 @@ READERS = (
         "trainer/checkpoint/manifest.py",
         "trainer/checkpoint/checkpoint.py",
     ),
-    *("trainer/data/manifest.py", "trainer/data/corpus.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
+    *("trainer/data/manifest.py", "trainer/data/formats.py", "trainer/data/tokenizer.py", "trainer/data/shards.py"),
     *(
         "trainer/huggingface/config.py",
         "trainer/huggingface/import_weights.py",
@@ -35,9 +35,9 @@ READERS = (
 _NO_READERS = (
     # These write, for runs that resume.
     *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
-    *("make_rank_record", "merge_rank_records", "TensorFileWriter.", "SplitWriter."),
-    *("_header", "Checkpoint.with_ema_weights", "DataManifest.to_json"),
-    *("train_tokenizer", "source_fingerprint", "to_config_json", "_unknown_there"),
+    *("make_rank_record", "merge_rank_records", "TensorFileWriter.", "SplitPartWriter."),
+    *("_header", "Checkpoint.with_ema_weights", "DataManifest.to_json", "DataPart.to_json"),
+    *("train_tokenizer", "to_config_json", "_unknown_there"),
 )
 """Prefixes of functions in these files that write, or create a file, and read none of others."""
 

@@ -55,6 +55,8 @@ def _check_metadata(metadata: JsonValue) -> None:
     for name in ("tokenizer", "data", "compute"):
         if (item := metadata.get(name)) is not None:
             item.as_string()
+    if "eos_token_id" in metadata:
+        metadata["eos_token_id"].as_integer()
     if "evaluation_pending" in metadata:
         metadata["evaluation_pending"].as_boolean()
     if "ledger" in metadata:

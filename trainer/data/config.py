@@ -26,8 +26,8 @@ class DataConfig(CheckedConfig):
     text_key: str = not_empty("text")
     """Key or column of the text in JSON lines and Parquet."""
     tokenizer: str | None = None
-    """A `tokenizer.json`, or a Hugging Face directory with one; null takes that of `training.start_from` if `vocab_size`
-    is null too, and else trains a byte-level BPE."""
+    """A `tokenizer.json`, or a Hugging Face directory with one; null takes that of `training.start_from`, or trains a
+    byte-level BPE of `vocab_size` entries."""
     eos_token: str | int | None = None
     """Token after each document, by name or id; null takes that of the `tokenizer_config.json` beside the tokenizer."""
     vocab_size: int | None = between(
@@ -99,8 +99,8 @@ class DataConfig(CheckedConfig):
             return
         trained = f"the tokenizer that is trained here (data.vocab_size = {self.vocab_size})"
         if self.eos_token is not None:
-            hint = f"has no effect: {trained} has its own end token; set null, or data.tokenizer"
+            hint = f"has no effect: {trained} has its own end token; set it to null, or data.vocab_size for another one"
             yield Problem("eos_token", self.eos_token, hint, ("vocab_size", "tokenizer"))
         if self.fim_rate > 0:
-            hint = f"must be 0: {trained} has no tokens for fill-in-the-middle; set data.tokenizer"
+            hint = f"must be 0: {trained} has no tokens for fill-in-the-middle; use another one, data.vocab_size=null"
             yield Problem("fim_rate", self.fim_rate, hint, ("vocab_size", "tokenizer"))

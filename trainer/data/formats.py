@@ -1,9 +1,7 @@
 """Documents of corpus files: plain text, JSON lines and Parquet, the first two also compressed with gzip or zstd."""
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,8 +74,10 @@ def stem(name: str) -> str:
 
 
 def is_readable(file: StoredFile) -> bool:
-    """Return True if the file's suffixes name a format that is read."""
+    """Return True if the file's suffixes name a format that is read; hidden files are not."""
     form, compression = split_suffixes(file.name)
+    if any(part.startswith(".") for part in PurePosixPath(file.name).parts):
+        return False
     return form in (*_TEXT, *_LINES) or (form in _PARQUET and not compression)
 
 
@@ -113,7 +113,7 @@ def read_documents(file: StoredFile, text_key: str, part: ByteRange | None, bad:
 
 
 def _read_text(file: StoredFile, text_key: str, part: ByteRange | None, bad: BadRecords) -> Iterator[Document]:
-    with _open(file) as stream, _whole_file_errors(file):
+    with _open(file) as stream, _damaged_file_errors(file):
         raw = stream.read(TEXT_BYTES + 1)
     if len(raw) > TEXT_BYTES:
         hint = f"is one document of more than {TEXT_BYTES} bytes; cut it, or write its documents as *.jsonl"
@@ -128,7 +128,7 @@ def _read_text(file: StoredFile, text_key: str, part: ByteRange | None, bad: Bad
 
 def _read_lines(file: StoredFile, text_key: str, part: ByteRange | None, bad: BadRecords) -> Iterator[Document]:
     is_plain = is_cuttable(file)
-    with _open(file) as stream, _whole_file_errors(file):
+    with _open(file) as stream, _damaged_file_errors(file):
         place = number = 0
         if part is not None and part.start > 0:
             # A line that starts before the piece belongs to the piece before, also if it ends exactly here.
@@ -199,7 +199,7 @@ def _read_parquet(file: StoredFile, text_key: str, part: ByteRange | None, bad: 
     import pyarrow
     import pyarrow.parquet
 
-    with _open(file) as stream, _whole_file_errors(file, (pyarrow.ArrowException,)):
+    with _open(file) as stream, _damaged_file_errors(file, (pyarrow.ArrowException,)):
         table = pyarrow.parquet.ParquetFile(stream)
         names = table.schema_arrow.names
         if text_key not in names:
@@ -225,29 +225,24 @@ def _read_parquet(file: StoredFile, text_key: str, part: ByteRange | None, bad: 
 def _open(file: StoredFile) -> Iterator[IO[bytes]]:
     compression = split_suffixes(file.name)[1]
     with open_binary(file.url) as raw:
-        if compression == ".gz":
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield stream  # type: ignore[misc]  # a BinaryIO in all that is used here
-        elif compression == ".zst":
-            import zstandard
-
-            with (
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as reader,
-                io.BufferedReader(reader, 2**20) as stream,
-            ):
-                yield stream
-        else:
+        if not compression:
             yield raw
+            return
+        import pyarrow  # unlike zstandard's reader, its streams notice a file that was cut short
+
+        name = {".gz": "gzip", ".zst": "zstd"}[compression]
+        with io.BufferedReader(pyarrow.CompressedInputStream(raw, name), 2**20) as stream:
+            yield stream
 
 
 @contextmanager
-def _whole_file_errors(file: StoredFile, damaged: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn the errors of a file that breaks as a whole into a `ConfigError`."""
-    import zstandard
-
-    try:
-        with read_errors(file.url):
+def _damaged_file_errors(file: StoredFile, damaged: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read to its end into a `ConfigError`."""
+    with read_errors(file.url):
+        try:
             yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, *damaged) as error:
-        hint = f"is damaged or truncated ({error}); {_FIX}"
-        raise ConfigError([Problem(file.url, file.bytes, hint)]) from error
+        except (OSError, *damaged) as error:  # type: ignore[misc]  # a tuple of classes
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk, not of the content
+            hint = f"is damaged or truncated ({error}); {_FIX}"
+            raise ConfigError([Problem(file.url, file.bytes, hint)]) from error

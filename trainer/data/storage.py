@@ -7,6 +7,7 @@ and devices are refused as everywhere. `gs://` has not been run against a real b
 import errno
 import glob
 import hashlib
+import io
 import os
 import posixpath
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _FIX = "make it readable, or remove it from the corpus"
 _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of the package that brings the file system of a protocol."""
+_STORE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "asyncio")
+"""Libraries that raise their own kinds of errors for missing keys and networks."""
 _CHUNK_BYTES = 2**22
 
 
@@ -66,8 +69,8 @@ def open_binary(url: str, field: str = "data.corpus") -> IO[bytes]:
         with config_error_context(url, _FIX):
             return open_regular_file(local_path(url))
     with _store_errors(url, field):
-        opened: IO[bytes] = _file_system(url).open(url, "rb")
-        return opened
+        # Buffered again: the files of fsspec read lines of any length at once.
+        return io.BufferedReader(_file_system(url).open(url, "rb"), 2**20)
 
 
 def hash_stored_file(file: StoredFile, start: int, size: int) -> str:
@@ -98,6 +101,8 @@ def _list_local(place: str) -> Iterator[StoredFile]:
     root = local_path(place)
     if any(character in place for character in "*?[") and not root.exists():
         paths = [Path(path) for path in glob.glob(str(root), recursive=True)]  # noqa: PTH207 -- Path.glob takes no absolute one
+        if not paths:
+            raise ConfigError([Problem("data.corpus", place, "matches no file")])
         root = Path(os.path.commonpath([_without_pattern(root), *(path.parent for path in paths)]))
     elif root.is_dir():
         paths = list(_walk(root))
@@ -128,8 +133,8 @@ def _walk(root: Path) -> Iterator[Path]:
         raise ConfigError([Problem(str(error.filename), None, f"cannot be listed: {error.strerror}; {_FIX}")])
 
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in names if not name.startswith("."))
+        folders.sort()
+        yield from (Path(folder) / name for name in names)
 
 
 def _entry_problems(path: Path) -> Iterator[Problem]:
@@ -168,7 +173,8 @@ def _file_system(url: str) -> "fsspec.AbstractFileSystem":
 
     protocol = url.split("://", 1)[0]
     try:
-        return fsspec.filesystem(protocol)
+        # Listings are not kept: a file that was added since must be seen.
+        return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         extra = _EXTRA.get(protocol)
         hint = f"needs a package that is not installed ({error}); pip install 'shoestring[{extra}]'"
@@ -191,5 +197,7 @@ def _store_errors(url: str, field: str) -> Iterator[None]:
     except OSError as error:
         words = os.strerror(error.errno) if error.errno in (errno.EIO, errno.ETIMEDOUT) else str(error)
         raise ConfigError([Problem(field, url, f"cannot be read from the store: {words}; try again")]) from error
-    except Exception as error:  # the libraries of stores raise their own kinds for missing keys and networks
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _STORE_LIBRARIES:
+            raise
         raise ConfigError([Problem(field, url, f"cannot be read: {type(error).__name__}: {error}")]) from error

@@ -34,8 +34,8 @@ _FIM_TOKENS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
 )
 """Control tokens before prefix, suffix and middle: of DeepSeek, StarCoder and Qwen."""
-_CONTROL_TOKEN = re.compile(r"[|｜]|[<\[].*\w", re.DOTALL)
-"""Spelling of control tokens: a bar anywhere, or a bracket and a name, as in `<think>`, `</s>`, `<dsml:` and `[PAD]`.
+_CONTROL_TOKEN = re.compile(r"[<\[|｜].*\w|\w.*[|｜]", re.DOTALL)
+"""Spelling of control tokens: a bracket or bar and a name, as in `<think>`, `</s>`, `<dsml:`, `[PAD]` and `｜DSML｜`.
 `special` does not tell: DeepSeek's tokens for chat and fill-in-the-middle are not special. Other added tokens, such as
 runs of blanks and words, are text."""
 
@@ -104,6 +104,12 @@ class Tokenizer:
         found: int | None = self.decoder.token_to_id(name)
         return found
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Content of its files by name."""
+        config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
+        return {TOKENIZER_FILE: self.raw} | config
+
     def fim_token_ids(self, names: Sequence[str] | None) -> tuple[int, ...]:
         """Return the control tokens before prefix, suffix and middle, given by `names` or those that are known.
 
@@ -156,7 +162,8 @@ def _unknown_token(tree: Mapping[str, Any]) -> str | None:
     model = tree["model"]
     if model.get("unk_id") is not None:
         return str(model["vocab"][model["unk_id"]][0])
-    return model.get("unk_token")
+    found: str | None = model.get("unk_token")
+    return found
 
 
 def _without_tokens(tree: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -218,21 +225,27 @@ def load_tokenizer_file(path: Path, eos_token: str | int | None) -> Tokenizer:
     if eos_token is None:
         hint = f"is needed: no {TOKENIZER_CONFIG_FILE} beside {file} names the token after each document"
         raise ConfigError([Problem("data.eos_token", None, hint)])
+    raw = read_tokenizer_json(path)
     with config_error_context(file, "take another tokenizer"):
-        return Tokenizer.from_json(read_regular_file(file, MAX_TOKENIZER_BYTES), eos_token, config)
+        return Tokenizer.from_json(raw, eos_token, config)
 
 
-def read_vocab_size(path: Path) -> int:
+def count_token_ids(path: Path) -> int:
     """Return one more than the largest token id of `data.tokenizer`. Raises `ConfigError`."""
+    raw = read_tokenizer_json(path)
+    with config_error_context(_tokenizer_file(path), "take another tokenizer"):
+        return max(parse_tokenizer_json(raw).get_vocab(with_added_tokens=True).values(), default=0) + 1
+
+
+def read_tokenizer_json(path: Path) -> bytes:
+    """Return the content of the `tokenizer.json` that `data.tokenizer` names. Raises `ConfigError`."""
     file = _tokenizer_file(path)
     with config_error_context(file, "take another tokenizer"):
-        return (
-            max(parse_tokenizer_json(read_regular_file(file, MAX_TOKENIZER_BYTES)).get_vocab().values(), default=0) + 1
-        )
+        return read_regular_file(file, MAX_TOKENIZER_BYTES)
 
 
 def _tokenizer_file(path: Path) -> Path:
-    """Return the `tokenizer.json` that `data.tokenizer` names. Raises `ConfigError` if it does not exist."""
+    """Return the file of `data.tokenizer`. Raises `ConfigError` if it does not exist."""
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.exists():
         hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist"

@@ -17,11 +17,12 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
 from ..data.files import fsync_directory, split_by_size, write_file_durably
+from ..data.tokenizer import TOKENIZER_FILE
 from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
 from .config import ignored_config_keys, to_config_json
 from .fp8_weights import quantize_fp8_weight, scale_shape
 from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, reorder_rope_rows
-from .tokenizer import TOKENIZER_FILE, make_tokenizer_files, special_token_ids
+from .tokenizer import make_tokenizer_files, special_token_ids
 
 _MOST_PROBLEMS = 8
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
@@ -76,10 +77,12 @@ def export_checkpoint(
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.read_attachments()
         with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
-            token_ids = special_token_ids(attachments)
+            end = checkpoint.run_eos_token_id
+            token_ids = special_token_ids(attachments, end)
+            tokenizer_files = make_tokenizer_files(attachments, tree["max_position_embeddings"], end)
         tree |= {key: value for key, value in token_ids.items() if tree[key] is None}
         write_file_durably(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
-        for name, raw in make_tokenizer_files(attachments, tree["max_position_embeddings"]).items():
+        for name, raw in tokenizer_files.items():
             write_file_durably(partial / name, raw)
 
 

@@ -28,13 +28,14 @@ from ..checkpoint.saver import write_rank_file
 from ..checkpoint.store import CheckpointExtras, CheckpointStore
 from ..checkpoint.tensor_file import TensorFile, TensorSpec
 from ..data.files import split_by_size
+from ..data.tokenizer import TOKENIZER_FILE
 from ..data.unfinished_directory import WriterLiveness, check_writer_liveness, lock_directory, remove_lock
 from ..model.config import ModelConfig
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
 from .fp8_weights import dequantize_fp8_weight, scale_shape
 from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, reorder_rope_rows
-from .tokenizer import COPIED_FILES, TOKENIZER_FILE, special_token_ids
+from .tokenizer import COPIED_FILES, special_token_ids
 
 _BATCH_BYTES = 256 * 2**20
 """Most bytes of FP32 weights per file of the checkpoint; a larger tensor gets its own file."""

@@ -52,7 +52,7 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
         "consumed_samples": rank.config.batch_ramp.consumed_samples(step),
         "evaluation_pending": evaluation_pending,
     }
-    attachments = {}
+    attachments: dict[str, bytes] = {}
     # Rank 0 alone writes the manifest, so the other ranks need none of this.
     if reporter is not None:
         metadata |= {
@@ -61,7 +61,8 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
             "ledger": reporter.ledger_totals(),
         }
         metadata |= {"data": rank.data_manifest.content_hash, "tokenizer": rank.data_manifest.tokenizer.sha256}
-        attachments[rank.data_manifest.tokenizer.file] = rank.tokenizer.raw
+        metadata["eos_token_id"] = rank.tokenizer.eos_token_id
+        attachments |= rank.tokenizer.files
     with charge_time(reporter, "checkpoint_save"):
         rank.checkpoint_saver.begin_save(
             step, _state(rank), CheckpointExtras(metadata, attachments, rank.checkpoint_tensor_names)

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from shoestring.tests.trainer.data.small_data import InMemory, edit_manifest, refusal
+from shoestring.tests.trainer.data.small_data import edit_parts, refusal, shard, split_in_memory
 from shoestring.trainer.data.inspect import describe_prepared_data, unigram_entropy
 from shoestring.trainer.data.prepared import open_prepared_directory
-from shoestring.trainer.data.shards import TokenSplit
 
 
 def test_the_description_counts_what_is_there(directory: Path) -> None:
     description = describe_prepared_data(directory)
     train, validation = description.splits
     manifest = open_prepared_directory(directory).manifest
-    assert (train.works, train.documents, train.tokens) == (("a",), 1, manifest.train.tokens)
+    assert (train.first_files, train.documents, train.tokens) == (("a.txt",), 1, manifest.train.tokens)
     assert validation.bytes == len("Of shoes and ships and sealing-wax, of cabbages and kings. " * 5)
     assert 0 < validation.unigram_entropy < np.log(290)
     assert description.excerpt.startswith("The time has come, the walrus said")
@@ -26,16 +25,16 @@ def test_the_description_counts_what_is_there(directory: Path) -> None:
 
 def test_a_token_beyond_the_vocabulary_is_refused(directory: Path) -> None:
     """The hashes match, as if the writer of the shard had made them."""
-    shard = directory / "validation_00000.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)
-    sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
-    edit_manifest(directory, lambda tree: tree["validation"]["shards"][0].update(sha256=sha256))
+    path = shard(directory, "validation")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_parts(directory, lambda parts: parts[1]["validation"]["shards"][0].update(sha256=sha256))
     assert "data.prepared: validation = 65535: is a token of the split" in refusal(describe_prepared_data, directory)
 
 
 def test_unigram_entropy_is_the_lowest_loss_without_context() -> None:
     tokens_T = np.array([7, 1, 1, 2, 1, 3, 2, 1], dtype=np.uint16)
-    split = TokenSplit("validation", 8, np.zeros(1, dtype=np.int64), InMemory([tokens_T]), 100)
+    split = split_in_memory("validation", [tokens_T])
     shares = [4 / 7, 2 / 7, 1 / 7]  # of 1, 2, 3: the first token is no target
     assert unigram_entropy(split, 8) == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
     # The loss of a bias alone is lowest at the logarithms of the frequencies.

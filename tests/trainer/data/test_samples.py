@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.tests.trainer.data.small_data import InMemory
+from shoestring.tests.trainer.data.small_data import split_in_memory
 from shoestring.trainer.data.samples import SampleDataset, SampleOrder, permute_indices
 from shoestring.trainer.data.shards import TokenSplit
 
@@ -18,7 +18,7 @@ def row(tokens: int, shard_tokens: int = 13) -> TokenSplit:
     """Return tokens 0, 1, 2, ..., so that a token tells its position."""
     tokens_T = np.arange(tokens, dtype=np.uint16)
     shards = [tokens_T[i : i + shard_tokens] for i in range(0, tokens, shard_tokens)]
-    return TokenSplit("train", tokens, np.zeros(1, dtype=np.int64), InMemory(shards), shard_tokens)
+    return split_in_memory("train", shards)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.tests.trainer.data.small_data import refusal, verify_for_launch
+from shoestring.tests.trainer.data.small_data import refusal, shard, verify_for_launch
 from shoestring.trainer.data import prepared
 from shoestring.trainer.data.manifest import FileEntry
-from shoestring.trainer.data.prepared import open_prepared_directory, verify_before_run
+from shoestring.trainer.data.prepared import all_files, open_prepared_directory, verify_before_run
 from shoestring.trainer.data.shards import verify_file_hashes
 from shoestring.trainer.data.verified_files import VERIFIED_FILE
 
@@ -23,21 +23,22 @@ def test_large_data_is_read_once_and_when_it_changes(directory: Path, monkeypatc
 
     monkeypatch.setattr(prepared, "verify_file_hashes", count)
     monkeypatch.setattr(prepared, "ALWAYS_VERIFY_BYTES", 0)
-    manifest = open_prepared_directory(directory).manifest
-    verify_before_run(directory, manifest, first_machine=False)
+    data = open_prepared_directory(directory)
+    files = [entry.file for entry in all_files(data.manifest, data.parts)]
+    verify_before_run(directory, data, first_machine=False)
     assert read == []
     verify_for_launch(directory)
-    assert read == [entry.file for entry in manifest.files]
+    assert read == files
     read.clear()
     verify_for_launch(directory)
     assert read == []
-    shard = directory / "train_00000.bin"
-    shard.write_bytes(bytes(reversed(shard.read_bytes())))
-    os.utime(shard, ns=(0, 0))
+    path = shard(directory, "train")
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(0, 0))
     for _ in range(2):  # a refusal leaves no stamp
-        assert "train_00000.bin" in refusal(verify_for_launch, directory)
-        assert read.pop() == "train_00000.bin"
+        assert path.name in refusal(verify_for_launch, directory)
+        assert read.pop() == path.name
         assert read == []
     (directory / VERIFIED_FILE).write_text("[")
-    assert "train_00000.bin" in refusal(verify_for_launch, directory)
-    assert len(read) == len(manifest.files)
+    assert path.name in refusal(verify_for_launch, directory)
+    assert len(read) == len(files)

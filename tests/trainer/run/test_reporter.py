@@ -80,7 +80,7 @@ def run_and_harm(world: World, tree: dict[str, Any], harm: str) -> str:
 
 
 def _flip(run_dir: Path, prepared: Path) -> None:
-    shard = prepared / "train_00000.bin"
+    shard = min(prepared.glob("*.train.00000.bin"))
     shard.write_bytes(bytes(shard.stat().st_size))
 
 
@@ -115,7 +115,7 @@ def test_damage_to_a_runs_files_in_mid_run_is_reported(root: Path, tmp_path: Pat
     tree["data"] = tree["data"] | {"prepared": str(tmp_path / "prepared")}
     tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
     (ended,) = run_processes(1, run_and_harm, tree, harm)
-    expected = {"other tokens": "train_00000.bin has changed since it was prepared", "metrics removed": "done"}
+    expected = {"other tokens": ".train.00000.bin has changed since it was prepared", "metrics removed": "done"}
     assert expected.get(harm, "was removed while the run was writing into it, by step 2") in ended
 
 

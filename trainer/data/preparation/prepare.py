@@ -72,10 +72,10 @@ def prepare_corpus(
 ) -> DataManifest:
     """Fill `config.prepared` with the tokens of the corpus; pass progress lines to `report`.
 
-    `tokenizer` is that of an import, for a configuration without one. Raises `ConfigError` for an invalid
+    `tokenizer` is that of the checkpoint that a run starts from. Raises `ConfigError` for an invalid
     configuration, corpus or record, and for a directory that holds anything else; what was finished is kept.
     """
-    _check(config, shard_tokens)
+    _check(config, shard_tokens, tokenizer)
     files = list_corpus(config, report)
     directory = Path(os.path.realpath(config.prepared))
     _refuse_other_content(directory)
@@ -88,8 +88,14 @@ def prepare_corpus(
         return _publish(config, job, _run_missing_tasks(config, job, files, report), report)
 
 
-def _check(config: DataConfig, shard_tokens: int) -> None:
+def _check(config: DataConfig, shard_tokens: int, tokenizer: Tokenizer | None) -> None:
     problems = [problem.with_prefix("data") for problem in config.problems()]
+    if tokenizer is None and config.tokenizer is None and config.vocab_size is None:
+        hint = "is needed to train a tokenizer; or name one as data.tokenizer"
+        problems.append(Problem("data.vocab_size", None, hint))
+    if tokenizer is not None and config.vocab_size not in (None, tokenizer.vocab_size):
+        hint = f"the tokenizer of training.start_from is taken, which has {tokenizer.vocab_size} token ids; write null"
+        problems.append(Problem("data.vocab_size", config.vocab_size, hint))
     if shard_tokens < 1:
         problems.append(Problem("shard_tokens", shard_tokens, "must be at least 1"))
     raise_if_any(problems)
