@@ -11,7 +11,7 @@ from .run.signals import STOP_SIGNALS, exclude_ignored_signals
 
 
 @contextmanager
-def clean_up_on_signal(verb: str) -> Iterator[None]:
+def clean_up_on_signal(verb: str, outcome: str = "unfinished output was removed") -> Iterator[None]:
     """Raise inside the block at a signal, so that its clean-up runs; then print a message and exit with 128 + n.
 
     SIGINT raises `KeyboardInterrupt`, also out of the block. Further signals are ignored until the block has ended, so
@@ -28,7 +28,7 @@ def clean_up_on_signal(verb: str) -> Iterator[None]:
     try:
         yield
     except StoppedBySignal as stopped:
-        print_to_stderr(f"shoestring {verb}: {stopped}; unfinished output was removed")
+        print_to_stderr(f"shoestring {verb}: {stopped}; {outcome}")
         raise SystemExit(stopped.exit_code) from None
     finally:
         for number, handler in former.items():

@@ -151,6 +151,22 @@ class PreformattedText:
 
 
 @dataclass(frozen=True)
+class TextSpan:
+    """Piece of text with a style: `control` for a token that is no text, `masked` for one that is no target."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """Text in which pieces are marked, with its control characters."""
+
+    title: str
+    spans: Sequence[TextSpan]
+
+
+@dataclass(frozen=True)
 class ConfigurationBlock:
     """Configuration: (group, its keys and values)."""
 
@@ -158,7 +174,15 @@ class ConfigurationBlock:
 
 
 Block = (
-    Paragraph | MissingDataNotice | Figure | FigureRow | StackedBar | TableBlock | PreformattedText | ConfigurationBlock
+    Paragraph
+    | MissingDataNotice
+    | Figure
+    | FigureRow
+    | StackedBar
+    | TableBlock
+    | PreformattedText
+    | MarkedText
+    | ConfigurationBlock
 )
 
 

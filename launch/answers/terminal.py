@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, OverflowMethod, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from ...comm.errors import escape_unprintable
 from .blocks import (
@@ -15,6 +16,7 @@ from .blocks import (
     ConfigurationBlock,
     Figure,
     FigureRow,
+    MarkedText,
     MissingDataNotice,
     Paragraph,
     PreformattedText,
@@ -23,6 +25,8 @@ from .blocks import (
 )
 
 _MOST_LINED_COLUMNS = 7
+_STYLES = {"": "", "control": "bold reverse", "masked": "dim"}
+"""Styles of rich for those of `TextSpan`."""
 
 
 def terminal_text(answer: Answer, *, width: int | None = None, colors: bool | None = None) -> str:
@@ -58,6 +62,9 @@ def _parts(block: Block) -> Iterator[RenderableType | PreformattedText]:
         case PreformattedText(title):
             yield from filter(None, (title,))
             yield block
+        case MarkedText(title, spans):
+            yield title
+            yield Text.assemble(*((_escaped(span.text), _STYLES[span.style]) for span in spans))
         case StackedBar(title):
             yield title  # the table after it has the shares
         case Figure():

@@ -14,6 +14,7 @@ from ..answers.blocks import (
     ConfigurationBlock,
     Figure,
     FigureRow,
+    MarkedText,
     MissingDataNotice,
     PageSection,
     Paragraph,
@@ -95,6 +96,8 @@ def block_values(block: Block) -> Any:
             return {"title": title, "shares": {segment.name: segment.share for segment in segments}}
         case ConfigurationBlock(groups):
             return {name: dict(values) for name, values in groups}
+        case MarkedText(title, spans):
+            return {"title": title, "text": "".join(span.text for span in spans)}
         case PreformattedText(title, text):
             return {"title": title, "text": text}
         case Paragraph(text):

@@ -16,10 +16,25 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's actions with their options."""
     actions = parser.add_subparsers(dest="action", required=True)
-    add_override_arguments(actions.add_parser("prepare", help="train the tokenizer and write token shards"))
+    prepare = actions.add_parser("prepare", help="write the tokens of a corpus, with its tokenizer or a new one")
+    add_override_arguments(prepare)
+    _add_executor_arguments(prepare)
+    preview = actions.add_parser("preview", help="show the first samples of a run, decoded, with control tokens marked")
+    preview.add_argument("--samples", type=int, default=3, metavar="N", help="number of samples (default 3)")
     inspect = actions.add_parser("inspect", help="describe prepared data")
-    add_override_arguments(inspect)
-    add_answer_options(inspect)
+    tokenizer = actions.add_parser("tokenizer", help="describe the tokenizer, and encode a text with it")
+    tokenizer.add_argument("--text", default="", metavar="TEXT", help="text to encode")
+    for parser in (inspect, preview, tokenizer):
+        add_override_arguments(parser)
+        add_answer_options(parser)
+
+
+def _add_executor_arguments(parser: argparse.ArgumentParser) -> None:
+    words = "run the tasks by this executor of datatrove (pip install datatrove)"
+    parser.add_argument("--executor", choices=["local", "slurm", "ray"], help=words)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of the executor's jobs (default 1)")
+    words = "argument of the executor's constructor, such as partition=cpu; may be given several times"
+    parser.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE", help=words)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,14 +45,20 @@ def run(options: argparse.Namespace) -> int:
     config = run_config.data
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
-    from ...trainer.checkpoint.tokenizer import find_tokenizer
-    from ...trainer.data.preparation.prepare import prepare_corpus
+    if options.action == "preview":
+        from .data_preview import preview_answer
+
+        return print_answer(options, preview_answer(run_config, options.samples))
+    if options.action == "tokenizer":
+        from .data_tokenizer import tokenizer_answer
+
+        return print_answer(options, tokenizer_answer(config, options.text))
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
-    from ..signal_cleanup import clean_up_on_signal
+    from .data_prepare import prepare
 
-    with clean_up_on_signal("data prepare"):
-        prepare_corpus(config, print_to_stdout, tokenizer=find_tokenizer(run_config))
+    if not prepare(options, run_config):
+        return 0
     # Without colors, whose codes print_to_stdout would show as text.
     print_to_stdout(terminal_text(inspect_answer(Path(config.prepared)), colors=False))
     return 0

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ...comm.files.strict_json import JsonValue, MalformedFileError, Unsupported
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
+TOKEN_DTYPES = ("<u2", "<u4", "<i4", "<i8")
+"""Dtypes of shards, as NumPy writes them."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class DataPart:
 
     task: str
     pieces: tuple[CorpusPiece, ...]
+    folder: str | None = None
+    """Folder of shards that another program wrote and that are read in place; null: the prepared directory."""
+    dtype: str | None = None
+    """Dtype of these shards, as NumPy writes it; null: that of the settings."""
     empty_records: int
     bad_records: int
     train: SplitPart | None
@@ -109,11 +115,17 @@ class DataPart:
         """Return the part of split `name`; None if no document of this part belongs to it."""
         return {"train": self.train, "validation": self.validation}[name]
 
+    def shards(self, name: str) -> tuple[FileEntry, ...]:
+        """Return the shards of split `name`, those that are read in place by their path."""
+        found = self.split(name)
+        shards = () if found is None else found.shards
+        return shards if self.folder is None else tuple(replace(e, file=f"{self.folder}/{e.file}") for e in shards)
+
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Files of the part."""
-        splits = (part for part in (self.train, self.validation) if part is not None)
-        return tuple(entry for part in splits for entry in (*part.shards, part.starts))
+        starts = (part.starts for part in (self.train, self.validation) if part is not None)
+        return (*self.shards("train"), *self.shards("validation"), *starts)
 
     def to_json(self) -> str:
         """Return the part's line in the file of parts."""
@@ -228,19 +240,24 @@ def _parse_parts(raw: bytes, settings: PreparationSettings) -> Iterator[DataPart
         part = parse_json(line).as_dataclass(DataPart)
         for name in SPLITS:
             if (found := part.split(name)) is not None:
-                _check_sizes(found, settings, f"{part.task}.{name}")
+                _check_sizes(found, part, settings, f"{part.task}.{name}")
         yield part
 
 
-def _check_sizes(part: SplitPart, settings: PreparationSettings, location: str) -> None:
+def _check_sizes(part: SplitPart, whole: DataPart, settings: PreparationSettings, location: str) -> None:
     """Raise `MalformedFileError` unless the sizes of shards and starts fit the numbers of tokens and documents."""
-    limit, item = settings.shard_tokens, settings.numpy_dtype.itemsize
+    if whole.dtype not in (None, *TOKEN_DTYPES) or (whole.folder is None) != (whole.dtype is None):
+        raise MalformedFileError(location, whole.dtype, f"must be one of {', '.join(TOKEN_DTYPES)}, with a folder")
+    if whole.folder is not None and not Path(whole.folder).is_absolute():
+        raise MalformedFileError(location, whole.folder, "must be an absolute path")
+    limit = settings.shard_tokens if whole.folder is None else part.tokens
+    item = (settings.numpy_dtype if whole.dtype is None else np.dtype(whole.dtype)).itemsize
     count = -(-part.tokens // limit)  # counted before a list is made: a damaged file may ask for any number
     last = part.tokens - (count - 1) * limit
     expected = [limit * item] * (min(count, len(part.shards) + 1) - 1) + [last * item]
     if count != len(part.shards) or [shard.bytes for shard in part.shards] != expected:
         found = [shard.bytes for shard in part.shards][:8]
-        hint = f"{part.tokens} tokens in {settings.dtype} need {count} shards, the last of {last * item} bytes"
+        hint = f"{part.tokens} tokens of {item} bytes need {count} shards, the last of {last * item} bytes"
         raise MalformedFileError(location, found, hint)
     if not 1 <= part.documents <= part.tokens or part.starts.bytes != 8 * part.documents:
         raise MalformedFileError(location, part.documents, f"must be from 1 to {part.tokens}, with 8 bytes each")

@@ -42,13 +42,13 @@ class ShardFileReader:
         self,
         directory: Path,
         entries: Sequence[FileEntry],
-        dtype: np.dtype[Any],
+        dtypes: Sequence[np.dtype[Any]],
         verified: Mapping[str, object],
         most_open: int = MAX_OPEN_FILES,
     ) -> None:
         self._directory = directory
         self._entries = entries
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._verified = verified
         self._most_open = most_open
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -60,7 +60,8 @@ class ShardFileReader:
 
     def read_tokens(self, number: int, first: int, count: int) -> npt.NDArray[Any]:
         """Return tokens `first` to `first + count` (excluded) of shard `number`. Raises `DataChanged`."""
-        path, size = self._path(number), self._dtype.itemsize
+        path, dtype = self._path(number), self._dtypes[number]
+        size = dtype.itemsize
         try:
             descriptor = self._descriptor(number)
             self._check(number, descriptor)
@@ -72,7 +73,7 @@ class ShardFileReader:
             raise DataChanged(
                 f"{path} cannot be read: {error.strerror}; when it can be read again, the same command resumes"
             ) from error
-        return np.frombuffer(raw, self._dtype)
+        return np.frombuffer(raw, dtype)
 
     def _path(self, number: int) -> Path:
         return self._directory / self._entries[number].file

@@ -125,15 +125,17 @@ class TokenSplit:
 def open_split(directory: Path, manifest: DataManifest, parts: Sequence[DataPart], name: str) -> TokenSplit:
     """Open a split without reading a token. Raises `ConfigError` for missing or truncated files."""
     entries: list[FileEntry] = []
+    dtypes: list[np.dtype[Any]] = []
     starts, settings = [0], manifest.settings
     for part in parts:
         if (found := part.split(name)) is None:
             continue
-        entries += found.shards
-        first, limit = starts[-1], settings.shard_tokens
+        entries += part.shards(name)
+        dtypes += [settings.numpy_dtype if part.dtype is None else np.dtype(part.dtype)] * len(found.shards)
+        first, limit = starts[-1], settings.shard_tokens if part.folder is None else found.tokens
         starts += [first + min(limit * number, found.tokens) for number in range(1, len(found.shards) + 1)]
     raise_if_any(_size_problems(directory, entries))
-    reader = ShardFileReader(directory, entries, settings.numpy_dtype, read_verified_files(directory))
+    reader = ShardFileReader(directory, entries, dtypes, read_verified_files(directory))
     return TokenSplit(name, starts, reader)
 
 

@@ -50,8 +50,8 @@ class Tokenizer:
     """Content of the `tokenizer_config.json` beside it, if any."""
     encoder: tokenizers.Tokenizer
     """Tokenizer that knows no control token."""
-    control_token_ids: frozenset[int]
-    """Tokens that no text gives, the end token among them."""
+    control_tokens: Mapping[int, str]
+    """Names of the tokens that no text gives, the end token among them, by id."""
     eos_token_id: int
     """Token after each document."""
     vocab_size: int
@@ -75,12 +75,13 @@ class Tokenizer:
             raise MalformedFileError(
                 "data.eos_token", eos_token, "is no token of the tokenizer; name another, or its id"
             )
-        names = {token["content"]: token["id"] for token in _added_tokens(tree) if _is_control(token, eos)}
-        encoder = _library_tokenizer(json.dumps(_without_tokens(tree, names.keys())))
-        unknown = _unknown_token(tree)  # what the model gives for unknown text is for text to give
-        control = {number for name, number in names.items() if name != unknown} | {eos}
-        _check_encoder(encoder, {name: number for name, number in ids.items() if number in control}, tree, names)
-        tokenizer = Tokenizer(raw, config, encoder, frozenset(control), eos, max(ids.values()) + 1)
+        removed = {token["content"] for token in _added_tokens(tree) if _is_control(token, eos)}
+        encoder = _library_tokenizer(json.dumps(_without_tokens(tree, removed)))
+        # What the model gives for unknown text is for text to give.
+        names = removed - {_unknown_token(tree)}
+        control = {number: name for name, number in ids.items() if name in names or number == eos}
+        _check_encoder(encoder, control, [token for token in _added_tokens(tree) if token["content"] not in removed])
+        tokenizer = Tokenizer(raw, config, encoder, control, eos, max(ids.values()) + 1)
         tokenizer.__dict__["decoder"] = decoder
         return tokenizer
 
@@ -105,6 +106,11 @@ class Tokenizer:
         return found
 
     @property
+    def entries(self) -> int:
+        """Number of different tokens; ids may be left out."""
+        return self.decoder.get_vocab_size(with_added_tokens=True)
+
+    @property
     def files(self) -> dict[str, bytes]:
         """Content of its files by name."""
         config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
@@ -116,7 +122,7 @@ class Tokenizer:
         Raises `ConfigError` if the tokenizer has none.
         """
         for candidates in [tuple(names)] if names is not None else _FIM_TOKENS:
-            ids = [number for name in candidates if (number := self.token_id(name)) in self.control_token_ids]
+            ids = [number for name in candidates if (number := self.token_id(name)) in self.control_tokens]
             if len(ids) == len(candidates):
                 return tuple(number for number in ids if number is not None)
         hint = "name three control tokens of the tokenizer, before prefix, suffix and middle, or set data.fim_rate=0"
@@ -196,16 +202,16 @@ def _without_tokens(tree: Mapping[str, Any], names: Collection[str]) -> dict[str
 
 
 def _check_encoder(
-    encoder: tokenizers.Tokenizer, control: Mapping[str, int], tree: Mapping[str, Any], removed: Collection[str]
+    encoder: tokenizers.Tokenizer, control: Mapping[int, str], others: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raise `MalformedFileError` if the name of a control token gives one, or if an added token has another id."""
+    """Raise `MalformedFileError` if the name of a control token gives one, or if another added token has a new id."""
     with _malformed_on_any_error("is a tokenizer that cannot encode the names of its control tokens"):
-        found = encoder.encode_batch_fast(list(control), add_special_tokens=False)
-    for name, tokens in zip(control, found, strict=True):
-        if not set(control.values()).isdisjoint(tokens.ids):
+        found = encoder.encode_batch_fast(list(control.values()), add_special_tokens=False)
+    for name, tokens in zip(control.values(), found, strict=True):
+        if not control.keys().isdisjoint(tokens.ids):
             raise MalformedFileError("", name, "is a control token that text with its letters gives")
-    for token in _added_tokens(tree):
-        if token["content"] not in removed and encoder.token_to_id(token["content"]) != token["id"]:
+    for token in others:
+        if encoder.token_to_id(token["content"]) != token["id"]:
             raise MalformedFileError("added_tokens", token["content"], "gets another id without control tokens")
 
 

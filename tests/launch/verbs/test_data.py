@@ -32,7 +32,7 @@ def test_prepare_ends_with_what_inspect_prints(overrides: list[str], capsys: pyt
     assert f"Start of the training text:\n{TEXT}" in text
     tree = tree_of(capsys, "data", "inspect", *overrides)
     assert [split["name"] for split in tree["splits"]] == ["train", "validation"]
-    assert tree["splits"][0]["works"] == ["alpha"]
+    assert tree["splits"][0]["first_files"] == ["alpha.txt"]
     check_renderings(inspect_answer(prepared), smallest_number_of_quantities=12)
 
 

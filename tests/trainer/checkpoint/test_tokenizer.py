@@ -71,7 +71,7 @@ def test_deepseeks_tokenizer_from_the_text_to_the_export(tmp_path: Path) -> None
     tree = tree_of(tmp_path, 129280, {"tokenizer": str(folder), "fim_rate": 0.5}, tokens=256)
     data = open_prepared_data(prepare(tree).data)
     tokens = data.train.read_tokens(0, data.train.num_tokens)
-    control = tokens[np.isin(tokens, list(tokenizer.control_token_ids))]
+    control = tokens[np.isin(tokens, list(tokenizer.control_tokens))]
     begun, ends = int((control == 128801).sum()), int((control == 1).sum())
     assert set(control) == {1, 128800, 128801, 128802}  # none comes from the text, which spells one
     assert ends == 60

@@ -32,7 +32,7 @@ def open_files() -> int:
 
 def test_few_are_open_at_a_time_and_none_is_left(tmp_path: Path) -> None:
     before = open_files()
-    shards = ShardFileReader(tmp_path, write(tmp_path, 40), DTYPE, {}, most_open=3)
+    shards = ShardFileReader(tmp_path, write(tmp_path, 40), [DTYPE] * 40, {}, most_open=3)
     assert open_files() == before
     for number in (*range(40), *range(40)):
         assert shards.read_tokens(number, 2, 3).tolist() == [10 * number + 2, 10 * number + 3, 10 * number + 4]
@@ -71,7 +71,7 @@ def replace(path: Path) -> None:
 )
 @pytest.mark.parametrize("is_read_before", [True, False])
 def test_a_file_that_changes_is_noticed(tmp_path: Path, harm: Callable[[Path], None], is_read_before: bool) -> None:
-    shards = ShardFileReader(tmp_path, write(tmp_path, 2), DTYPE, {})
+    shards = ShardFileReader(tmp_path, write(tmp_path, 2), [DTYPE] * 2, {})
     if is_read_before:
         shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
@@ -82,7 +82,7 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path, harm: Callable[[Path], N
 
 @pytest.mark.parametrize("harm", [replace, Path.unlink])
 def test_a_file_of_another_name_by_now_is_read_on_or_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
-    shards = ShardFileReader(tmp_path, write(tmp_path, 2), DTYPE, {}, most_open=1)
+    shards = ShardFileReader(tmp_path, write(tmp_path, 2), [DTYPE] * 2, {}, most_open=1)
     shards.read_tokens(1, 0, 10)
     harm(tmp_path / "1.bin")
     assert shards.read_tokens(1, 0, 1).tolist() == [10]  # it is open with the old content
@@ -92,7 +92,7 @@ def test_a_file_of_another_name_by_now_is_read_on_or_named(tmp_path: Path, harm:
 
 
 def test_a_file_that_was_only_touched_is_read_again_and_used(tmp_path: Path) -> None:
-    shards = ShardFileReader(tmp_path, write(tmp_path, 1), DTYPE, {})
+    shards = ShardFileReader(tmp_path, write(tmp_path, 1), [DTYPE] * 1, {})
     shards.read_tokens(0, 0, 1)
     os.utime(tmp_path / "0.bin", ns=(0, 0))
     with patch.object(shard_files, "_sha256", wraps=shard_files._sha256) as hashed:
@@ -104,7 +104,7 @@ def test_a_file_that_was_only_touched_is_read_again_and_used(tmp_path: Path) -> 
 def test_a_stamp_saves_the_first_reading_and_no_later_one(tmp_path: Path) -> None:
     entries = write(tmp_path, 2)
     stamp = {entry.file: read_file_signature(tmp_path, entry) for entry in entries}
-    shards = ShardFileReader(tmp_path, entries, DTYPE, stamp)
+    shards = ShardFileReader(tmp_path, entries, [DTYPE] * len(entries), stamp)
     flip(tmp_path / "1.bin")
     with patch.object(shard_files, "_sha256", wraps=shard_files._sha256) as hashed:
         assert shards.read_tokens(0, 0, 1).tolist() == [0]

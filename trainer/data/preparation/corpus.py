@@ -1,13 +1,14 @@
 """Files of a corpus: found, assigned to training and validation, and sampled for a tokenizer."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ....comm.errors import ConfigError, Problem, raise_if_any
 from ..config import DataConfig
 from ..formats import BadRecords, describe_ignored, is_readable, read_documents, stem
-from ..storage import list_files
+from ..storage import StoredFile, list_files
 from .tasks import CorpusFile
+from .token_files import is_companion, is_token_file
 
 SAMPLE_BYTES = 2**26
 """Most text that a tokenizer is trained on. Memory grows with the sample, and the merges hardly change beyond it."""
@@ -23,15 +24,33 @@ def list_corpus(config: DataConfig, report: Callable[[str], None]) -> tuple[Corp
     Raises `ConfigError` for a place without readable files and for validation names that match none or leave none.
     """
     found = list_files(config.corpus_location)
-    files = [file for file in found if is_readable(file)]
-    if (line := describe_ignored([file for file in found if not is_readable(file)], config.corpus)) is not None:
+    names = frozenset(file.name for file in found)
+    token_files = frozenset(file for file in found if is_token_file(file.name, names))
+    files = [file for file in found if is_readable(file) or file in token_files]
+    ignored = [file for file in found if file not in files and not is_companion(file.name, names)]
+    if (line := describe_ignored(ignored, config.corpus)) is not None:
         report(line)
+    raise_if_any(_token_file_problems(config, token_files))
     if not files:
         hint = "holds no text: put *.jsonl or *.parquet (key `text`), or *.txt (one document per file) there"
         raise ConfigError([Problem("data.corpus", config.corpus, hint)])
-    names = [file.name for file in files]
-    raise_if_any(_validation_problems(config, names))
-    return tuple(CorpusFile(file, any(_matches(file.name, pattern) for pattern in config.validation)) for file in files)
+    raise_if_any(_validation_problems(config, [file.name for file in files]))
+    return tuple(
+        CorpusFile(file, any(_matches(file.name, pattern) for pattern in config.validation), file in token_files)
+        for file in files
+    )
+
+
+def _token_file_problems(config: DataConfig, token_files: Collection[StoredFile]) -> Iterator[Problem]:
+    """Yield a problem for each setting that token files, which are read in place, cannot follow."""
+    if not token_files:
+        return
+    if config.tokenizer is None:
+        yield Problem("data.tokenizer", None, "must name the tokenizer that the corpus's token files were made with")
+    for key in ("validation_fraction", "fim_rate", "token_split_rate"):
+        if (value := getattr(config, key)) > 0:
+            hint = "is for text, and the corpus has token files, which are read as they are"
+            yield Problem(f"data.{key}", value, hint)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from ..tokenizer import (
     train_tokenizer,
 )
 from .corpus import SAMPLE_BYTES, list_corpus, sample_texts
-from .run_task import TASKS_FOLDER, PreparationJob, TaskRecord, find_record
+from .run_task import TASKS_FOLDER, PreparationJob, TaskRecord, find_record, remove_abandoned_folders
 from .tasks import CorpusFile, Task, plan_tasks
 from .worker_pool import Progress, run_tasks
 
@@ -75,6 +74,18 @@ def prepare_corpus(
     `tokenizer` is that of the checkpoint that a run starts from. Raises `ConfigError` for an invalid
     configuration, corpus or record, and for a directory that holds anything else; what was finished is kept.
     """
+    with begun_preparation(config, report, tokenizer=tokenizer, shard_tokens=shard_tokens) as (job, files):
+        return _publish(config, job, _run_missing_tasks(config, job, files, report), report)
+
+
+@contextmanager
+def begun_preparation(
+    config: DataConfig, report: Report, *, tokenizer: Tokenizer | None = None, shard_tokens: int = TOKENS_PER_SHARD
+) -> Iterator[tuple[PreparationJob, tuple[CorpusFile, ...]]]:
+    """Check everything, write tokenizer and settings, and yield the job and its files, with the directory locked.
+
+    Raises like `prepare_corpus`.
+    """
     _check(config, shard_tokens, tokenizer)
     files = list_corpus(config, report)
     directory = Path(os.path.realpath(config.prepared))
@@ -83,9 +94,8 @@ def prepare_corpus(
     settings = preparation_settings(config, tokenizer, shard_tokens)
     with _locked(directory):
         _adopt_settings(directory, settings, tokenizer)
-        _remove_unfinished_tasks(directory)
-        job = PreparationJob(directory, settings, tokenizer, config.max_bad_records)
-        return _publish(config, job, _run_missing_tasks(config, job, files, report), report)
+        remove_abandoned_folders(directory)
+        yield PreparationJob(directory, settings, tokenizer, config.max_bad_records), files
 
 
 def _check(config: DataConfig, shard_tokens: int, tokenizer: Tokenizer | None) -> None:
@@ -185,11 +195,6 @@ def _adopt_settings(directory: Path, settings: PreparationSettings, tokenizer: T
     if differing:
         hint = f"was prepared with other settings: {'; '.join(differing)}. Name another directory, or remove it"
         raise ConfigError([Problem("data.prepared", str(directory), hint)])
-
-
-def _remove_unfinished_tasks(directory: Path) -> None:
-    for left in (directory / TASKS_FOLDER).glob("*.unfinished-*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _run_missing_tasks(
@@ -342,10 +347,10 @@ def _remove_other_parts(directory: Path, manifest: DataManifest, parts: Sequence
 
 def _report_result(records: Sequence[TaskRecord], totals: Mapping[str, SplitTotals], report: Report) -> None:
     for name, split in totals.items():
-        report(
-            f"{name}: {split.tokens} tokens, {split.bytes / split.tokens:.2f} bytes per token; documents: "
-            f"{split.documents}"
-        )
+        rate = f", {split.bytes / split.tokens:.2f} bytes per token" if split.bytes else ""
+        report(f"{name}: {split.tokens} tokens{rate}; documents: {split.documents}")
+    for note in [note for record in records for note in record.notes][:_BAD_RECORDS_SHOWN]:
+        report(note)
     empty, bad = (sum(getattr(record.part, key) for record in records) for key in ("empty_records", "bad_records"))
     if empty:
         report(f"{empty} records without text were skipped.")

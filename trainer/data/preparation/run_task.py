@@ -5,7 +5,9 @@ Shapes: T tokens of a document.
 
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -15,20 +17,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ....comm.errors import ConfigError, Problem
 from ....comm.files.file_io import read_json, replace_file_atomically
 from ....comm.files.strict_json import MalformedFileError
 from ..document_random import document_key, uniform_fraction
-from ..files import fsync_directory, split_by_size
+from ..files import HashedFileWriter, fsync_directory, split_by_size
 from ..formats import BadRecords, read_documents
 from ..manifest import CorpusPiece, DataPart, FileEntry, PreparationSettings, SplitPart
 from ..shards import SplitPartWriter
-from ..storage import StoredFile, hash_stored_file
+from ..storage import StoredFile, hash_stored_file, local_path
 from ..tokenizer import Tokenizer
 from .augmentation import TokenArray, TokenSplitter, cut_for_fill_in_the_middle, join_fill_in_the_middle
 from .tasks import Task
+from .token_files import read_token_file
 
 TASKS_FOLDER = "tasks"
 """Folder of the completion records, in the prepared directory."""
+_ABANDONED_SECONDS = 3600.0
 _BATCH_CHARACTERS = 2**20
 """Text that is encoded at once: enough to outweigh the call, little enough for memory."""
 _BUCKET_TOKENS, _BUCKET_DOCUMENTS = 2**23, 2**18
@@ -45,6 +50,8 @@ class TaskRecord:
     """State of each source file when it was read."""
     bad: tuple[str, ...]
     """The first broken records, each with file and line."""
+    notes: tuple[str, ...] = ()
+    """What else is to be said about the files."""
     part: DataPart
 
 
@@ -90,30 +97,83 @@ def run_task(job: PreparationJob, task: Task) -> TaskRecord:
     that cannot be written.
     """
     # The files get their names when all of them are on disk: a killed task leaves a folder that the next call removes.
-    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{os.getpid()}"
+    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{platform.node()}-{os.getpid()}"
     folder.mkdir()
     try:
-        bad = BadRecords(job.max_bad_records)
-        splits = _write_splits(job, task, folder, bad)
-        part = DataPart(
-            task=task.name,
-            pieces=tuple(_piece(task, file) for file in task.files),
-            empty_records=bad.empty,
-            bad_records=bad.count,
-            train=_publish(job.directory, task, folder, splits["train"]),
-            validation=_publish(job.directory, task, folder, splits["validation"]),
-        )
+        record = _read_in_place(job, task, folder) if task.is_token_file else _tokenize_files(job, task, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     fsync_directory(job.directory)
-    record = TaskRecord(
+    replace_file_atomically(record_path(job.directory, task), _to_json(record))
+    return record
+
+
+def _tokenize_files(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
+    bad = BadRecords(job.max_bad_records)
+    splits = _write_splits(job, task, folder, bad)
+    part = DataPart(
+        task=task.name,
+        pieces=tuple(_piece(task, file) for file in task.files),
+        empty_records=bad.empty,
+        bad_records=bad.count,
+        train=_publish(job.directory, task, folder, splits["train"]),
+        validation=_publish(job.directory, task, folder, splits["validation"]),
+    )
+    return TaskRecord(
         settings=job.settings.digest,
         signatures=tuple(file.signature for file in task.files),
         bad=tuple(str(problem) for problem in bad.problems),
         part=part,
     )
-    replace_file_atomically(record_path(job.directory, task), _to_json(record))
-    return record
+
+
+def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
+    """Read a token file of another program to its end, and write where its documents begin."""
+    (file,) = task.files
+    found = read_token_file(file, job.settings.eos_token_id)
+    if found.largest_token >= job.settings.vocab_size:
+        hint = f"is a token of it, and the tokenizer has {job.settings.vocab_size} ids; name its own as data.tokenizer"
+        raise ConfigError([Problem(file.url, found.largest_token, hint)])
+    documents = len(found.starts_M)
+    with closing(HashedFileWriter(folder / "documents")) as starts:
+        starts.write(found.starts_M.astype("<i8").tobytes())
+    name = f"{task.name}.{'validation' if task.is_validation else 'train'}.documents"
+    (folder / "documents").rename(job.directory / name)
+    split = SplitPart(
+        tokens=found.tokens,
+        documents=documents,
+        bytes=0,
+        shards=(found.entry,),
+        starts=replace(starts.entry, file=name),
+    )
+    place = Path(os.path.realpath(local_path(file.url)))
+    part = DataPart(
+        task=task.name,
+        pieces=(CorpusPiece(file=file.name, start=0, bytes=file.bytes, sha256=found.entry.sha256),),
+        folder=str(place.parent),
+        dtype=found.dtype,
+        empty_records=0,
+        bad_records=0,
+        train=None if task.is_validation else split,
+        validation=split if task.is_validation else None,
+    )
+    without_end = documents - found.documents_with_end
+    note = f"{file.name}: {without_end} of {documents} documents do not end with the end token"
+    notes = (note,) if without_end else ()
+    return TaskRecord(settings=job.settings.digest, signatures=(file.signature,), bad=(), notes=notes, part=part)
+
+
+def remove_abandoned_folders(directory: Path) -> None:
+    """Remove what killed tasks have left: those of dead processes here, and of other machines after an hour."""
+    for left in (directory / TASKS_FOLDER).glob("*.unfinished-*"):
+        machine, _, process = left.name.partition(".unfinished-")[2].rpartition("-")
+        if machine == platform.node():
+            is_abandoned = not Path(f"/proc/{process}").exists()
+        else:
+            newest = max((path.stat().st_mtime for path in (left, *left.iterdir())), default=0.0)
+            is_abandoned = time.time() - newest > _ABANDONED_SECONDS
+        if is_abandoned:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def record_path(directory: Path, task: Task) -> Path:

@@ -26,6 +26,7 @@ class CorpusFile:
 
     stored: StoredFile
     is_validation: bool
+    is_token_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Task:
     files: tuple[StoredFile, ...]
     is_validation: bool
     part: ByteRange | None = None
+    is_token_file: bool = False
+    """True: the only file holds tokens of another program, which are read in place."""
 
     @property
     def name(self) -> str:
@@ -52,8 +55,9 @@ class Task:
 def plan_tasks(files: Sequence[CorpusFile], task_bytes: int = TASK_BYTES) -> tuple[Task, ...]:
     """Return the tasks of `files` in the order of their file names, in which their tokens follow each other."""
     may_group = len(files) > MAX_UNGROUPED_FILES
-    small = [file for file in files if may_group and file.stored.bytes < _SMALL_FILE]
-    large = [file for file in files if not (may_group and file.stored.bytes < _SMALL_FILE)]
+    small = [file for file in files if may_group and file.stored.bytes < _SMALL_FILE and not file.is_token_file]
+    chosen = set(small)
+    large = [file for file in files if file not in chosen]
     tasks = [task for file in large for task in _pieces(file, task_bytes)]
     for is_validation in (False, True):
         tasks += _groups([file.stored for file in small if file.is_validation == is_validation], is_validation)
@@ -63,7 +67,7 @@ def plan_tasks(files: Sequence[CorpusFile], task_bytes: int = TASK_BYTES) -> tup
 def _pieces(file: CorpusFile, task_bytes: int) -> Iterator[Task]:
     stored = file.stored
     if not is_cuttable(stored) or stored.bytes <= task_bytes:
-        yield Task((stored,), file.is_validation)
+        yield Task((stored,), file.is_validation, is_token_file=file.is_token_file)
         return
     for start in range(0, stored.bytes, task_bytes):
         part = ByteRange(start, min(start + task_bytes, stored.bytes))
