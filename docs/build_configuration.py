@@ -80,7 +80,7 @@ def _type_name(kind: Any) -> str:
     if is_dataclass(kind):
         return "group"
     if NoneType in arguments:
-        return f"{_type_name(arguments[0])} or null"
+        return " or ".join([*(_type_name(each) for each in arguments if each is not NoneType), "null"])
     if origin is tuple:
         return f"list[{_type_name(arguments[0])}]"
     if origin is dict:

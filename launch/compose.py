@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from io import StringIO
@@ -22,9 +22,7 @@ from ..comm.errors import ConfigError, Problem, UnreadableFields, collect_proble
 from ..comm.files.file_io import config_error_context, os_error_to_problem
 from ..comm.files.strict_json import MalformedFileError, shorten_for_message
 from ..comm.files.strict_yaml import read_checked_yaml_text, read_yaml
-from ..trainer.checkpoint.find import find_checkpoint
 from ..trainer.config import RunConfig
-from ..trainer.data.tokenizer import count_token_ids
 from ..trainer.huggingface.config import remove_released_keys
 from ..trainer.structured_config import InterpolatedText, build_dataclass, map_texts, parse_dataclass
 from .console import print_to_stderr
@@ -37,12 +35,16 @@ _GLOBAL_PACKAGE = "# @package _global_"
 
 
 def compose_run_config(
-    overrides: Sequence[str], config_dir: Path | None = None, now: datetime | None = None
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    now: datetime | None = None,
+    unchecked: Collection[str] = (),
 ) -> RunConfig:
     """Return the configuration that `overrides` describe, such as `experiment=quickstart` and `training.seed=1`.
 
     Groups are looked up in `config_dir` too, if given; `${now:…}` is `now`, by default the current time. Raises
-    `ConfigError` with every problem that can be found without disk or processes.
+    `ConfigError` with every problem that can be found without disk or processes, except those with the values of the
+    keys `unchecked`. Only `model.vocab_size: null` reads a tokenizer or checkpoint.
     """
     problems: list[Problem] = []
     with initialize_config_module("shoestring.conf", version_base="1.3"):
@@ -63,30 +65,37 @@ def compose_run_config(
         problems += found
         if ignored:
             print_to_stderr(f"model: keys of config.json without effect here (see docs/model.md): {', '.join(ignored)}")
-    with collect_problems(problems):
-        _fill_in_vocab_size(tree)
+    unread |= _resolve_vocab_size(tree, problems)
     config, doubtful = parse_dataclass(RunConfig, tree, problems)
     unreadable_fields = UnreadableFields(
-        doubtful | unread, frozenset(_key(text) for text, read_as in parsed if read_as)
+        doubtful | unread | set(unchecked), frozenset(_key(text) for text, read_as in parsed if read_as)
     )
     raise_if_any([*problems, *config.problems(unreadable_fields)])
     return config
 
 
-def _fill_in_vocab_size(tree: dict[str, Any]) -> None:
-    """Replace `model.vocab_size: null` by the number of token ids of the tokenizer, where that is known."""
+def _resolve_vocab_size(tree: dict[str, Any], problems: list[Problem]) -> set[str]:
+    """Replace `model.vocab_size: null` by the number of token ids of the tokenizer, or the rows of `start_from`.
+
+    Where that is not known the key is left out, and returned as one that could not be read.
+    """
     model, data, training = (tree.get(group) for group in ("model", "data", "training"))
-    if not (isinstance(model, dict) and isinstance(data, dict) and isinstance(training, dict)):
-        return
-    if "vocab_size" not in model or model["vocab_size"] is not None:
-        return
-    tokenizer, start_from = data.get("tokenizer"), training.get("start_from")
-    if isinstance(tokenizer, str):
-        model["vocab_size"] = count_token_ids(Path(tokenizer))
-    elif isinstance(start_from, str):
-        model["vocab_size"] = find_checkpoint(Path(start_from)).model_config.vocab_size
-    elif data.get("vocab_size") is not None:
-        model["vocab_size"] = data["vocab_size"]
+    if not isinstance(model, dict) or "vocab_size" not in model or model["vocab_size"] is not None:
+        return set()
+    # Only here: most commands need neither library.
+    from ..trainer.checkpoint.find import find_checkpoint
+    from ..trainer.data.tokenizer import count_token_ids
+
+    del model["vocab_size"]
+    data, training = (group if isinstance(group, dict) else {} for group in (data, training))
+    with collect_problems(problems):
+        if isinstance(training.get("start_from"), str):
+            model["vocab_size"] = find_checkpoint(Path(training["start_from"])).model_config.vocab_size
+        elif isinstance(data.get("tokenizer"), str):
+            model["vocab_size"] = count_token_ids(Path(data["tokenizer"]))
+        elif type(data.get("vocab_size")) is int:
+            model["vocab_size"] = data["vocab_size"]
+    return set() if "vocab_size" in model else {"model.vocab_size"}
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -291,12 +291,16 @@ class RunConfig:
         else:
             yield from self._schedule_problems(share)
         yield from self._alignment_problems()
-        if (self.data.tokenizer, self.data.vocab_size, training.start_from) == (None, None, None):
-            hint = "is needed to train a tokenizer; or name one as data.tokenizer"
-            yield Problem("data.vocab_size", None, hint, ("data.tokenizer",))
-        if self.data.vocab_size is not None and self.data.vocab_size > model.vocab_size:
-            hint = f"must be at most model.vocab_size = {model.vocab_size}"
-            yield Problem("data.vocab_size", self.data.vocab_size, hint, ("model.vocab_size",))
+        yield from self._vocabulary_problems()
+
+    def _vocabulary_problems(self) -> Iterator[Problem]:
+        data, rows = self.data, self.model.vocab_size
+        if data.vocab_size is not None and data.vocab_size > rows:
+            hint = f"must be at most model.vocab_size = {rows}; model.vocab_size=null takes that of the tokenizer"
+            yield Problem("data.vocab_size", data.vocab_size, hint, ("model.vocab_size",))
+        if data.vocab_size is None and data.tokenizer is None and self.training.start_from is None:
+            hint = "must be given to train a tokenizer, or name one: data.tokenizer"
+            yield Problem("data.vocab_size", None, hint, ("data.tokenizer", "training.start_from"))
 
     def _schedule_problems(self, share: int) -> Iterator[Problem]:
         """Yield problems of schedule and stages; `share`: sequences per micro-batch over all data-parallel ranks."""

@@ -14,7 +14,7 @@ from ...trainer.checkpoint.find import find_checkpoint, unreadable_checkpoint_er
 from ...trainer.checkpoint.store import CheckpointStore, no_intact_checkpoint_error
 from ...trainer.config import RunConfig
 from ...trainer.data.manifest import DataManifest
-from ...trainer.data.prepared import open_prepared_data, verify_before_run
+from ...trainer.data.prepared import open_prepared_data, tokenizer_problems, verify_before_run
 from ...trainer.ledger.budget_guard import compute_budget_accounts, gpu_hours_left_in_project
 from ...trainer.ledger.checkpoint_totals import ledger_problems
 from ...trainer.ledger.journal import refuse_if_locked
@@ -47,6 +47,8 @@ def run_preflight_checks(config: RunConfig, local_ranks: int, *, fresh: bool, is
         prepared = open_prepared_data(config.data)
         data = prepared.manifest
         open_samples(config, prepared)
+        if is_first_node:
+            problems += tokenizer_problems(config.data, prepared)
         verify_before_run(Path(config.data.prepared), prepared, first_machine=is_first_node)
     problems += hardware_problems(config, local_ranks)
     if is_first_node and config.telemetry.wandb.mode == "online":

@@ -1,24 +1,22 @@
 """`shoestring data prepare`: tokens of a corpus, by processes of this machine or by jobs of datatrove's executors."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...comm.errors import ConfigError, Problem
-from ...trainer.checkpoint.tokenizer import load_checkpoint_tokenizer
+from ...trainer.checkpoint.tokenizer import find_tokenizer
 from ...trainer.config import RunConfig
 from ...trainer.data.preparation.prepare import begun_preparation, prepare_corpus
 from ...trainer.data.preparation.tasks import plan_tasks
-from ...trainer.data.tokenizer import Tokenizer
 from ..console import print_to_stdout
 from ..signal_cleanup import clean_up_on_signal
 
 
 def prepare(options: argparse.Namespace, config: RunConfig) -> bool:
     """Prepare the data and print progress; return whether they are complete. Raises `ConfigError`."""
-    tokenizer = _starting_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     if options.executor is None:
         if options.executor_option or options.jobs != 1:
             raise ConfigError([Problem("--executor", None, "must name an executor for --jobs and --executor-option")])
@@ -36,12 +34,6 @@ def prepare(options: argparse.Namespace, config: RunConfig) -> bool:
         return False
     prepare_corpus(config.data, print_to_stdout, tokenizer=tokenizer)
     return True
-
-
-def _starting_tokenizer(config: RunConfig) -> Tokenizer | None:
-    if config.training.start_from is None or config.data.tokenizer is not None:
-        return None
-    return load_checkpoint_tokenizer(Path(config.training.start_from), config.data.eos_token)
 
 
 def _submitter() -> Any:

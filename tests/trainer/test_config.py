@@ -60,7 +60,26 @@ def test_no_number_may_be_negative(tree: dict[str, object]) -> None:
         assert re.search(r"must be (at least|greater than)|must divide", found[field]), found
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data.vocab_size": 300},  # fewer tokens than rows
+        {"data.vocab_size": None, "training.start_from": "run"},
+        {"data.vocab_size": None, "data.tokenizer": "x", "data.eos_token": 3, "data.fim_rate": 1, "data.seed": 7},
+        {"data.validation": [], "data.validation_fraction": 0.01, "data.token_split_rate": 1, "data.workers": 1},
+    ],
+    ids=lambda values: ",".join(values),
+)
+def test_what_is_possible(tree: dict[str, object], values: dict[str, object]) -> None:
+    assert problems(tree, values) == {}
+
+
 ZERO_IS_NOTHING = {
+    "data.validation_fraction",
+    "data.max_bad_records",
+    "data.seed",
+    "data.fim_rate",
+    "data.token_split_rate",
     "model.first_k_dense_replace",
     "model.n_shared_experts",
     "model.num_nextn_predict_layers",
@@ -130,12 +149,25 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         ({"schedule.name": "sequential"}, "schedule.name", "must be gpipe, 1f1b, interleaved, "),
         ({"schedule.name": "dualpipe", "topology.pp": 3}, "topology.pp", "even"),
         ({"schedule.layers_per_stage": [4, 1]}, "schedule.layers_per_stage", "2 stages"),
-        ({"data.corpus": ""}, "data.corpus", "must name a directory"),
+        ({"data.corpus": ""}, "data.corpus", "must name a file, folder or glob"),
         ({"data.prepared": ""}, "data.prepared", "must name a directory"),
         ({"data.prepared": "/"}, "data.prepared", "must name a directory"),
-        ({"data.vocab_size": 257}, "data.vocab_size", "must be at least 258: 256 bytes and two special tokens"),
+        ({"data.vocab_size": 257}, "data.vocab_size", "must be at least 258: 256 bytes and two control tokens"),
         ({"data.vocab_size": 2**32 + 1}, "data.vocab_size", "32 bits"),
-        ({"data.validation": []}, "data.validation", "at least one file"),
+        ({"data.validation": []}, "data.validation", "must name at least one file, or set data.validation_fraction"),
+        ({"data.validation_fraction": 0.1}, "data.validation_fraction", "must be 0 while data.validation names files"),
+        ({"data.validation_fraction": 1}, "data.validation_fraction", "must be less than 1"),
+        ({"data.fim_rate": 1.5}, "data.fim_rate", "must be at most 1"),
+        ({"data.fim_rate": 1}, "data.fim_rate", "has no tokens for fill-in-the-middle"),
+        ({"data.fim_tokens": ["a", "b", "a"]}, "data.fim_tokens", "must name three different tokens"),
+        ({"data.token_split_rate": 1.01}, "data.token_split_rate", "must be at most 1"),
+        ({"data.eos_token": "<x>"}, "data.eos_token", "has no effect: the tokenizer that is trained here"),
+        ({"data.eos_token": "", "data.vocab_size": None, "data.tokenizer": "x"}, "data.eos_token", "or its id"),
+        ({"data.eos_token": -1, "data.vocab_size": None, "data.tokenizer": "x"}, "data.eos_token", "or its id"),
+        ({"data.tokenizer": "", "data.vocab_size": None}, "data.tokenizer", "must name a tokenizer.json"),
+        ({"data.tokenizer": "x"}, "data.vocab_size", "set data.vocab_size=null"),
+        ({"data.vocab_size": None}, "data.vocab_size", "must be given to train a tokenizer, or name one"),
+        ({"data.text_key": ""}, "data.text_key", "must not be empty"),
         ({"data.validation": ["hamlet", "hamlet"]}, "data.validation", "twice"),
         ({"budget.phase": "later"}, "budget.phase", "must be pre_train, context_extension or post_training"),
         ({"training.device": "tpu"}, "training.device", "must be auto, cpu or cuda"),
@@ -161,7 +193,11 @@ def test_zero_is_refused_where_it_means_nothing(tree: dict[str, object]) -> None
         # Values that two parts of a run must agree on.
         ({"topology.ep": 3, **OF_THREE}, "topology.ep", "must divide model.n_routed_experts = 16"),
         ({"topology.ep": 3, "training.global_batch_size": 15}, "topology.ep", "must divide gpus_per_node = 8"),
-        ({"data.vocab_size": 4096}, "data.vocab_size", "must equal model.vocab_size = 2048"),
+        (
+            {"data.vocab_size": 4096},
+            "data.vocab_size",
+            "must be at most model.vocab_size = 2048; ",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

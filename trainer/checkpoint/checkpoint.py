@@ -106,6 +106,13 @@ class Checkpoint:
             found = self.metadata.get("source")
             return None if found is None else found.as_mapping()
 
+    @property
+    def run_eos_token_id(self) -> int | None:
+        """Token after each document of the run's data; None for an import."""
+        with self._metadata_errors():
+            found = self.metadata.get("eos_token_id")
+            return None if found is None else found.as_integer()
+
     def config_value(self, *keys: str, default: int) -> int:
         """Return a whole number of at least 1 from the configuration; `default` if it was not configured."""
         with self._metadata_errors():

@@ -11,8 +11,9 @@ from ...comm.errors import Problem
 from ...comm.files.ranges import CheckedConfig, at_least, between, fraction, not_empty
 
 PACKAGED_CORPUS = "shakespeare"
-MIN_VOCAB_SIZE = 258  # 256 bytes and two special tokens
+MIN_VOCAB_SIZE = 258  # 256 bytes and two control tokens
 MAX_VOCAB_SIZE = 2**32  # what a uint32 shard can name
+_FIM_TOKENS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,19 @@ class DataConfig(CheckedConfig):
     text_key: str = not_empty("text")
     """Key or column of the text in JSON lines and Parquet."""
     tokenizer: str | None = None
-    """A `tokenizer.json`, or a Hugging Face directory with one; null trains a BPE of `vocab_size` entries."""
+    """A `tokenizer.json`, or a Hugging Face directory with one; null takes that of `training.start_from`, or trains a
+    byte-level BPE of `vocab_size` entries."""
     eos_token: str | int | None = None
     """Token after each document, by name or id; null takes that of the `tokenizer_config.json` beside the tokenizer."""
     vocab_size: int | None = between(
         MIN_VOCAB_SIZE,
         MAX_VOCAB_SIZE,
         None,
-        least_reason=": 256 bytes and two special tokens",
+        least_reason=": 256 bytes and two control tokens",
         most_reason=", to fit 32 bits",
-        null="with a given tokenizer",
+        null="with a tokenizer that is not trained",
     )
-    """Entries of the byte-level BPE that is trained, including two special tokens."""
+    """Entries of the byte-level BPE that is trained, including two control tokens; null with any other tokenizer."""
     prepared: str
     """Directory for the tokenizer and the token shards made from the corpus."""
     validation: tuple[str, ...] = ()
@@ -49,11 +51,11 @@ class DataConfig(CheckedConfig):
     """Seed of the choices that are made for each document."""
     shuffle: bool = True
     """Shuffle the documents of a file, within buckets of 8 M tokens. Samples are shuffled in any case."""
-    fim_rate: float = fraction(0.0)
+    fim_rate: float = between(0, 1, 0.0)
     """Share of the documents that are reordered for fill-in-the-middle; the report has 0.1 (§4.1)."""
     fim_tokens: tuple[str, ...] | None = None
     """Tokens before prefix, suffix and middle; null takes DeepSeek's, StarCoder's or Qwen's if they exist."""
-    token_split_rate: float = fraction(0.0)
+    token_split_rate: float = between(0, 1, 0.0)
     """Share of the tokens that join punctuation and line breaks which are split (report §4.1, which gives no share)."""
     workers: int | None = at_least(1, None, null="for all cores")
     """Processes that prepare; any number gives the same files."""
@@ -73,11 +75,32 @@ class DataConfig(CheckedConfig):
             yield Problem("prepared", self.prepared, "must name a directory that may be created")
         if len(set(self.validation)) < len(self.validation):
             yield Problem("validation", self.validation, "names a file twice")
-        if bool(self.validation) == (self.validation_fraction > 0):
-            hint = "name files, or set data.validation_fraction, not both: the loss on training text says little"
+        if self.validation and self.validation_fraction > 0:
+            hint = "must be 0 while data.validation names files; choose one of them (data.validation=[] is none)"
+            yield Problem("validation_fraction", self.validation_fraction, hint, ("validation",))
+        elif not self.validation and self.validation_fraction == 0:
+            hint = "must name at least one file, or set data.validation_fraction: the loss on training text says little"
             yield Problem("validation", self.validation, hint, ("validation_fraction",))
-        if self.tokenizer is not None and self.vocab_size is not None:
-            hint = "is for a tokenizer that is trained; with data.tokenizer leave it out"
+        yield from self._tokenizer_problems()
+        if self.fim_tokens is not None and len(set(self.fim_tokens)) != _FIM_TOKENS:
+            hint = "must name three different tokens: before prefix, suffix and middle"
+            yield Problem("fim_tokens", self.fim_tokens, hint)
+
+    def _tokenizer_problems(self) -> Iterator[Problem]:
+        if self.tokenizer == "":
+            yield Problem("tokenizer", self.tokenizer, "must name a tokenizer.json or its directory, or be null")
+        if self.eos_token == "" or (isinstance(self.eos_token, int) and self.eos_token < 0):
+            yield Problem("eos_token", self.eos_token, "must be a token or its id, at least 0, or null")
+        if self.vocab_size is None:
+            return
+        if self.tokenizer is not None:
+            hint = "is for a tokenizer that is trained here, and data.tokenizer names one: set data.vocab_size=null"
             yield Problem("vocab_size", self.vocab_size, hint, ("tokenizer",))
-        if self.fim_tokens is not None and len(self.fim_tokens) != 3:
-            yield Problem("fim_tokens", self.fim_tokens, "must name three tokens: before prefix, suffix and middle")
+            return
+        trained = f"the tokenizer that is trained here (data.vocab_size = {self.vocab_size})"
+        if self.eos_token is not None:
+            hint = f"has no effect: {trained} has its own end token; set it to null, or data.vocab_size for another one"
+            yield Problem("eos_token", self.eos_token, hint, ("vocab_size", "tokenizer"))
+        if self.fim_rate > 0:
+            hint = f"must be 0: {trained} has no tokens for fill-in-the-middle; use another one, data.vocab_size=null"
+            yield Problem("fim_rate", self.fim_rate, hint, ("vocab_size", "tokenizer"))

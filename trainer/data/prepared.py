@@ -11,15 +11,16 @@ Its files are checked against their hashes at a bounded cost:
 * `shoestring data inspect` always reads everything.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...comm.errors import Problem, collect_problems, raise_if_any
+from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from .config import DataConfig
 from .manifest import SPLITS, DataManifest, DataPart, FileEntry, read_manifest, read_parts
 from .shards import TokenSplit, open_split, verify_file_hashes
-from .tokenizer import Tokenizer, load_prepared_tokenizer
+from .tokenizer import Tokenizer, load_prepared_tokenizer, read_tokenizer_json
 from .verified_files import read_file_signature, read_verified_files, write_verified_files
 
 
@@ -86,6 +87,30 @@ def _setting_problems(config: DataConfig, manifest: DataManifest) -> Iterator[Pr
             shown = ", ".join(settings.validation) or "none" if key == "validation" else found[key]
             hint = f"{config.prepared} was prepared with {shown}; use that, or another data.prepared"
             yield Problem(f"data.{key}", getattr(config, key), hint)
+
+
+def tokenizer_problems(config: DataConfig, prepared: PreparedData) -> Iterator[Problem]:
+    """Yield a problem for each token setting that the data was not prepared with. Reads `data.tokenizer`."""
+    settings, tokenizer = prepared.manifest.settings, prepared.tokenizer
+    use = f"or another data.prepared than {config.prepared}"
+    if config.tokenizer is not None:
+        try:
+            raw = read_tokenizer_json(Path(config.tokenizer))
+        except ConfigError as error:
+            yield from error.problems
+            return
+        if hashlib.sha256(raw).hexdigest() != settings.tokenizer_sha256:
+            hint = f"is not the tokenizer that the data was prepared with; use that, {use}"
+            yield Problem("data.tokenizer", config.tokenizer, hint)
+            return
+    end = tokenizer.token_id(config.eos_token) if isinstance(config.eos_token, str) else config.eos_token
+    if config.eos_token is not None and end != settings.eos_token_id:
+        hint = f"the documents of the data end with {tokenizer.decode([settings.eos_token_id])!r}; use that, {use}"
+        yield Problem("data.eos_token", config.eos_token, hint)
+    fim_token_ids = tuple(map(tokenizer.token_id, config.fim_tokens or ()))
+    if fim_token_ids and settings.fim_token_ids and fim_token_ids != settings.fim_token_ids:
+        names = [tokenizer.decode([number]) for number in settings.fim_token_ids]
+        yield Problem("data.fim_tokens", config.fim_tokens, f"the data has {names}; use these, {use}")
 
 
 def all_files(manifest: DataManifest, parts: Sequence[DataPart]) -> tuple[FileEntry, ...]:

@@ -7,7 +7,7 @@ stays five characters and two bars.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,9 +34,10 @@ _FIM_TOKENS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
 )
 """Control tokens before prefix, suffix and middle: of DeepSeek, StarCoder and Qwen."""
-_CONTROL_TOKEN = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-"""Spelling of control tokens. `special` does not tell: DeepSeek's for chat and fill-in-the-middle are not special.
-Other added tokens, such as runs of blanks, are text."""
+_CONTROL_TOKEN = re.compile(r"[<\[|｜].*\w|\w.*[|｜]", re.DOTALL)
+"""Spelling of control tokens: a bracket or bar and a name, as in `<think>`, `</s>`, `<dsml:`, `[PAD]` and `｜DSML｜`.
+`special` does not tell: DeepSeek's tokens for chat and fill-in-the-middle are not special. Other added tokens, such as
+runs of blanks and words, are text."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Tokenizer:
     """Content of the `tokenizer_config.json` beside it, if any."""
     encoder: tokenizers.Tokenizer
     """Tokenizer that knows no control token."""
-    decoder: tokenizers.Tokenizer
-    """Tokenizer with all tokens."""
+    control_tokens: Mapping[int, str]
+    """Names of the tokens that no text gives, the end token among them, by id."""
     eos_token_id: int
     """Token after each document."""
     vocab_size: int
@@ -63,18 +64,35 @@ class Tokenizer:
         `eos_token` is a token or its id. Raises `MalformedFileError` for another file, an unknown end token, and a
         tokenizer in which text can give a control token.
         """
-        decoder = parse_tokenizer_json(raw)
-        ids = decoder.get_vocab(with_added_tokens=True)
+        decoder = parse_tokenizer_json(raw)  # the library refuses what is wrong in the tree that is read below
+        tree = json.loads(raw)
+        ids = _token_ids(tree)
+        if set(decoder.get_added_tokens_decoder()) != {token["id"] for token in _added_tokens(tree)}:
+            hint = "has added tokens whose ids do not follow each other; the tokenizers library would change them"
+            raise MalformedFileError("added_tokens", None, hint)
         eos = ids.get(eos_token) if isinstance(eos_token, str) else eos_token
         if eos is None or eos not in ids.values():
-            raise MalformedFileError("", eos_token, "is no token of the tokenizer; set data.eos_token")
-        tokenizer = Tokenizer(raw, config, _without_control_tokens(raw), decoder, eos, max(ids.values()) + 1)
-        _check_control_tokens(tokenizer)
+            raise MalformedFileError(
+                "data.eos_token", eos_token, "is no token of the tokenizer; name another, or its id"
+            )
+        removed = {token["content"] for token in _added_tokens(tree) if _is_control(token, eos)}
+        encoder = _library_tokenizer(json.dumps(_without_tokens(tree, removed)))
+        # What the model gives for unknown text is for text to give.
+        names = removed - {_unknown_token(tree)}
+        control = {number: name for name, number in ids.items() if name in names or number == eos}
+        _check_encoder(encoder, control, [token for token in _added_tokens(tree) if token["content"] not in removed])
+        tokenizer = Tokenizer(raw, config, encoder, control, eos, max(ids.values()) + 1)
+        tokenizer.__dict__["decoder"] = decoder
         return tokenizer
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the file's content."""
-        return Tokenizer.from_json, (self.raw, self.eos_token_id, self.config)
+    @cached_property
+    def decoder(self) -> tokenizers.Tokenizer:
+        """Tokenizer with all tokens."""
+        return parse_tokenizer_json(self.raw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the decoder: processes that only encode, start a second earlier with DeepSeek's vocabulary."""
+        return {name: value for name, value in self.__dict__.items() if name != "decoder"}
 
     @property
     def pad_token_id(self) -> int:
@@ -82,23 +100,21 @@ class Tokenizer:
         found = self.decoder.token_to_id(PAD_TOKEN)
         return self.eos_token_id if found is None else found
 
-    @property
-    def files(self) -> dict[str, bytes]:
-        """Content of its files by name."""
-        config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
-        return {TOKENIZER_FILE: self.raw} | config
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a token; None if there is none of this name."""
+        found: int | None = self.decoder.token_to_id(name)
+        return found
 
     @property
     def entries(self) -> int:
         """Number of different tokens; ids may be left out."""
         return self.decoder.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
-    def control_tokens(self) -> dict[int, str]:
-        """Names of the tokens that no text gives, by id."""
-        text = self.encoder.get_added_tokens_decoder()
-        added = self.decoder.get_added_tokens_decoder().items()
-        return {number: token.content for number, token in added if number not in text}
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Content of its files by name."""
+        config = {} if self.config is None else {TOKENIZER_CONFIG_FILE: self.config}
+        return {TOKENIZER_FILE: self.raw} | config
 
     def fim_token_ids(self, names: Sequence[str] | None) -> tuple[int, ...]:
         """Return the control tokens before prefix, suffix and middle, given by `names` or those that are known.
@@ -106,87 +122,142 @@ class Tokenizer:
         Raises `ConfigError` if the tokenizer has none.
         """
         for candidates in [tuple(names)] if names is not None else _FIM_TOKENS:
-            ids = [number for name in candidates if (number := self.decoder.token_to_id(name)) is not None]
+            ids = [number for name in candidates if (number := self.token_id(name)) in self.control_tokens]
             if len(ids) == len(candidates):
-                return tuple(ids)
-        hint = (
-            "are no tokens of the tokenizer; name its tokens before prefix, suffix and middle, or set data.fim_rate=0"
-        )
+                return tuple(number for number in ids if number is not None)
+        hint = "name three control tokens of the tokenizer, before prefix, suffix and middle, or set data.fim_rate=0"
         raise ConfigError([Problem("data.fim_tokens", names, hint)])
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, without an end token."""
-        return self.encoder.encode(text, add_special_tokens=False).ids
+        """Return the tokens of `text`, without an end token. Raises `ConfigError` for text that cannot be encoded."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text."""
-        # `_fast` leaves out the places of tokens in the text, which takes a third of the time.
-        return [each.ids for each in self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Return the tokens of each text. Raises `ConfigError` for text that the tokenizer cannot encode."""
+        try:
+            with _malformed_on_any_error("is a tokenizer that cannot encode some text; take another"):
+                # `_fast` leaves out the places of tokens in the text, which takes a third of the time.
+                return [each.ids for each in self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except MalformedFileError as error:
+            raise ConfigError([Problem("data.tokenizer", error.value, error.hint)]) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, with control tokens by name and an incomplete character as U+FFFD."""
         return self.decoder.decode(list(tokens), skip_special_tokens=False)
 
 
-def _is_control_token(token: dict[str, Any]) -> bool:
-    return bool(token.get("special")) or _CONTROL_TOKEN.fullmatch(token["content"]) is not None
+def _added_tokens(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return tree.get("added_tokens") or []
 
 
-def _without_control_tokens(raw: bytes) -> tokenizers.Tokenizer:
-    tree = json.loads(raw)
-    tree["added_tokens"] = [token for token in tree.get("added_tokens") or [] if not _is_control_token(token)]
-    tree |= {"post_processor": None, "truncation": None, "padding": None}
-    vocabulary = tree["model"].get("vocab")
-    control = {token["content"] for token in json.loads(raw).get("added_tokens") or [] if _is_control_token(token)}
-    if isinstance(vocabulary, dict) and tree["model"].get("ignore_merges"):
-        # Such a model looks whole words up in its vocabulary before it merges.
-        tree["model"]["vocab"] = {word: number for word, number in vocabulary.items() if word not in control}
-    with _malformed_on_any_error("is not a tokenizer that the tokenizers library reads"):
-        return tokenizers.Tokenizer.from_str(json.dumps(tree))
+def _is_control(token: Mapping[str, Any], eos_token_id: int) -> bool:
+    return token["special"] or token["id"] == eos_token_id or _CONTROL_TOKEN.search(token["content"]) is not None
 
 
-def _check_control_tokens(tokenizer: Tokenizer) -> None:
-    """Raise `MalformedFileError` if the spelling of a control token is encoded as that token."""
-    names = tokenizer.control_tokens
+def _token_ids(tree: Mapping[str, Any]) -> dict[str, int]:
+    """Return the id of every token by name."""
+    vocabulary = tree["model"]["vocab"]
+    # A Unigram model has a list of pieces with scores, the others a mapping.
+    ids = (
+        vocabulary if isinstance(vocabulary, dict) else {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    )
+    return {**ids, **{token["content"]: token["id"] for token in _added_tokens(tree)}}
+
+
+def _unknown_token(tree: Mapping[str, Any]) -> str | None:
+    model = tree["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    found: str | None = model.get("unk_token")
+    return found
+
+
+def _without_tokens(tree: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return a `tokenizer.json` that cannot give the tokens `names`, and adds nothing to a text.
+
+    The other tokens keep their ids, for which the library takes no number from the file but counts added tokens.
+    """
+    model, others = dict(tree["model"]), [token for token in _added_tokens(tree) if token["content"] not in names]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        gone = set(names) - {_unknown_token(tree)}
+        kept = {name: number for name, number in vocabulary.items() if name not in gone}
+        model["vocab"] = kept | {token["content"]: token["id"] for token in others}
+        if gone & vocabulary.keys() and model.get("merges"):
+            prefix = model.get("continuing_subword_prefix") or ""
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+            model["merges"] = [
+                pair for pair in pairs if gone.isdisjoint((*pair, pair[0] + pair[1].removeprefix(prefix)))
+            ]
+    else:  # ids are places in the list; no text contains a piece without characters
+        model["vocab"] = [["" if piece in names else piece, score] for piece, score in vocabulary]
+    return {
+        **tree,
+        "model": model,
+        "added_tokens": others,
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+
+
+def _check_encoder(
+    encoder: tokenizers.Tokenizer, control: Mapping[int, str], others: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise `MalformedFileError` if the name of a control token gives one, or if another added token has a new id."""
     with _malformed_on_any_error("is a tokenizer that cannot encode the names of its control tokens"):
-        found = tokenizer.encode_batch(list(names.values()))
-    for (number, name), tokens in zip(names.items(), found, strict=True):
-        if number in tokens:
-            raise MalformedFileError("", name, "is a control token that its spelling in a text would give")
-
-
-def count_token_ids(path: Path) -> int:
-    """Return one more than the largest token id of a `tokenizer.json` or its directory. Raises `ConfigError`."""
-    file = _tokenizer_file(path)
-    with config_error_context(file, "take another tokenizer"):
-        ids = parse_tokenizer_json(read_regular_file(file, MAX_TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
-    return max(ids.values(), default=0) + 1
-
-
-def _tokenizer_file(path: Path) -> Path:
-    file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.exists():
-        hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist; name a tokenizer.json or its directory"
-        raise ConfigError([Problem("data.tokenizer", str(path), hint)])
-    return file
+        found = encoder.encode_batch_fast(list(control.values()), add_special_tokens=False)
+    for name, tokens in zip(control.values(), found, strict=True):
+        if not control.keys().isdisjoint(tokens.ids):
+            raise MalformedFileError("", name, "is a control token that text with its letters gives")
+    for token in others:
+        if encoder.token_to_id(token["content"]) != token["id"]:
+            raise MalformedFileError("added_tokens", token["content"], "gets another id without control tokens")
 
 
 def load_tokenizer_file(path: Path, eos_token: str | int | None) -> Tokenizer:
-    """Read a `tokenizer.json`, or that of a Hugging Face directory.
+    """Read `data.tokenizer`: a `tokenizer.json`, or that of a Hugging Face directory.
 
     `eos_token` is a token or its id; None takes the one of `tokenizer_config.json` beside the file.
     Raises `ConfigError`.
     """
     file = _tokenizer_file(path)
     config_file = file.with_name(TOKENIZER_CONFIG_FILE)
+    config = None
+    if config_file.exists():
+        with config_error_context(config_file, "correct it, or remove it and set data.eos_token"):
+            config = read_regular_file(config_file, MAX_TOKENIZER_BYTES)
+            eos_token = named_eos_token(config) if eos_token is None else eos_token
+    if eos_token is None:
+        hint = f"is needed: no {TOKENIZER_CONFIG_FILE} beside {file} names the token after each document"
+        raise ConfigError([Problem("data.eos_token", None, hint)])
+    raw = read_tokenizer_json(path)
     with config_error_context(file, "take another tokenizer"):
-        raw = read_regular_file(file, MAX_TOKENIZER_BYTES)
-        config = read_regular_file(config_file, MAX_TOKENIZER_BYTES) if config_file.exists() else None
-        eos_token = eos_token if eos_token is not None else named_eos_token(config)
-        if eos_token is None:
-            hint = f"is needed: {file} has no {TOKENIZER_CONFIG_FILE} beside it that names the token after a document"
-            raise ConfigError([Problem("data.eos_token", None, hint)])
         return Tokenizer.from_json(raw, eos_token, config)
+
+
+def count_token_ids(path: Path) -> int:
+    """Return one more than the largest token id of `data.tokenizer`. Raises `ConfigError`."""
+    raw = read_tokenizer_json(path)
+    with config_error_context(_tokenizer_file(path), "take another tokenizer"):
+        return max(parse_tokenizer_json(raw).get_vocab(with_added_tokens=True).values(), default=0) + 1
+
+
+def read_tokenizer_json(path: Path) -> bytes:
+    """Return the content of the `tokenizer.json` that `data.tokenizer` names. Raises `ConfigError`."""
+    file = _tokenizer_file(path)
+    with config_error_context(file, "take another tokenizer"):
+        return read_regular_file(file, MAX_TOKENIZER_BYTES)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """Return the file of `data.tokenizer`. Raises `ConfigError` if it does not exist."""
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.exists():
+        hint = f"has no {TOKENIZER_FILE}" if path.is_dir() else "does not exist"
+        fix = f"name a {TOKENIZER_FILE}, or a Hugging Face directory with one"
+        raise ConfigError([Problem("data.tokenizer", str(path), f"{hint}; {fix}")])
+    return file
 
 
 def named_eos_token(config: bytes | None) -> str | None:
@@ -226,8 +297,12 @@ def _word_splitter() -> pre_tokenizers.ByteLevel:
 def parse_tokenizer_json(raw: bytes) -> tokenizers.Tokenizer:
     """Parse `tokenizer.json`. Raises `MalformedFileError`."""
     parse_json(raw)["model"].as_mapping()
+    return _library_tokenizer(raw.decode("utf-8"))
+
+
+def _library_tokenizer(text: str) -> tokenizers.Tokenizer:
     with _malformed_on_any_error("is not a tokenizer that the tokenizers library reads"):
-        return tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        return tokenizers.Tokenizer.from_str(text)
 
 
 def encode_with_bpe(bpe: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -269,4 +344,8 @@ def load_prepared_tokenizer(directory: Path, manifest: DataManifest) -> Tokenize
             raise MalformedFileError("", found, hint)
         named = manifest.tokenizer_config
         config = None if named is None else read_regular_file(directory / named.file, MAX_TOKENIZER_BYTES)
-        return Tokenizer.from_json(raw, manifest.settings.eos_token_id, config)
+        tokenizer = Tokenizer.from_json(raw, manifest.settings.eos_token_id, config)
+        if tokenizer.vocab_size != manifest.settings.vocab_size:
+            hint = f"its number of token ids must be the manifest's {manifest.settings.vocab_size}"
+            raise MalformedFileError("", tokenizer.vocab_size, hint)
+    return tokenizer

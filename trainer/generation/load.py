@@ -25,8 +25,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.find import find_checkpoint
 from ..checkpoint.manifest import damage_error_context
 from ..checkpoint.pieces import MODEL_STATE, expert_tensor_name
+from ..checkpoint.tokenizer import checkpoint_eos_token_id, has_tokenizer
 from ..checkpoint.training_state import model_pieces
-from ..data.tokenizer import END_TOKEN, TOKENIZER_FILE, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
+from ..data.tokenizer import TOKENIZER_FILE, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
 from ..huggingface.tensor_names import make_tensor_mappings
 from ..model.attention_backend import (
     CPU_ATTENTION,
@@ -118,20 +119,19 @@ class LoadedModel(nn.Module):
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Tokenizer of the checkpoint. Raises `ConfigError` if it has none."""
-        if TOKENIZER_FILE not in {entry.file for entry in self.checkpoint.manifest.attachments}:
+        if not has_tokenizer(self.checkpoint):
             hint = f"has no {TOKENIZER_FILE}, so it cannot read a prompt"
             raise ConfigError([Problem("checkpoint", str(self.checkpoint.path), hint)])
         path = self.checkpoint.path / TOKENIZER_FILE
         with config_error_context(path, "take another checkpoint"), damage_error_context(_DAMAGED):
             return parse_tokenizer_json(self.checkpoint.read_attachment(TOKENIZER_FILE))
 
-    @property
+    @cached_property
     def stop_token_id(self) -> int | None:
-        """End token: that of the run's data, or that of an imported config.json; None if neither names one."""
-        found = (self.checkpoint.manifest.metadata, self.checkpoint.imported_config or {})
-        named = [source["eos_token_id"] for source in found if type(source.get("eos_token_id")) is int]
-        stop: int | None = named[0] if named else self.tokenizer.token_to_id(END_TOKEN)
-        return stop
+        """Token after each document of the data; None if nothing names it. Raises `ConfigError`."""
+        path = self.checkpoint.path / TOKENIZER_FILE
+        with config_error_context(path, "take another checkpoint"), damage_error_context(_DAMAGED):
+            return checkpoint_eos_token_id(self.checkpoint)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`. Raises `ConfigError` if there are none, or one outside of the vocabulary."""

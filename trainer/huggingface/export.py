@@ -77,11 +77,12 @@ def export_checkpoint(
             _write_weights(checkpoint, planned, partial, options, say)
             attachments = checkpoint.read_attachments()
         with config_error_context(checkpoint.path / TOKENIZER_FILE, "export another checkpoint"):
-            token_ids = special_token_ids(attachments, checkpoint.manifest.metadata.get("eos_token_id"))
+            end = checkpoint.run_eos_token_id
+            token_ids = special_token_ids(attachments, end)
+            tokenizer_files = make_tokenizer_files(attachments, tree["max_position_embeddings"], end)
         tree |= {key: value for key, value in token_ids.items() if tree[key] is None}
         write_file_durably(partial / "config.json", (json.dumps(tree, indent=2) + "\n").encode())
-        end = token_ids.get("eos_token_id")
-        for name, raw in make_tokenizer_files(attachments, tree["max_position_embeddings"], end).items():
+        for name, raw in tokenizer_files.items():
             write_file_durably(partial / name, raw)
 
 

