@@ -100,7 +100,7 @@ def test_data_that_is_not_there(config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_shard_of_the_right_size_with_other_bytes(config: RunConfig, tmp_path: Path) -> None:
     prepared = Path(shutil.copytree(config.data.prepared, tmp_path / "data"))
-    shard = prepared / "train_00000.bin"
+    shard = min(prepared.glob("*.train.00000.bin"))
     shard.write_bytes(b"\xff" * shard.stat().st_size)  # IDs above any vocabulary
     damaged = replace(config, data=replace(config.data, prepared=str(prepared)))
     found = refused(partial(run_preflight_checks, fresh=False), damaged, 4)
