@@ -127,6 +127,7 @@ def test_a_tokenizer_with_fewer_entries_than_rows(small: Path, tmp_path: Path) -
     settings = open_prepared_data(prepare(started).data).manifest.settings
     assert (settings.tokenizer_sha256, settings.eos_token_id) == (data.manifest.settings.tokenizer_sha256, 300)
     started["training"]["run_dir"] = str(tmp_path / "second")
+    started["precision"] = {"compute": "float32"}  # the weights of an import
     run_processes(1, run_rank, started)
     assert shoestring.load(tmp_path / "second").stop_token_id == 300
 
