@@ -43,7 +43,7 @@ _VERBS = {
     "import": ("verbs.import_weights", "create a checkpoint from Hugging Face weights (DeepseekV3ForCausalLM)"),
     "export": ("verbs.export_weights", "write a checkpoint as a Hugging Face directory (transformers, vLLM)"),
     "generate": ("verbs.generate", "generate text from a checkpoint, with MTP as draft model"),
-    "data": ("verbs.data", "prepare a corpus; inspect, preview or tokenize"),
+    "data": ("data.verb", "prepare a corpus; inspect, preview or tokenize"),
 }
 
 

@@ -1,7 +1,8 @@
 """Training loop: step, evaluate and checkpoint until the tokens are consumed."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from .checkpoint.store import CheckpointStore
 from .config import RunConfig, scheduled_value
 from .costs.cluster import measure_peak_tflops
 from .costs.flops import count_flops
-from .data.samples import TokenBatch
+from .data.samples import StepPrefetcher, TokenBatch
 from .data.shard_files import DataChanged
 from .generation.generate import generate
 from .run.checkpointing import (
@@ -72,10 +73,11 @@ def train(
         if done < config.total_steps:
             reserve_save_memory(rank)
         tracing = StepProfiler(rank, done)
+        reader = StepPrefetcher(partial(_read_micro_batches, rank), config.total_steps)
         for step in range(done + 1, config.total_steps + 1):
             tracing.before_step(step)
             votes = StepVotes(rank, reporter, step, stop_requested)
-            seconds = _one_step(rank, step, reporter, votes)
+            seconds = _one_step(rank, step, reader, reporter, votes)
             tracing.after_step(step, seconds, reporter)
             done = step
             poll_save(rank, reporter, votes.ranks_saved, votes.ranks_failed)
@@ -88,6 +90,7 @@ def train(
                 begin_save(rank, step, reporter, evaluation_pending=owes)
             if owes and not _evaluate(rank, step, reporter, stop_requested):
                 raise _halted_in_evaluation(rank, step, reporter, saves=saves)
+        reader.close()
         _insist(finish_save(rank, reporter))
         if config.training.sample_tokens and not _sample(rank, done, reporter, stop_requested):
             where = f"in the sample after step {done}, which is in a checkpoint"
@@ -213,11 +216,17 @@ def _halted(halt: HaltReason, where: str, spent: str | None, *, progressed: bool
     return RunHalted(halt, f"stopped {where}: {reason}", made_progress=progressed)
 
 
-def _one_step(rank: RankResources, step: int, reporter: Reporter | None, votes: StepVotes) -> float:
+def _one_step(
+    rank: RankResources,
+    step: int,
+    reader: StepPrefetcher[list[TokenBatch]],
+    reporter: Reporter | None,
+    votes: StepVotes,
+) -> float:
     """Run step number `step`, from 1; return its seconds without loading the samples."""
     config = rank.config
     with charge_time(reporter, "data_stall"):
-        micro_batches = list(_micro_batches(rank, step))
+        micro_batches = [batch.to(rank.device) for batch in reader.take(step)]
     before = config.tokens_after(step - 1)
     settings = StepSettings(
         learning_rate=config.optimizer.learning_rate_at(config.tokens_after(step)),
@@ -245,15 +254,17 @@ def _one_step(rank: RankResources, step: int, reporter: Reporter | None, votes: 
     return seconds
 
 
-def _micro_batches(rank: RankResources, step: int) -> Iterator[TokenBatch]:
-    """Yield this rank's micro-batches of step number `step`."""
+def _read_micro_batches(rank: RankResources, step: int) -> list[TokenBatch]:
+    """Return this rank's micro-batches of step number `step`, in host memory."""
     # Each round of micro-batches over the ranks takes neighboring samples, so the global batch of a step is the same
     # for every number of ranks.
     config, batches = rank.config, rank.config.batch_ramp
     size = config.schedule.micro_batch_size
     first = batches.consumed_samples(step - 1) + config.topology.dp_rank(rank.groups.rank) * size
-    for start in range(first, first + batches.batch_size(step), config.global_micro_batch_size):
-        yield rank.train_samples.read_batch(rank.sample_order.sample_indices(start, size).tolist()).to(rank.device)
+    return [
+        rank.train_samples.read_batch(rank.sample_order.sample_indices(start, size).tolist())
+        for start in range(first, first + batches.batch_size(step), config.global_micro_batch_size)
+    ]
 
 
 def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
+from shoestring.launch.data import prepare as data_prepare
 from shoestring.launch.signal_cleanup import clean_up_on_signal
-from shoestring.launch.verbs import data_prepare, export_weights, import_weights
+from shoestring.launch.verbs import export_weights, import_weights
 from shoestring.tests.launch.command_line import run_verb
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params

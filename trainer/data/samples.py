@@ -9,9 +9,11 @@ same on every machine and with every library version.
 Shapes: B batch, S sequence, D multi-token-prediction depth, W window of tokens = S + 1 + D.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from ...comm.errors import ConfigError, Problem
 from ...comm.host_transfer import to_device
 from .document_random import GOLDEN_RATIO, UInt64Array, splitmix64
 from .shards import Int64Array, TokenSplit
+
+T = TypeVar("T")
 
 _ROUNDS = 8
 _BLOCK = 4096
@@ -133,3 +137,27 @@ def _shuffled_block(seed: int, num_samples: int, block: int) -> Int64Array:
     epochs, positions = np.divmod(run, np.uint64(num_samples))
     key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     return permute_indices(positions, num_samples, splitmix64(key ^ splitmix64(epochs))).astype(np.int64)
+
+
+class StepPrefetcher(Generic[T]):
+    """Reader of what each step needs, one step ahead, in one thread."""
+
+    def __init__(self, read: Callable[[int], T], last_step: int) -> None:
+        """Read by `read(step)`, which only this object's thread calls; nothing is read beyond `last_step`."""
+        self._read = read
+        self._last_step = last_step
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._ahead: tuple[int, Future[T]] | None = None
+
+    def take(self, step: int) -> T:
+        """Return what `step` needs, and begin to read for the next one. Raises what `read` raises."""
+        ahead, self._ahead = self._ahead, None
+        asked = ahead[1] if ahead is not None and ahead[0] == step else self._thread.submit(self._read, step)
+        found = asked.result()
+        if step < self._last_step:
+            self._ahead = step + 1, self._thread.submit(self._read, step + 1)
+        return found
+
+    def close(self) -> None:
+        """Stop; what is being read is not waited for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,7 @@
 """Token files that are read in place: Megatron's `.bin` with `.idx`, datatrove's `.ds` with `.ds.index`.
 
-Both are the tokens of all documents without a header, and an index of the documents. Formats: Megatron-LM
-`megatron/core/datasets/indexed_dataset.py`, datatrove `pipeline/tokens/tokenizer.py`.
+Both are the tokens of all documents without a header, and an index of the documents. Formats: Megatron-LM's
+indexed_dataset.py, and tokenizer.py of datatrove's pipeline.
 
 Shapes: T tokens of a block, M documents, Q sequences (Megatron may cut a document into several).
 """

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -92,7 +93,8 @@ class _Pool:
                 while waiting and idle:
                     end = idle.pop()
                     running[end] = waiting.pop()
-                    end.send(running[end])
+                    with self._death_named(end):
+                        end.send(running[end])
                 for ready in connection.wait(list(running), timeout=0.25):
                     end = ready  # type: ignore[assignment]  # only connections are waited for
                     yield running.pop(end), self._receive(end)
@@ -105,9 +107,15 @@ class _Pool:
                 process.join()
 
     def _receive(self, end: "connection.Connection[Any, Any]") -> TaskRecord:
-        try:
+        with self._death_named(end):
             return _record_or_raise(end.recv())
-        except EOFError:
+
+    @contextmanager
+    def _death_named(self, end: "connection.Connection[Any, Any]") -> Iterator[None]:
+        """Turn the error of a pipe whose process has died into a `ConfigError` that says how it died."""
+        try:
+            yield
+        except (EOFError, ConnectionError):
             process = self._processes[end]
             process.join()
             code = process.exitcode or 0

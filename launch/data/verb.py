@@ -46,16 +46,16 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "inspect":
         return print_answer(options, inspect_answer(Path(config.prepared)))
     if options.action == "preview":
-        from .data_preview import preview_answer
+        from .preview import preview_answer
 
         return print_answer(options, preview_answer(run_config, options.samples))
     if options.action == "tokenizer":
-        from .data_tokenizer import tokenizer_answer
+        from .tokenizer import tokenizer_answer
 
         return print_answer(options, tokenizer_answer(config, options.text))
     from ..answers.terminal import terminal_text
     from ..console import print_to_stdout
-    from .data_prepare import prepare
+    from .prepare import prepare
 
     if not prepare(options, run_config):
         return 0

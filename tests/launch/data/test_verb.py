@@ -7,7 +7,7 @@ import pytest
 
 from shoestring.launch.answers.terminal import terminal_text
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.verbs.data import inspect_answer
+from shoestring.launch.data.verb import inspect_answer
 from shoestring.tests.launch.command_line import answer, tree_of
 from shoestring.tests.launch.renderings import check_renderings
 

@@ -9,7 +9,7 @@ from shoestring.comm.errors import ConfigError
 from shoestring.launch.answers.page import html_page
 from shoestring.launch.answers.terminal import terminal_text
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.verbs.data_preview import preview_answer
+from shoestring.launch.data.preview import preview_answer
 from shoestring.tests.trainer.data.deepseek_tokenizer import deepseek_tokenizer_folder
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.data.preparation.prepare import prepare_corpus

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from shoestring.trainer.data.prefetch import StepPrefetcher
+from shoestring.trainer.data.samples import StepPrefetcher
 
 
 def test_the_next_step_is_read_before_it_is_asked_for() -> None:

@@ -1,6 +1,6 @@
 """`shoestring data tokenizer` describes a tokenizer and encodes a text."""
 
-from shoestring.launch.verbs.data_tokenizer import tokenizer_answer
+from shoestring.launch.data.tokenizer import tokenizer_answer
 from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.trainer.data.deepseek_tokenizer import deepseek_tokenizer, deepseek_tokenizer_folder
 from shoestring.trainer.data.config import DataConfig
