@@ -112,7 +112,9 @@ def test_another_tokenizer_and_settings_for_text_are_refused(config: DataConfig)
     write_megatron(Path(config.corpus) / "a", [[5, 6, 300, 0]])
     write_megatron(Path(config.corpus) / "held", [[1, 2, 0]])
     assert "a.bin = 300: is a token of it, and the tokenizer has 260 ids" in refusal(config)
-    assert "data.tokenizer = None: must name the tokenizer" in refusal(replace(config, tokenizer=None, vocab_size=260))
+    assert "data.tokenizer = None: must name the tokenizer" in refusal(
+        replace(config, tokenizer=None, eos_token=None, vocab_size=260)
+    )
     message = refusal(replace(config, validation=(), validation_fraction=0.1, fim_rate=0.1))
     assert "data.validation_fraction = 0.1: is for text" in message
     assert "data.fim_rate = 0.1: is for text" in message
