@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch import console as say
 from shoestring.launch.signal_cleanup import clean_up_on_signal
-from shoestring.launch.verbs import export_weights, import_weights
+from shoestring.launch.verbs import data_prepare, export_weights, import_weights
 from shoestring.tests.launch.command_line import run_verb
 from shoestring.tests.reference.configs import random_params, reference_configs
 from shoestring.tests.trainer.checkpoint.saved import save_params
@@ -74,7 +73,7 @@ def test_a_signal_leaves_nothing_half_made(
     before = signal.getsignal(number)
     for verb in (export_weights, import_weights):
         monkeypatch.setattr(verb, "print_to_stdout", killing(number, "tensors|up to"))
-    monkeypatch.setattr(say, "print_to_stdout", killing(number, "held out"))
+    monkeypatch.setattr(data_prepare, "print_to_stdout", killing(number, "held out"))
     ended_by(number, lambda: export_to(store, tmp_path / "out"))
     ended_by(number, lambda: run_verb("import", tmp_path / "released", tmp_path / "imported"))
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
