@@ -113,6 +113,9 @@ def test_a_tokenizer_with_fewer_entries_than_rows(small: Path, tmp_path: Path) -
     data = open_prepared_data(prepare(tree).data)
     assert (data.manifest.settings.vocab_size, data.manifest.settings.fim_token_ids) == (304, (301, 302, 303))
     assert data.train.read_tokens(0, data.train.num_tokens).max() == 303
+    trained = build_dataclass(RunConfig, tree_of(tmp_path, 320, {"vocab_size": 300})).data
+    with pytest.raises(ConfigError, match=r"was prepared with other settings: tokenizer_sha256"):
+        prepare_corpus(trained, silent)
     run_processes(1, run_rank, tree)
 
     checkpoint = find_checkpoint(tmp_path / "run")

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -150,9 +150,10 @@ def _load_or_train_tokenizer(
     kept = directory / TOKENIZER_FILE
     if kept.exists() and (directory / SETTINGS_FILE).exists():
         # New text does not change the tokenizer: that would change all tokens.
-        tokenizer = load_tokenizer_file(kept, END_TOKEN)
-        if tokenizer.vocab_size == config.vocab_size:
-            return tokenizer
+        with suppress(ConfigError):  # damaged, or not trained here: the comparison of settings names the difference
+            tokenizer = load_tokenizer_file(kept, END_TOKEN)
+            if tokenizer.vocab_size == config.vocab_size:
+                return tokenizer
     train_bytes = sum(file.stored.bytes for file in files if not file.is_validation)
     report(
         f"Training a tokenizer of {config.vocab_size} entries on {min(train_bytes, SAMPLE_BYTES) / 1e6:.2f} MB of text."
