@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def task(tmp_path: Path) -> Task:
     return Task(tuple(list_files(str(tmp_path / "a.jsonl"))), is_validation=False)
 
 
-def make_job(folder: Path, **changes: object) -> PreparationJob:
+def make_job(folder: Path, **changes: Any) -> PreparationJob:
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     return PreparationJob(folder, replace(SETTINGS, **changes), deepseek_tokenizer(), max_bad_records=0)
 
