@@ -136,11 +136,8 @@ class StepForecast:
 
     def instruction_seconds(self, op: Op) -> list[float]:
         """Return the seconds of all instructions of one op, by rank."""
-        times = self.program_times
-        return [
-            sum(end - start for entry, start, end in zip(*rows, strict=True) if entry.op is op)
-            for rows in zip(times.program.instructions, times.start_times, times.end_times, strict=True)
-        ]
+        rows = self.program_times.timed_instructions
+        return [sum(end - start for entry, start, end in row if entry.op is op) for row in rows]
 
     @property
     def bottleneck(self) -> str:

@@ -23,10 +23,8 @@ def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeMo
 
 
 def _spans(forecast: StepForecast, costs: ChunkTimeModel, rank: int) -> Iterator[Span]:
-    times = forecast.program_times
-    now = 0.0
-    rows = times.program.instructions[rank], times.start_times[rank], times.end_times[rank]
-    for entry, start, end in zip(*rows, strict=True):
+    times, now = forecast.program_times, 0.0
+    for entry, start, end in times.timed_instructions[rank]:
         if start > now:
             yield _span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", now, start)
         yield _span(TimelineTrack.INSTRUCTION, entry.op.value, str(entry), start, end)
