@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from ...parallelism.pipeline.placement import StageLocation
@@ -12,14 +11,14 @@ from .forecast import StepForecast
 from .stream_simulation import ChunkTimeModel
 
 
-def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeModel) -> None:
-    """Write the trace of one rank per pipeline rank: instructions, waits, and the compute and exchange streams."""
+def simulated_trace(forecast: StepForecast, costs: ChunkTimeModel) -> str:
+    """Return the trace of one rank per pipeline rank: instructions, waits, and the compute and exchange streams."""
     events = [
         event
         for rank in range(len(forecast.time_terms_by_rank))
         for event in to_chrome_trace_events(rank, list(_spans(forecast, costs, rank)))
     ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 def _spans(forecast: StepForecast, costs: ChunkTimeModel, rank: int) -> Iterator[Span]:

@@ -10,7 +10,7 @@ from ...trainer.config import RunConfig
 from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
-from ...trainer.telemetry.events import Event, numbers_in_list
+from ...trainer.telemetry.events import METRICS_FILE, Event, numbers_in_list
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..answers.blocks import Block, Cell, Paragraph, Quantity, TableRow, table
@@ -18,7 +18,6 @@ from ..compose import read_config
 from ..planner.plan_file import read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
-_METRICS_FILE = "metrics.jsonl"
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -128,7 +127,7 @@ def _precision(run_dir: Path, config: RunConfig) -> str | None:
 
 
 def _events(run_dir: Path, kind: str) -> list[Event]:
-    path = run_dir / _METRICS_FILE
+    path = run_dir / METRICS_FILE
     return [event for event in read_all_metrics(path) if event.kind == kind] if path.exists() else []
 
 
