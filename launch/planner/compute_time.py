@@ -140,11 +140,9 @@ class ComputeTimeModel:
 
     def _gemm(self, gemm: Gemm) -> float:
         kind, shape = ("grouped" if gemm.is_grouped else "gemm"), (gemm.tokens, gemm.in_features, gemm.out_features)
-        found = self.table.nearest_row(kind, gemm.role.value, gemm.dtype.value, shape)
-        if found is not None and found[1]:
-            return self._counted(found[0], gemm.flops / self._rate(found[0], gemm.dtype) * self._waves(gemm))
-        # Not measured: take the share of peak that the most similar shape reaches, in this format or else in another.
-        # Shapes differ: on H800 FP8 forward GEMMs of the trace reach 563 (512 inputs) to 1,068 TFLOPS (16,384 inputs).
+        # A GEMM that is not measured takes the share of peak that the most similar shape reaches, in its format or else
+        # in another. Shapes differ: on H800 FP8 forward GEMMs of the trace reach 563 (512 inputs) to 1,068 TFLOPS
+        # (16,384 inputs).
         formats = (p for p in (gemm.dtype, *GemmPrecision) if self.table.select(kind, gemm.role.value, p.value))
         dtype = next(formats, None)
         if dtype is None:
@@ -152,7 +150,9 @@ class ComputeTimeModel:
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         found = self.table.nearest_row(kind, gemm.role.value, dtype.value, shape)
         assert found is not None
-        row = found[0]
+        row, is_hit = found
+        if is_hit and dtype is gemm.dtype:
+            return self._counted(row, gemm.flops / self._rate(row, dtype) * self._waves(gemm))
         share = self._rate(row, dtype) / self._peak(dtype)
         seconds = gemm.flops / (share * self._peak(gemm.dtype)) * self._waves(gemm)
         taken = f"{row.name} {row.tokens} x {row.inputs} x {row.outputs} {row.dtype}, {share:.0%} of peak"

@@ -130,56 +130,48 @@ class ExchangeTimeModel:
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
         rows = [row for row in self.table.select("sync", "overlapped") if row.name == exchange.value]
         syncs = tuple(row.seconds for row in sorted(rows, key=lambda row: row.outputs)) or (0.0,)
+        rate, evidence = self._alone(shape, exchange)
         # An all-to-all ends when its most loaded rank has everything, so it grows with the skew.
-        alone = self._alone(shape, exchange) * (1 + self.recipe.skew) / self.recipe.link_speed_factor
-        overlapped = alone * self._contention(exchange)
-        self.coverage.add_seconds(self._evidence(shape, exchange), overlapped + sum(syncs) / len(syncs))
+        alone = rate * (1 + self.recipe.skew) / self.recipe.link_speed_factor
+        overlapped, traced = alone * self._contention(exchange), self._overlapped(exchange)
+        if self._is_flat:
+            evidence = "assumed"  # the measured kernels send a token to a node once
+        elif traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.ep_size):
+            evidence = traced.evidence  # the trace contains this exchange
+        self.coverage.add_seconds(evidence, overlapped + sum(syncs) / len(syncs))
         return ExchangeTime(exchange.value, overlapped, alone, syncs)
 
-    def _evidence(self, shape: LayerWorkload, exchange: ExchangeOperation) -> str:
-        """Return the evidence class of a price: `measured` if the trace contains this exchange."""
-        traced = self._overlapped(exchange)
-        if self._is_flat:
-            return "assumed"  # the measured kernels send a token to a node once
-        if traced is not None and (traced.tokens, traced.inputs) == (shape.tokens, shape.ep_size):
-            return traced.evidence
-        nvlink = self._rate_evidence(_kind(exchange), self.cluster.gpus_per_node, "nvlink_gb_per_second")
-        if shape.ep_size <= self.cluster.gpus_per_node:
-            return nvlink
-        return weakest_evidence(nvlink, self._rate_evidence(_kind(exchange), shape.ep_size, "infiniband_gb_per_second"))
+    def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> tuple[float, str]:
+        """Return the seconds of the slower link, as forwarding over NVLink overlaps arrival over InfiniBand.
 
-    def _rate_evidence(self, kind: str, ranks: int, name: str) -> str:
-        row = self._rate_row(kind, ranks) if self.table.name == self.cluster.name else None
-        return cluster_evidence_class(self.cluster, name) if row is None else row.evidence
-
-    def _alone(self, shape: LayerWorkload, exchange: ExchangeOperation) -> float:
-        """Return the seconds of the slower link: forwarding over NVLink overlaps arrival over InfiniBand."""
+        The second value is the evidence class of the links' rates.
+        """
         infiniband, nvlink = self.bytes_by_link(shape, exchange)
-        seconds = nvlink / self._rate(_kind(exchange), self.cluster.gpus_per_node, "nvlink")
-        if infiniband > 0:
-            seconds = max(seconds, infiniband / self._rate(_kind(exchange), shape.ep_size, "infiniband"))
-        return seconds
+        rate, evidence = self._rate(_kind(exchange), self.cluster.gpus_per_node, "nvlink")
+        if infiniband == 0:
+            return nvlink / rate, evidence
+        slower, others = self._rate(_kind(exchange), shape.ep_size, "infiniband")
+        return max(nvlink / rate, infiniband / slower), weakest_evidence(evidence, others)
 
-    def _rate(self, kind: str, ranks: int, link: str) -> float:
-        """Return bytes/s that kernels reached on this cluster, else those of the link."""
+    def _rate(self, kind: str, ranks: int, link: str) -> tuple[float, str]:
+        """Return bytes/s that kernels reached on this cluster, else those of the link; and their evidence class."""
         # Published kernels reach 50.6 GB/s over 64 ranks and 45.3 over 128 (DeepEP, logical bytes) on 50 GB/s links.
         # They send a token to a node once, so the figures say nothing about a flat exchange.
         same_cluster = self.table.name == self.cluster.name and not self._is_flat
-        measured = self._measured_rate(kind, ranks) if same_cluster else None
-        if measured is not None:
-            return measured
-        return bytes_per_second(self.cluster, link, f"an exchange over {ranks} expert-parallel ranks")
+        row = self._rate_row(kind, ranks) if same_cluster else None
+        if row is not None:
+            return self._measured_rate(row), row.evidence
+        rate = bytes_per_second(self.cluster, link, f"an exchange over {ranks} expert-parallel ranks")
+        return rate, cluster_evidence_class(self.cluster, f"{link}_gb_per_second")
 
-    def _measured_rate(self, kind: str, ranks: int) -> float | None:
-        """Return bytes/s over the link, from the measurement with the most similar number of ranks."""
-        row, size = self._rate_row(kind, ranks), self.cluster.gpus_per_node
-        if row is None:
-            return None
-        nodes = max(1, row.inputs // size)
+    def _measured_rate(self, row: KernelMeasurement) -> float:
+        """Return bytes/s over the link."""
+        nodes = max(1, row.inputs // self.cluster.gpus_per_node)
         # Published bandwidth is logical: it counts tokens that stay on their node.
         return row.value * 1e9 * ((nodes - 1) / nodes if nodes > 1 else 1.0)
 
     def _rate_row(self, kind: str, ranks: int) -> KernelMeasurement | None:
+        """Return the measurement with the most similar number of ranks."""
         size = self.cluster.gpus_per_node
         # Without two nodes: there NVLink limits the published kernels (43 GB/s over 16 ranks, 58 over 32).
         rows = [
@@ -202,11 +194,11 @@ class ExchangeTimeModel:
         )
         shape = LayerWorkload(_TRACED_MODEL, row.tokens, 1, row.inputs)
         infiniband, nvlink = traced.bytes_by_link(shape, exchange)
-        rates = [traced._measured_rate(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
+        rates = [traced._rate_row(_kind(exchange), ranks) for ranks in (row.inputs, _TRACED_NODE)]
         if rates[0] is None or rates[1] is None:
             hint = f"has {exchange.value} with overlapped computing but not alone; measure both"
             raise ConfigError([Problem("cluster.tables", self.table.name, hint)])
-        return row.seconds / max(infiniband / rates[0], nvlink / rates[1])
+        return row.seconds / max(infiniband / traced._measured_rate(rates[0]), nvlink / traced._measured_rate(rates[1]))
 
     def _overlapped(self, exchange: ExchangeOperation) -> KernelMeasurement | None:
         """Return the measurement of the exchange with overlapped computing, or None."""

@@ -23,11 +23,12 @@ from ...trainer.model.config import ModelConfig
 from ...trainer.model.stage_layout import StageLayout
 from .compute_time import ComputeTimeModel
 from .exchange_time import ExchangeTimeModel, bytes_per_second
-from .instruction_times import InstructionCounts, InstructionTimes, count_instructions
+from .instruction_times import InstructionCounts, InstructionTimes
 from .kernel_times import EvidenceCoverage
-from .layout_memory import candidate_memory
+from .layout_memory import workspace_from_shape
 from .operations import LayerWorkload
 from .optimizer_step_time import (
+    GRADIENT_BYTES,
     OptimizerStepTimeModel,
     RankParameters,
     WeightLiveness,
@@ -136,11 +137,8 @@ class StepForecast:
 
     def instruction_seconds(self, op: Op) -> list[float]:
         """Return the seconds of all instructions of one op, by rank."""
-        times = self.program_times
-        return [
-            sum(end - start for entry, start, end in zip(*rows, strict=True) if entry.op is op)
-            for rows in zip(times.program.instructions, times.start_times, times.end_times, strict=True)
-        ]
+        rows = self.program_times.timed_instructions
+        return [sum(end - start for entry, start, end in row if entry.op is op) for row in rows]
 
     @property
     def bottleneck(self) -> str:
@@ -197,7 +195,7 @@ class ForecastProgram:
     @cached_property
     def instruction_counts(self) -> InstructionCounts:
         """Number of instructions of each rank by op and chunks."""
-        return count_instructions(self.program)
+        return [Counter(entry.op_and_chunks for entry in row) for row in self.program.instructions]
 
 
 @cache
@@ -318,8 +316,9 @@ class StepForecaster:
         if step_model.is_measured:
             return max(map(step_model.measured_sum_seconds, self.parameters_by_rank(layout)))
         stages = list(self._parameters_of_collectives(layout))
-        reduce = exposed_reduce_scatter_seconds(uses, times, [*map(step_model.reduce_scatter_seconds, stages)])
-        return reduce + exposed_all_gather_seconds(uses, times, [*map(step_model.all_gather_seconds, stages)])
+        reduce = [step_model.collective_seconds(held, GRADIENT_BYTES) for held in stages]
+        gather = [step_model.collective_seconds(held, recipe.high_precision_bytes) for held in stages]
+        return exposed_reduce_scatter_seconds(uses, times, reduce) + exposed_all_gather_seconds(uses, times, gather)
 
     def _optimizer_seconds(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         """Return the optimizer's seconds on the slowest rank."""
@@ -358,7 +357,8 @@ class StepForecaster:
     def _layout_memory(self, layout: ParallelLayout, recipe: ForecastRecipe) -> LayoutMemory:
         splits_wide = recipe.precision is not GemmPrecision.FP32
         parameters = self._parameters(self.stages(layout), layout.topology, splits_wide)
-        return candidate_memory(parameters, self.chunk_time_model(layout, recipe).shape, recipe)
+        workspace = workspace_from_shape(self.chunk_time_model(layout, recipe).shape, recipe)
+        return LayoutMemory(parameters, workspace, recipe.moment_bytes // 2, recipe.averages_weights)
 
     def _slowest_node_factor(self, layout: ParallelLayout, recipe: ForecastRecipe) -> float:
         # Expected maximum of N normal variables: mean + deviation * sqrt(2 ln N), an upper estimate for small N.

@@ -1,11 +1,10 @@
 """Durations of a program's instructions on every rank, and their exposed communication."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ...comm.trace import EXPOSED_ALL_TO_ALL
 from ...parallelism.pipeline.chunk_walk import StageShape
-from ...parallelism.pipeline.program import Instruction, Op, PipelineProgram
+from ...parallelism.pipeline.program import Instruction, Op
 from .recipe import ForecastRecipe
 from .stream_simulation import ChunkTimeModel, SimulatedStreams
 
@@ -24,8 +23,7 @@ class InstructionTimes:
         recipe: ForecastRecipe,
         slowest: float,
     ) -> None:
-        self._costs, self._held, self._slowest = costs, held, slowest
-        self._counts = counts
+        self._costs, self._held, self._counts, self._slowest = costs, held, counts, slowest
         # A step of DeepSeek-V3 has 145 to 158 instructions per rank, of about ten kinds: each kind is simulated once.
         self._seconds = [
             {key: self._streams(rank, key).elapsed_seconds * slowest for key in kinds}
@@ -69,8 +67,3 @@ class InstructionTimes:
             mean = sum(count * seconds for count, seconds in all_of) / sum(count for count, _ in all_of)
             for seconds_of in self._seconds:
                 seconds_of.update({key: mean for key in seconds_of if key[0] is op})
-
-
-def count_instructions(program: PipelineProgram) -> InstructionCounts:
-    """Count each rank's instructions by op and chunks."""
-    return [Counter(entry.op_and_chunks for entry in row) for row in program.instructions]

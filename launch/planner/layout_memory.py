@@ -3,7 +3,6 @@
 import torch
 
 from ...trainer.costs.operation_memory import MicroBatchShape
-from ...trainer.memory.layout import LayoutMemory, ShardedParameters
 from ...trainer.memory.peak import RankMemory
 from ...trainer.memory.workspace import WorkspaceBytes
 from ...trainer.model.recompute import RecomputeConfig
@@ -40,10 +39,3 @@ def workspace_from_shape(shape: LayerWorkload, recipe: ForecastRecipe) -> Worksp
         expert_block_rows=RecomputeConfig(expert_block_rows=recipe.expert_block_rows).resolve_expert_block_rows(rows),
     )
     return WorkspaceBytes(shape.model, batch, recipe.recompute, recipe.exchange, shape.ep_size)
-
-
-def candidate_memory(parameters: ShardedParameters, shape: LayerWorkload, recipe: ForecastRecipe) -> LayoutMemory:
-    """Return the memory of a layout with these parameters."""
-    return LayoutMemory(
-        parameters, workspace_from_shape(shape, recipe), recipe.moment_bytes // 2, recipe.averages_weights
-    )

@@ -119,7 +119,10 @@ def phase_operations(shape: LayerWorkload, recipe: ForecastRecipe, phase: Comput
     """Yield the operations of `phase` of one layer on one rank."""
     part, direction = phase.value[:-3], phase.value[-2]
     if part == "loss":
-        yield from _loss(shape, recipe, phase)
+        # The runtime computes the gradients along with the loss, block by block, so that 129,280 logits per token never
+        # exist together: all three GEMMs are in the forward, none in the backward.
+        head = shape.tokens, shape.model.hidden_size, shape.model.vocab_size
+        yield from (Gemm("head", role, _out_of_fp8(recipe), *head) for role in GemmRole if direction == "F")
         return
     role = {"F": GemmRole.FORWARD, "B": GemmRole.INPUT_GRADIENT, "W": GemmRole.WEIGHT_GRADIENT}[direction]
     # The runtime computes the weight gradients of shared and routed experts in one phase, mlp(W): it hides the
@@ -158,21 +161,10 @@ def _feed_forward_linears(prefix: str, hidden: int, inner: int) -> list[tuple[st
     return [(f"{prefix}gate_up", hidden, 2 * inner), (f"{prefix}down", inner, hidden)]
 
 
-def _loss(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[ComputeOperation]:
-    """Yield the head's GEMMs."""
-    if phase is not ComputePhase.HEAD_F:
-        return
-    # The runtime computes the gradients along with the loss, block by block, so that 129,280 logits per token never
-    # exist together: all three GEMMs are in the forward, none in the backward.
-    for role in GemmRole:
-        dtype = _out_of_fp8(recipe)
-        yield Gemm("head", role, dtype, shape.tokens, shape.model.hidden_size, shape.model.vocab_size)
-
-
 def head_gradient_bytes(shape: LayerWorkload, recipe: ForecastRecipe) -> float:
     """Return the bytes moved to sum the head's FP32 gradient: per block of tokens one product and one addition.
 
-    Not priced in `_loss`: no measurement of a head exists, and a fused kernel can sum in registers.
+    Not priced in `phase_operations`: no measurement of a head exists, and a fused kernel can sum in registers.
     """
     chunks = math.ceil(shape.tokens / tokens_per_logit_block(shape.model.vocab_size, on_gpu=True))
     return float(chunks) * shape.model.vocab_size * shape.model.hidden_size * (2 * recipe.high_precision_bytes + 2 * 4)
@@ -220,26 +212,26 @@ def _core(shape: LayerWorkload, role: str) -> Iterator[AttentionCore]:
     yield AttentionCore(role, float(shape.micro_batch_size) * model.num_attention_heads * widths * length**2)
 
 
-# Memory passes of each phase; a dense layer is priced as attention plus a wide shared expert. They are 29.6 % of the
-# compute streams' time in the public trace, so a forecast from GEMMs and attention alone is far too fast.
-_KINDS: dict[str, tuple[str, ...]] = {
-    "attn": ("norm", "quantize", "rope", "router", "elementwise"),
-    "mlp": ("norm", "quantize", "swiglu", "permute", "elementwise"),
-    "dense": ("norm", "quantize", "rope", "elementwise"),
+# Memory passes of each part, by the part of an MoE layer whose table rows they take; a dense layer is priced as
+# attention plus a wide shared expert. They are 29.6 % of the compute streams' time in the public trace, so a forecast
+# from GEMMs and attention alone is far too fast.
+_KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attn": {"attn": ("norm", "quantize", "rope", "router", "elementwise")},
+    "mlp": {"mlp": ("norm", "quantize", "swiglu", "permute", "elementwise")},
+    "dense": {"attn": ("norm", "quantize", "rope", "elementwise"), "mlp": ("quantize", "swiglu")},
 }
 
 
 def _passes(shape: LayerWorkload, recipe: ForecastRecipe, phase: ComputePhase) -> Iterator[MemoryBoundKernel]:
     part, direction = phase.value[:-3], phase.value[-2]
-    for kind in _KINDS.get(part, ()):
-        if kind == "quantize" and recipe.precision is not GemmPrecision.FP8:
-            continue
-        under = ComputePhase(f"attn({direction})") if part == "dense" else phase
-        yield MemoryBoundKernel(kind, under, memory_bound_kernel_bytes(shape, kind, under))
     if part == "dense":
-        for kind in ("quantize", "swiglu"):
+        wide = replace(shape.model, n_shared_experts=1, moe_intermediate_size=shape.model.intermediate_size)
+        shape = replace(shape, model=wide, traced_rows=0)
+    for priced_as, kinds in _KINDS.get(part, {}).items():
+        under = ComputePhase(f"{priced_as}({direction})")
+        for kind in kinds:
             if kind != "quantize" or recipe.precision is GemmPrecision.FP8:
-                yield MemoryBoundKernel(kind, ComputePhase(f"mlp({direction})"), _dense_bytes(shape, kind))
+                yield MemoryBoundKernel(kind, under, memory_bound_kernel_bytes(shape, kind, under))
 
 
 def memory_bound_kernel_bytes(shape: LayerWorkload, kind: str, phase: ComputePhase) -> float:
@@ -266,10 +258,3 @@ def memory_bound_kernel_bytes(shape: LayerWorkload, kind: str, phase: ComputePha
         "router": 8.0 * tokens * model.n_routed_experts,
         "elementwise": 4.0 * tokens * hidden,
     }[kind]
-
-
-def _dense_bytes(shape: LayerWorkload, kind: str) -> float:
-    model, tokens = shape.model, shape.tokens
-    if kind == "quantize":
-        return 3.0 * tokens * (model.hidden_size + 2 * model.intermediate_size)
-    return 6.0 * tokens * model.intermediate_size

@@ -21,7 +21,8 @@ from .exchange_time import bytes_per_second
 from .kernel_times import KernelTable
 from .recipe import ForecastRecipe, GemmPrecision
 
-_GRADIENT = 4  # bytes: FP32
+GRADIENT_BYTES = 4
+"""Bytes of a gradient: FP32."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class OptimizerStepTimeModel:
         shard = held.dense / held.dense_replicas + held.routed / held.routed_replicas
         # A pure memory pass: read the gradient for the norm and again for the update, read and write the FP32 master
         # (8 bytes) and both moments, write the weight.
-        touched = shard * (2 * _GRADIENT + 8 + 2 * self.recipe.moment_bytes + wide)
+        touched = shard * (2 * GRADIENT_BYTES + 8 + 2 * self.recipe.moment_bytes + wide)
         if self.recipe.precision is GemmPrecision.FP8:
             # Quantizing reads BF16 (2 bytes) and writes both FP8 layouts (1 each), of all weights and not the shard.
             touched += (held.dense + held.routed) * 4
@@ -114,15 +115,8 @@ class OptimizerStepTimeModel:
         rate = bytes_per_second(self.cluster, "memory", "the optimizer's update")
         return touched / (rate * (share.value if share is not None else 1.0))
 
-    def reduce_scatter_seconds(self, held: RankParameters) -> float:
-        """Return the seconds in which one stage's gradients are reduced."""
-        return self._seconds(held, _GRADIENT)
-
-    def all_gather_seconds(self, held: RankParameters) -> float:
-        """Return the seconds in which one stage's weights are gathered."""
-        return self._seconds(held, self.recipe.high_precision_bytes)
-
-    def _seconds(self, held: RankParameters, size: int) -> float:
+    def collective_seconds(self, held: RankParameters, size: int) -> float:
+        """Return the seconds in which the `size` bytes per parameter of one stage are reduced or gathered."""
         topology, per_node = self.topology, self.topology.gpus_per_node
         dense = self._collective(held.dense * size, held.dense_replicas, min(topology.dp, per_node))
         # Replicas of an expert are `ep` ranks apart: at V3's EP64 each is on another node, and only InfiniBand counts.

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
+
 from ...comm.errors import ConfigError, Problem
 from ...comm.units import format_count
 from ...parallelism.pipeline.schedules.registry import nearest_valid_micro_batches, schedule_problems
@@ -66,8 +68,12 @@ def run_phase_costs(config: RunConfig, forecaster: StepForecaster, forecast: Ste
 
 def _published(layout: ParallelLayout) -> Iterator[RunPhaseCost]:
     """Yield DeepSeek's phases after pre-training, at their published cost."""
-    reasons = [context_extension_problem(layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
-    note = "; ".join([*filter(None, reasons), "long sequences need context parallelism, which is not supported"])
+    reasons = [
+        f"{length // 1024} K: {problem}"
+        for length, sequences in CONTEXT_EXTENSION_PHASES
+        if (problem := batch_size_problem(layout, sequences)) is not None
+    ]
+    note = "; ".join([*reasons, "long sequences need context parallelism, which is not supported"])
     yield RunPhaseCost("context extension", PUBLISHED_GPU_HOURS["context_extension"], "published", note)
     yield RunPhaseCost("post-training", PUBLISHED_GPU_HOURS["post_training"], "published")
 
@@ -86,25 +92,12 @@ def _ramp_hours(
     # A pipeline's step is a constant (fill and drain) plus a time per micro-batch, so few points suffice; a full
     # simulation per level would cost one for each batch size between 3,072 and 15,360 sequences.
     points = sorted({counts[k * (len(counts) - 1) // (_RAMP_POINTS - 1)] for k in range(_RAMP_POINTS)})
-    times = {count: forecaster.forecast(layout, recipe, count * share).step_seconds for count in points}
-
-    def seconds(count: int) -> float:
-        above = next(point for point in points[1:] if point >= count)
-        below = points[points.index(above) - 1]
-        slope = (times[above] - times[below]) / (above - below)
-        return times[below] + slope * (count - below)
-
+    times = [forecaster.forecast(layout, recipe, count * share).step_seconds for count in points]
     spent, samples = 0.0, tokens / forecaster.sequence_length
     for (level, after), count in zip(pairwise(batches.levels), counts, strict=False):
         steps = max(0.0, min(after.samples_before, samples) - level.samples_before) / level.batch_size
-        spent += steps * seconds(count)
+        spent += steps * float(np.interp(count, points, times))
     return spent * layout.topology.world_size / 3600
-
-
-def context_extension_problem(layout: ParallelLayout, sequence_length: int, sequences: int) -> str | None:
-    """Return why a phase of long sequences is illegal in this layout, with the nearest legal batch; None if legal."""
-    note = batch_size_problem(layout, sequences)
-    return None if note is None else f"{sequence_length // 1024} K: {note}"
 
 
 def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:
@@ -122,21 +115,12 @@ def batch_size_problem(layout: ParallelLayout, sequences: int) -> str | None:
     return f"{where}, {why}; nearest legal {legal * share:,} sequences ({legal} micro-batches)"
 
 
-@dataclass(frozen=True)
-class WhatIfStep:
-    """A changed input, and the step time with it."""
-
-    name: str
-    step_seconds: float
-    note: str = ""
-
-
 def sensitivity_analysis(
     forecaster: StepForecaster, layout: ParallelLayout, recipe: ForecastRecipe, global_batch: int
-) -> list[WhatIfStep]:
-    """Forecast the step with one input changed at a time.
+) -> dict[str, float]:
+    """Forecast the seconds of the step with one input changed at a time, by the change.
 
-    A table of whole phases depends on fewer inputs, so its list is shorter.
+    A table of whole phases depends on fewer inputs, so there are fewer changes.
     """
     changes: dict[str, ForecastRecipe] = {}
     if layout.topology.pp > 1:
@@ -156,10 +140,7 @@ def sensitivity_analysis(
         changes[f"{lent}, links slower in proportion"] = replace(
             few, link_speed_factor=recipe.link_speed_factor * MIN_COMM_SMS / recipe.comm_sms
         )
-    return [
-        WhatIfStep(name, forecaster.forecast(layout, changed, global_batch).step_seconds)
-        for name, changed in changes.items()
-    ]
+    return {name: forecaster.forecast(layout, changed, global_batch).step_seconds for name, changed in changes.items()}
 
 
 GPU_HOURS_BETWEEN_FAILURES = 16_384 * 54 * 24 / 419

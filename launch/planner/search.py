@@ -103,11 +103,8 @@ def search_layouts(
     # Sorted by bound, the first bound above the slowest kept layout proves that no later layout can be better.
     priced.sort(key=lambda entry: entry[0])
     for number, (bound, layout, recipe) in enumerate(priced):
-        if (
-            not exhaustive
-            and len(result.best_forecasts) >= max_results
-            and bound > result.best_forecasts[-1].step_seconds
-        ):
+        is_full = len(result.best_forecasts) >= max_results
+        if is_full and not exhaustive and bound > result.best_forecasts[-1].step_seconds:
             result.pruned = len(priced) - number
             result.smallest_pruned_bound = bound
             break

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...comm.trace import GRADIENT_SYNC_WAIT, OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from ...parallelism.pipeline.placement import StageLocation
@@ -12,21 +11,19 @@ from .forecast import StepForecast
 from .stream_simulation import ChunkTimeModel
 
 
-def write_simulated_trace(path: Path, forecast: StepForecast, costs: ChunkTimeModel) -> None:
-    """Write the trace of one rank per pipeline rank: instructions, waits, and the compute and exchange streams."""
+def simulated_trace(forecast: StepForecast, costs: ChunkTimeModel) -> str:
+    """Return the trace of one rank per pipeline rank: instructions, waits, and the compute and exchange streams."""
     events = [
         event
         for rank in range(len(forecast.time_terms_by_rank))
         for event in to_chrome_trace_events(rank, list(_spans(forecast, costs, rank)))
     ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 def _spans(forecast: StepForecast, costs: ChunkTimeModel, rank: int) -> Iterator[Span]:
-    times = forecast.program_times
-    now = 0.0
-    rows = times.program.instructions[rank], times.start_times[rank], times.end_times[rank]
-    for entry, start, end in zip(*rows, strict=True):
+    times, now = forecast.program_times, 0.0
+    for entry, start, end in times.timed_instructions[rank]:
         if start > now:
             yield _span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, "", now, start)
         yield _span(TimelineTrack.INSTRUCTION, entry.op.value, str(entry), start, end)

@@ -246,11 +246,8 @@ class ChunkTimeModel:
     def with_separate_coverage(self) -> "ChunkTimeModel":
         """Return a model with the same prices and a separate, empty coverage."""
         coverage = EvidenceCoverage(strongest_evidence=self.compute_model.coverage.strongest_evidence)
-        compute, exchange = (
-            replace(self.compute_model, coverage=coverage),
-            replace(self.exchange_model, coverage=coverage),
-        )
-        return ChunkTimeModel(self.shape, compute, exchange)
+        compute = replace(self.compute_model, coverage=coverage)
+        return ChunkTimeModel(self.shape, compute, replace(self.exchange_model, coverage=coverage))
 
     @cached_property
     def simulate_instruction(self) -> Callable[[str, StageShape | None, StageShape | None], SimulatedStreams]:

@@ -1,14 +1,16 @@
 """The result of a rehearsal as an answer: its findings, then the figures behind them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from ...comm.units import format_giga
 from ..answers.blocks import (
     Answer,
     Block,
     Cell,
+    Formats,
     PageSection,
     Paragraph,
     PreformattedText,
@@ -16,6 +18,7 @@ from ..answers.blocks import (
     TableBlock,
     TableRow,
     number,
+    records_table,
     table,
 )
 from .checks import MAX_GROUP_CREATIONS, MAX_WORLD_COLLECTIVES, peak_memory_relative_error
@@ -30,12 +33,13 @@ def rehearsal_answer(result: RehearsalResult, operations: int) -> Answer:
 
     Sizes are in bytes, times in seconds.
     """
-    figures = [_ranks(result), _peak_memory(result), _host_waits(result), _memory_by_phase(result), _phases(result)]
+    data = _data(result)
+    figures = [*_rank_tables(data), _memory_by_phase(result), _phases(result)]
     if operations:
-        figures.append(_operations(result, operations))
+        figures.append(_operations(data["top_operations"], operations))
     return Answer(
         "Rehearsal of one step",
-        _data(result),
+        data,
         [PageSection("", "", [*_summary(result), *figures])],
         state=_verdict(result),
         state_style="bad" if result.findings else "good",
@@ -108,39 +112,21 @@ def _summary(result: RehearsalResult) -> Iterator[Block]:
     yield from (Paragraph(f"assumed: {text}") for text in result.assumptions)
 
 
-def _ranks(result: RehearsalResult) -> TableBlock:
-    trees = [_rank_tree(log) for log in result.logs]
-    counts = ("rank", "pp_rank", "operations", "collectives", "p2p_batches", "host_waits", "group_creations")
-    rows = [(*(number(tree[name]) for name in counts), number(tree["rehearsal_seconds"], ".1f")) for tree in trees]
-    headings = ("rank", "pp", "operations", "collectives", "P2P batches", "host waits", "groups", "s")
-    return table("Rehearsed ranks", headings, rows)
-
-
-def _peak_memory(result: RehearsalResult) -> TableBlock:
-    rows: list[Sequence[Cell]] = []
-    for log in result.logs:
-        memory = log.memory
-        peak, predicted = _gigabytes(memory.peak_bytes), _gigabytes(memory.predicted_peak_bytes)
-        error = number(peak_memory_relative_error(log), "+.1%")
-        capacity = "-" if memory.capacity_bytes is None else _gigabytes(memory.capacity_bytes)
-        rows.append((number(log.rank), peak, memory.peak_phase, predicted, error, capacity))
-    headings = ("rank", "peak", "phase", "predicted", "difference", "GPU capacity")
-    return table("Peak of live tensors, GB, and the prediction of `memory`", headings, rows)
-
-
-def _host_waits(result: RehearsalResult) -> TableBlock:
-    rows = [
-        (
-            each.code_line,
-            each.reason,
-            "yes" if each.is_inside_fb else "no",
-            number(each.max_per_rank),
-            number(each.count),
-        )
-        for each in result.host_wait_summaries
-    ]
-    headings = ("code location", "reason", "in FB", "max per rank", "all ranks")
-    return table("Waits of the host for the device", headings, rows)
+def _rank_tables(data: Mapping[str, Any]) -> Iterator[TableBlock]:
+    """Yield the tables that have the data's records as rows: counts and memory of each rank, and waits by code line."""
+    headings = {"rank": "rank", "pp_rank": "pp", "operations": "operations", "collectives": "collectives"}
+    headings |= {"p2p_batches": "P2P batches", "host_waits": "host waits", "group_creations": "groups"}
+    headings |= {"rehearsal_seconds": "s"}
+    yield records_table("Rehearsed ranks", headings, data["ranks"], {"rehearsal_seconds": "{:.1f}".format})
+    headings = {"rank": "rank", "peak_bytes": "peak", "peak_phase": "phase", "predicted_peak_bytes": "predicted"}
+    headings |= {"peak_relative_error": "difference", "capacity_bytes": "GPU capacity"}
+    formats = {name: _format_gigabytes for name in headings if name.endswith("_bytes")}
+    peaks = [{**tree, **tree["memory"]} for tree in data["ranks"]]
+    title = "Peak of live tensors, GB, and the prediction of `memory`"
+    yield records_table(title, headings, peaks, {**formats, "peak_relative_error": "{:+.1%}".format})
+    headings = {"code_line": "code location", "reason": "reason", "is_inside_fb": "in FB"}
+    headings |= {"max_per_rank": "max per rank", "count": "all ranks"}
+    yield records_table("Waits of the host for the device", headings, data["host_waits"])
 
 
 def _memory_by_phase(result: RehearsalResult) -> TableBlock:
@@ -167,14 +153,12 @@ def _phases(result: RehearsalResult) -> TableBlock:
     return table(title, ("module", "phase", "stream", "launches", "GB"), _with_rules(groups))
 
 
-def _operations(result: RehearsalResult, most: int) -> TableBlock:
-    counts = [each for each in result.launches_by_operation if each.owner == MOE_LAYER][:most]
-    rows = [
-        (each.operation, each.phase, each.stream, each.code_location, *_launches(each.launches, each.bytes))
-        for each in counts
-    ]
+def _operations(counts: Sequence[Mapping[str, Any]], most: int) -> TableBlock:
+    names = ("operation", "phase", "stream", "code_location", "launches")
+    headings = {name: name.replace("_", " ") for name in names} | {"bytes": "GB"}
+    formats: Formats = {"launches": "{:,.1f}".format, "bytes": _format_gigabytes}
     title = f"Operations of a {MOE_LAYER} in one micro-batch that move the most bytes"
-    return table(title, ("operation", "phase", "stream", "code location", "launches", "GB"), rows)
+    return records_table(title, headings, [each for each in counts if each["owner"] == MOE_LAYER][:most], formats)
 
 
 def _with_rules(groups: Sequence[Sequence[Sequence[Cell]]]) -> list[TableRow]:
@@ -186,4 +170,8 @@ def _launches(launches: float, size: float) -> tuple[Quantity, Quantity]:
 
 
 def _gigabytes(size: float) -> Quantity:
-    return number(size, ",.3f" if size < 1e9 else ",.2f", scale=1e-9)
+    return Quantity(size, _format_gigabytes(size))
+
+
+def _format_gigabytes(size: float) -> str:
+    return format_giga(size, 3 if size < 1e9 else 2)

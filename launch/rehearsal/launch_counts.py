@@ -45,42 +45,39 @@ def has_weight_gradients(counts: Sequence[MeanKernelLaunches]) -> bool:
     return any(count.owner == MOE_LAYER and count.phase in _CHUNK_PHASES for count in counts)
 
 
-class _Owners:
-    """Assignment of each rank's launches to a kind of layer or to the step, and the number of each kind."""
-
-    def __init__(self, config: RunConfig, logs: Sequence[RankLog]) -> None:
-        stages = build_stage_layout(config)
-        self._dense_layers = config.model.first_k_dense_replace
-        self._plain: set[int] = set()
-        """Ranks that hold only MoE layers."""
-        self.occurrences: Counter[str] = Counter({WHOLE_STEP: len(logs)})
-        numbers = {log.micro_batches for log in logs}
-        micro_batches = {number: stages.build_checked_program(number).micro_batches_in_chunk(0) for number in numbers}
-        for log in logs:
-            chunks = stages.stages_of_rank(log.pp_rank)
-            layers = {kind: n * micro_batches[log.micro_batches] for kind, n in _layers(config, chunks).items() if n}
-            self.occurrences.update(layers)
-            if set(layers) == {MOE_LAYER} and not any(chunk.is_first or chunk.is_last for chunk in chunks):
-                self._plain.add(log.rank)
-                self.occurrences[_UNLABELED] += layers[MOE_LAYER]
-
-    def owner_of(self, rank: int, row: KernelLaunches) -> str:
-        """Return a key of `occurrences`."""
-        if row.layer:
-            name, _, number = row.layer.rpartition("_")
-            if name != "layer":
-                return MTP_MODULE
-            return DENSE_LAYER if int(number) < self._dense_layers else MOE_LAYER
-        if row.phase in _DENSE_PHASES:
-            return DENSE_LAYER
-        return _UNLABELED if row.phase in _CHUNK_PHASES and rank in self._plain else WHOLE_STEP
-
-
 _UNLABELED = "launches of MoE layers that name no layer"
 _DENSE_PHASES = frozenset({"dense(F)", "dense(B)"})
 _CHUNK_PHASES = frozenset({*Op, "attn(W)", "mlp(W)"})
 """Weight gradients, and the operations of a chunk between the phases of its layers. On a rank that holds only MoE
 layers they all belong to MoE layers."""
+
+
+def _occurrences(config: RunConfig, logs: Sequence[RankLog]) -> tuple[Counter[str], set[int]]:
+    """Return the number of each kind of layer, and the ranks that hold only MoE layers."""
+    stages, plain = build_stage_layout(config), set[int]()
+    occurrences: Counter[str] = Counter({WHOLE_STEP: len(logs)})
+    numbers = {log.micro_batches for log in logs}
+    micro_batches = {number: stages.build_checked_program(number).micro_batches_in_chunk(0) for number in numbers}
+    for log in logs:
+        chunks = stages.stages_of_rank(log.pp_rank)
+        layers = {kind: n * micro_batches[log.micro_batches] for kind, n in _layers(config, chunks).items() if n}
+        occurrences.update(layers)
+        if set(layers) == {MOE_LAYER} and not any(chunk.is_first or chunk.is_last for chunk in chunks):
+            plain.add(log.rank)
+            occurrences[_UNLABELED] += layers[MOE_LAYER]
+    return occurrences, plain
+
+
+def _owner(row: KernelLaunches, dense_layers: int, *, is_plain: bool) -> str:
+    """Return the key of `_occurrences` to which a rank's launches belong; `is_plain`: it holds only MoE layers."""
+    if row.layer:
+        name, _, number = row.layer.rpartition("_")
+        if name != "layer":
+            return MTP_MODULE
+        return DENSE_LAYER if int(number) < dense_layers else MOE_LAYER
+    if row.phase in _DENSE_PHASES:
+        return DENSE_LAYER
+    return _UNLABELED if row.phase in _CHUNK_PHASES and is_plain else WHOLE_STEP
 
 
 def _layers(config: RunConfig, chunks: Sequence[StageSpec]) -> dict[str, int]:
@@ -98,16 +95,17 @@ def mean_launches(
     config: RunConfig, logs: Sequence[RankLog], key_of: Callable[[KernelLaunches], tuple[str, str, str, str]]
 ) -> list[MeanKernelLaunches]:
     """Return mean launches and bytes by owner and key, which is (phase, stream, operation, code location)."""
-    owners = _Owners(config, logs)
+    occurrences, plain = _occurrences(config, logs)
     sums: defaultdict[tuple[str, tuple[str, str, str, str]], list[int]] = defaultdict(lambda: [0, 0])
     for log in logs:
         for row in log.launches:
-            total = sums[owners.owner_of(log.rank, row), key_of(row)]
+            owner = _owner(row, config.model.first_k_dense_replace, is_plain=log.rank in plain)
+            total = sums[owner, key_of(row)]
             total[0] += row.launches
             total[1] += row.bytes
     means: defaultdict[tuple[str, tuple[str, str, str, str]], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (owner, key), (launches, size) in sums.items():
         mean = means[MOE_LAYER if owner == _UNLABELED else owner, key]
-        mean[0] += launches / owners.occurrences[owner]
-        mean[1] += size / owners.occurrences[owner]
+        mean[0] += launches / occurrences[owner]
+        mean[1] += size / occurrences[owner]
     return [MeanKernelLaunches(owner, *key, *mean) for (owner, key), mean in means.items()]

@@ -22,7 +22,6 @@ from ..answers.blocks import (
     Formats,
     HeadlineCard,
     MissingDataNotice,
-    PageSection,
     Quantity,
     StackedBar,
     TableBlock,
@@ -64,18 +63,14 @@ _TERM_STYLES = {
 }
 
 
-def budget_section(record: RunRecord) -> PageSection:
-    """Return the section: burn-down and the blocks of the cost."""
-    blocks: list[Block] = [*_burn_down(record)]
+def budget_section(record: RunRecord) -> Iterator[Block]:
+    """Yield the burn-down and the blocks of the cost."""
+    yield from _burn_down(record)
     if record.summary is None:
-        blocks.append(
-            MissingDataNotice(
-                f"No cost figures: {record.no_summary_reason}", "The launcher and rank 0 of a run write the ledger."
-            )
-        )
+        hint = "The launcher and rank 0 of a run write the ledger."
+        yield MissingDataNotice(f"No cost figures: {record.no_summary_reason}", hint)
     else:
-        blocks += cost_blocks(record.summary)
-    return PageSection("budget", "Budget", blocks)
+        yield from cost_blocks(record.summary)
 
 
 def _burn_down(record: RunRecord) -> Iterator[Block]:

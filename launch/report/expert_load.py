@@ -8,7 +8,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from ...trainer.telemetry.events import numbers_in_list
-from ..answers.blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice, PageSection
+from ..answers.blocks import Block, Figure, FigureRow, LegendEntry, MissingDataNotice
 from . import svg
 from .plot import Plot, Series
 from .run_record import RunRecord
@@ -26,12 +26,8 @@ _SHADES = 4
 MAX_COLUMNS = 120
 
 
-def expert_load_section(record: RunRecord) -> PageSection:
-    """Return the section: expert imbalance over steps, and a heat map per MoE layer."""
-    return PageSection("experts", "Expert load", [*_blocks(record)])
-
-
-def _blocks(record: RunRecord) -> Iterator[Block]:
+def expert_load_section(record: RunRecord) -> Iterator[Block]:
+    """Yield the expert imbalance over steps, and a heat map per MoE layer."""
     names = dict.fromkeys(key for event in record.step_events for key in event.values if key.startswith(_PREFIX))
     if not names:
         why = "no step is logged yet" if not record.step_events else "the model has no routed experts"

@@ -51,23 +51,21 @@ def header_lines(record: RunRecord) -> Iterator[str]:
 
 def headline_cards(record: RunRecord) -> list[HeadlineCard]:
     """Return the cards: loss, tokens, cost and throughput."""
-    return [*_losses(record), _tokens(record), *_cost(record), _speed(record)]
+    return [_loss(record), _tokens(record), *_cost(record), _speed(record)]
 
 
-def _losses(record: RunRecord) -> Iterator[HeadlineCard]:
+def _loss(record: RunRecord) -> HeadlineCard:
     evaluation = record.metric_points("loss", "evaluation")
     if evaluation:
         step, loss = evaluation[-1]
         floor = record.last_value("unigram_entropy", "evaluation")
         entropy = "" if floor is None else f"; unigram entropy {floor:.3f}"
-        yield HeadlineCard("validation loss", f"{loss:.3f}", "nats/token", f"step {step:,.0f}{entropy}")
-        return
+        return HeadlineCard("validation loss", f"{loss:.3f}", "nats/token", f"step {step:,.0f}{entropy}")
     training = record.metric_points("loss")
-    step, loss = training[-1] if training else (0, math.nan)
-    note = f"step {step:,.0f}; no evaluation yet" if training else "no step yet"
-    yield HeadlineCard(
-        "training loss", f"{loss:.3f}" if training else UNKNOWN_VALUE, "nats/token" if training else "", note
-    )
+    if not training:
+        return HeadlineCard("training loss", UNKNOWN_VALUE, "", "no step yet")
+    step, loss = training[-1]
+    return HeadlineCard("training loss", f"{loss:.3f}", "nats/token", f"step {step:,.0f}; no evaluation yet")
 
 
 def _tokens(record: RunRecord) -> HeadlineCard:

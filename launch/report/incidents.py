@@ -11,7 +11,7 @@ from ...trainer.ledger.record_batch import stream_records
 from ...trainer.ledger.records import AttemptClosed, Resumed, StepDone, parse_record
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.telemetry.events import Event
-from ..answers.blocks import Block, Cell, MissingDataNotice, PageSection, Paragraph, number, table
+from ..answers.blocks import Block, Cell, MissingDataNotice, Paragraph, number, table
 from .run_record import RunRecord
 
 
@@ -26,12 +26,8 @@ class Incident:
     text: str
 
 
-def incidents_section(record: RunRecord) -> PageSection:
-    """Return the section with all incidents, in order of time."""
-    return PageSection("incidents", "Incidents", [*_blocks(record)])
-
-
-def _blocks(record: RunRecord) -> Iterator[Block]:
+def incidents_section(record: RunRecord) -> Iterator[Block]:
+    """Yield the table of all incidents, in order of time."""
     found = collect_incidents(record)
     if not found:
         if not record.events and record.summary is None:

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 
 from ...trainer.telemetry.format import strip_control_codes
-from ..answers.blocks import Block, Figure, FigureRow, MissingDataNotice, PageSection, PreformattedText
+from ..answers.blocks import Block, Figure, FigureRow, MissingDataNotice, PreformattedText
 from .plot import Plot, Series
 from .run_record import RunRecord
 
 
-def loss_section(record: RunRecord) -> PageSection:
-    """Return the section: loss curves, and the last sampled text."""
-    return PageSection("loss", "Loss", [*_curves(record), *_sample(record)])
+def loss_section(record: RunRecord) -> Iterator[Block]:
+    """Yield the loss curves, and the last sampled text."""
+    yield from _curves(record)
+    yield _sample(record)
 
 
 def step_annotations(record: RunRecord) -> list[tuple[float, str]]:
@@ -63,13 +64,11 @@ def _small_plots(record: RunRecord) -> Iterator[Figure]:
         yield from plot.figures(title)
 
 
-def _sample(record: RunRecord) -> Iterator[Block]:
+def _sample(record: RunRecord) -> Block:
     sample = record.last_event("sample")
     if sample is not None:
-        yield PreformattedText(
-            f"Text sampled at step {sample.step:,}", strip_control_codes(str(sample.values.get("text"))).strip()
-        )
-    else:
-        asks_for_none = record.config_value("training.sample_tokens") == 0
-        hint = "Set training.sample_tokens=100." if asks_for_none else "A text is sampled at the end of the run."
-        yield MissingDataNotice("No text was sampled.", hint)
+        text = strip_control_codes(str(sample.values.get("text"))).strip()
+        return PreformattedText(f"Text sampled at step {sample.step:,}", text)
+    asks_for_none = record.config_value("training.sample_tokens") == 0
+    hint = "Set training.sample_tokens=100." if asks_for_none else "A text is sampled at the end of the run."
+    return MissingDataNotice("No text was sampled.", hint)

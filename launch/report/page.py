@@ -33,12 +33,10 @@ from .run_record import RunRecord
 from .schedule import schedule_section
 
 
-def _configuration_section(record: RunRecord) -> PageSection:
-    """Return the section with the configuration of the last attempt, by group."""
-    if not record.config:
-        return PageSection("configuration", "Configuration", [MissingDataNotice("The configuration is not recorded.")])
+def _configuration_section(record: RunRecord) -> Iterator[Block]:
+    """Yield the configuration of the last attempt, by group."""
     groups = [(name, list(_flat(tree))) for name, tree in record.config.items() if isinstance(tree, Mapping)]
-    return PageSection("configuration", "Configuration", [ConfigurationBlock(groups)])
+    yield ConfigurationBlock(groups) if record.config else MissingDataNotice("The configuration is not recorded.")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -50,20 +48,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 _SECTIONS = (
-    loss_section,
-    budget_section,
-    schedule_section,
-    expert_load_section,
-    memory_section,
-    incidents_section,
-    _configuration_section,
+    ("loss", "Loss", loss_section),
+    ("budget", "Budget", budget_section),
+    ("schedule", "Schedule", schedule_section),
+    ("experts", "Expert load", expert_load_section),
+    ("memory", "Memory", memory_section),
+    ("incidents", "Incidents", incidents_section),
+    ("configuration", "Configuration", _configuration_section),
 )
 
 
 def report_answer(record: RunRecord) -> Answer:
     """Return the report of one run: its main figures, then a section for each question."""
     word, style = run_state(record)
-    sections, cards = [section(record) for section in _SECTIONS], headline_cards(record)
+    sections = [PageSection(anchor, title, list(blocks(record))) for anchor, title, blocks in _SECTIONS]
+    cards = headline_cards(record)
     return Answer(
         title=Path(os.path.realpath(record.run_dir)).name,
         data={

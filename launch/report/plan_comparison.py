@@ -1,7 +1,7 @@
 """`shoestring budget --against`: planned against measured figures, in the ledger's terms."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
@@ -10,7 +10,7 @@ from ...trainer.config import RunConfig
 from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
-from ...trainer.telemetry.events import Event, numbers_in_list
+from ...trainer.telemetry.events import METRICS_FILE, Event, numbers_in_list
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..answers.blocks import Block, Cell, Paragraph, Quantity, TableRow, table
@@ -18,7 +18,6 @@ from ..compose import read_config
 from ..planner.plan_file import read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
-_METRICS_FILE = "metrics.jsonl"
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -30,27 +29,27 @@ class PlannedVsMeasured:
     planned: float | None
     measured: float | None
     """None if the run did not record it."""
+    difference: float | None
+    """Measured minus planned, or None."""
+    relative: float | None
+    """Difference divided by the planned figure, or None."""
 
-    @property
-    def difference(self) -> float | None:
-        """Measured minus planned, or None."""
-        return None if self.planned is None or self.measured is None else self.measured - self.planned
 
-    @property
-    def relative(self) -> float | None:
-        """Difference divided by the planned figure, or None."""
-        return None if self.difference is None or not self.planned else self.difference / self.planned
+def _compared(name: str, planned: float | None, measured: float | None) -> PlannedVsMeasured:
+    difference = None if planned is None or measured is None else measured - planned
+    relative = None if difference is None or not planned else difference / planned
+    return PlannedVsMeasured(name, planned, measured, difference, relative)
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """Comparison of a run with its plan."""
+    """Comparison of a run with its plan, by the keys of the JSON."""
 
-    layout_name: str
+    layout: str
     """Which layout of the plan it is compared with."""
-    time_terms: Sequence[PlannedVsMeasured]
+    terms_seconds_a_step: Sequence[PlannedVsMeasured]
     """Seconds per step, mean over ranks; the last one is `other`, time in no term."""
-    step: PlannedVsMeasured
+    step_seconds: PlannedVsMeasured
     """Seconds per step, the sum of the terms."""
     totals: Sequence[PlannedVsMeasured]
     """Tokens/s, GPU-hours and bytes."""
@@ -72,36 +71,30 @@ def compare_with_plan(run_dir: Path, summary: LedgerSummary, plan: Path) -> Plan
     steps, ranks = summary.steps_retained, config.topology.world_size
     seconds = summary.productive_ms / 1e3 / ranks
     tokens = sum(summary.tokens_by_phase.values())
-    terms = [
-        PlannedVsMeasured(term, planned.figures.time_terms[term], _seconds_per_step(summary, term, ranks))
-        for term in STEP_TIME_TERMS
-    ]
+    figures, measured = planned.figures, summary.gpu_ms_by_term
     return PlanComparison(
-        layout_name=planned.layout_name,
-        time_terms=[*terms, PlannedVsMeasured("other", 0.0, _seconds_per_step(summary, "other", ranks))],
-        step=PlannedVsMeasured("step", planned.figures.step_seconds, seconds / steps),
+        layout=planned.layout_name,
+        terms_seconds_a_step=[
+            _compared(term, expected, measured[term] / 1e3 / ranks / steps if measured else None)
+            for term, expected in [*((term, figures.time_terms[term]) for term in STEP_TIME_TERMS), ("other", 0.0)]
+        ],
+        step_seconds=_compared("step", figures.step_seconds, seconds / steps),
         totals=[
-            PlannedVsMeasured("tokens_per_second", planned.figures.tokens_per_second, tokens / seconds),
-            *_costs(config, summary, planned.figures.gpu_hours),
-            PlannedVsMeasured("memory_bytes", planned.figures.memory_bytes, _allocated(run_dir)),
+            _compared("tokens_per_second", figures.tokens_per_second, tokens / seconds),
+            *_costs(config, summary, figures.gpu_hours),
+            _compared("memory_bytes", figures.memory_bytes, _allocated(run_dir)),
         ],
         deviations=planned.deviations,
         notes=list(_notes(config, summary, tokens)),
     )
 
 
-def _seconds_per_step(summary: LedgerSummary, term: str, ranks: int) -> float | None:
-    if not summary.gpu_ms_by_term:
-        return None
-    return summary.gpu_ms_by_term[term] / 1e3 / ranks / summary.steps_retained
-
-
 def _costs(config: RunConfig, summary: LedgerSummary, planned_hours: float) -> Iterator[PlannedVsMeasured]:
     tokens_left = config.tokens_after(config.total_steps) - summary.tokens_retained
     assert summary.step_ms_per_token is not None
     ahead = project_gpu_hours(0.0, tokens_left, summary.step_ms_per_token)
-    yield PlannedVsMeasured("gpu_hours_of_steps", planned_hours, to_gpu_hours(summary.productive_ms) + ahead)
-    yield PlannedVsMeasured("gpu_hours", None, summary.gpu_hours + ahead)
+    yield _compared("gpu_hours_of_steps", planned_hours, to_gpu_hours(summary.productive_ms) + ahead)
+    yield _compared("gpu_hours", None, summary.gpu_hours + ahead)
 
 
 def _allocated(run_dir: Path) -> float | None:
@@ -134,29 +127,14 @@ def _precision(run_dir: Path, config: RunConfig) -> str | None:
 
 
 def _events(run_dir: Path, kind: str) -> list[Event]:
-    path = run_dir / _METRICS_FILE
+    path = run_dir / METRICS_FILE
     return [event for event in read_all_metrics(path) if event.kind == kind] if path.exists() else []
-
-
-def comparison_as_dict(comparison: PlanComparison) -> dict[str, object]:
-    """Return the comparison as plain values: seconds, tokens/s, GPU-hours and bytes."""
-
-    def line(each: PlannedVsMeasured) -> dict[str, object]:
-        return asdict(each) | {"difference": each.difference, "relative": each.relative}
-
-    return {
-        "layout": comparison.layout_name,
-        "terms_seconds_a_step": [line(each) for each in comparison.time_terms],
-        "step_seconds": line(comparison.step),
-        "totals": [line(each) for each in comparison.totals],
-        "deviations": list(comparison.deviations),
-        "notes": list(comparison.notes),
-    }
 
 
 def comparison_blocks(comparison: PlanComparison) -> Iterator[Block]:
     """Yield the comparison as a table, with notes."""
-    longest = max(comparison.step.planned or 0.0, comparison.step.measured or 0.0)
+    step = comparison.step_seconds
+    longest = max(step.planned or 0.0, step.measured or 0.0)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
 
     def time_row(each: PlannedVsMeasured, *, is_total: bool = False) -> TableRow:
@@ -164,11 +142,11 @@ def comparison_blocks(comparison: PlanComparison) -> Iterator[Block]:
         return TableRow((to_label(each.name), *cells), is_total=is_total)
 
     yield table(
-        f"Planned and measured: {comparison.layout_name}",
+        f"Planned and measured: {comparison.layout}",
         ("", "planned", "measured", "difference", "relative"),
         [
-            *map(time_row, comparison.time_terms),
-            time_row(comparison.step, is_total=True),
+            *map(time_row, comparison.terms_seconds_a_step),
+            time_row(step, is_total=True),
             *((name, *_cells(each, show)) for each in comparison.totals for name, show in [_TOTALS[each.name]]),
         ],
         f"Terms in {unit} per step, mean over ranks. GPU-hours at the end of the run: a plan counts "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from markupsafe import Markup
@@ -57,118 +58,117 @@ class Plot:
     """Formatter of axis ticks."""
     has_legend: bool = True
 
-    @property
-    def finite_points(self) -> list[Point]:
-        """Points that can be drawn."""
-        return [point for series in self.series for point in series.points if _is_drawn(point[1])]
-
-    def legend(self) -> list[LegendEntry]:
-        """Return an entry per series, with its last value."""
-        return [
-            LegendEntry(each.name, each.style, "" if each.is_dashed else self.format_value(each.points[-1][1]))
-            for each in self.series
-            if each.points and self.has_legend
-        ]
-
     def figures(self, title: str, note: str = "") -> Iterator[Figure]:
         """Yield the plot with its legend; nothing if there is nothing to draw."""
         picture = self.svg()
         if picture is not None:
             # A wide plot keeps its text readable on a narrow page, which scrolls it.
-            yield Figure(title, picture, self.legend(), note, is_wide=self.width > _NARROW)
+            legend = [
+                LegendEntry(each.name, each.style, "" if each.is_dashed else self.format_value(each.points[-1][1]))
+                for each in self.series
+                if each.points and self.has_legend
+            ]
+            yield Figure(title, picture, legend, note, is_wide=self.width > _NARROW)
 
     def svg(self) -> Markup | None:
         """Return the SVG, or None if there is nothing to draw."""
-        if not self.finite_points:
+        if not self._finite_points:
             return None
-        canvas = _Canvas.of(self)
-        body = [*_axes(canvas), *_marks(canvas), *_lines(canvas), *_bands(canvas)]
+        body = [*self._axes(), *self._marks(), *self._lines(), *self._bands()]
         names = ", ".join(each.name for each in self.series if each.points)
         width = f"display:block;width:100%;min-width:{min(self.width, _NARROW):g}px"
         return svg.page_picture(self.width, self.height, body, f"{names} over steps", style=width)
 
+    @cached_property
+    def _finite_points(self) -> list[Point]:
+        return [point for series in self.series for point in series.points if _is_drawn(point[1])]
 
-@dataclass(frozen=True)
-class _Canvas:
-    """Scale from values to pixels."""
+    @cached_property
+    def _last(self) -> float:
+        """Step at the right edge; the left edge is 0."""
+        return max(1.0, *(x for x, _ in self._finite_points))
 
-    plot: Plot
-    last: float
-    """Step at the right edge; the left edge is 0."""
-    low: float
-    high: float
-
-    @staticmethod
-    def of(plot: Plot) -> "_Canvas":
-        xs = [x for x, _ in plot.finite_points]
-        ys = [y for _, y in plot.finite_points] + [y for _, y in plot.reference_lines if _is_drawn(y)]
+    @cached_property
+    def _limits(self) -> tuple[float, float]:
+        """Values at the lower and at the upper edge."""
+        ys = [y for _, y in self._finite_points] + [y for _, y in self.reference_lines if _is_drawn(y)]
         low, high = min(ys), max(ys)
-        if plot.y_axis_from_zero:
+        if self.y_axis_from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         if high - low <= _NO_ROOM * max(abs(low), abs(high), _NO_ROOM):  # a level line sits in the middle
             room = abs(low) / 2 or 1.0
             low, high = low - room, high + room
         room = 0.04 * (high - low)
-        low = low if plot.y_axis_from_zero and low == 0 else low - room
-        return _Canvas(plot, max(1.0, *xs), low, high + room)
+        return low if self.y_axis_from_zero and low == 0 else low - room, high + room
 
     @property
-    def right(self) -> float:
-        return self.plot.width - _RIGHT
+    def _right(self) -> float:
+        return self.width - _RIGHT
 
     @property
-    def bottom(self) -> float:
-        return self.plot.height - _BOTTOM
+    def _bottom(self) -> float:
+        return self.height - _BOTTOM
 
-    def x(self, value: float) -> float:
-        return _LEFT + value / self.last * (self.right - _LEFT)
+    def _x(self, step: float) -> float:
+        return _LEFT + step / self._last * (self._right - _LEFT)
 
-    def y(self, value: float) -> float:
-        return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - _TOP)
+    def _y(self, value: float) -> float:
+        low, high = self._limits
+        return self._bottom - (value - low) / (high - low) * (self._bottom - _TOP)
 
+    def _axes(self) -> Iterator[Markup]:
+        for value in svg.tick_values(*self._limits, 5 if self.height > 200 else 4):
+            y = self._y(value)
+            yield svg.line(_LEFT, y, self._right, y, "rule")
+            yield svg.text(_LEFT - 8, y + 4, self.format_tick(value), "faint", text_anchor="end")
+        for value in svg.tick_values(0.0, self._last, 8 if self.width > _NARROW else 4):
+            if value == int(value):
+                yield svg.text(self._x(value), self._bottom + 18, f"{value:,.0f}", "faint", text_anchor="middle")
+        for name, value in self.reference_lines:
+            if _is_drawn(value):
+                y = self._y(value)
+                yield svg.line(_LEFT, y, self._right, y, "faint", stroke_dasharray="2 4")
+                yield svg.text(self._right, y - 5, f"{name} {self.format_value(value)}", "faint", text_anchor="end")
 
-def _axes(canvas: _Canvas) -> Iterator[Markup]:
-    plot = canvas.plot
-    for value in svg.tick_values(canvas.low, canvas.high, 5 if plot.height > 200 else 4):
-        y = canvas.y(value)
-        yield svg.line(_LEFT, y, canvas.right, y, "rule")
-        yield svg.text(_LEFT - 8, y + 4, plot.format_tick(value), "faint", text_anchor="end")
-    for value in svg.tick_values(0.0, canvas.last, 8 if plot.width > _NARROW else 4):
-        if value == int(value):
-            yield svg.text(canvas.x(value), canvas.bottom + 18, f"{value:,.0f}", "faint", text_anchor="middle")
-    for name, value in plot.reference_lines:
-        if _is_drawn(value):
-            y = canvas.y(value)
-            yield svg.line(_LEFT, y, canvas.right, y, "faint", stroke_dasharray="2 4")
-            yield svg.text(canvas.right, y - 5, f"{name} {plot.format_value(value)}", "faint", text_anchor="end")
+    def _marks(self) -> Iterator[Markup]:
+        for step, text in self.step_annotations:
+            if step <= self._last:
+                x = self._x(step)
+                rule = svg.line(x, _TOP, x, self._bottom, "bad", stroke_dasharray="4 3", opacity=0.7)
+                yield svg.group(f"step {step:,.0f}: {text}", [rule])
 
+    def _lines(self) -> Iterator[Markup]:
+        for series in self.series:
+            points = downsample_points(series.points, _MOST_POINTS)
+            shape = {"stroke_linejoin": "round", "stroke_linecap": "round"}
+            if series.is_dashed:
+                shape["stroke_dasharray"] = "1 5"
+            yield svg.path(self._path(points), series.style, stroke_width=1.8, **shape)
+            if len(points) <= _MOST_DOTS and not series.is_dashed:
+                yield from (svg.dot(self._x(x), self._y(y), 2.5, series.style) for x, y in points if _is_drawn(y))
 
-def _marks(canvas: _Canvas) -> Iterator[Markup]:
-    for step, text in canvas.plot.step_annotations:
-        if step <= canvas.last:
-            x = canvas.x(step)
-            rule = svg.line(x, _TOP, x, canvas.bottom, "bad", stroke_dasharray="4 3", opacity=0.7)
-            yield svg.group(f"step {step:,.0f}: {text}", [rule])
+    def _path(self, points: Sequence[Point]) -> str:
+        words, pen_is_down = [], False
+        for x, y in points:
+            if _is_drawn(y):
+                words.append(f"{'L' if pen_is_down else 'M'}{self._x(x):.1f} {self._y(y):.1f}")
+            pen_is_down = _is_drawn(y)
+        return "".join(words)
 
-
-def _lines(canvas: _Canvas) -> Iterator[Markup]:
-    for series in canvas.plot.series:
-        points = downsample_points(series.points, _MOST_POINTS)
-        shape = {"stroke_linejoin": "round", "stroke_linecap": "round"}
-        if series.is_dashed:
-            shape["stroke_dasharray"] = "1 5"
-        yield svg.path(_path(canvas, points), series.style, stroke_width=1.8, **shape)
-        if len(points) <= _MOST_DOTS and not series.is_dashed:
-            yield from (svg.dot(canvas.x(x), canvas.y(y), 2.5, series.style) for x, y in points if _is_drawn(y))
-
-
-def _path(canvas: _Canvas, points: Sequence[Point]) -> str:
-    words, pen_is_down = [], False
-    for x, y in points:
-        if _is_drawn(y):
-            words.append(f"{'L' if pen_is_down else 'M'}{canvas.x(x):.1f} {canvas.y(y):.1f}")
-        pen_is_down = _is_drawn(y)
-    return "".join(words)
+    def _bands(self) -> Iterator[Markup]:
+        """Yield a transparent strip per step, whose title shows the step's values."""
+        texts_by_step: dict[float, list[str]] = {}
+        for series in self.series:
+            if not series.is_dashed:
+                for x, y in series.points:
+                    texts_by_step.setdefault(x, []).append(f"{series.name} {self.format_value(y)}")
+        steps = sorted(texts_by_step)
+        steps = steps[:: ceil_div(len(steps), _MOST_BANDS)]
+        edges = [_LEFT, *(self._x((a + b) / 2) for a, b in pairwise(steps)), self._right]
+        for step, (left, right) in zip(steps, pairwise(edges), strict=True):
+            text = "\n".join([f"step {step:,.0f}", *texts_by_step[step]])
+            strip = svg.rect(left, _TOP, max(right - left, 0.5), self._bottom - _TOP, "hover")
+            yield svg.group(text, [strip])
 
 
 def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
@@ -183,20 +183,3 @@ def downsample_points(points: Sequence[Point], most: int) -> list[Point]:
         ends = {min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])} if finite else set()
         kept += sorted(ends) if ends else stretch[:1]
     return kept
-
-
-def _bands(canvas: _Canvas) -> Iterator[Markup]:
-    """Yield a transparent strip per step, whose title shows the step's values."""
-    plot = canvas.plot
-    texts_by_step: dict[float, list[str]] = {}
-    for series in plot.series:
-        if not series.is_dashed:
-            for x, y in series.points:
-                texts_by_step.setdefault(x, []).append(f"{series.name} {plot.format_value(y)}")
-    steps = sorted(texts_by_step)
-    steps = steps[:: ceil_div(len(steps), _MOST_BANDS)]
-    edges = [_LEFT, *(canvas.x((a + b) / 2) for a, b in pairwise(steps)), canvas.right]
-    for step, (left, right) in zip(steps, pairwise(edges), strict=True):
-        text = "\n".join([f"step {step:,.0f}", *texts_by_step[step]])
-        strip = svg.rect(left, _TOP, max(right - left, 0.5), canvas.bottom - _TOP, "hover")
-        yield svg.group(text, [strip])

@@ -2,10 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
+from itertools import chain
 from statistics import mean
-
-from markupsafe import Markup
 
 from ...comm.trace import TimelineTrack
 from ...parallelism.pipeline.program import Op, PipelineProgram
@@ -14,12 +13,11 @@ from ...parallelism.pipeline.simulate import OpDurations, SimulatedTimes, simula
 from ...trainer.ledger.terms import INSTRUCTIONS
 from ...trainer.run.profiling import TRACE_FOLDER
 from ...trainer.telemetry.trace import TRACE_FILE, Span, read_trace
-from ..answers.blocks import Block, Figure, MissingDataNotice, PageSection, Paragraph
+from ..answers.blocks import Block, Figure, MissingDataNotice, Paragraph
 from .run_record import RunRecord
 from .timeline import program_title, svg_timeline
 from .trace_svg import svg_layer_pair
 
-_RECORDS = "telemetry.trace=true records a timeline of some steps."
 _MOST_INSTRUCTIONS = 10**6
 """Most instructions that are drawn. More would be unreadable, and a damaged number may ask for any size."""
 _PAGE = 760.0
@@ -28,22 +26,29 @@ _LEAST = 5.0
 """Least mean pixels per box; a longer program scrolls."""
 
 
-def schedule_section(record: RunRecord) -> PageSection:
-    """Return the section: measured and simulated timelines to one scale, and one pair of layers."""
-    return PageSection("schedule", "Schedule", [*_blocks(record)])
-
-
-def _blocks(record: RunRecord) -> Iterator[Block]:
+def schedule_section(record: RunRecord) -> Iterator[Block]:
+    """Yield measured and simulated timelines to one scale, and one pair of layers."""
     program = _program(record)
     if program is None:
         yield MissingDataNotice("No timeline: the configuration that names the schedule is not recorded.")
         return
     path = record.run_dir / TRACE_FOLDER / TRACE_FILE
-    if not path.exists():
-        yield MissingDataNotice("No measured timeline is recorded.", _RECORDS)
-        yield from _simulated(program)
-        return
-    yield from _measured(record, program, path)
+    columns = record.config_value("topology.edp") * record.config_value("topology.ep")
+    try:
+        ranks = read_trace(path)
+        real = last_traced_step(program, [ranks.get(rank * columns, []) for rank in range(program.ranks)])
+    except FileNotFoundError:
+        reason = "No measured timeline is recorded."
+    except (ValueError, OSError) as error:
+        reason = f"{path} {error}."
+    else:
+        if real is not None:
+            yield from _measured(real, ranks, columns)
+            return
+        reason = "The timeline does not match the configured program."
+    yield MissingDataNotice(reason, "telemetry.trace=true records a timeline of some steps.")
+    simulated = {f"{program_title(program)}, simulated": simulate_program(program, OpDurations())}
+    yield from _timelines(simulated, "every F, I and W takes 1, FB without overlap")
 
 
 def _program(record: RunRecord) -> PipelineProgram | None:
@@ -62,47 +67,28 @@ def _program(record: RunRecord) -> PipelineProgram | None:
     return build_program(name, pp, micro_batches, chunks)
 
 
-def _simulated(program: PipelineProgram) -> Iterator[Block]:
-    simulated = simulate_program(program, OpDurations())
-    note = "every F, I and W takes 1, FB without overlap"
-    heading = f"{program_title(program)}, simulated"
-    width, scale = _width_and_scale(simulated)
-    yield _wide(svg_timeline(simulated, note, heading=heading, scale=scale, min_width=width))
-
-
-def _wide(picture: Markup) -> Figure:
-    """Return a picture that contains its heading as a figure."""
-    return Figure("", picture, is_wide=True)
-
-
-def _measured(record: RunRecord, program: PipelineProgram, path: Path) -> Iterator[Block]:
-    try:
-        ranks = read_trace(path)
-    except (ValueError, OSError) as error:
-        yield MissingDataNotice(f"{path} {error}.", _RECORDS)
-        yield from _simulated(program)
-        return
-    columns = record.config_value("topology.edp") * record.config_value("topology.ep")
-    real = last_traced_step(program, [ranks.get(rank * columns, []) for rank in range(program.ranks)])
-    if real is None:
-        yield MissingDataNotice("The timeline does not match the configured program.", _RECORDS)
-        yield from _simulated(program)
-        return
-    ideal = simulate_program(program, mean_op_times(real))
+def _measured(real: SimulatedTimes, ranks: Mapping[int, Sequence[Span]], columns: int) -> Iterator[Block]:
+    ideal = simulate_program(real.program, mean_op_times(real))
     share = 100 * (real.makespan - ideal.makespan) / real.makespan
     of = "" if columns == 1 else f" The first of each stage's {columns} ranks is shown."
     yield Paragraph(
-        f"{program_title(program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward to "
-        "the last backward. Simulated, with every instruction at the mean duration of its kind in that step, it takes "
-        f"{ideal.makespan:.1f}\u00a0ms. The other {share:.1f}\u00a0% are uneven durations and P2P communication.{of}"
+        f"{program_title(real.program)}. The last traced step took {real.makespan:.1f}\u00a0ms from the first forward "
+        "to the last backward. Simulated, with every instruction at the mean duration of its kind in that step, it "
+        f"takes {ideal.makespan:.1f}\u00a0ms. The other {share:.1f}\u00a0% are uneven durations and P2P communication."
+        f"{of}"
     )
-    width, scale = _width_and_scale(real, ideal)
-    for heading, timeline in (("Measured", real), ("Simulated", ideal)):
-        yield _wide(svg_timeline(timeline, heading=heading, unit="ms", scale=scale, min_width=width))
-    try:
-        yield _wide(svg_layer_pair(ranks))
-    except ValueError:  # not every schedule overlaps layer pairs
-        return
+    yield from _timelines({"Measured": real, "Simulated": ideal}, unit="ms")
+    with suppress(ValueError):  # not every schedule overlaps layer pairs
+        yield Figure("", svg_layer_pair(ranks), is_wide=True)
+
+
+def _timelines(timelines: Mapping[str, SimulatedTimes], note: str = "", unit: str = "time") -> Iterator[Figure]:
+    """Yield timelines of one program by heading, to one scale."""
+    width = max(_PAGE, *(_LEAST * len(row) for times in timelines.values() for row in times.program.instructions))
+    scale = width / max(times.makespan for times in timelines.values())
+    for heading, times in timelines.items():
+        picture = svg_timeline(times, note, heading=heading, unit=unit, scale=scale, min_width=width)
+        yield Figure("", picture, is_wide=True)
 
 
 def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) -> SimulatedTimes | None:
@@ -125,14 +111,7 @@ def last_traced_step(program: PipelineProgram, ranks: Sequence[Sequence[Span]]) 
 def mean_op_times(real: SimulatedTimes) -> OpDurations:
     """Return the mean duration per op, over all ranks."""
     lengths: Mapping[Op, list[float]] = defaultdict(list)
-    for row, starts, ends in zip(real.program.instructions, real.start_times, real.end_times, strict=True):
-        for instruction, start, end in zip(row, starts, ends, strict=True):
-            lengths[instruction.op].append(end - start)
+    for instruction, start, end in chain.from_iterable(real.timed_instructions):
+        lengths[instruction.op].append(end - start)
     times = {op: mean(found) for op, found in lengths.items()}
     return OpDurations(*(times.get(op, 0.0) for op in (Op.F, Op.I, Op.W, Op.B, Op.FB)))
-
-
-def _width_and_scale(*timelines: SimulatedTimes) -> tuple[float, float]:
-    """Return the pixels of the longest of a program's timelines, and pixels per unit of time for all of them."""
-    width = max(_PAGE, _LEAST * max(len(row) for row in timelines[0].program.instructions))
-    return width, width / max(timeline.makespan for timeline in timelines)

@@ -34,7 +34,7 @@ def mark(tag: str, content: str = "", color: str = "", /, **attributes: str | fl
     `color` is a color's name in the page's style sheet, or a fill such as `#f0a830`. Attributes are named with `_` for
     `-`; empty ones are left out.
     """
-    given = {**_paint(color), **attributes}
+    given = {"class" if color in LIGHT else "fill": color, **attributes}
     words = Markup("").join(
         Markup(' {}="{}"').format(name.replace("_", "-"), value if isinstance(value, str) else _short(value))
         for name, value in given.items()
@@ -42,10 +42,6 @@ def mark(tag: str, content: str = "", color: str = "", /, **attributes: str | fl
     )
     inside = escape(content)
     return Markup(f"<{tag}{words}>{inside}</{tag}>" if inside else f"<{tag}{words}/>")
-
-
-def _paint(color: str) -> dict[str, str]:
-    return {"class": color} if color in LIGHT else {"fill": color}
 
 
 def _short(value: float) -> str:

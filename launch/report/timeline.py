@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -43,21 +42,18 @@ def ascii_timeline(times: SimulatedTimes) -> str:
     Lower-case letters are chunk 1; with more than two chunks per rank, `F3a` is chunk 0, `F3b` chunk 1, and so on.
     """
     program = times.program
-    labels = [[_label(instruction, program.chunks_per_rank) for instruction in row] for row in program.instructions]
+    rows = [
+        [(_label(instruction, program.chunks_per_rank), start, end) for instruction, start, end in row]
+        for row in times.timed_instructions
+    ]
     # The smallest scale at which every instruction has room for its label and a space.
-    scale = math.ceil(
-        max(
-            (len(label) + 1) / (end - start)
-            for row, starts, ends in zip(labels, times.start_times, times.end_times, strict=True)
-            for label, start, end in zip(row, starts, ends, strict=True)
-        )
-    )
+    scale = math.ceil(max((len(label) + 1) / (end - start) for row in rows for label, start, end in row))
     peaks = [max(alive) for alive in count_in_flight(program)]
     margin = len(f"rank {program.ranks - 1}")
     lines = [program_title(program)]
-    for rank, row in enumerate(labels):
+    for rank, row in enumerate(rows):
         line = ""
-        for label, start, end in zip(row, times.start_times[rank], times.end_times[rank], strict=True):
+        for label, start, end in row:
             # Rounded from the start of the line each time: rounding every width would shift later instructions.
             line = line.ljust(round(start * scale), ".")
             width = round(end * scale) - len(line)
@@ -78,31 +74,6 @@ def _label(instruction: Instruction, chunks: int) -> str:
     return "".join(parts)
 
 
-@dataclass(frozen=True)
-class _Canvas:
-    """Positions of rows and times in pixels."""
-
-    times: SimulatedTimes
-    scale: float
-    """Pixels per unit of time."""
-    min_width: float
-
-    @property
-    def program(self) -> PipelineProgram:
-        return self.times.program
-
-    @property
-    def right(self) -> float:
-        return _LEFT + max(self.times.makespan * self.scale, self.min_width)
-
-    @property
-    def bottom(self) -> float:
-        return self.row(self.program.ranks) - _GAP
-
-    def row(self, rank: int) -> float:
-        return _TOP + rank * (_ROW + _GAP)
-
-
 def svg_timeline(
     times: SimulatedTimes,
     subtitle: str = "",
@@ -118,44 +89,43 @@ def svg_timeline(
     pixels per `unit` of time, for pictures that are compared; else as many as the boxes need. The timeline is at least
     `min_width` pixels wide.
     """
-    canvas = _Canvas(times, _fitting(times) if scale is None else scale, min_width)
-    width = canvas.right + _RIGHT
+    program, scale = times.program, _fitting(times) if scale is None else scale
+    length, bottom = times.makespan * scale, _row_top(program.ranks) - _GAP
+    right = _LEFT + max(length, min_width)
     note = "; ".join(filter(None, (_bubble_summary(times), subtitle)))
-    key, bottom = svg.legend(_LEFT, canvas.bottom + 44, width, _legend_marks(canvas.program))
+    key, end = svg.legend(_LEFT, bottom + 44, right + _RIGHT, _legend_marks(program))
     marks = [
-        svg.text(_LEFT, 30, heading or program_title(times.program), font_size=16, font_weight="bold"),
+        svg.text(_LEFT, 30, heading or program_title(program), font_size=16, font_weight="bold"),
         svg.text(_LEFT, 50, note, "faint", font_size=12),
-        *_rows(canvas),
-        *svg.time_axis(_LEFT, canvas.bottom + 8, times.makespan * canvas.scale, times.makespan, unit),
-        *_columns(canvas, unit),
+        *_rows(times, scale),
+        *svg.time_axis(_LEFT, bottom + 8, length, times.makespan, unit),
+        *_columns(times, right, unit),
         *key,
     ]
-    if canvas.program.chunks_per_rank > 1:
-        marks.append(svg.text(_LEFT, bottom + 14, _chunk_note(canvas.program), "faint", font_size=10))
-    return svg.picture(width, bottom + 18, marks, font_size=11)
+    if program.chunks_per_rank > 1:
+        marks.append(svg.text(_LEFT, end + 14, _chunk_note(program), "faint", font_size=10))
+    return svg.picture(right + _RIGHT, end + 18, marks, font_size=11)
+
+
+def _row_top(rank: int) -> float:
+    return _TOP + rank * (_ROW + _GAP)
 
 
 def _fitting(times: SimulatedTimes) -> float:
     """Return pixels per unit of time: the shortest box fits its number, unless the picture becomes too wide."""
-    durations = [
-        end - start
-        for starts, ends in zip(times.start_times, times.end_times, strict=True)
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    fitting = min(_UNIT_WIDTH / min(durations), _WIDEST / times.makespan)
-    return max(fitting, _NARROWEST / min(durations))
+    shortest = min(end - start for row in times.timed_instructions for _, start, end in row)
+    return max(min(_UNIT_WIDTH / shortest, _WIDEST / times.makespan), _NARROWEST / shortest)
 
 
-def _rows(canvas: _Canvas) -> Iterator[Markup]:
-    times = canvas.times
-    for rank, instructions in enumerate(canvas.program.instructions):
-        top = canvas.row(rank)
+def _rows(times: SimulatedTimes, scale: float) -> Iterator[Markup]:
+    for rank, row in enumerate(times.timed_instructions):
+        top = _row_top(rank)
         yield svg.text(_LEFT - 10, top + _ROW / 2 + 4, f"rank {rank}", text_anchor="end")
-        yield svg.rect(_LEFT, top, times.makespan * canvas.scale, _ROW, "bubble")
-        for instruction, start, end in zip(instructions, times.start_times[rank], times.end_times[rank], strict=True):
-            left, width = _LEFT + start * canvas.scale + 0.4, (end - start) * canvas.scale - 0.8
+        yield svg.rect(_LEFT, top, times.makespan * scale, _ROW, "bubble")
+        for instruction, start, end in row:
+            left, width = _LEFT + start * scale + 0.4, (end - start) * scale - 0.8
             title = f"rank {rank}: {instruction}, {start:g} to {end:g}"
-            yield svg.group(title, _box(canvas.program, instruction, left, top, width))
+            yield svg.group(title, _box(times.program, instruction, left, top, width))
 
 
 def _box(program: PipelineProgram, instruction: Instruction, left: float, top: float, width: float) -> Iterator[Markup]:
@@ -173,16 +143,16 @@ def _box(program: PipelineProgram, instruction: Instruction, left: float, top: f
             yield svg.text(*place, number, ink, font_size=size, text_anchor="middle")
 
 
-def _columns(canvas: _Canvas, unit: str) -> Iterator[Markup]:
+def _columns(times: SimulatedTimes, right: float, unit: str) -> Iterator[Markup]:
     """Yield each rank's peak of chunks in flight and its bubble, as a number and a bar."""
-    peaks = [max(alive) for alive in count_in_flight(canvas.program)]
-    columns = (("in flight", "chunks, peak", peaks), ("bubble", unit, canvas.times.bubble_time_per_rank))
+    peaks = [max(alive) for alive in count_in_flight(times.program)]
+    columns = (("in flight", "chunks, peak", peaks), ("bubble", unit, times.bubble_time_per_rank))
     for index, (heading, of, values) in enumerate(columns):
-        left = canvas.right + 22 + index * 74
+        left = right + 22 + index * 74
         yield svg.text(left, _TOP - 20, heading, font_weight="bold")
         yield svg.text(left, _TOP - 8, of, "faint", font_size=9)
         for rank, value in enumerate(values):
-            y = canvas.row(rank)
+            y = _row_top(rank)
             yield svg.text(left, y + _ROW / 2 + 1, f"{value:.4g}")
             yield svg.rect(left, y + _ROW - 7, 54, 3, "bubble")
             yield svg.rect(left, y + _ROW - 7, 54 * value / (max(values) or 1), 3, "faint")

@@ -23,6 +23,9 @@ _NAMES = {
 _COLORS = {op.value: color for op, color in OP_COLORS.items()}
 _LEFT, _WIDTH, _RIGHT = 96.0, 880.0, 24.0
 _TOP, _LANE, _GAP = 84.0, 54.0, 40.0
+_EXCHANGE = _TOP + _LANE + _GAP
+"""Y of the exchange lane's top."""
+_AXIS = _EXCHANGE + _LANE + 12
 _WAIT = "url(#wait)"
 _HATCHING = mark(
     "pattern",
@@ -82,10 +85,9 @@ def svg_layer_pair(ranks: Mapping[int, Sequence[Span]]) -> Markup:
     if not pairs:
         raise ValueError(f"this trace has no overlapped pair of MoE layers: {_missing_pair_reason(ranks)}")
     pair = pairs[len(pairs) // 2]
-    canvas = _Canvas(pair)
-    key, bottom = legend(_LEFT, canvas.axis + 38, _LEFT + _WIDTH, _legend_marks())
-    axis = time_axis(_LEFT, canvas.axis, _WIDTH, pair.duration_ns / 1e6, "ms")
-    marks = [_HATCHING, *_heading(pair, len(pairs)), *_lanes(canvas), *_launches(canvas), *axis, *key]
+    key, bottom = legend(_LEFT, _AXIS + 38, _LEFT + _WIDTH, _legend_marks())
+    axis = time_axis(_LEFT, _AXIS, _WIDTH, pair.duration_ns / 1e6, "ms")
+    marks = [_HATCHING, *_heading(pair, len(pairs)), *_lanes(pair), *_launches(pair), *axis, *key]
     return picture(_LEFT + _WIDTH + _RIGHT, bottom + 20, marks)
 
 
@@ -119,22 +121,9 @@ def _between(rank: int, begin: int, end: int, inside: Sequence[Span]) -> LayerPa
     )
 
 
-@dataclass(frozen=True)
-class _Canvas:
-    pair: LayerPair
-
-    @property
-    def exchange(self) -> float:
-        """Y of the exchange lane's top."""
-        return _TOP + _LANE + _GAP
-
-    @property
-    def axis(self) -> float:
-        return self.exchange + _LANE + 12
-
-    def x(self, time: float) -> float:
-        share = (time - self.pair.begin) / self.pair.duration_ns
-        return _LEFT + _WIDTH * min(max(share, 0.0), 1.0)
+def _x(pair: LayerPair, time: float) -> float:
+    share = (time - pair.begin) / pair.duration_ns
+    return _LEFT + _WIDTH * min(max(share, 0.0), 1.0)
 
 
 def _heading(pair: LayerPair, pairs: int) -> Iterator[Markup]:
@@ -146,27 +135,26 @@ def _heading(pair: LayerPair, pairs: int) -> Iterator[Markup]:
     yield text(_LEFT, 63, f"{pair.duration_ns / 1e6:.1f} ms, {exposed}", "faint")
 
 
-def _lanes(canvas: _Canvas) -> Iterator[Markup]:
-    pair = canvas.pair
-    for name, top in (("compute", _TOP), ("exchange", canvas.exchange)):
+def _lanes(pair: LayerPair) -> Iterator[Markup]:
+    for name, top in (("compute", _TOP), ("exchange", _EXCHANGE)):
         yield text(_LEFT - 12, top + _LANE / 2 + 4, name, text_anchor="end", font_weight="bold")
         yield rect(_LEFT, top, _WIDTH, _LANE, "bubble", rx=2)
     for wait in pair.wait_spans:
-        yield rect(canvas.x(wait.begin), _TOP, canvas.x(wait.end) - canvas.x(wait.begin), _LANE, _WAIT)
+        yield rect(_x(pair, wait.begin), _TOP, _x(pair, wait.end) - _x(pair, wait.begin), _LANE, _WAIT)
     for span in pair.compute_spans:
-        yield _box(canvas, span, span.name, _TOP)
+        yield _box(pair, span, span.name, _TOP)
     for span in pair.exchange_spans:
-        yield _box(canvas, span, _NAMES[span.name.partition(" ")[0]], canvas.exchange)
+        yield _box(pair, span, _NAMES[span.name.partition(" ")[0]], _EXCHANGE)
 
 
-def _box(canvas: _Canvas, span: Span, name: str, top: float) -> Markup:
+def _box(pair: LayerPair, span: Span, name: str, top: float) -> Markup:
     """Return the boxes of a span without its waits, cut at the picture's edges; the label has its full busy time."""
-    waits = [wait for wait in canvas.pair.wait_spans if span.track is TimelineTrack.COMPUTE and _inside(wait, span)]
+    waits = [wait for wait in pair.wait_spans if span.track is TimelineTrack.COMPUTE and _inside(wait, span)]
     edges = [span.begin, *(edge for wait in waits for edge in (wait.begin, wait.end)), span.end]
     pieces = list(zip(edges[::2], edges[1::2], strict=True))
     milliseconds = f"{sum(end - begin for begin, end in pieces) / 1e6:.1f} ms"
     color = _COLORS[name[-2]]
-    boxes = [(canvas.x(begin) + 0.5, canvas.x(end) - canvas.x(begin) - 1) for begin, end in pieces]
+    boxes = [(_x(pair, begin) + 0.5, _x(pair, end) - _x(pair, begin) - 1) for begin, end in pieces]
     marks = [rect(left, top, width, _LANE, color, rx=2) for left, width in boxes if width > 0]
     left, width = max(boxes, key=lambda box: box[1])
     if width > text_width(name, 12):
@@ -180,14 +168,13 @@ def _inside(wait: Span, span: Span) -> bool:
     return span.begin <= wait.begin and wait.end <= span.end
 
 
-def _launches(canvas: _Canvas) -> Iterator[Markup]:
+def _launches(pair: LayerPair) -> Iterator[Markup]:
     """Yield a line from the launch of each exchange to its start."""
-    begins = {span.name: span.begin for span in canvas.pair.exchange_spans}
-    for launch in canvas.pair.launch_spans:
+    begins = {span.name: span.begin for span in pair.exchange_spans}
+    for launch in pair.launch_spans:
         if launch.name in begins:
-            x, y = canvas.x(launch.begin), _TOP + _LANE
-            end = canvas.x(begins[launch.name]), canvas.exchange
-            yield line(x, y, *end, "faint", stroke_width=1.2, stroke_dasharray="3 2")
+            x, y, end = _x(pair, launch.begin), _TOP + _LANE, _x(pair, begins[launch.name])
+            yield line(x, y, end, _EXCHANGE, "faint", stroke_width=1.2, stroke_dasharray="3 2")
             yield dot(x, y, 2.6, "faint")
 
 

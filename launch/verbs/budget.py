@@ -105,10 +105,10 @@ def _run_answer(options: argparse.Namespace) -> Answer:
         data["verified_records"] = summary.num_records
         blocks.append(Paragraph(f"Verified all {summary.num_records:,} work records; {_saved(run_dir)}."))
     if options.against is not None:
-        from ..report.plan_comparison import compare_with_plan, comparison_as_dict, comparison_blocks  # imports torch
+        from ..report.plan_comparison import compare_with_plan, comparison_blocks  # imports torch
 
         comparison = compare_with_plan(run_dir, summary, options.against)
-        data["against"] = comparison_as_dict(comparison)
+        data["against"] = asdict(comparison)
         blocks += comparison_blocks(comparison)
     if options.tokens is not None:
         tokens = parse_token_count(options.tokens, "--tokens")

@@ -38,7 +38,6 @@ from ..planner.recipe import ForecastRecipe, GemmPrecision
 from ..planner.run_cost import (
     FailureModel,
     RunPhaseCost,
-    WhatIfStep,
     pretraining_gpu_hours,
     run_phase_costs,
     sensitivity_analysis,
@@ -88,8 +87,8 @@ class Plan:
     """Layouts that are legal and fit, fastest first."""
     configured_layout: PlannedLayout
     """Layout of the configuration, for comparison."""
-    what_ifs: list[WhatIfStep]
-    """Sensitivity of the best layout."""
+    what_ifs: Mapping[str, float]
+    """Seconds of the best layout's step by the input that is changed."""
     failure_model: FailureModel
 
     @property
@@ -117,7 +116,7 @@ def plan(
     rows = tuple(_row(config, forecaster, forecast) for forecast in found.best_forecasts)
     best = found.best_forecasts[0] if found.best_forecasts else None
     batch = training.global_batch_size
-    what_ifs = [] if best is None else sensitivity_analysis(forecaster, best.layout, best.recipe, batch)
+    what_ifs = {} if best is None else sensitivity_analysis(forecaster, best.layout, best.recipe, batch)
     return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, FailureModel())
 
 
@@ -183,8 +182,8 @@ def _data(result: Plan) -> dict[str, object]:
         "budget_gpu_hours": result.config.budget.gpu_hours,
         **phase_cost_data([] if best is None else best.phase_costs, result.config.cluster.price_per_gpu_hour),
         "sensitivity": [
-            {"change": w.name, "step_seconds": w.step_seconds, "relative_change": w.step_seconds / step - 1}
-            for w in result.what_ifs
+            {"change": change, "step_seconds": seconds, "relative_change": seconds / step - 1}
+            for change, seconds in result.what_ifs.items()
             if step is not None
         ],
         "effective_training_share": None if best is None else failures.effective_training_share(gpus),
@@ -267,10 +266,10 @@ def _counts(found: SearchResult) -> TableBlock:
     return table(title, ("outcome", "number"), [(outcome, number(count)) for outcome, count in outcomes.items()])
 
 
-def _sensitivity(best: PlannedLayout, what_ifs: Sequence[WhatIfStep]) -> TableBlock:
+def _sensitivity(best: PlannedLayout, what_ifs: Mapping[str, float]) -> TableBlock:
     rows = [
-        (each.name, number(each.step_seconds, ".3f"), relative(each.step_seconds, best.forecast.step_seconds))
-        for each in what_ifs
+        (change, number(seconds, ".3f"), relative(seconds, best.forecast.step_seconds))
+        for change, seconds in what_ifs.items()
     ]
     return table("The best layout's step with one input changed", ("change", "seconds", "relative"), rows)
 

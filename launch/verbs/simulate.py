@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem
 from ...comm.trace import PIPELINE_WAIT
 from ...comm.units import format_significant
 from ...trainer.config import RunConfig
@@ -34,7 +33,7 @@ from ..answers.forecast_blocks import (
     phase_cost_data,
     relative,
 )
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
+from ..answers.options import add_answer_options, add_override_arguments, print_answer, write_output
 from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import Assumption, list_assumptions
@@ -59,7 +58,7 @@ from ..planner.run_cost import (
     pretraining_gpu_hours,
     run_phase_costs,
 )
-from ..planner.simulated_trace import write_simulated_trace
+from ..planner.simulated_trace import simulated_trace
 
 _FORECAST = "+ both = forecast"
 
@@ -76,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the forecast of the run that the options describe."""
     simulation = simulate(options.overrides, options.config_dir, given_inputs(options))
     if options.trace is not None:
-        _write_trace(simulation, options.trace)
+        costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
+        write_output(options.trace, simulated_trace(simulation.forecast, costs), "--trace")
     return print_answer(options, simulation_answer(simulation))
 
 
@@ -134,14 +134,6 @@ def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[
     return SimulatedLayout(
         config, forecaster, forecaster.forecast(layout_from_config(config), recipe, config.training.global_batch_size)
     )
-
-
-def _write_trace(simulation: SimulatedLayout, path: Path) -> None:
-    costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
-    try:
-        write_simulated_trace(path, simulation.forecast, costs)
-    except OSError as error:
-        raise ConfigError([Problem("--trace", str(path), f"cannot be written: {error.strerror}")]) from None
 
 
 def simulation_answer(simulation: SimulatedLayout) -> Answer:

@@ -67,6 +67,12 @@ class SimulatedTimes:
         return max((rank[-1] for rank in self.end_times if rank), default=0.0)
 
     @property
+    def timed_instructions(self) -> list[list[tuple[Instruction, float, float]]]:
+        """Each rank's instructions with their start and end."""
+        rows = zip(self.program.instructions, self.start_times, self.end_times, strict=True)
+        return [list(zip(*row, strict=True)) for row in rows]
+
+    @property
     def busy_time_per_rank(self) -> tuple[float, ...]:
         """Time that each rank computes."""
         return tuple(sum(ends) - sum(starts) for starts, ends in zip(self.start_times, self.end_times, strict=True))

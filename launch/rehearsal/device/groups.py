@@ -10,7 +10,7 @@ from torch import Tensor
 from ....comm.communicator import Collectives, NcclCollectives, PeerTensors
 from ..log import P2POpRecord
 from .fake_device import is_fake_device_tensor
-from .recorder import RankRecorder
+from .recorder import RankRecorder, TensorKey
 
 _GROUPS = "comm/groups.py"
 
@@ -53,7 +53,7 @@ class LoggedCommunicator(NcclCollectives):
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         """See `Collectives`."""
         what = self._check_tensors("all_reduce", tensor)
-        self._recorder.record_collective(self._group, "all_reduce", what, *_described(tensor))
+        self._recorder.record_collective(self._group, "all_reduce", what, _described(tensor))
         super().all_reduce(tensor, operation)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
@@ -63,8 +63,8 @@ class LoggedCommunicator(NcclCollectives):
         for rows_M, tensor in ((received_M, arrived), (sent_M, sent)):
             _require(what, len(rows_M) == len(self._group[1]), f"{len(rows_M)} sizes for {len(self._group[1])} ranks")
             _require(what, sum(rows_M) == len(tensor), f"sizes of {sum(rows_M)} rows for a tensor of {len(tensor)}")
-        row = sent.shape[1:], _dtype(sent)
-        self._recorder.record_collective(self._group, "all_to_all", what, *row, sent_M, received_M)
+        row, counts = (tuple(sent.shape[1:]), _dtype(sent)), (tuple(sent_M), tuple(received_M))
+        self._recorder.record_collective(self._group, "all_to_all", what, row, counts)
         super().all_to_all(arrived, sent, received_M, sent_M)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
@@ -96,7 +96,7 @@ class LoggedCommunicator(NcclCollectives):
         what = self._check_tensors(operation, own_N, shards_GN)
         expected = len(self._group[1]) * own_N.numel()
         _require(what, shards_GN.numel() == expected, f"{shards_GN.numel()} elements for shards of {own_N.numel()}")
-        self._recorder.record_collective(self._group, operation, what, *_described(shards_GN))
+        self._recorder.record_collective(self._group, operation, what, _described(shards_GN))
 
     def _check_tensors(self, operation: str, *tensors: Tensor) -> str:
         """Check the tensors of an operation; return the purpose that its caller gave."""
@@ -106,10 +106,8 @@ class LoggedCommunicator(NcclCollectives):
             _require(what, tensor.is_contiguous(), f"a non-contiguous tensor, strides {tensor.stride()}")
             if is_fake_device_tensor(tensor) != self._on_device:
                 side, library = ("host", "NCCL") if self._on_device else ("device", "gloo")
-                text = (
-                    f"{operation} over {self._group[0]} ({what}) takes a {side} tensor, which {library} does not accept"
-                )
-                self._recorder.record_finding("device", text)
+                takes = f"takes a {side} tensor, which {library} does not accept"
+                self._recorder.record_finding("device", f"{operation} over {self._group[0]} ({what}) {takes}")
         return what
 
 
@@ -129,7 +127,7 @@ def _require(what: str, is_right: bool, wrong: str) -> None:
         raise ValueError(f"{what}: {wrong}")
 
 
-def _described(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+def _described(tensor: Tensor) -> TensorKey:
     return tuple(tensor.shape), _dtype(tensor)
 
 

@@ -25,6 +25,10 @@ COMPUTE_STREAM = "compute"
 """Name of the stream on which a rank computes."""
 GroupKey: TypeAlias = tuple[str, tuple[int, ...]]
 """Name and ranks of a group."""
+TensorKey: TypeAlias = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
+RowCounts: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Rows for each rank of a group, and from each."""
 
 
 class LiveTensorMemory:
@@ -116,22 +120,11 @@ class RankRecorder:
         return f"{self.spans.current_instruction}: {line_location(sys._getframe())}"
 
     def record_collective(
-        self,
-        group: GroupKey,
-        operation: str,
-        purpose: str,
-        shape: Sequence[int],
-        dtype: str,
-        sends: Sequence[int] = (),
-        receives: Sequence[int] = (),
+        self, group: GroupKey, operation: str, purpose: str, tensor: TensorKey, rows: RowCounts = ((), ())
     ) -> None:
         """Log a collective; for the arguments see `CollectiveRecord`."""
-        name, ranks = group
-        tensor, rows = (tuple(shape), dtype), (tuple(sends), tuple(receives))
-        stream, place = self.stream, self.current_location()
-        self.events.append(
-            CollectiveRecord(name, ranks, operation, purpose, *tensor, *rows, stream, place, self.is_warm_up)
-        )
+        stream, place, warms_up = self.stream, self.current_location(), self.is_warm_up
+        self.events.append(CollectiveRecord(*group, operation, purpose, *tensor, *rows, stream, place, warms_up))
 
     def record_p2p_batch(self, group: GroupKey, sends: Sequence[P2POpRecord], receives: Sequence[P2POpRecord]) -> None:
         """Log a P2P batch."""

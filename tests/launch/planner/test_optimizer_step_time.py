@@ -57,8 +57,7 @@ def test_no_more_shows_than_is_sent() -> None:
     table = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe).compute_model.table
     updates = OptimizerStepTimeModel(simulation.config.cluster, ForecastRecipe(), table, simulation.layout.topology)
     ranks = simulation.forecaster.parameters_by_rank(simulation.layout)
-    most = max(ranks, key=updates.reduce_scatter_seconds)
-    sent = updates.reduce_scatter_seconds(most) + updates.all_gather_seconds(most)
+    sent = max(updates.collective_seconds(held, 4) + updates.collective_seconds(held, 2) for held in ranks)
     assert 0.0 < simulation.forecast.exposed_collective_seconds < sent
     moments = [
         OptimizerStepTimeModel(updates.cluster, ForecastRecipe(moment_bytes=size), table, updates.topology)

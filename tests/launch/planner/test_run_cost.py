@@ -9,7 +9,7 @@ from shoestring.comm.errors import ConfigError
 from shoestring.launch.planner.run_cost import (
     CONTEXT_EXTENSION_PHASES,
     FailureModel,
-    context_extension_problem,
+    batch_size_problem,
     pretraining_gpu_hours,
     run_phase_costs,
     sensitivity_analysis,
@@ -59,18 +59,20 @@ def test_few_sms_are_a_question_and_both_ends_of_its_answer() -> None:
     asked = sensitivity_analysis(
         simulation.forecaster, simulation.layout, simulation.forecast.recipe, simulation.global_batch
     )
-    fast, slow = (entry for entry in asked if "SMs reserved" in entry.name)
-    assert fast.step_seconds < simulation.forecast.step_seconds < slow.step_seconds
+    fast, slow = (seconds for change, seconds in asked.items() if "SMs reserved" in change)
+    assert fast < simulation.forecast.step_seconds < slow
 
 
 def test_long_phases_are_explained_with_the_nearest_legal_batch() -> None:
-    notes = [context_extension_problem(simulated().layout, *phase) for phase in CONTEXT_EXTENSION_PHASES]
+    notes = [batch_size_problem(simulated().layout, sequences) for _, sequences in CONTEXT_EXTENSION_PHASES]
     assert notes[0] == (
-        "32 K: 1,920 sequences = 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
+        "1,920 sequences = 15 micro-batches of 128, illegal for dualpipe on 16 ranks; "
         "nearest legal 4,096 sequences (32 micro-batches)"
     )
     assert notes[1] is not None
     assert "480 sequences = 3.75 micro-batches of 128, not a whole number" in notes[1]
+    (shown,) = (phase.note for phase in simulated().phase_costs if phase.name == "context extension")
+    assert shown.startswith(f"32 K: {notes[0]}; 128 K: {notes[1]}; ")
 
 
 def test_the_best_interval_loses_least() -> None:

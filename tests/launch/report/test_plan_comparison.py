@@ -74,24 +74,24 @@ def simulated(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> Tree:
 
 
 def lines(comparison: PlanComparison) -> Iterator[PlannedVsMeasured]:
-    yield from (*comparison.time_terms, comparison.step, *comparison.totals)
+    yield from (*comparison.terms_seconds_a_step, comparison.step_seconds, *comparison.totals)
 
 
 def test_terms_add_up_to_the_step_on_both_sides(run_dir: Path, simulated: Tree, write: Write) -> None:
     summary = summarize_ledger(run_dir)
     comparison = compare_with_plan(run_dir, summary, write(simulated))
-    assert [line.name for line in comparison.time_terms] == [*STEP_TIME_TERMS, "other"]
-    assert {line.name for line in comparison.time_terms if line.measured} >= {
+    assert [line.name for line in comparison.terms_seconds_a_step] == [*STEP_TIME_TERMS, "other"]
+    assert {line.name for line in comparison.terms_seconds_a_step if line.measured} >= {
         "F",
         "B",
         "exposed_all_to_all",
         "optimizer",
     }
     for side in ("planned", "measured", "difference"):
-        values = [getattr(line, side) for line in comparison.time_terms]
-        assert sum(values) == pytest.approx(getattr(comparison.step, side), rel=1e-9)
+        values = [getattr(line, side) for line in comparison.terms_seconds_a_step]
+        assert sum(values) == pytest.approx(getattr(comparison.step_seconds, side), rel=1e-9)
     seconds = summary.productive_ms / 1e3 / 2
-    assert comparison.step.measured == pytest.approx(seconds / STEPS)
+    assert comparison.step_seconds.measured == pytest.approx(seconds / STEPS)
     totals = {line.name: line for line in comparison.totals}
     assert totals["tokens_per_second"].measured == pytest.approx(STEPS * BATCH * SEQUENCE / seconds)
     assert totals["tokens_per_second"].planned == pytest.approx(BATCH * SEQUENCE / simulated["layout"]["step_seconds"])
@@ -171,15 +171,15 @@ def test_of_a_search_it_is_the_layout_of_the_run(
     of_run = tree["configured"]
     other = of_run | {"edp": 2, "ep": 1}
     tree["layouts"] = [other]
-    assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "the configured layout"
+    assert compare_with_plan(run_dir, summary, write(tree)).layout == "the configured layout"
     # The fastest row has another layout; of the run's rows, one is priced in its precision.
     alike = of_run | {"precision": "fp32", "recompute": [], "step_seconds": 7.0}
     tree["layouts"] = [other, of_run, of_run, alike]
     found = compare_with_plan(run_dir, summary, write(tree))
-    assert (found.layout_name, found.step.planned) == ("layout 4 of 4", 7.0)
+    assert (found.layout, found.step_seconds.planned) == ("layout 4 of 4", 7.0)
     assert found.deviations == ["cluster: h800 planned, local run"]
     tree["layouts"] = [other, of_run, of_run]
-    assert compare_with_plan(run_dir, summary, write(tree)).layout_name == "layout 2 of 3"
+    assert compare_with_plan(run_dir, summary, write(tree)).layout == "layout 2 of 3"
     tree["layouts"], tree["configured"] = [other], other
     with pytest.raises(
         ConfigError, match=r"does not contain the run's layout, pp1 edp1 ep2 dualpipev .*shoestring simulate"
@@ -222,8 +222,8 @@ def test_figures_of_more_than_one_kind_of_step_are_marked(run_dir: Path, simulat
         "the initial checkpoint's GPU-hours are in the total, not in those of steps",
     ]
     unseen = compare_with_plan(run_dir, replace(summary, gpu_ms_by_term={}), plan)
-    assert all(line.measured is None for line in unseen.time_terms)
-    assert unseen.step.measured is not None
+    assert all(line.measured is None for line in unseen.terms_seconds_a_step)
+    assert unseen.step_seconds.measured is not None
 
 
 def test_what_cannot_be_compared_is_refused(
