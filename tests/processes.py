@@ -83,7 +83,7 @@ class Rank:
 
     number: int
     process: ForkServerProcess
-    outcome: Connection[Any, Any]
+    outcome: "Connection[Any, Any]"
     stack: Path
 
     def receive(self) -> tuple[bytes | None, str]:
@@ -148,7 +148,7 @@ def _start(number: int, ranks: int, task: Task, folder: Path, cleanup: contextli
     return Rank(number, process, ours, stack)
 
 
-def _work(world: World, task: Task, outcome: Connection[Any, Any], stack: Path) -> None:
+def _work(world: World, task: Task, outcome: "Connection[Any, Any]", stack: Path) -> None:
     """Run the task, from the process group's start to its end."""
     with stack.open("w") as file:
         faulthandler.enable(file)

@@ -93,7 +93,7 @@ class RowProcess:
 
 
 def _serve(
-    worker: TorchrunEnvironment | None, start: int, variables: dict[str, str], end: Connection[Any, Any]
+    worker: TorchrunEnvironment | None, start: int, variables: dict[str, str], end: "Connection[Any, Any]"
 ) -> None:
     """Run the received rows until the parent has gone. Print all stacks if a row exceeds its limit."""
     die_with_parent()
