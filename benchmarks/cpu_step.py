@@ -80,7 +80,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     exchange = build_token_exchange(
         ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0)
     )
-    pipeline = PipelineRuntime.open(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
+    pipeline = PipelineRuntime(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
     optimizer = OptimizerConfig(moments=str(dtype).removeprefix("torch."))
     stepper = build_stepper(pipeline, model, exchange, dtype, 1, optimizer)
     settings = StepSettings(

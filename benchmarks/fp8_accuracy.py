@@ -110,7 +110,7 @@ def build(way: Way, seed: int) -> Stepper:
     exchange = build_token_exchange(
         ExchangeConfig(), groups, SHAPE.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0)
     )
-    pipeline = PipelineRuntime.open(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
+    pipeline = PipelineRuntime(StageLayout.build(SHAPE, LENGTH), groups, torch.device("cpu"))
     return build_stepper(pipeline, model, exchange, way.dtype, 1, OptimizerConfig())
 
 

@@ -87,7 +87,7 @@ class Trainer:
         exchange = build_token_exchange(
             ExchangeConfig(name="two_hop"), groups, SHAPE.n_routed_experts, async_communicator, self.traffic
         )
-        pipeline = PipelineRuntime.open(stages, groups, cpu, overlap=overlap, recorder=self.trace)
+        pipeline = PipelineRuntime(stages, groups, cpu, overlap=overlap, recorder=self.trace)
         self.stepper: Stepper = build_stepper(
             pipeline, model, exchange, torch.float32, MICRO_BATCHES, OptimizerConfig()
         )

@@ -25,10 +25,10 @@ from rich.table import Table
 from shoestring.comm.exchange.permutation import ZERO_TOKEN_COUNTS
 from shoestring.comm.traffic import TrafficCounter
 from shoestring.launch.compose import compose_run_config
-from shoestring.trainer.costs.flops import count_flops
 from shoestring.trainer.model.model import router_names
-from shoestring.trainer.run.reporter import MfuInputs, Reporter
+from shoestring.trainer.run.reporter import Reporter
 from shoestring.trainer.run.step import StepResult, StepSettings
+from shoestring.trainer.run.step_reduction import StepTotals
 
 REPEATS = 200
 
@@ -61,16 +61,15 @@ def open_reporter(run_dir: Path, log_every: int) -> Reporter:
     config = compose_run_config(["experiment=quickstart", *overrides])
     with mock.patch.object(sys, "stdout", io.StringIO()):
         reporter = Reporter(config, run_dir, "benchmark")
-        reporter.report_run(
-            MfuInputs(count_flops(config.model, config.training.sequence_length), 1.0), "cpu", "float32", "blocks"
-        )
+        reporter.report_run(1.0, "cpu", "float32", "blocks")
         reporter.begin_training()
     return reporter
 
 
 CONFIG = compose_run_config(["experiment=quickstart"])
 COUNTS_E = {name: torch.full((CONFIG.model.n_routed_experts,), 1000) for name in router_names(CONFIG.model)}
-RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, 2048, COUNTS_E, ZERO_TOKEN_COUNTS, (-0.01, 0.01), ())
+TOTALS = StepTotals((3.0, 3.1, 1e-4), 1.0, COUNTS_E, {}, ZERO_TOKEN_COUNTS, ())
+RESULT = StepResult(3.0, 3.1, 1e-4, 4.0, 1.0, TOTALS, (-0.01, 0.01))
 
 
 def step(reporter: Reporter, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,19 @@ from ..parallelism.pipeline.liveness import first_use, first_use_on_any_rank, la
 from ..parallelism.pipeline.placement import Direction
 from ..parallelism.pipeline.program import PipelineProgram
 from ..parallelism.pipeline.schedules.registry import build_forward_program
-from ..parallelism.zero.bucket import Bucket
 from ..parallelism.zero.optimizer import ShardedOptimizer
 from ..parallelism.zero.reduce import GradientReducer
 from .checkpoint.pieces import TensorPiece
 from .checkpoint.saver import CheckpointSaver
 from .checkpoint.store import CheckpointStore
-from .checkpoint.training_state import make_holder_ranks, training_state_names, training_state_pieces
+from .checkpoint.training_state import training_state_names, training_state_pieces
 from .config import RunConfig
 from .data.inspect import unigram_entropy
 from .data.manifest import DataManifest
 from .data.prepared import PreparedData, open_prepared_data
 from .data.samples import SampleDataset, SampleOrder
 from .data.tokenizer import Tokenizer
-from .model.attention_backend import (
-    CPU_ATTENTION,
-    GpuCapabilities,
-    SelectedAttention,
-    attention_by_name,
-    probe_attention,
-    select_attention,
-)
+from .model.attention_backend import choose_attention, probe_attention
 from .model.chunk import Chunk
 from .model.model import Model, initialize_weights
 from .model.recompute import RecomputeModule
@@ -50,8 +43,7 @@ from .model.stage_layout import StageLayout
 from .optimizer.adamw import AdamW
 from .optimizer.config import OptimizerConfig
 from .optimizer.ema import WeightEMA
-from .run.bucket_plan import plan_buckets
-from .run.schedule_cache import ScheduleCache
+from .run.bucket_plan import build_buckets
 from .run.step import Stepper
 from .run.warm_up import warm_up_step
 from .telemetry.trace import TraceRecorder
@@ -79,35 +71,19 @@ class RankResources:
     trace_recorder: TraceRecorder
     """Recorder of timeline spans; it records only in steps that are profiled or traced."""
 
-    @property
-    def pipeline(self) -> "PipelineRuntime":
-        """Pipeline of this rank."""
-        return self.engine.pipeline
-
-    @property
-    def stepper(self) -> Stepper:
-        """Optimizer stepper of this rank."""
-        return self.engine.stepper
-
-    @property
-    def exchange_traffic(self) -> TrafficCounter:
-        """Bytes that the token exchange sends."""
-        return self.engine.exchange_traffic
-
-    @property
-    def model(self) -> Model:
-        """Model shard of this rank."""
-        return self.stepper.model
-
     def local_checkpoint_pieces(self) -> list[TensorPiece]:
         """Return this rank's part of a checkpoint, as views.
 
         To restore it, write into the views and call `optimizer.all_gather_weights`.
         """
-        optimizer, average = self.stepper.optimizer, self.stepper.ema
-        optimizer.wait_for_weights()
-        holders = make_holder_ranks(self.pipeline.stages, self.groups)
-        return list(training_state_pieces(self.model, optimizer, average, holders, self.groups.rank))
+        stepper = self.engine.stepper
+        stepper.optimizer.wait_for_weights()
+        stages, groups = self.engine.pipeline.stages, self.groups
+
+        def holders(name: str) -> tuple[int, ...]:
+            return tuple(sorted(groups.dense_dp[stages.pp_ranks_holding(name)].ranks))
+
+        return list(training_state_pieces(stepper.model, stepper.optimizer, stepper.ema, holders, self.groups.rank))
 
     def close(self) -> None:
         """Close the checkpoint saver and the engine."""
@@ -121,7 +97,7 @@ class PipelineRuntime:
 
     stages: StageLayout
     groups: ProcessGroups
-    channels: dict[Direction, P2PChannel]
+    device: torch.device
     overlap: bool = True
     """See `ScheduleConfig`."""
     recorder: SpanRecorder = NULL_RECORDER
@@ -130,20 +106,11 @@ class PipelineRuntime:
     streams: DeviceStreams | None = None
     """Streams that communication is queued on; None: those of the device."""
 
-    @staticmethod
-    def open(
-        stages: StageLayout,
-        groups: ProcessGroups,
-        device: torch.device,
-        *,
-        overlap: bool = True,
-        recorder: SpanRecorder = NULL_RECORDER,
-        recompute: frozenset[RecomputeModule] = frozenset(),
-        streams: DeviceStreams | None = None,
-    ) -> "PipelineRuntime":
-        """Open the P2P channels to the neighboring pipeline ranks."""
-        channels = build_p2p_channels(groups.pp_next, groups.pp_prev, device, recorder, streams)
-        return PipelineRuntime(stages, groups, channels, overlap, recorder, recompute, streams)
+    @cached_property
+    def channels(self) -> dict[Direction, P2PChannel]:
+        """P2P channels to the neighboring pipeline ranks, opened at the first use."""
+        groups = self.groups
+        return build_p2p_channels(groups.pp_next, groups.pp_prev, self.device, self.recorder, self.streams)
 
     def build_executor(self, program: PipelineProgram) -> PipelineExecutor:
         """Build the executor of this rank's instructions of `program`."""
@@ -245,7 +212,7 @@ def build_engine(
     exchange = build_token_exchange(
         config.exchange, groups, config.model.n_routed_experts, worker, traffic, dispatch_buffer_shape(config)
     )
-    pipeline = PipelineRuntime.open(
+    pipeline = PipelineRuntime(
         build_stage_layout(config),
         groups,
         device,
@@ -283,20 +250,16 @@ def build_stepper(
     if optimizer.ema_decay is not None:
         device = sharded.reducer.buckets[0].master_n.device
         average = WeightEMA(sharded, optimizer.ema_decay, pipeline.streams or get_device_streams(device))
-    users = [stages.stages_using(bucket.parameter_ranges[0].name) for bucket in sharded.reducer.buckets]
     return Stepper(
         model=model,
         chunks=tuple(
             Chunk(model, exchange, dtype, stage, pipeline.recorder, pipeline.recompute)
             for stage in stages.stages_of_rank(groups.pp_rank)
         ),
-        schedule_cache=ScheduleCache(
-            lambda count: pipeline.build_executor(stages.build_checked_program(count)),
-            pipeline.build_executor(program),
-            sharded,
-            users,
-        ),
+        executor=pipeline.build_executor(program),
+        build_executor=lambda count: pipeline.build_executor(stages.build_checked_program(count)),
         optimizer=sharded,
+        bucket_stages=tuple(stages.stages_using(each.parameter_ranges[0].name) for each in sharded.reducer.buckets),
         ema=average,
         groups=groups,
         recorder=pipeline.recorder,
@@ -316,22 +279,17 @@ def build_optimizer(
     """Build the ZeRO-1 optimizer of `model`, this rank's shard, whose parameters become views of its buckets."""
     # Buckets are reduced in the order in which `program` last uses them, and all-gathered in the order in which the
     # next step first uses them, so that both overlap with compute.
-    buckets, final_after, needed_from = [], [], []
-    order: list[tuple[int, int]] = []
-    for plan in plan_buckets(model, stages, program, dtype):
-        group = (groups.expert_dp if plan.is_expert else groups.dense_dp)[plan.holding_pp_ranks]
-        buckets.append(
-            Bucket(plan.name, plan.members, group, config.moments_dtype(plan.master_dtype), plan.weight_dtype)
-        )
-        final_after.append(last_use(program, groups.pp_rank, plan.using_stages))
-        needed_from.append(first_use(program, groups.pp_rank, plan.using_stages))
-        order.append((first_use_on_any_rank(program, plan.using_stages), len(order)))
+    built = list(build_buckets(model, stages, program, groups, config, dtype))
+    buckets, users = [bucket for bucket, _ in built], [stages_using for _, stages_using in built]
+    final_after = [last_use(program, groups.pp_rank, each) for each in users]
+    needed_from = [first_use(program, groups.pp_rank, each) for each in users]
+    order = sorted(range(len(users)), key=lambda number: first_use_on_any_rank(program, users[number]))
     device = buckets[0].weights_N.device
     worker = build_async_communicator(
         groups.world, device, recorder=recorder, track=TimelineTrack.REDUCE, streams=streams
     )
     reducer = GradientReducer(buckets, final_after, worker, TrafficCounter(groups.topology, groups.rank))
-    return ShardedOptimizer(reducer, AdamW(config), needed_from, [number for _, number in sorted(order)], recorder)
+    return ShardedOptimizer(reducer, AdamW(config), needed_from, order, recorder)
 
 
 def open_samples(config: RunConfig, prepared: PreparedData) -> tuple[SampleDataset, SampleDataset]:
@@ -366,17 +324,6 @@ def build_model(config: RunConfig, groups: ProcessGroups, device: torch.device) 
     if fp8 is not None:
         model.enable_fp8(fp8)
     model.set_expert_block_rows(config.expert_block_rows)
-    model.set_attention(choose_run_attention(config, device))
+    shape = config.attention_shape(config.precision.compute_dtype(device))
+    model.set_attention(choose_attention(config.training.attention_backend, shape, device))
     return model
-
-
-def choose_run_attention(config: RunConfig, device: torch.device) -> SelectedAttention:
-    """Return the attention backend on `device`, whose capabilities are read only if the configuration says `auto`."""
-    if device.type == "cpu":
-        return CPU_ATTENTION
-    name = config.training.attention_backend
-    if name != "auto":
-        return attention_by_name(name)
-    return select_attention(
-        name, config.attention_shape(config.precision.compute_dtype(device)), GpuCapabilities.detect()
-    )

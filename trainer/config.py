@@ -357,16 +357,9 @@ class RunConfig:
         if self.precision.compute == "float64" or self.model.num_moe_layers + self.model.num_nextn_predict_layers == 0:
             return
         step = 4 if self.precision.compute == "float32" else 8  # auto may become BF16
-        for name, width in (
-            ("hidden_size", self.model.hidden_size),
-            ("moe_intermediate_size", self.model.moe_intermediate_size),
-        ):
-            if width % step:
+        moe_layers = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers")
+        judges = ("precision.compute", *(f"model.{name}" for name in moe_layers))
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if (width := self.model.__dict__[name]) % step:
                 hint = f"must be a multiple of {step}: rows of grouped GEMMs are multiples of 16 bytes"
-                judges = (
-                    "precision.compute",
-                    "model.num_hidden_layers",
-                    "model.first_k_dense_replace",
-                    "model.num_nextn_predict_layers",
-                )
                 yield Problem(f"model.{name}", width, hint, judges)

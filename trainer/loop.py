@@ -12,9 +12,8 @@ from ..comm.groups import ProcessGroups
 from .build import RankResources, build_rank_resources
 from .checkpoint.saver import SaveResult
 from .checkpoint.store import CheckpointStore
-from .config import RunConfig, scheduled_value
+from .config import RunConfig
 from .costs.cluster import measure_peak_tflops
-from .costs.flops import count_flops
 from .data.samples import StepPrefetcher, TokenBatch
 from .data.shard_files import DataChanged
 from .generation.generate import generate
@@ -37,7 +36,7 @@ from .run.exit import (
     never_stop,
 )
 from .run.profiling import StepProfiler
-from .run.reporter import MfuInputs, Reporter, charge_time
+from .run.reporter import Reporter, charge_time
 from .run.step import NonFiniteStep, StepSettings
 
 
@@ -95,14 +94,6 @@ def train(
         if config.training.sample_tokens and not _sample(rank, done, reporter, stop_requested):
             where = f"in the sample after step {done}, which is in a checkpoint"
             raise _halted(HaltReason.PREEMPTED, where, None, progressed=done > began)
-    except NonFiniteStep as error:
-        finish_save(rank, reporter)
-        last = rank.checkpoint_store.steps()
-        hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
-        message = f"step {done + 1}: {error}; {hope}. Lower optimizer.peak_learning_rate or lengthen its warm-up."
-        if reporter is not None:
-            reporter.close(done, message, clean=False)
-        raise RunFailed(message) from error
     except (CollectiveError, DataChanged, RankFailed, RunFailed, RunHalted) as error:
         if reporter is not None:
             reporter.close(done, str(error), clean=isinstance(error, RunHalted))
@@ -122,8 +113,8 @@ def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
     config, groups = rank.config, rank.groups
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world_cpu)
     if reporter is not None:
-        speed = MfuInputs(count_flops(config.model, config.training.sequence_length), peak)
-        reporter.report_run(speed, str(rank.device), str(rank.dtype).removeprefix("torch."), str(rank.model.attention))
+        attention = str(rank.engine.stepper.model.attention)
+        reporter.report_run(peak, str(rank.device), str(rank.dtype).removeprefix("torch."), attention)
     metadata = load_latest_checkpoint(rank, reporter)
     done, evaluation_pending = 0, False
     if metadata is not None:
@@ -223,33 +214,33 @@ def _one_step(
     reporter: Reporter | None,
     votes: StepVotes,
 ) -> float:
-    """Run step number `step`, from 1; return its seconds without loading the samples."""
+    """Run step number `step`, from 1; return its seconds without loading the samples.
+
+    Raises `RunFailed` for a loss or gradient that is not finite.
+    """
     config = rank.config
     with charge_time(reporter, "data_stall"):
         micro_batches = [batch.to(rank.device) for batch in reader.take(step)]
-    before = config.tokens_after(step - 1)
-    settings = StepSettings(
-        learning_rate=config.optimizer.learning_rate_at(config.tokens_after(step)),
-        clip_norm=config.optimizer.clip_norm,
-        seq_aux_loss_coeff=config.training.seq_aux_loss_coeff,
-        mtp_loss_scaling_factor=scheduled_value(config.training.mtp_loss_scaling_factor, before),
-        router_bias_update_rate=scheduled_value(config.training.router_bias_update_rate, before),
-    )
-    rank.exchange_traffic.reset()
+    settings = StepSettings.at_step(config, step)
+    rank.engine.exchange_traffic.reset()
     start = time.perf_counter()
     try:
-        result = rank.stepper.step(
+        result = rank.engine.stepper.step(
             micro_batches, config.batch_ramp.batch_size(step), settings, votes.collect_local_votes
         )
-    except NonFiniteStep:
+    except NonFiniteStep as error:
         if reporter is not None:
             reporter.report_skipped_step(step, time.perf_counter() - start)
-        raise
+        finish_save(rank, reporter)
+        last = rank.checkpoint_store.steps()
+        hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
+        hint = "Lower optimizer.peak_learning_rate or lengthen its warm-up."
+        raise RunFailed(f"step {step}: {error}; {hope}. {hint}") from error
     seconds = time.perf_counter() - start
-    votes.set_global_counts(result.vote_counts)
+    votes.set_global_counts(result.totals.vote_counts)
     if reporter is not None:
         reporter.report_step(
-            step, result, settings, seconds, rank.exchange_traffic, rank.stepper.optimizer.reducer.traffic
+            step, result, settings, seconds, rank.engine.exchange_traffic, rank.engine.stepper.optimizer.reducer.traffic
         )
     return seconds
 
@@ -269,8 +260,8 @@ def _read_micro_batches(rank: RankResources, step: int) -> list[TokenBatch]:
 
 def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
     """Report the validation loss after `step` steps; return False if a stop request interrupted it."""
-    rank.stepper.optimizer.wait_for_weights()
-    average, averaged = rank.stepper.ema, None
+    rank.engine.stepper.optimizer.wait_for_weights()
+    average, averaged = rank.engine.stepper.ema, None
     with charge_time(reporter, "evaluation"):
         plain = _validation_loss(rank, stop_asked)
         if average is not None and plain is not None:
@@ -287,8 +278,8 @@ def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_as
 
 def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tuple[float, int] | None:
     """Return the validation loss and its number of targets; None if a stop request interrupted it."""
-    stepper, size = rank.stepper, rank.config.schedule.micro_batch_size
-    forwards, device = rank.pipeline.build_forward_executor, rank.device
+    stepper, size = rank.engine.stepper, rank.config.schedule.micro_batch_size
+    forwards, device = rank.engine.pipeline.build_forward_executor, rank.device
     return evaluate_validation_loss(
         stepper.chunks, forwards, rank.validation_samples, size, rank.groups, device, stop_asked
     )
@@ -296,13 +287,13 @@ def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tup
 
 def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
     """Report generated text after `step` steps; return False if a stop request interrupted it."""
-    rank.stepper.optimizer.wait_for_weights()
+    rank.engine.stepper.optimizer.wait_for_weights()
     training, tokenizer = rank.config.training, rank.tokenizer
     with charge_time(reporter, "evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
         continuation = generate(
-            rank.stepper.chunks,
-            rank.pipeline.build_forward_executor(1),
+            rank.engine.stepper.chunks,
+            rank.engine.pipeline.build_forward_executor(1),
             prompt,
             training.sample_tokens,
             training.sequence_length,

@@ -140,9 +140,7 @@ class _Reader:
 
     def _dataclass(self, cls: Any, value: object, path: str) -> Any:
         if not isinstance(value, Mapping):
-            self.problems.append(Problem(path, value, "must be a group of keys"))
-            self.doubtful.add(path)
-            return _empty(cls)
+            return self._refuse(Problem(path, value, "must be a group of keys"), cls, dataclasses.MISSING)
         hints = typing.get_type_hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         prefix = f"{path}." if path else ""

@@ -12,10 +12,10 @@ from shoestring.benchmarks.rows.row import Check, Figures, Machine, NotHere, exp
 from shoestring.trainer.model.attention_backend import (
     CPU_ATTENTION,
     GPU_BACKENDS,
+    AttentionBackend,
     AttentionFunction,
     AttentionShape,
     GpuCapabilities,
-    SelectedAttention,
     attention_by_name,
     select_attention,
     unsupported_gpu_reasons,
@@ -46,7 +46,7 @@ def attention(name: str, machine: Machine) -> Figures:
 
     alone, both = machine.seconds(forward), machine.seconds(lambda: run(choice.core_attention, *timed))
     return {
-        "backend": choice.backend.name,
+        "backend": choice.name,
         "forward_ms": alone * 1e3,
         "backward_ms": (both - alone) * 1e3,
         "error": error,
@@ -54,7 +54,7 @@ def attention(name: str, machine: Machine) -> Figures:
     }
 
 
-def _choose(name: str, machine: Machine) -> SelectedAttention:
+def _choose(name: str, machine: Machine) -> AttentionBackend:
     """Return the backend that a run of V3 would select here, or the backend `name`."""
     if not machine.on_gpu:
         if name != "auto":

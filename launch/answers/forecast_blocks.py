@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from markupsafe import Markup
 
 from ...comm.units import format_significant
-from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
+from ...trainer.memory.peak import RankMemory, memory_label
 from ..planner.forecast import StepForecast
 from ..planner.layout_memory import memory_by_kind
 from ..planner.run_cost import RunPhaseCost
@@ -35,7 +35,7 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
     yield Figure(
         "Memory per pipeline rank",
         lambda: _memory_bars(forecast.memory_by_rank, memory_gb),
-        [LegendEntry(MEMORY_LABELS[part], style) for part, style in _STYLES.items()],
+        [LegendEntry(memory_label(part), style) for part, style in _STYLES.items()],
         "" if memory_gb is None else f"Dashed: the {memory_gb:g} GB of one GPU. Without fragmentation.",
         is_wide=True,
     )
@@ -52,7 +52,7 @@ def _memory_bars(memory_by_rank: Sequence[RankMemory], memory_gb: float | None) 
             yield svg.text(0, y + 15, f"rank {rank}", "soft")
             for part, size in memory_by_kind(memory).items():
                 box = svg.rect(x, y, size * scale, _BAR_HEIGHT, _STYLES[part])
-                yield svg.group(f"{MEMORY_LABELS[part]}: {size / 1e9:.1f} GB", [box])
+                yield svg.group(f"{memory_label(part)}: {size / 1e9:.1f} GB", [box])
                 x += size * scale
             yield svg.text(_BAR_LEFT + _BAR_WIDTH + 8, y + 15, f"{memory.total / 1e9:.1f} GB", "soft")
         if memory_gb is not None:

@@ -134,7 +134,7 @@ class Calibration:
         )
         stages = StageLayout.build(config.model, config.training.sequence_length)
         policy = config.recompute.recompute_modules
-        pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=policy)
+        pipeline = PipelineRuntime(stages, groups, device, recorder=recorder, recompute=policy)
         dtype = config.precision.compute_dtype(device)
         stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
         window = config.training.sequence_length + 1 + config.model.num_nextn_predict_layers

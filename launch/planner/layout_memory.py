@@ -22,7 +22,7 @@ def memory_by_kind(memory: RankMemory) -> dict[str, float]:
         "gradients": state.gradients,
         "optimizer_states": state.masters + state.moments + state.average,
         **{kind.value: size for kind, size in memory.at_peak.items()},
-        "outside_allocator": memory.non_allocator_bytes,
+        "outside_allocator": memory.non_allocator.total,
     }
 
 

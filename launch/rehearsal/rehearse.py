@@ -126,7 +126,7 @@ class RankRehearsal:
             peak_phase=live.peak_phase,
             peak_bytes_by_phase=live.peak_bytes_by_phase,
             predicted_peak_bytes=predicted.allocator_bytes,
-            capacity_bytes=None if size is None else size * 1e9 - predicted.non_allocator_bytes,
+            capacity_bytes=None if size is None else size * 1e9 - predicted.non_allocator.total,
         )
 
 

@@ -15,7 +15,7 @@ from ...comm.exchange.deepep import missing_deepep_requirements
 from ...comm.groups import P2P_MAX_CTAS, REDUCE_MAX_CTAS
 from ...parallelism.weight_grad import missing_apex_requirements
 from ...trainer.model.attention_backend import (
-    CPU_BACKEND,
+    CPU_ATTENTION,
     GPU_BACKENDS,
     AttentionShape,
     GpuCapabilities,
@@ -115,9 +115,9 @@ def _attention() -> Iterator[Implementation]:
     """Yield each backend for DeepSeek-V3's BF16 shape; `training.attention_backend=auto` selects the first usable."""
     yield Implementation(
         "attention",
-        CPU_BACKEND.name,
+        CPU_ATTENTION.name,
         True,
-        f"{CPU_BACKEND.description}; trainer/model/cpu_attention.py",
+        f"{CPU_ATTENTION.description}; trainer/model/cpu_attention.py",
     )
     on_gpu = torch.cuda.is_available()
     gpu = GpuCapabilities.detect() if on_gpu else None
@@ -127,7 +127,7 @@ def _attention() -> Iterator[Implementation]:
             ["it needs a GPU"] if gpu is None else unsupported_gpu_reasons(backend.name, DEEPSEEK_V3_ATTENTION, gpu)
         )
         note = "; ".join([backend.description, *missing, NOT_RUN_ON_HARDWARE])
-        if gpu is not None and select_attention("auto", DEEPSEEK_V3_ATTENTION, gpu).backend is backend:
+        if gpu is not None and select_attention("auto", DEEPSEEK_V3_ATTENTION, gpu).name == backend.name:
             note = f"{AUTO_ATTENTION_NOTE}; {note}"
         yield Implementation("attention", backend.name, not missing, note)
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from ...trainer.build import build_stage_layout
 from ...trainer.config import RunConfig
 from ...trainer.memory.forecast import HostMemoryBytes, MemoryPredictor
 from ...trainer.memory.measured import MeasuredMemory, measure_step_memory
-from ...trainer.memory.peak import MEMORY_LABELS, RankMemory
+from ...trainer.memory.peak import RankMemory, memory_label
 from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, TableBlock, TableRow, number, table
 from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
@@ -132,7 +132,7 @@ def memory_answer(report: MemoryReport) -> Answer:
         "predicted": [_rank_tree(memory) for memory in report.predicted_by_pp_rank],
         "host_bytes": [vars(host) for host in report.host_bytes_by_pp_rank],
         "worst_case_routing_bytes": report.worst_case_bytes_by_pp_rank,
-        "measured": [memory.to_dict() for memory in report.measured_by_rank],
+        "measured": [asdict(memory) for memory in report.measured_by_rank],
         "predicted_and_measured": [vars(each) | {"relative_error": each.relative_error} for each in compared],
         "routing_measured": "all_to_one_rank" if report.all_tokens_to_one_rank else "model",
     }
@@ -170,9 +170,9 @@ def _row(name: str, sizes: Sequence[float], *, is_total: bool = False, begins_gr
 
 def _kinds(memory: RankMemory) -> Iterator[tuple[str, float]]:
     for name, size in vars(memory.state).items():
-        yield MEMORY_LABELS[name], size
+        yield memory_label(name), size
     for kind, size in memory.at_peak.items():
-        yield MEMORY_LABELS[kind.value], size
+        yield memory_label(kind.value), size
     yield "CUDA context, libraries (assumed)", memory.non_allocator.context
     yield "exchange buffers, outside allocator", memory.non_allocator.exchange
 

@@ -12,7 +12,7 @@ from ...comm.units import format_significant
 from ...trainer.config import RunConfig
 from ...trainer.costs.flops import FLOP_CONVENTION
 from ...trainer.ledger.terms import to_label
-from ...trainer.memory.peak import MEMORY_LABELS
+from ...trainer.memory.peak import memory_label
 from ..answers.blocks import (
     Answer,
     Block,
@@ -270,7 +270,7 @@ def _times(forecast: StepForecast) -> TableBlock:
 
 def _memory(simulation: SimulatedLayout) -> TableBlock:
     peak = simulation.forecast.peak_memory
-    rows = [TableRow((MEMORY_LABELS[name], _gigabytes(size))) for name, size in memory_by_kind(peak).items()]
+    rows = [TableRow((memory_label(name), _gigabytes(size))) for name, size in memory_by_kind(peak).items()]
     rows.append(TableRow(("total", _gigabytes(peak.total)), is_total=True))
     if (without := simulation.peak_bytes_without_recompute) is not None:
         rows.append(TableRow(("without DeepSeek's memory savings (no recompute)", _gigabytes(without))))

@@ -120,7 +120,7 @@ def build(
     traffic = TrafficCounter(topology, rank)
     exchange = build_token_exchange(config, groups, layout.config.n_routed_experts, worker, traffic)
     cpu = torch.device("cpu")
-    pipeline = PipelineRuntime.open(
+    pipeline = PipelineRuntime(
         stages,
         groups,
         cpu,
@@ -155,7 +155,7 @@ def take_step(stepper: Stepper, gradients: RecordingReducer, layout: Layout, ste
         balance=result.balance_loss,
         norm=result.grad_norm,
         gradients=gradients.seen[-1],
-        counts_E=dict(zip(routed_layers, result.tokens_per_expert_E.values(), strict=True)),
+        counts_E=dict(zip(routed_layers, result.totals.tokens_per_expert_E.values(), strict=True)),
     )
 
 

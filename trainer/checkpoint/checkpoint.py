@@ -89,12 +89,6 @@ class Checkpoint:
             return self.metadata["step"].as_integer()
 
     @property
-    def run_config(self) -> Mapping[str, Any]:
-        """Configuration of the run that saved it, as plain values. Raises `ConfigError` if the metadata has none."""
-        with self._metadata_errors():
-            return self.metadata["config"].as_mapping()
-
-    @property
     def metadata(self) -> JsonValue:
         """Metadata of the manifest; reading a missing key raises `MalformedFileError`."""
         return JsonValue(self.manifest.metadata, "metadata")

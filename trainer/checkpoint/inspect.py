@@ -10,7 +10,7 @@ from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
 from .checkpoint import Checkpoint
 from .find import find_checkpoint, find_checkpoint_directory, open_checkpoint_store, unreadable_checkpoint_error
-from .manifest import MANIFEST_FILE, CheckpointDamaged, damage_error_context, read_manifest_only, read_manifest_summary
+from .manifest import MANIFEST_FILE, CheckpointDamaged, damage_error_context, read_manifest, read_manifest_summary
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def verify_checkpoint(path: Path, step: int | None) -> VerificationResult:
     try:
         directory = find_checkpoint_directory(path, step)
         try:
-            checkpoint = Checkpoint(directory, read_manifest_only(directory))
+            checkpoint = Checkpoint(directory, read_manifest(directory, check_sizes=False))
         except CheckpointDamaged as damaged:
             hint = "nothing else can be checked: restore that file, or choose another checkpoint with --step"
             return VerificationResult(str(directory), None, None, [f"{damaged}; {hint}"])

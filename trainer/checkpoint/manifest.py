@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -174,20 +174,15 @@ def make_rank_record(file: str, size: int, pieces: Iterable[tuple[TensorSpec, St
     return {"file": file, "bytes": size, "pieces": described}
 
 
-def read_manifest(directory: Path) -> CheckpointManifest:
-    """Read the manifest of a complete checkpoint and check the sizes of its files.
+def read_manifest(directory: Path, *, check_sizes: bool = True) -> CheckpointManifest:
+    """Read the manifest of a complete checkpoint and, unless `check_sizes` is False, check the sizes of its files.
 
     Raises `CheckpointDamaged`, `ConfigError` for another format version, and `OSError` for an unreadable file.
     """
-    return _read_with_sizes(directory, parse_manifest)
+    return _read(directory, parse_manifest, check_sizes=check_sizes)
 
 
-def read_manifest_only(directory: Path) -> CheckpointManifest:
-    """Read the manifest without checking the files that it lists. Raises like `read_manifest`."""
-    return _read(directory, parse_manifest)
-
-
-def _read(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
+def _read(directory: Path, parse: Callable[[bytes], HeadT], *, check_sizes: bool = True) -> HeadT:
     """Return `parse` of the manifest's text after checking its hash against the marker."""
     file = directory / COMPLETE_MARKER_FILE
     try:
@@ -196,7 +191,7 @@ def _read(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
         raw = read_regular_file(file)
         if hashlib.sha256(raw).hexdigest() != marker:
             raise CheckpointDamaged(f"{file}: its SHA-256 is not that in {COMPLETE_MARKER_FILE}")
-        return parse(raw)
+        head = parse(raw)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointDamaged(f"{error.filename}: is missing") from error
     except UnsupportedFormatError as error:
@@ -207,14 +202,7 @@ def _read(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
         if error.errno != errno.ELOOP:  # a symbolic link to itself: permanent, unlike other read errors
             raise
         raise CheckpointDamaged(f"{file}: {error.strerror}") from error
-    except ConfigError as refused:
-        raise ConfigError(replace(problem, field=str(file)) for problem in refused.problems) from refused
-
-
-def _read_with_sizes(directory: Path, parse: Callable[[bytes], HeadT]) -> HeadT:
-    """Return `parse` of the manifest's text like `_read`, after checking the sizes of the files that it lists."""
-    head = _read(directory, parse)
-    for _, words in find_wrong_file_sizes(directory, head.file_sizes):
+    for _, words in find_wrong_file_sizes(directory, head.file_sizes if check_sizes else {}):
         raise CheckpointDamaged(words)
     return head
 
@@ -235,7 +223,7 @@ def read_manifest_summary(directory: Path) -> ManifestSummary:
     Raises `CheckpointDamaged`, `ConfigError` and `OSError` like `read_manifest`.
     """
     # The hash in the marker proves that the manifest is as written, and `to_json` writes the tensors last.
-    return _read_with_sizes(directory, _parse_summary)
+    return _read(directory, _parse_summary)
 
 
 def _parse_summary(raw: bytes) -> ManifestSummary:

@@ -125,7 +125,7 @@ class CheckpointSaver:
         if self._removing_oldest is not None:  # it removes directories that `prepare_save` lists
             wait([self._removing_oldest])
         rank_pieces = pieces_to_write(self._world.rank, pieces)
-        (size,) = self._sum(sum(piece.nbytes for piece in rank_pieces))
+        size = self._sum(sum(piece.nbytes for piece in rank_pieces))
         prepared: Future[object] = Future()
         note = None
         if self._world.is_first_rank:
@@ -134,7 +134,7 @@ class CheckpointSaver:
             except OSError as error:
                 prepared.set_exception(error)
         self._save = _Save(step, extras, prepared if prepared.done() else None, note=note)
-        (failed,) = self._sum(prepared.done())  # also a barrier: no rank writes before the directory exists
+        failed = self._sum(prepared.done())  # also a barrier: no rank writes before the directory exists
         if not failed:
             copied = self._copy_to_host(rank_pieces)
             file = f"part_{self._world.rank:05d}"
@@ -160,7 +160,7 @@ class CheckpointSaver:
         while (save := self._save) is not None:
             if save.work is not None:
                 wait([save.work])
-            saved = self._advance(save, *self._sum(save.failure() is not None))
+            saved = self._advance(save, self._sum(save.failure() is not None))
         return saved
 
     def close(self) -> None:
@@ -188,11 +188,10 @@ class CheckpointSaver:
         self._save = replace(save, work=commit, is_written=True)
         return None
 
-    def _sum(self, *numbers: int) -> list[int]:
-        """Return the sum of each number over the ranks; of a flag, on how many ranks it is true."""
-        local = torch.tensor(numbers, dtype=torch.int64)
-        totals: list[int] = self._world.all_reduce_sum(local, "state of a checkpoint").tolist()
-        return totals
+    def _sum(self, number: int) -> int:
+        """Return the sum of a number over the ranks; of a flag, on how many ranks it is true."""
+        local = torch.tensor([number], dtype=torch.int64)
+        return int(self._world.all_reduce_sum(local, "state of a checkpoint"))
 
     def _failure_of_any(self, save: _Save, failed: int) -> str | None:
         """Return the failures of all ranks as text, or None. Collective if `failed` is not 0."""

@@ -99,7 +99,9 @@ class TensorFile:
             header = parse_json(file.read(length))
         data = 8 + length
         placed = sorted(_placed(header), key=lambda each: each[1:])
-        self.metadata = _metadata(header)
+        found = header.get(_METADATA)
+        # The format restricts the metadata to strings.
+        self.metadata = {} if found is None else {key: item.as_string() for key, item in found.items()}
         self.tensor_specs: dict[str, TensorSpec] = {declared.name: declared for declared, _, _ in placed}
         self.byte_offsets: dict[str, int] = {declared.name: data + begin for declared, begin, _ in placed}
         """First byte of each tensor in the file."""
@@ -134,12 +136,6 @@ def _placed(header: JsonValue) -> Iterator[tuple[TensorSpec, int, int]]:
             hint = f"{end - begin} bytes, where {kind} ask for {declared.nbytes}"
             raise entry["data_offsets"].malformed_error(hint)
         yield declared, begin, end
-
-
-def _metadata(header: JsonValue) -> dict[str, str]:
-    """Return the file's metadata, which the format restricts to strings."""
-    found = header.get(_METADATA)
-    return {} if found is None else {key: item.as_string() for key, item in found.items()}
 
 
 def parse_dtype(item: JsonValue) -> torch.dtype:

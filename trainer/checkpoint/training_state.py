@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ...comm.groups import ProcessGroups
 from ...parallelism.zero.optimizer import ShardedOptimizer
 from ..model.config import ModelConfig
 from ..model.model import Model
-from ..model.stage_layout import StageLayout
 from ..optimizer.ema import WeightEMA
 from .pieces import (
     EMA_STATE,
@@ -42,11 +40,6 @@ def model_pieces(model: Model) -> Iterator[TensorPiece]:
     """Yield the weights and routing biases of a whole model in one process."""
     weights = ((name, parameter.detach().view(-1)) for name, parameter in model.named_parameters())
     return _pieces(model, (StateSlice(MODEL_STATE, name, 0, flat) for name, flat in weights), lambda _: (0,), rank=0)
-
-
-def make_holder_ranks(stages: StageLayout, groups: ProcessGroups) -> HolderRanks:
-    """Return a function that gives the ranks of `groups` that hold a tensor."""
-    return lambda name: tuple(sorted(groups.dense_dp[stages.pp_ranks_holding(name)].ranks))
 
 
 def rng_state_name(rank: int) -> str:

@@ -132,13 +132,13 @@ class OperationMemory:
         """Bytes held from I to W, under any policy."""
         return self.output_gradients + sum(kept.nbytes for kept in self.activations if kept.needed_for_wgrad)
 
-    def forward_bytes(self, policy: Collection[RecomputeModule]) -> float:
-        """Return the workspace of its forward: it still holds the activations that `policy` will recompute."""
-        return self.forward_workspace + self.recomputed_bytes(policy)
+    def workspace_bytes(self, policy: Collection[RecomputeModule]) -> tuple[float, float]:
+        """Return the workspaces of its forward and its backward under `policy`.
 
-    def backward_bytes(self, policy: Collection[RecomputeModule]) -> float:
-        """Return the workspace of its backward, with the activations that `policy` recomputes."""
-        return self.backward_workspace + self.recomputed_bytes(policy)
+        The forward still holds the activations that `policy` will recompute; the backward recomputes them.
+        """
+        again = self.recomputed_bytes(policy)
+        return self.forward_workspace + again, self.backward_workspace + again
 
     def recomputed_bytes(self, policy: Collection[RecomputeModule]) -> float:
         """Return the bytes that its backward recomputes under `policy`."""

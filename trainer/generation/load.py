@@ -29,13 +29,7 @@ from ..checkpoint.tokenizer import checkpoint_eos_token_id, has_tokenizer
 from ..checkpoint.training_state import model_pieces
 from ..data.tokenizer import TOKENIZER_FILE, decode_with_bpe, encode_with_bpe, parse_tokenizer_json
 from ..huggingface.tensor_names import make_tensor_mappings
-from ..model.attention_backend import (
-    CPU_ATTENTION,
-    AttentionShape,
-    GpuCapabilities,
-    SelectedAttention,
-    select_attention,
-)
+from ..model.attention_backend import CPU_ATTENTION, AttentionBackend, AttentionShape, choose_attention
 from ..model.chunk import Chunk
 from ..model.config import ModelConfig
 from ..model.forward_context import LossNormalizers, StageBackward
@@ -60,14 +54,12 @@ class LoadedModel(nn.Module):
         for parameter in self.parameters():
             parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Return `logits`."""
-        return self.logits(tokens_BS)
-
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Return the logits of the token after each of the int64 tokens, [B, S, V], without a graph: see `loss`."""
         return run_to_completion(self._chunk.compute_logits(self._on_device(tokens_BS)))
+
+    forward = logits
 
     @torch.no_grad()
     def mtp_logits(self, tokens_BS: Tensor) -> Tensor:
@@ -233,13 +225,16 @@ def load_model(
         checkpoint = checkpoint.with_ema_weights()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    attention = _select_attention(checkpoint, device, dtype)
+    model = checkpoint.model_config
+    widths = model.qk_head_dim, model.v_head_dim
+    case = AttentionShape(1, model.num_attention_heads, _context_length(checkpoint), *widths, dtype=dtype)
+    attention = choose_attention("auto", case, device)
     with damage_error_context(_DAMAGED):
         return LoadedModel(load_chunk_for_inference(checkpoint, device, dtype, attention), checkpoint)
 
 
 def load_chunk_for_inference(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: SelectedAttention = CPU_ATTENTION
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: AttentionBackend = CPU_ATTENTION
 ) -> Chunk:
     """Return all layers in one chunk that computes in `dtype`; parameters keep the checkpoint's dtype.
 
@@ -270,15 +265,6 @@ def generation_problems(prompt: str, max_new_tokens: int, temperature: float) ->
 
 def _context_length(checkpoint: Checkpoint) -> int:
     return checkpoint.config_value("training", "sequence_length", default=4096)
-
-
-def _select_attention(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> SelectedAttention:
-    """Select the attention backend for one text of the model's context. Raises `ConfigError`."""
-    if device.type == "cpu":
-        return CPU_ATTENTION
-    model, context = checkpoint.model_config, _context_length(checkpoint)
-    shape = AttentionShape(1, model.num_attention_heads, context, model.qk_head_dim, model.v_head_dim, dtype)
-    return select_attention("auto", shape, GpuCapabilities.detect())
 
 
 class _Loss(torch.autograd.Function):

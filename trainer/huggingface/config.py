@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 from ...comm.errors import Problem, collect_problems, raise_if_any
 from ...comm.files.file_io import config_error_context
 from ...comm.files.strict_json import JsonValue
+from ...comm.fp8 import TILE_WIDTH
 from ..model.config import ModelConfig, YarnConfig
-from .fp8_weights import BLOCK_SIZE
 
 _NOT_SHARED = ("name", "scoring_func", "num_nextn_predict_layers", "rope_theta", "rope_scaling")
 _SHARED = tuple(field.name for field in fields(ModelConfig) if field.name not in _NOT_SHARED)
@@ -111,7 +111,7 @@ def to_config_json(
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
+            "weight_block_size": [TILE_WIDTH, TILE_WIDTH],
         }
     return tree
 
@@ -142,10 +142,7 @@ def remove_released_keys(model: dict[str, Any]) -> tuple[list[Problem], list[str
 
     Return a problem for each key whose value is not implemented, and the keys that have no effect.
     """
-    problems = [
-        Problem(f"model.{key}", model[key], f"is not implemented: only {supported!r} is supported")
-        for key, supported in _unsupported(model, _CONSTANTS)
-    ]
+    problems = [*_unsupported(model, _CONSTANTS, "model.", "is not implemented")]
     if dropout := model.pop("attention_dropout", 0):
         problems.append(Problem("model.attention_dropout", dropout, "is not implemented: only 0 is supported"))
     ignored = sorted(_WITHOUT_EFFECT.intersection(model))
@@ -182,11 +179,8 @@ class _Reader:
     def shared_fields(self) -> dict[str, Any]:
         """Return the fields of `_SHARED` that are present, with the types of `ModelConfig`."""
         kinds = get_type_hints(ModelConfig)
-        found = {}
-        for key in _SHARED:
-            if key in self.tree:  # a missing key is reported by `_unknown_here`
-                found[key] = self.value(self.tree[key], kinds[key])
-        return found
+        # A missing key is reported by `_unknown_here`.
+        return {key: self.value(self.tree[key], kinds[key]) for key in _SHARED if key in self.tree}
 
     def rope(self) -> Mapping[str, Any]:
         """Return the RoPE settings: `rope_scaling` before transformers 5, `rope_parameters` since; empty if absent."""
@@ -306,8 +300,7 @@ def _unknown_there(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Problem]:
-    for key, supported in _unsupported(tree, _ONE_WAY):
-        yield Problem(f"config.json: {key}", tree[key], f"cannot be imported: only {supported!r} is supported")
+    yield from _unsupported(tree, _ONE_WAY, "config.json: ", "cannot be imported")
     for key in _SHARED:
         if key not in tree:  # its writer relied on defaults, which differ between libraries
             yield Problem(f"config.json: {key}", None, "is missing; write it there, as transformers does when it saves")
@@ -320,17 +313,19 @@ def _unknown_here(tree: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[
     quantization = tree.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        if method != "fp8" or quantization.get("weight_block_size") != [BLOCK_SIZE, BLOCK_SIZE]:
-            hint = f"cannot be imported: only fp8 with weight_block_size [{BLOCK_SIZE}, {BLOCK_SIZE}] can"
+        if method != "fp8" or quantization.get("weight_block_size") != [TILE_WIDTH, TILE_WIDTH]:
+            hint = f"cannot be imported: only fp8 with weight_block_size [{TILE_WIDTH}, {TILE_WIDTH}] can"
             yield Problem("config.json: quantization_config", quantization, hint)
 
 
-def _unsupported(tree: Mapping[str, Any], constants: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield each key that has another value than its supported one, and the supported one."""
+def _unsupported(
+    tree: Mapping[str, Any], constants: Mapping[str, object], prefix: str, words: str
+) -> Iterator[Problem]:
+    """Yield a problem for each key that has another value than its supported one."""
     for key, supported in constants.items():
         found = tree.get(key, supported)
         if found != supported or type(found) is not type(supported):  # 0 is not false
-            yield key, supported
+            yield Problem(f"{prefix}{key}", tree[key], f"{words}: only {supported!r} is supported")
 
 
 def _number_of(rope: Mapping[str, Any], key: str) -> float:

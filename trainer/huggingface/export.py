@@ -19,8 +19,8 @@ from ..checkpoint.tensor_file import TensorFileWriter, TensorSpec
 from ..data.files import fsync_directory, split_by_size, write_file_durably
 from ..data.tokenizer import TOKENIZER_FILE
 from ..data.unfinished_directory import remove_lock, remove_unfinished_directories, unfinished_directory
+from ..precision.fp8_tensors import ScaleFormat, quantize_weight
 from .config import ignored_config_keys, to_config_json
-from .fp8_weights import quantize_fp8_weight, scale_shape
 from .tensor_names import SCALE_SUFFIX, TensorMapping, is_fp8_weight, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import make_tokenizer_files, special_token_ids
 
@@ -28,7 +28,6 @@ _MOST_PROBLEMS = 8
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 _UNFINISHED = "exporting"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,14 @@ def export_checkpoint(
         raise ConfigError([Problem("checkpoint", str(checkpoint.path), f"holds no tensor {missing[0]}")])
     raise_if_any(islice(_misfits(checkpoint, planned), _MOST_PROBLEMS))
     context = checkpoint.config_value("training", "sequence_length", default=4096)
-    dtype, fp8 = _DTYPES[options.dtype], options.dtype == "fp8"
     source = checkpoint.imported_config
-    pairs = options.rope_interleave
     tree = to_config_json(
-        config, dtype=_NAMES[dtype], fp8=fp8, rope_interleave=pairs, max_position_embeddings=context, source=source
+        config,
+        dtype=str(_DTYPES[options.dtype]).removeprefix("torch."),
+        fp8=options.dtype == "fp8",
+        rope_interleave=options.rope_interleave,
+        max_position_embeddings=context,
+        source=source,
     )
     if source is not None and (left := ignored_config_keys(source)):
         say(f"left out, unsupported keys of the imported config.json: {', '.join(left)}")
@@ -147,7 +149,7 @@ def _declared(entry: TensorMapping, options: ExportOptions) -> Iterator[TensorSp
         dtype = _dtype(name, options)
         yield TensorSpec(name, dtype, entry.hf_shape)
         if dtype == torch.float8_e4m3fn:
-            yield TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(entry.hf_shape))
+            yield TensorSpec(name + SCALE_SUFFIX, torch.float32, entry.hf_scale_shape)
 
 
 def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> Iterator[Tensor]:
@@ -157,10 +159,13 @@ def _tensors(tensor: Tensor, entry: TensorMapping, options: ExportOptions) -> It
     for name, part in zip(entry.all_hf_names, parts, strict=True):
         dtype = _dtype(name, options)
         if dtype == torch.float8_e4m3fn:
-            try:
-                yield from quantize_fp8_weight(part)
-            except ValueError as error:
-                raise ConfigError([Problem(name, options.dtype, f"{error}; export bf16")]) from error
+            if not torch.isfinite(part).all():
+                hint = "holds infinity or NaN, which FP8 cannot keep apart from a large number; export bf16"
+                raise ConfigError([Problem(name, options.dtype, hint)])
+            # An element x of a block with largest magnitude a has an error of at most max(|x| / 16, a / 448 / 1024):
+            # half a unit in the last place, above and below the smallest normal number.
+            blocks = quantize_weight(part, ScaleFormat.FP32)
+            yield from (blocks.values_NK, blocks.scales_PQ)
         else:
             yield part.to(dtype)
 

@@ -31,9 +31,9 @@ from ..data.files import split_by_size
 from ..data.tokenizer import TOKENIZER_FILE
 from ..data.unfinished_directory import WriterLiveness, check_writer_liveness, lock_directory, remove_lock
 from ..model.config import ModelConfig
+from ..precision.fp8_tensors import Fp8Weight, dequantize_weight
 from .config import ignored_config_keys, parse_config_json
 from .export import WEIGHT_INDEX_FILE
-from .fp8_weights import dequantize_fp8_weight, scale_shape
 from .tensor_names import SCALE_SUFFIX, TensorMapping, make_tensor_mappings, reorder_rope_rows
 from .tokenizer import COPIED_FILES, special_token_ids
 
@@ -101,7 +101,8 @@ class HuggingFaceWeights:
         """Return a weight in FP32, dequantized if it is stored in FP8. Raises `ConfigError` for NaN or Inf."""
         tensor = self._raw(name)
         if name + SCALE_SUFFIX in self.files:
-            weight = dequantize_fp8_weight(tensor, self._raw(name + SCALE_SUFFIX))
+            scales = self._raw(name + SCALE_SUFFIX).to(torch.float32)
+            weight = dequantize_weight(Fp8Weight(tensor, scales), torch.float32)
         else:
             weight = tensor.to(torch.float32)
         if not torch.isfinite(weight).all():
@@ -312,8 +313,8 @@ def _weight_misfits(name: str, entry: TensorMapping, released: HuggingFaceWeight
         yield Problem(name, list(weight.shape), f"must have the shape {list(entry.hf_shape)} by config.json")
     if scale is not None and len(entry.hf_shape) != 2:
         yield Problem(scale_name, list(scale.shape), f"is no part of this model: {name} is no matrix")
-    elif scale is not None and scale.shape != scale_shape(entry.hf_shape):
-        hint = f"must have the shape {list(scale_shape(entry.hf_shape))}, a scale for each block"
+    elif scale is not None and scale.shape != entry.hf_scale_shape:
+        hint = f"must have the shape {list(entry.hf_scale_shape)}, a scale for each block"
         yield Problem(scale_name, list(scale.shape), hint)
     if weight is not None and weight.dtype not in _WEIGHTS:
         yield Problem(name, str(weight.dtype), "is no dtype of a weight: a weight is a floating-point number")
@@ -333,7 +334,8 @@ def _different_copies(entry: TensorMapping, released: HuggingFaceWeights) -> Ite
         found = released.tensor_spec(name)
         if found is None or found.shape != entry.hf_shape or found.dtype not in _WEIGHTS:
             return False
-        return found.dtype != torch.float8_e4m3fn or name + SCALE_SUFFIX in released.files
+        scale, is_fp8 = released.tensor_spec(name + SCALE_SUFFIX), found.dtype == torch.float8_e4m3fn
+        return (scale is None or scale.shape == entry.hf_scale_shape) and is_fp8 == (scale is not None)
 
     main, copies = entry.hf_names[0], [name for name in entry.hf_duplicates if is_readable(name)]
     if copies and is_readable(main):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...comm.fp8 import tiles_per_row
 from ..checkpoint.pieces import MODEL_STATE
 from ..checkpoint.training_state import model_tensor_shapes
 from ..model.config import ModelConfig
@@ -62,6 +63,12 @@ class TensorMapping:
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of each part."""
         return (self.shape[0] // len(self.hf_names), *self.shape[1:])
+
+    @property
+    def hf_scale_shape(self) -> tuple[int, int]:
+        """Shape of the scales of each part in FP8, one per block of 128 × 128 of a matrix."""
+        rows, columns = self.hf_shape
+        return tiles_per_row(rows), tiles_per_row(columns)
 
     @property
     def layer_index(self) -> int:

@@ -87,11 +87,6 @@ class ChunkMemorySimulator:
         return simulate_instruction(Op.I, None, self).current[MemoryKind.DELAYED_WGRAD]
 
     @property
-    def message_bytes(self) -> float:
-        """Bytes of one message between stages."""
-        return self.workspace.hidden_state_bytes
-
-    @property
     def mtp_modules(self) -> int:
         """MTP modules of the model, which the last stage runs."""
         return self.workspace.config.num_nextn_predict_layers
@@ -117,18 +112,18 @@ class MeteredChunk:
     def forward(self) -> Resumable[None]:
         """Simulate the forward of all layers, and on the last stage of losses and MTP modules."""
         chunk, meter = self.chunk, self.meter
-        meter.allocate(MemoryKind.ACTIVATIONS, chunk.message_bytes)
+        meter.allocate(MemoryKind.ACTIVATIONS, chunk.workspace.hidden_state_bytes)
         yield from walk_forward(chunk.stage, chunk.mtp_modules, _ForwardBytes(chunk, meter))
         # Counted among the messages from here on; on the last stage the normed hidden state, which no part needs.
         kind = MemoryKind.WORKSPACE if chunk.stage.is_last else MemoryKind.ACTIVATIONS
-        meter.free(kind, chunk.message_bytes)
+        meter.free(kind, chunk.workspace.hidden_state_bytes)
 
     def backward(self, *, deferred: bool) -> Resumable[None]:
         """Simulate the backward of all layers, including weight gradients unless they are `deferred` to W."""
         chunk, meter = self.chunk, self.meter
-        meter.allocate(MemoryKind.WORKSPACE, chunk.message_bytes)  # the gradient that it begins with
+        meter.allocate(MemoryKind.WORKSPACE, chunk.workspace.hidden_state_bytes)  # the gradient that it begins with
         yield from walk_backward(chunk.stage, chunk.mtp_modules, _BackwardBytes(chunk, meter, deferred))
-        meter.free(MemoryKind.WORKSPACE, chunk.message_bytes)
+        meter.free(MemoryKind.WORKSPACE, chunk.workspace.hidden_state_bytes)
 
     def weight_gradients(self) -> None:
         """Simulate W, the weight gradients that an I deferred."""

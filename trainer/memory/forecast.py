@@ -49,10 +49,11 @@ class MemoryPredictor:
         """Predict the host memory of a rank of this pipeline rank, including the padding of buckets."""
         averages, on_cpu = self.config.optimizer.ema_decay is not None, self.device.type == "cpu"
         copied = average = 0.0
-        for group in self._layout().groups(pp_rank):
-            shard = group.elements / group.zero_ranks
-            copied += shard * (group.master_bytes * (2 if averages else 1) + 2 * group.moment_bytes)
-            average += shard * group.master_bytes
+        layout = self._layout()
+        wide = layout.workspace.batch.fp32_element_bytes
+        for bucket in self._parameters.buckets_by_pp_rank[pp_rank]:
+            copied += bucket.shard_elements * (wide * (2 if averages else 1) + 2 * layout.moment_bytes)
+            average += bucket.shard_elements * wide
         return HostMemoryBytes(copied, average + STAGING_BYTES if averages and not on_cpu else 0.0)
 
     @property

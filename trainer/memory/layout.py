@@ -20,8 +20,7 @@ from ..optimizer.adamw import GPU_SLICE_ELEMENTS as ADAM_PIECE_ON_GPU
 from ..optimizer.adamw import SLICE_ELEMENTS as ADAM_PIECE
 from ..precision.fp8_tensors import fp8_weight_bytes
 from .chunk import ChunkMemorySimulator
-from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, predict_rank_memory
-from .state import ParameterGroup, StateBytes
+from .peak import NonAllocatorMemory, RankChunksMemory, RankMemory, StateBytes, predict_rank_memory
 from .workspace import WorkspaceBytes
 
 _FP64 = 8  # bytes
@@ -33,9 +32,14 @@ class BucketSize:
 
     elements: int
     zero_ranks: int
-    """Ranks over which masters and moments are sharded."""
+    """Ranks over which masters and moments are sharded (ZeRO-1)."""
     is_wide: bool
     """True if its weights are as wide as their masters in any compute dtype."""
+
+    @property
+    def shard_elements(self) -> float:
+        """Elements of one rank's shard."""
+        return self.elements / self.zero_ranks
 
 
 @dataclass(frozen=True)
@@ -136,24 +140,23 @@ class LayoutMemory:
         )
 
     def state(self, pp_rank: int) -> StateBytes:
-        """Return the bytes that a rank of this pipeline rank holds from step to step."""
-        fp8 = self.parameters.fp8_bytes_by_pp_rank[pp_rank] if self.workspace.batch.fp8 else 0.0
-        return StateBytes.from_groups(self.groups(pp_rank), fp8)
+        """Return the bytes that a rank of this pipeline rank holds from step to step.
 
-    def groups(self, pp_rank: int) -> list[ParameterGroup]:
-        """Return the parameters of a rank by bucket."""
-        batch = self.workspace.batch
-        return [
-            ParameterGroup(
-                elements=bucket.elements,
-                zero_ranks=bucket.zero_ranks,
-                weight_bytes=batch.fp32_element_bytes if bucket.is_wide else batch.element_bytes,
-                master_bytes=batch.fp32_element_bytes,
-                moment_bytes=self.moment_bytes,
-                has_ema=self.averages and batch.on_cpu,
-            )
-            for bucket in self.parameters.buckets_by_pp_rank[pp_rank]
-        ]
+        They are 6 + 8/d per parameter with BF16 weights and moments, sharded over d ranks.
+        """
+        # BF16: 2 for the weight and 4 for the FP32 gradient on every rank; 4 for the master and 2 + 2 for the moments,
+        # sharded. A weight as wide as its master is the master, and counts once.
+        batch, buckets = self.workspace.batch, self.parameters.buckets_by_pp_rank[pp_rank]
+        wide = batch.fp32_element_bytes
+        return StateBytes(
+            weights=sum(each.elements * (wide if each.is_wide else batch.element_bytes) for each in buckets),
+            fp8_weights=self.parameters.fp8_bytes_by_pp_rank[pp_rank] if batch.fp8 else 0.0,
+            gradients=sum(each.elements * wide for each in buckets),
+            masters=sum(each.shard_elements * wide for each in buckets if batch.is_narrow and not each.is_wide),
+            moments=sum(each.shard_elements * 2 * self.moment_bytes for each in buckets),
+            # On GPU ranks the average lies in host memory.
+            average=sum(each.shard_elements * wide for each in buckets if self.averages and batch.on_cpu),
+        )
 
     @cached_property
     def non_allocator(self) -> NonAllocatorMemory:
@@ -172,15 +175,14 @@ class LayoutMemory:
         """Return the workspace at the end of a step, the largest over its three phases and all buckets."""
         # A maximum, not a sum: each phase frees its workspace before the next begins. The phases are squares of
         # gradients in FP64 for the norm; received gradients, staged on a CPU only; two moments in the master's dtype.
-        on_cpu, sizes = self.workspace.batch.on_cpu, [0.0]
-        for group in self.groups(pp_rank):
-            shard = group.elements / group.zero_ranks
-            sizes.append(min(shard, SQUARE_SUM_ELEMENTS) * _FP64)
-            if on_cpu and group.zero_ranks > 1:
-                staged = min(shard, REDUCE_STAGING_ELEMENTS // group.zero_ranks)
-                sizes.append(staged * group.zero_ranks * group.master_bytes)
-            if group.moment_bytes < group.master_bytes:
-                sizes.append(2 * min(shard, ADAM_PIECE if on_cpu else ADAM_PIECE_ON_GPU) * group.master_bytes)
+        on_cpu, wide, sizes = self.workspace.batch.on_cpu, self.workspace.batch.fp32_element_bytes, [0.0]
+        for bucket in self.parameters.buckets_by_pp_rank[pp_rank]:
+            sizes.append(min(bucket.shard_elements, SQUARE_SUM_ELEMENTS) * _FP64)
+            if on_cpu and bucket.zero_ranks > 1:
+                staged = min(bucket.shard_elements, REDUCE_STAGING_ELEMENTS // bucket.zero_ranks)
+                sizes.append(staged * bucket.zero_ranks * wide)
+            if self.moment_bytes < wide:
+                sizes.append(2 * min(bucket.shard_elements, ADAM_PIECE if on_cpu else ADAM_PIECE_ON_GPU) * wide)
         return max(sizes)
 
 

@@ -9,22 +9,23 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from typing_extensions import override
 
 from ...comm.groups import ProcessGroups
 from ...comm.trace import NullRecorder, TimelineTrack
 from ...parallelism.pipeline.program import Op
 from ..build import build_engine
-from ..config import RunConfig, scheduled_value
+from ..config import RunConfig
 from ..data.samples import TokenBatch
 from ..model.model import Model
 from ..run.step import Stepper, StepSettings
-from .state import StateBytes
+from .peak import StateBytes
 
 _NEVER = -100.0  # a routing bias far below any affinity, which is at most 1
 # Profile memory, and neither shapes nor stacks.
@@ -41,31 +42,37 @@ class MeasuredMemory:
     total: float
     """Peak of all allocated memory."""
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the measurement as plain values."""
-        return {"state": vars(self.state), "between_instructions": self.between_instructions, "total": self.total}
 
-    @staticmethod
-    def from_dict(tree: dict[str, Any]) -> "MeasuredMemory":
-        """Build the measurement from the values of `to_dict`."""
-        return MeasuredMemory(StateBytes(**tree["state"]), tree["between_instructions"], tree["total"])
+class AllocationMeter(NullRecorder):
+    """Meter of all allocations from its construction on, and the recorder to build the rank with.
 
+    As the recorder it sees where instructions begin and end.
+    """
 
-class AllocationMeter(Protocol):
-    """Meter of all allocations from its construction on."""
+    is_running = False
 
-    @property
-    def recorder(self) -> NullRecorder:
-        """Recorder to build the rank with; it reports where instructions begin and end."""
-        ...
+    @override
+    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
+        is_instruction = track is TimelineTrack.INSTRUCTION and name in list(Op)
+        return self._instruction() if self.is_running and is_instruction else nullcontext()
+
+    @contextmanager
+    def _instruction(self) -> Iterator[None]:
+        self.measure()
+        yield
+        self.measure()
+
+    def measure(self) -> None:
+        """Measure the bytes that are allocated between two instructions."""
+        raise NotImplementedError
 
     def start(self) -> None:
         """Start the measurement."""
-        ...
+        self.is_running = True
 
     def stop(self) -> tuple[list[int], int]:
         """Return the bytes allocated before and after each instruction, and the peak."""
-        ...
+        raise NotImplementedError
 
 
 @contextmanager
@@ -87,16 +94,17 @@ def measure_step_memory(
     """
     # The second step, because the first one allocates what later steps reuse.
     with open_allocation_meter(device) as meter:
-        engine = build_engine(config, groups, device, meter.recorder)
+        engine = build_engine(config, groups, device, meter)
         stepper = engine.stepper
         if skewed:
             _send_all_to_first(stepper.model)
+        settings = replace(StepSettings.at_step(config, 1), router_bias_update_rate=0.0)
         generator = torch.Generator().manual_seed(config.training.seed + groups.rank)
         for step in range(2):
             batches = [_random_batch(config, generator).to(device) for _ in range(config.num_micro_batches)]
             if step:
                 meter.start()
-            stepper.step(batches, config.training.global_batch_size, _settings(config))
+            stepper.step(batches, config.training.global_batch_size, settings)
             stepper.optimizer.wait_for_weights()
         levels, peak = meter.stop()
     engine.close()
@@ -108,16 +116,6 @@ def _random_batch(config: RunConfig, generator: torch.Generator) -> TokenBatch:
     shape = (config.schedule.micro_batch_size, config.tokens_per_sample)
     tokens_BW = torch.randint(0, config.model.vocab_size, shape, generator=generator)
     return TokenBatch(tokens_BW, torch.ones_like(tokens_BW, dtype=torch.bool))
-
-
-def _settings(config: RunConfig) -> StepSettings:
-    training, optimizer = config.training, config.optimizer
-    weights = {
-        "seq_aux_loss_coeff": training.seq_aux_loss_coeff,
-        "mtp_loss_scaling_factor": scheduled_value(training.mtp_loss_scaling_factor, 0),
-    }
-    rate = optimizer.learning_rate_at(config.tokens_after(1))
-    return StepSettings(learning_rate=rate, clip_norm=optimizer.clip_norm, router_bias_update_rate=0.0, **weights)
 
 
 def _send_all_to_first(model: Model) -> None:
@@ -140,7 +138,7 @@ def _state(stepper: Stepper) -> StateBytes:
     )
 
 
-class _OnCpu(NullRecorder):
+class _OnCpu(AllocationMeter):
     """Meter that runs torch's profiler in every thread that records spans, and reads it at each span."""
 
     def __init__(self) -> None:
@@ -152,22 +150,15 @@ class _OnCpu(NullRecorder):
         """Times at which instructions begin and end."""
         self._begun_at = math.inf
 
-    @property
-    def recorder(self) -> NullRecorder:
-        return self
-
+    @override
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `SpanRecorder`."""
-        if threading.get_ident() != self._main:
-            self._cut()
-        elif self._begun_at < math.inf and track is TimelineTrack.INSTRUCTION and name in list(Op):
-            return self._instruction()
+        if threading.get_ident() == self._main:
+            return super().span(track, name, detail)
+        self._cut()
         return nullcontext()
 
-    @contextmanager
-    def _instruction(self) -> Iterator[None]:
-        self._borders.append(self._cut())
-        yield
+    @override
+    def measure(self) -> None:
         self._borders.append(self._cut())
 
     def __enter__(self) -> "_OnCpu":
@@ -178,12 +169,13 @@ class _OnCpu(NullRecorder):
         if self._main in self._is_on:
             self._read()
 
+    @override
     def start(self) -> None:
-        """See `AllocationMeter`."""
+        super().start()
         self._begun_at = self._cut()
 
+    @override
     def stop(self) -> tuple[list[int], int]:
-        """See `AllocationMeter`."""
         self._read()
         borders, level, peak, levels = sorted(self._borders), 0, 0, []
         for instant, change in [*sorted(self._changes), (math.inf, 0)]:
@@ -209,35 +201,22 @@ class _OnCpu(NullRecorder):
         return max(float(event.start_us()) for event in events)
 
 
-class _OnGpu(NullRecorder):
+class _OnGpu(AllocationMeter):
     """Meter that reads the caching allocator's counters. Not yet run on hardware."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._levels: list[int] = []
-        self._begun = False
 
-    @property
-    def recorder(self) -> NullRecorder:
-        return self
-
-    @contextmanager
-    def _around(self) -> Iterator[None]:
-        self._levels.append(torch.cuda.memory_allocated(self._device))
-        yield
+    @override
+    def measure(self) -> None:
         self._levels.append(torch.cuda.memory_allocated(self._device))
 
-    def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
-        """See `SpanRecorder`."""
-        return (
-            self._around() if self._begun and track is TimelineTrack.INSTRUCTION and name in list(Op) else nullcontext()
-        )
-
+    @override
     def start(self) -> None:
-        """See `AllocationMeter`."""
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._begun = True
+        super().start()
 
+    @override
     def stop(self) -> tuple[list[int], int]:
-        """See `AllocationMeter`."""
         return self._levels, torch.cuda.max_memory_allocated(self._device)

@@ -1,6 +1,6 @@
 """Peak memory of one rank: its state, and the largest sum over its program's instructions of all that is live."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ...comm.exchange.config import ExchangeConfig
@@ -9,28 +9,35 @@ from ...comm.exchange.wire_format import WireFormat
 from ...parallelism.pipeline.liveness import LiveCounts, LiveInstruction
 from ...parallelism.pipeline.program import Op
 from .chunk import ChunkMemorySimulator, MemoryKind, PeakMeter, simulate_instruction
-from .state import StateBytes
 
 CUDA_CONTEXT_BYTES = 2.0e9
 """Assumed bytes of CUDA context, libraries and NCCL's communicators (about 12 per rank), without all-to-alls."""
 NCCL_ALL_TO_ALL_BYTES = 1.0e9
 """Assumed bytes of NCCL's buffers for the all-to-alls of `flat` and `two_hop`: one per channel and peer."""
-MEMORY_LABELS: Mapping[str, str] = {
-    "weights": "weights",
-    "fp8_weights": "FP8 weights",
-    "gradients": "gradients",
-    "masters": "masters",
-    "moments": "moments",
-    "average": "EMA weights",
-    "optimizer_states": "optimizer states",
-    "activations": "activations",
-    "delayed_wgrad": "delayed wgrad",
-    "p2p_messages": "P2P messages",
-    "exchange_buffers": "exchange buffers",
-    "workspace": "workspace",
-    "outside_allocator": "outside allocator",
-}
-"""Labels of the kinds of memory in tables and pages: `StateBytes`, `MemoryKind`, and sums of the planner."""
+_LABELS = {"fp8_weights": "FP8 weights", "average": "EMA weights", "p2p_messages": "P2P messages"}
+
+
+def memory_label(kind: str) -> str:
+    """Return the label of a kind of memory in tables and pages: of `StateBytes`, `MemoryKind` or the planner's sums."""
+    return _LABELS.get(kind, kind.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of model and optimizer state that one rank holds from step to step."""
+
+    weights: float
+    fp8_weights: float
+    """FP8 copies that a step makes for all its micro-batches: one for the forward and a transposed one."""
+    gradients: float
+    masters: float
+    moments: float
+    average: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all state."""
+        return self.weights + self.fp8_weights + self.gradients + self.masters + self.moments + self.average
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,7 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Peak bytes, outside of the allocator included."""
-        return self.allocator_bytes + self.non_allocator_bytes
-
-    @property
-    def non_allocator_bytes(self) -> float:
-        """Bytes outside of torch's allocator, on a GPU."""
-        return self.non_allocator.total
+        return self.allocator_bytes + self.non_allocator.total
 
     @property
     def allocator_bytes(self) -> float:
@@ -115,7 +117,7 @@ class RankChunksMemory:
                 for waiting, chunk in zip(held.awaiting_weight_grad, self.chunks, strict=True)
                 if waiting
             )
-            + held.p2p_messages * self.chunks[0].message_bytes
+            + held.p2p_messages * self.chunks[0].workspace.hidden_state_bytes
         )
 
     def _size(self, moment: LiveInstruction) -> float:
@@ -137,7 +139,7 @@ class RankChunksMemory:
         for chunk, alive, waiting in zip(self.chunks, held.awaiting_backward, held.awaiting_weight_grad, strict=True):
             levels[MemoryKind.ACTIVATIONS] += alive * chunk.saved_bytes
             levels[MemoryKind.DELAYED_WGRAD] += waiting * chunk.deferred_bytes if waiting else 0.0
-        levels[MemoryKind.P2P_MESSAGES] += held.p2p_messages * self.chunks[0].message_bytes
+        levels[MemoryKind.P2P_MESSAGES] += held.p2p_messages * self.chunks[0].workspace.hidden_state_bytes
         levels[MemoryKind.DELAYED_WGRAD if moment.op is Op.W else MemoryKind.ACTIVATIONS] += self._own(moment)
         return levels
 

@@ -108,7 +108,7 @@ class WorkspaceBytes:
         return feed_forward_memory(self.batch.tokens, self.config.hidden_size, inner, self.batch)
 
     def _workspace(self, memory: OperationMemory) -> tuple[float, float]:
-        return memory.forward_bytes(self.recompute_modules), memory.backward_bytes(self.recompute_modules)
+        return memory.workspace_bytes(self.recompute_modules)
 
     def _part(self, memory: OperationMemory, forward: float = 0.0, backward: float = 0.0) -> "PartMemory":
         saved = memory.saved_bytes(self.recompute_modules)

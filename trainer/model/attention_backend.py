@@ -8,7 +8,7 @@ Letters: B batch, H heads, S sequence, W width of queries and keys, V of values.
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -45,18 +45,18 @@ def _cudnn(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tens
     # The operator refuses a single key, as in text generated from a one-token prompt; its probability is 1.
     if q_BHSW.shape[2] == 1:
         return v_BHSV
-    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
-    keeps = _keeps(q_BHSW, k_BHSW, v_BHSV)
-    out_BHSV: Tensor = operator(q_BHSW, k_BHSW, v_BHSV, None, keeps, 0.0, True, scale=scale)[0]
-    return out_BHSV
+    return _fused(torch.ops.aten._scaled_dot_product_cudnn_attention, (q_BHSW, k_BHSW, v_BHSV), scale)
 
 
 def _efficient(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     """Attend by torch's memory-efficient kernel, written for SM80; it also runs on later GPUs."""
-    operator = torch.ops.aten._scaled_dot_product_efficient_attention
-    keeps = _keeps(q_BHSW, k_BHSW, v_BHSV)
-    out_BHSV: Tensor = operator(q_BHSW, k_BHSW, v_BHSV, None, keeps, 0.0, True, scale=scale)[0]
-    return out_BHSV
+    return _fused(torch.ops.aten._scaled_dot_product_efficient_attention, (q_BHSW, k_BHSW, v_BHSV), scale)
+
+
+def _fused(operator: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    # A backward needs the log-sum-exp of each query's scores.
+    keeps = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return operator(*inputs, None, keeps, 0.0, True, scale=scale)[0]
 
 
 def _flash3(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
@@ -75,11 +75,6 @@ def _math(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSV: Tensor, scale: float) -> Tenso
     return out_BHSV
 
 
-def _keeps(*inputs: Tensor) -> bool:
-    """Return True if there will be a backward, which needs the log-sum-exp of each query's scores."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-
 @dataclass(frozen=True)
 class AttentionBackend:
     """Implementation of core attention."""
@@ -89,9 +84,16 @@ class AttentionBackend:
     core_attention: AttentionFunction
     description: str
     """Kernel that it runs, in words."""
+    reason: str = ""
+    """Reason why a run uses it."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.description}): {self.reason}"
 
 
-CPU_BACKEND = AttentionBackend("blocks", causal_attention, "blocks of plain products, for CPUs")
+CPU_ATTENTION = AttentionBackend(
+    "blocks", causal_attention, "blocks of plain products, for CPUs", "the only backend for CPUs"
+)
 GPU_BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
         backend.name: backend
@@ -215,31 +217,22 @@ def _pair(widths: tuple[int, int]) -> str:
     return f"{widths[0]}/{widths[1]}"
 
 
-@dataclass(frozen=True)
-class SelectedAttention:
-    """Attention backend of a run, and the reason for the choice."""
-
-    backend: AttentionBackend
-    reason: str
-
-    @property
-    def core_attention(self) -> AttentionFunction:
-        """Function that computes attention."""
-        return self.backend.core_attention
-
-    def __str__(self) -> str:
-        return f"{self.backend.name} ({self.backend.description}): {self.reason}"
-
-
-CPU_ATTENTION = SelectedAttention(CPU_BACKEND, "the only backend for CPUs")
-
-
-def attention_by_name(name: str) -> SelectedAttention:
+def attention_by_name(name: str) -> AttentionBackend:
     """Return the backend of this name, without querying a device."""
-    return SelectedAttention(GPU_BACKENDS[name], f"{CONFIG_KEY}={name}")
+    return replace(GPU_BACKENDS[name], reason=f"{CONFIG_KEY}={name}")
 
 
-def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> SelectedAttention:
+def choose_attention(name: str, case: AttentionShape, device: torch.device) -> AttentionBackend:
+    """Return the backend of a run on `device`, whose capabilities are read only if `name` is `auto`.
+
+    Raises `ConfigError` if no backend supports `case` there.
+    """
+    if device.type == "cpu":
+        return CPU_ATTENTION
+    return select_attention(name, case, GpuCapabilities.detect()) if name == "auto" else attention_by_name(name)
+
+
+def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> AttentionBackend:
     """Return the backend `name`, or for `auto` the first that supports `case` on `gpu`.
 
     Raises `ConfigError` if the named backend does not support it, or none does.
@@ -254,22 +247,20 @@ def select_attention(name: str, case: AttentionShape, gpu: GpuCapabilities) -> S
     raise ConfigError([Problem(CONFIG_KEY, name, hint)])
 
 
-def _first(name: str, case: AttentionShape, gpu: GpuCapabilities, passed: list[str]) -> SelectedAttention:
+def _first(name: str, case: AttentionShape, gpu: GpuCapabilities, passed: list[str]) -> AttentionBackend:
     """Return the selection of `name` by `auto`, with the reasons against the backends before it."""
     library = f", cuDNN {format_cudnn_version(gpu.cudnn_version)}" if gpu.cudnn_version is not None else ""
     where = f"on compute capability {gpu.compute_capability[0]}.{gpu.compute_capability[1]}{library}"
     supports = f"auto: supports head widths of {_pair((case.qk_head_dim, case.v_head_dim))} {where}"
-    return SelectedAttention(GPU_BACKENDS[name], "; not ".join([supports, *passed]))
+    return replace(GPU_BACKENDS[name], reason="; not ".join([supports, *passed]))
 
 
-def probe_attention(choice: SelectedAttention, case: AttentionShape, device: torch.device) -> None:
+def probe_attention(choice: AttentionBackend, case: AttentionShape, device: torch.device) -> None:
     """Compute `case` once, forward and backward, as the run will; raise `ConfigError` with the library's error."""
     # cuDNN and FlashAttention-3 report that they do not support a shape only when called. cuDNN also builds its plans
     # now (up to a second for each shape and thread) instead of in the first step.
-    shape, widths = (
-        (case.batch, case.sequence_length, case.heads),
-        (case.qk_head_dim, case.qk_head_dim, case.v_head_dim),
-    )
+    shape = (case.batch, case.sequence_length, case.heads)
+    widths = (case.qk_head_dim, case.qk_head_dim, case.v_head_dim)
     leaves = [torch.zeros((*shape, width), dtype=case.dtype, device=device, requires_grad=True) for width in widths]
     q_BHSW, k_BHSW, v_BHSV = (x.transpose(1, 2) for x in leaves)
     try:
@@ -282,6 +273,6 @@ def probe_attention(choice: SelectedAttention, case: AttentionShape, device: tor
         raise _fails(choice, "its results for inputs of zeros are not finite")
 
 
-def _fails(choice: SelectedAttention, what: str) -> ConfigError:
-    others = " or ".join(f"{CONFIG_KEY}={name}" for name in GPU_BACKENDS if name != choice.backend.name)
-    return ConfigError([Problem(CONFIG_KEY, choice.backend.name, f"{what}; set {others}")])
+def _fails(choice: AttentionBackend, what: str) -> ConfigError:
+    others = " or ".join(f"{CONFIG_KEY}={name}" for name in GPU_BACKENDS if name != choice.name)
+    return ConfigError([Problem(CONFIG_KEY, choice.name, f"{what}; set {others}")])

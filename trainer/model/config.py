@@ -121,19 +121,11 @@ class ModelConfig(CheckedConfig):
             hint = f"must be at most n_group = {self.n_group}"
             yield Problem("topk_group", self.topk_group, hint, ("n_group",))
         if self.n_routed_experts % self.n_group:
-            yield Problem(
-                "n_group",
-                self.n_group,
-                f"must divide n_routed_experts = {self.n_routed_experts}",
-                ("n_routed_experts",),
-            )
+            hint = f"must divide n_routed_experts = {self.n_routed_experts}"
+            yield Problem("n_group", self.n_group, hint, ("n_routed_experts",))
             if self.num_experts_per_tok > self.n_routed_experts:
-                yield Problem(
-                    "num_experts_per_tok",
-                    self.num_experts_per_tok,
-                    f"must be at most n_routed_experts = {self.n_routed_experts}",
-                    ("n_routed_experts",),
-                )
+                hint = f"must be at most n_routed_experts = {self.n_routed_experts}"
+                yield Problem("num_experts_per_tok", self.num_experts_per_tok, hint, ("n_routed_experts",))
             return
         visited = min(self.topk_group, self.n_group)
         reachable = visited * (self.n_routed_experts // self.n_group)

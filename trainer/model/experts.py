@@ -23,7 +23,7 @@ from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActi
 from ..precision.fp8 import Fp8LinearOps
 from ..precision.fp8_tensors import RowwiseFp8Tensor, rowwise_fp8_bytes
 from ..precision.reference import quantize_columnwise_workspace_bytes
-from ..precision.swiglu import weighted_swiglu
+from ..precision.swiglu import swiglu
 from .config import ModelConfig
 from .linear import Linear, gemm_bytes, linear_input, output_gradient_bytes, wgrad_bytes
 from .recompute import RecomputeModule, run_recomputable
@@ -162,11 +162,11 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         if self.fp8 is not None:
             gate_up_RF = self.fp8.experts_gate_up(rows_RD, self.gate_up_LFD, rows_per_expert_L, tiles)
-            return self.fp8.experts_swiglu_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
+            return self.fp8.swiglu_down(gate_up_RF, weights_R, self.down_LDF, rows_per_expert_L)
         gate_up_RF = run_recomputable(
             RecomputeModule.GATE_UP, grouped_linear, rows_RD, self.gate_up_LFD, rows_per_expert_L
         )
-        inner_RF = run_recomputable(RecomputeModule.SWIGLU, weighted_swiglu, gate_up_RF, weights_R)
+        inner_RF = run_recomputable(RecomputeModule.SWIGLU, swiglu, gate_up_RF, weights_R)
         return grouped_linear(inner_RF, self.down_LDF, rows_per_expert_L)
 
 
@@ -300,9 +300,10 @@ def routed_experts_memory(
     # rows except in FP8 (2 or 3 D); and it computes weight gradients now instead of delaying them.
     intermediates = block_rows * (3 * inner + (2 if batch.fp8 else 3) * hidden) * size
     wgrad = wgrad_bytes(rows, hidden, 2 * inner, batch, local_experts)
+    forward, backward = block.workspace_bytes(policy)
     return OperationMemory(
         kept,
         wgrad=wgrad,
-        forward_workspace=block.forward_bytes(policy),
-        backward_workspace=intermediates + max(block.backward_bytes(policy), wgrad),
+        forward_workspace=forward,
+        backward_workspace=intermediates + max(backward, wgrad),
     )

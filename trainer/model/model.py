@@ -15,7 +15,7 @@ from ...parallelism.weight_grad import embedding
 from ..costs.operation_memory import MicroBatchShape, OperationMemory, SavedActivation
 from ..precision.fp8 import Fp8LinearOps
 from .attention import MultiHeadLatentAttention
-from .attention_backend import CPU_ATTENTION, SelectedAttention
+from .attention_backend import CPU_ATTENTION, AttentionBackend
 from .config import ModelConfig
 from .experts import GroupedExperts
 from .layer import DenseLayer, MoELayer
@@ -129,7 +129,7 @@ class Model(nn.Module):
         for module in self._fp8_modules():
             module.fp8 = fp8
 
-    def set_attention(self, choice: SelectedAttention) -> None:
+    def set_attention(self, choice: AttentionBackend) -> None:
         """Set the attention backend of every layer."""
         self.attention = choice
         for module in self.modules():
@@ -158,22 +158,16 @@ class Model(nn.Module):
 
     def expert_parameter_names(self) -> frozenset[str]:
         """Return the names of the parameters whose first dimension is the experts of this rank."""
-        return frozenset(
-            f"{module_name}.{name}"
-            for module_name, module in self.named_modules()
-            if isinstance(module, GroupedExperts)
-            for name, _ in module.named_parameters()
-        )
+        return self._parameter_names(GroupedExperts)
 
     def fp32_parameter_names(self) -> frozenset[str]:
         """Return the names of the parameters that are FP32 or wider for any compute dtype: norms and routers."""
-        # Report §3.3.1 keeps norms and gating in higher precision.
-        return frozenset(
-            f"{module_name}.{name}"
-            for module_name, module in self.named_modules()
-            if isinstance(module, (RMSNorm, Router))
-            for name, _ in module.named_parameters()
-        )
+        return self._parameter_names(RMSNorm, Router)  # report §3.3.1 keeps norms and gating in higher precision
+
+    def _parameter_names(self, *kinds: type[nn.Module]) -> frozenset[str]:
+        """Return the names of the parameters of the modules of these kinds."""
+        modules = [(path, module) for path, module in self.named_modules() if isinstance(module, kinds)]
+        return frozenset(f"{path}.{name}" for path, module in modules for name, _ in module.named_parameters())
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """Yield every router of this shard with the name of its layer."""

@@ -38,13 +38,9 @@ class PhaseRunner:
     recorder: SpanRecorder
     recompute: SelectiveRecompute
 
-    def new_phase(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> SplitBackward:
-        """Run `function` as a phase, with the recompute policy."""
-        return SplitBackward(function, *inputs, recompute=self.recompute)
-
     def run_phase(self, function: Callable[..., Tensor], *inputs: Tensor) -> tuple[SplitBackward, Tensor]:
         """Run `function` as a phase with one output; return the phase and the output."""
-        phase = self.new_phase(lambda *inputs: (function(*inputs),), *inputs)
+        phase = SplitBackward(lambda *inputs: (function(*inputs),), *inputs, recompute=self.recompute)
         return phase, phase.pop_outputs()[0]
 
     def span(self, name: str, label: ExchangeLabel | None = None) -> AbstractContextManager[object]:
@@ -146,7 +142,7 @@ class MoEForward(MoELayerInterpreter):
             found.append(routing)
             return residual_BSD, normed_TD, routing.gates_TK, routing.balance_loss
 
-        self._attended = self._runner.new_phase(attend, self._hidden_BSD)
+        self._attended = SplitBackward(attend, self._hidden_BSD, recompute=self._runner.recompute)
         (self._routing,) = found
         self._residual_BSD, self._normed_TD, self._gates_TK, self._balance_loss = self._attended.pop_outputs()
         self._context.balance_losses.append(self._balance_loss)

@@ -31,11 +31,8 @@ def build_rotary_embedding(config: ModelConfig, length: int, like: Tensor) -> Ro
     # Angles are FP64: at position 100,000 an FP32 angle is off by up to 0.004 rad.
     frequency_P = _frequencies(config)
     angle_SP = torch.arange(length, dtype=torch.float64)[:, None] * frequency_P
-    scale = 1.0
-    if config.rope_scaling is not None:
-        scale = _magnitude(config.rope_scaling, config.rope_scaling.mscale) / _magnitude(
-            config.rope_scaling, config.rope_scaling.mscale_all_dim
-        )
+    yarn = config.rope_scaling
+    scale = 1.0 if yarn is None else _magnitude(yarn, yarn.mscale) / _magnitude(yarn, yarn.mscale_all_dim)
     turn_SP = torch.polar(torch.full_like(angle_SP, scale), angle_SP)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return RotaryEmbedding(to_device(turn_SP.to(dtype.to_complex()), like.device))

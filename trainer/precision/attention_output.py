@@ -57,7 +57,8 @@ class SharedAttentionOutput:
 
         with saved_tensors_hooks(keep, self._kept):
             out_BHSV = attention(q_BHSW, k_BHSW, v_BHSV, *others)
-        self._places = [place for place in self._places if _is_in(place.tensor, out_BHSV)]
+        out = _memory(out_BHSV)
+        self._places = [place for place in self._places if place.tensor is not None and _memory(place.tensor) == out]
         self._layout = replace(_place(out_BHSV), tensor=None)
         return out_BHSV
 
@@ -85,11 +86,6 @@ class SharedAttentionOutput:
 
 def _place(tensor: Tensor) -> _Place:
     return _Place(tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
-
-
-def _is_in(tensor: Tensor | None, other: Tensor) -> bool:
-    assert tensor is not None
-    return _memory(tensor) == _memory(other)
 
 
 def _memory(tensor: Tensor) -> int:

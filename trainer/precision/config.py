@@ -19,7 +19,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class PrecisionConfig(CheckedConfig):
     """Dtypes of a run. Master weights and gradients are FP32, or FP64 when `compute` is.
 
-    Weights are stored in `compute`, except those of norms and routers: see `trainer.run.bucket_plan.plan_buckets`.
+    Weights are stored in `compute`, except those of norms and routers: see `trainer.run.bucket_plan.build_buckets`.
     """
 
     compute: str = one_of(("auto", *_DTYPES), "auto")
@@ -35,13 +35,8 @@ class PrecisionConfig(CheckedConfig):
     @override
     def rule_problems(self) -> Iterator[Problem]:
         for name, default in (("fp8_backend", "auto"), ("fp8_scale_format", "fp32")):
-            if self.linear == "native" and self.__dict__[name] != default:
-                yield Problem(
-                    name,
-                    self.__dict__[name],
-                    "is used in FP8 only: set precision.linear=fp8, or remove it",
-                    ("linear",),
-                )
+            if self.linear == "native" and (value := self.__dict__[name]) != default:
+                yield Problem(name, value, "is used in FP8 only: set precision.linear=fp8, or remove it", ("linear",))
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of activations on `device`."""
@@ -55,8 +50,6 @@ class PrecisionConfig(CheckedConfig):
 
     def build_fp8_ops(self, device: torch.device) -> Fp8LinearOps | None:
         """Return the FP8 operations of the Linears, or None if they do not compute in FP8."""
-        return (
-            Fp8LinearOps(open_backend(self.fp8_backend, device), ScaleFormat(self.fp8_scale_format))
-            if self.linear == "fp8"
-            else None
-        )
+        if self.linear != "fp8":
+            return None
+        return Fp8LinearOps(open_backend(self.fp8_backend, device), ScaleFormat(self.fp8_scale_format))

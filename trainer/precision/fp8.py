@@ -59,7 +59,7 @@ class Fp8LinearOps:
 
     def swiglu_linear(self, gate_up: Tensor, weight_NK: Tensor) -> Tensor:
         """Compute SwiGLU(gate_up) Wᵀ, [..., 2F] to [..., N], saving only FP8 tiles of `gate_up`."""
-        out = self._of_swiglu(gate_up.flatten(0, -2), None, weight_NK, None)
+        out = self.swiglu_down(gate_up.flatten(0, -2), None, weight_NK, None)
         return out.view(*gate_up.shape[:-1], len(weight_NK))
 
     def quantize_received_rows(self, rows_RK: Tensor) -> RowwiseFp8Tensor:
@@ -80,15 +80,13 @@ class Fp8LinearOps:
         out: Tensor = _Linear.apply(rows_RK, weight_LNK, self, rows_L, scales, False, None, prequantized)  # type: ignore[no-untyped-call]
         return out
 
-    def experts_swiglu_down(
-        self, gate_up_RF: Tensor, gates_R: Tensor, weight_LNK: Tensor, rows_L: RowsPerExpert
-    ) -> Tensor:
-        """Multiply SwiGLU(gate_up), times the row's gate weight, by the transposed weight of its expert, [R, N]."""
-        return self._of_swiglu(gate_up_RF, gates_R, weight_LNK, rows_L)
-
-    def _of_swiglu(
+    def swiglu_down(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, weight: Tensor, rows_L: RowsPerExpert | None
     ) -> Tensor:
+        """Multiply SwiGLU(gate_up), times the row's gate weight, by the transposed weight of its expert, [R, N].
+
+        Without `gates_R` and `rows_L`, multiply SwiGLU(gate_up) by the one transposed weight.
+        """
         if not torch.is_grad_enabled():
             x = self.backend.swiglu_quantize_rowwise(gate_up_RF, gates_R, self.scale_format)
             return self._product(x, weight, rows_L, gate_up_RF.dtype)
@@ -195,10 +193,8 @@ class _LinearOfSwiGLU(torch.autograd.Function):
         kept, scales, values, block_scales, *gates = ctx.saved_tensors
         fp8: Fp8LinearOps = ctx.fp8
         grad_RN = grads[0]
-        gate_up_RF, gates_R = (
-            dequantize_rowwise(RowwiseFp8Tensor(kept, scales), grad_RN.dtype),
-            gates[0] if gates else None,
-        )
+        gates_R = gates[0] if gates else None
+        gate_up_RF = dequantize_rowwise(RowwiseFp8Tensor(kept, scales), grad_RN.dtype)
         received = ctx.rows is not None
         grad_tiles = fp8.backend.quantize_rowwise(grad_RN, ScaleFormat.POWER_OF_TWO if received else fp8.scale_format)
         rows_L = ctx.rows or (len(grad_RN),)

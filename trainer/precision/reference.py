@@ -14,19 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...comm.fp8 import TILE_WIDTH, upcast_e4m3
-from .fp8_tensors import (
-    ColumnwiseFp8Tensor,
-    Fp8Weight,
-    RowwiseFp8Tensor,
-    ScaleFormat,
-    dequantize_rowwise,
-    quantize_columnwise,
-    quantize_rowwise,
-    quantize_weight,
-)
-from .swiglu import swiglu_forward
+from .backend import PrecisionBackend
+from .fp8_tensors import Fp8Weight, RowwiseFp8Tensor
 
 PRODUCTS_PER_INSTRUCTION = 32
 """Products that one tensor-core instruction sums for each element."""
@@ -75,80 +67,21 @@ def _cut(x: Tensor, step: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ReferenceBackend:
+class ReferenceBackend(PrecisionBackend):
     """FP8 backend in plain tensor operations; `tile_gemm` sums the products of one tile, exactly or as Hopper does."""
 
     tile_gemm: Callable[[Tensor, Tensor], Tensor] = exact_gemm
 
-    def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
-        return quantize_rowwise(x_XD, scales)
-
-    def swiglu_quantize_rowwise(
-        self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
-    ) -> RowwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
-        return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
-
-    def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
-        return quantize_columnwise(x_RD, rows_L, scales)
-
-    def rowwise_to_columnwise(
-        self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
-    ) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
-        return self.quantize_columnwise(dequantize_rowwise(x, torch.float32), rows_L, scales)
-
-    def swiglu_quantize_columnwise(
-        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
-    ) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
-        return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
-
-    def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
-        """Implement `PrecisionBackend`."""
-        return quantize_weight(weight, scales)
-
-    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """Implement `PrecisionBackend`."""
-        scales_NQ = weight.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(weight.values_NK)]
-        return self._product(x, RowwiseFp8Tensor(weight.values_NK, scales_NQ)).to(dtype)
-
-    def grouped_gemm(
-        self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """Implement `PrecisionBackend`."""
-        rows = zip(x.values_XD.split(rows_L), x.scales_XQ.split(rows_L), strict=True)
-        weights = zip(weight.values_NK, weight.scales_PQ, strict=True)
-        parts = zip(rows, weights, strict=True)
-        return torch.cat([self.gemm(RowwiseFp8Tensor(*own), Fp8Weight(*expert), dtype) for own, expert in parts])
-
-    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """Implement `PrecisionBackend`."""
-        both = zip(split_by_expert(grad), split_by_expert(x), strict=True)
-        return torch.stack([self._product(ours, theirs) for ours, theirs in both])
-
-    def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
-        """Implement `PrecisionBackend`."""
-        sum_LNK += self.grouped_wgrad_gemm(grad, x)
-
-    def _product(self, a: RowwiseFp8Tensor, b: RowwiseFp8Tensor) -> Tensor:
-        """Return a bᵀ of X rows and Y rows, FP32 [X, Y]."""
+    @override
+    def product(self, a: RowwiseFp8Tensor, b: RowwiseFp8Tensor | Fp8Weight, dtype: torch.dtype) -> Tensor:
+        if isinstance(b, Fp8Weight):
+            b = RowwiseFp8Tensor(b.values_NK, b.scales_PQ.repeat_interleave(TILE_WIDTH, 0)[: len(b.values_NK)])
         a_XK, b_YK = upcast_e4m3(a.values_XD, torch.float64), upcast_e4m3(b.values_XD, torch.float64)
         total_XY = a_XK.new_zeros((len(a_XK), len(b_YK)), dtype=torch.float32)
         for tile, start in enumerate(range(0, a_XK.shape[1], TILE_WIDTH)):
             sum_XY = self.tile_gemm(a_XK[:, start : start + TILE_WIDTH], b_YK[:, start : start + TILE_WIDTH])
             total_XY += sum_XY.mul_(a.scales_XQ[:, tile, None]).mul_(b.scales_XQ[:, tile])
-        return total_XY
-
-
-def split_by_expert(columns: ColumnwiseFp8Tensor) -> list[RowwiseFp8Tensor]:
-    """Split a column-wise tensor into those of the experts."""
-    counts = columns.tiles_per_expert_L
-    values = columns.tiles.values_XD.split([count * TILE_WIDTH for count in counts], dim=1)
-    scales = columns.tiles.scales_XQ.split(counts, dim=1)
-    return [RowwiseFp8Tensor(own, scale) for own, scale in zip(values, scales, strict=True)]
+        return total_XY.to(dtype)
 
 
 def gemm_workspace_bytes(rows: float, inputs: int, outputs: int, result_bytes: int, experts: int = 1) -> float:

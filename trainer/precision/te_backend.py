@@ -15,69 +15,40 @@ from torch import Tensor
 from transformer_engine.pytorch import DType
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
+from typing_extensions import override
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 from ...comm.units import round_up
-from .fp8_tensors import (
-    ColumnwiseFp8Tensor,
-    Fp8Weight,
-    RowwiseFp8Tensor,
-    gemm_output_dtype,
-    zero_pad,
-)
-from .reference import ReferenceBackend, split_by_expert
+from .backend import PrecisionBackend
+from .fp8_tensors import Fp8Weight, RowwiseFp8Tensor, gemm_output_dtype, zero_pad
 
 _FOURS = 4
 
 
-class TransformerEngineBackend(ReferenceBackend):
-    """FP8 backend by Transformer Engine. It quantizes as the reference does, and multiplies one expert at a time."""
+class TransformerEngineBackend(PrecisionBackend):
+    """FP8 backend by Transformer Engine."""
 
-    def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """Implement `PrecisionBackend`."""
-        rows, columns = len(x.values_XD), len(weight.values_NK)
-        if not rows:
-            return x.scales_XQ.new_empty((0, columns), dtype=dtype)
-        out = _product(_of_tiles(x), _of_blocks(weight), gemm_output_dtype(dtype))
+    @override
+    def product(self, a: RowwiseFp8Tensor, b: RowwiseFp8Tensor | Fp8Weight, dtype: torch.dtype) -> Tensor:
+        rows, columns = len(a.values_XD), len(b.values_NK if isinstance(b, Fp8Weight) else b.values_XD)
+        if not a.values_XD.numel():
+            return a.scales_XQ.new_zeros((rows, columns), dtype=dtype)
+        # Transformer Engine orders operands as cuBLAS does, column-major, so the second comes first.
+        out: Tensor = general_gemm(
+            _storage(b), _storage(a), out_dtype=gemm_output_dtype(dtype), layout="TN", use_split_accumulator=True
+        )[0]
         return out[:rows, :columns].to(dtype)
 
-    def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """Implement `PrecisionBackend`."""
-        rows, columns = len(grad.tiles.values_XD), len(x.tiles.values_XD)
-        products = []
-        for ours, theirs in zip(split_by_expert(grad), split_by_expert(x), strict=True):
-            if ours.values_XD.shape[1]:
-                out = _product(_of_tiles(ours), _of_tiles(theirs), torch.float32)[:rows, :columns]
-            else:
-                out = ours.scales_XQ.new_zeros((rows, columns))
-            products.append(out)
-        return torch.stack(products)
 
-
-def _product(a: Any, b: Any, dtype: torch.dtype) -> Tensor:
-    """Return a bᵀ. Transformer Engine orders operands as cuBLAS does, column-major, so `b` comes first."""
-    out: Tensor = general_gemm(b, a, out_dtype=dtype, layout="TN", use_split_accumulator=True)[0]
-    return out
-
-
-def _of_tiles(tiles: RowwiseFp8Tensor) -> Any:
-    values = _whole(tiles.values_XD)
-    scales_QX = zero_pad(tiles.scales_XQ.T, tiles.scales_XQ.shape[1], round_up(len(values), _FOURS))
-    return _storage(values, scales_QX, is_2D_scaled=False)
-
-
-def _of_blocks(blocks: Fp8Weight) -> Any:
-    values = _whole(blocks.values_NK)
-    scales_PQ = zero_pad(blocks.scales_PQ, tiles_per_row(len(values)), round_up(blocks.scales_PQ.shape[1], _FOURS))
-    return _storage(values, scales_PQ, is_2D_scaled=True)
-
-
-def _whole(values: Tensor) -> Tensor:
-    """Zero-pad both sides to multiples of 128, as Transformer Engine requires of what it quantizes."""
-    return zero_pad(values, *(round_up(side, TILE_WIDTH) for side in values.shape))
-
-
-def _storage(values: Tensor, scales: Tensor, *, is_2D_scaled: bool) -> Any:
+def _storage(operand: RowwiseFp8Tensor | Fp8Weight) -> Any:
+    """Return an operand as Transformer Engine stores it, its sides multiples of 128 as its quantizer requires."""
+    numbers = operand.values_NK if isinstance(operand, Fp8Weight) else operand.values_XD
+    values = zero_pad(numbers, *(round_up(side, TILE_WIDTH) for side in numbers.shape))
+    if isinstance(operand, Fp8Weight):
+        columns = operand.scales_PQ.shape[1]
+        scales = zero_pad(operand.scales_PQ, tiles_per_row(len(values)), round_up(columns, _FOURS))
+    else:
+        scales = zero_pad(operand.scales_XQ.T, operand.scales_XQ.shape[1], round_up(len(values), _FOURS))
     return Float8BlockwiseQTensorStorage(
         rowwise_data=values.view(torch.uint8),
         rowwise_scale_inv=scales,
@@ -85,5 +56,5 @@ def _storage(values: Tensor, scales: Tensor, *, is_2D_scaled: bool) -> Any:
         columnwise_scale_inv=None,
         fp8_dtype=DType.kFloat8E4M3,
         quantizer=None,
-        is_2D_scaled=is_2D_scaled,
+        is_2D_scaled=isinstance(operand, Fp8Weight),
     )

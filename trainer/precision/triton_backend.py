@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...comm.fp8 import TILE_WIDTH, tiles_per_row
 from ...comm.host_transfer import to_device
 from ...comm.units import ceil_div
 from . import kernels
+from .backend import PrecisionBackend, RowsPerExpert
 from .fp8_tensors import ColumnwiseFp8Tensor, Fp8Weight, RowwiseFp8Tensor, ScaleFormat, gemm_output_dtype
-from .swiglu import swiglu_forward
 
 _ROWS_TO_QUANTIZE, _COLUMNS_TO_QUANTIZE = 16, 64
 _ROWS, _COLUMNS = 128, 128  # of an output block of a GEMM
@@ -27,69 +28,70 @@ KernelInputs = tuple[Tensor] | tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class TritonBackend:
+class TritonBackend(PrecisionBackend):
     """FP8 backend by Triton kernels."""
 
     # Tests under Triton's interpreter store another dtype, because the interpreter's cast to E4M3 is wrong.
     value_dtype: torch.dtype = torch.float8_e4m3fn
     """Dtype in which quantized numbers are stored."""
 
+    @override
     def quantize_rowwise(self, x_XD: Tensor, scales: ScaleFormat) -> RowwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
         x_XD = _narrow(x_XD).contiguous()
         return self._rows(kernels.quantize_rowwise, (x_XD,), x_XD.shape[1], scales)
 
+    @override
     def swiglu_quantize_rowwise(
         self, gate_up_RF: Tensor, gates_R: Tensor | None, scales: ScaleFormat
     ) -> RowwiseFp8Tensor:
-        """Implement `PrecisionBackend`; in BF16, the compute dtype of GPUs, by one kernel."""
+        # One kernel in BF16, the compute dtype of GPUs.
         if gate_up_RF.dtype != torch.bfloat16:
-            return self.quantize_rowwise(swiglu_forward(gate_up_RF, gates_R), scales)
+            return super().swiglu_quantize_rowwise(gate_up_RF, gates_R, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._rows(kernels.swiglu_quantize_rowwise, inputs, gate_up_RF.shape[1] // 2, scales)
 
-    def quantize_columnwise(self, x_RD: Tensor, rows_L: tuple[int, ...], scales: ScaleFormat) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
+    @override
+    def quantize_columnwise(self, x_RD: Tensor, rows_L: RowsPerExpert, scales: ScaleFormat) -> ColumnwiseFp8Tensor:
         x_RD = _narrow(x_RD).contiguous()
         return self._columns(kernels.quantize_columnwise, (x_RD,), x_RD.shape[1], rows_L, scales)
 
+    @override
     def rowwise_to_columnwise(
-        self, x: RowwiseFp8Tensor, rows_L: tuple[int, ...], scales: ScaleFormat
+        self, x: RowwiseFp8Tensor, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`."""
         return self._columns(
             kernels.rowwise_to_columnwise, (x.values_XD, x.scales_XQ), x.values_XD.shape[1], rows_L, scales
         )
 
+    @override
     def swiglu_quantize_columnwise(
-        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: tuple[int, ...], scales: ScaleFormat
+        self, gate_up_RF: Tensor, gates_R: Tensor | None, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
-        """Implement `PrecisionBackend`; in BF16, the compute dtype of GPUs, by one kernel."""
+        # One kernel in BF16, the compute dtype of GPUs.
         if gate_up_RF.dtype != torch.bfloat16:
-            return self.quantize_columnwise(swiglu_forward(gate_up_RF, gates_R), rows_L, scales)
+            return super().swiglu_quantize_columnwise(gate_up_RF, gates_R, rows_L, scales)
         inputs = _contiguous(gate_up_RF, gates_R)
         return self._columns(kernels.swiglu_quantize_columnwise, inputs, gate_up_RF.shape[1] // 2, rows_L, scales)
 
+    @override
     def quantize_weight(self, weight: Tensor, scales: ScaleFormat) -> Fp8Weight:
-        """Implement `PrecisionBackend`."""
         weight_LNK = _narrow(weight).contiguous().view(-1, *weight.shape[-2:])
         count, rows, columns = weight_LNK.shape
         sides = (tiles_per_row(rows), tiles_per_row(columns))
-        values, block_scales = self._empty(weight, *weight.shape), _scales_like(weight, *weight.shape[:-2], *sides)
+        values = torch.empty(weight.shape, dtype=self.value_dtype, device=weight.device)
+        block_scales = torch.empty((*weight.shape[:-2], *sides), dtype=torch.float32, device=weight.device)
         kernels.quantize_weight[(count, *sides)](
             weight_LNK, values, block_scales, rows, columns, *sides, scales is ScaleFormat.POWER_OF_TWO, num_warps=8
         )
         return Fp8Weight(values, block_scales)
 
+    @override
     def gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-        """Implement `PrecisionBackend`."""
         stack = Fp8Weight(weight.values_NK[None], weight.scales_PQ[None])
         return self.grouped_gemm(x, stack, (len(x.values_XD),), dtype)
 
-    def grouped_gemm(
-        self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """Implement `PrecisionBackend`."""
+    @override
+    def grouped_gemm(self, x: RowwiseFp8Tensor, weight: Fp8Weight, rows_L: RowsPerExpert, dtype: torch.dtype) -> Tensor:
         weight = weight.contiguous()  # tensor cores read E4M3 only along K, so a transposed weight is copied
         _, columns, k = weight.values_NK.shape
         out_RN = x.values_XD.new_empty((len(x.values_XD), columns), dtype=gemm_output_dtype(dtype))
@@ -102,15 +104,16 @@ class TritonBackend:
             )  # fmt: skip
         return out_RN.to(dtype)
 
+    @override
     def grouped_wgrad_gemm(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor) -> Tensor:
-        """Implement `PrecisionBackend`."""
         shape = len(grad.tiles_per_expert_L), len(grad.tiles.values_XD), len(x.tiles.values_XD)
         out_LNK = grad.tiles.scales_XQ.new_zeros(shape)
         self.accumulate_grouped_wgrad(grad, x, out_LNK)
         return out_LNK
 
+    @override
     def accumulate_grouped_wgrad(self, grad: ColumnwiseFp8Tensor, x: ColumnwiseFp8Tensor, sum_LNK: Tensor) -> None:
-        """Implement `PrecisionBackend`, by one kernel that writes only the sum."""
+        # One kernel that writes only the sum.
         if sum_LNK.dtype != torch.float32 or not sum_LNK.is_contiguous():
             sum_LNK += self.grouped_wgrad_gemm(grad, x)
             return
@@ -123,9 +126,7 @@ class TritonBackend:
 
     def _rows(self, kernel: Any, inputs: KernelInputs, width: int, scales: ScaleFormat) -> RowwiseFp8Tensor:
         rows = len(inputs[0])
-        tiles = RowwiseFp8Tensor(
-            self._empty(inputs[0], rows, width), _scales_like(inputs[0], rows, tiles_per_row(width))
-        )
+        tiles = self._empty_rows(inputs[0], rows, width)
         if rows:
             kernel[(ceil_div(rows, _ROWS_TO_QUANTIZE), tiles_per_row(width))](
                 *inputs, tiles.values_XD, tiles.scales_XQ, rows, width, tiles_per_row(width),
@@ -134,12 +135,10 @@ class TritonBackend:
         return tiles
 
     def _columns(
-        self, kernel: Any, inputs: KernelInputs, width: int, rows_L: tuple[int, ...], scales: ScaleFormat
+        self, kernel: Any, inputs: KernelInputs, width: int, rows_L: RowsPerExpert, scales: ScaleFormat
     ) -> ColumnwiseFp8Tensor:
         like, spans = inputs[0], _spans(rows_L, TILE_WIDTH)
-        tiles = RowwiseFp8Tensor(
-            self._empty(like, width, len(spans) * TILE_WIDTH), _scales_like(like, width, len(spans))
-        )
+        tiles = self._empty_rows(like, width, len(spans) * TILE_WIDTH)
         if spans:
             first, last, _ = index_tensors(like.device, zip(*spans, strict=True))
             kernel[(len(spans), ceil_div(width, _COLUMNS_TO_QUANTIZE))](
@@ -148,16 +147,15 @@ class TritonBackend:
             )  # fmt: skip
         return ColumnwiseFp8Tensor(tiles, tuple(map(tiles_per_row, rows_L)))
 
-    def _empty(self, like: Tensor, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.value_dtype, device=like.device)
+    def _empty_rows(self, like: Tensor, rows: int, width: int) -> RowwiseFp8Tensor:
+        return RowwiseFp8Tensor(
+            torch.empty((rows, width), dtype=self.value_dtype, device=like.device),
+            torch.empty((rows, tiles_per_row(width)), dtype=torch.float32, device=like.device),
+        )
 
 
 def _contiguous(gate_up_RF: Tensor, gates_R: Tensor | None) -> KernelInputs:
     return gate_up_RF.contiguous(), None if gates_R is None else gates_R.contiguous()
-
-
-def _scales_like(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _narrow(x: Tensor) -> Tensor:

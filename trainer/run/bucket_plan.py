@@ -1,40 +1,30 @@
-"""Assignment of a rank's parameters to buckets: by replicas, stages that use them, and dtype."""
+"""Buckets of a rank's parameters: by replicas, stages that use them, and dtype."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
+from ...comm.groups import ProcessGroups
 from ...parallelism.pipeline.liveness import last_use_on_any_rank
 from ...parallelism.pipeline.program import PipelineProgram
-from ...parallelism.zero.bucket import BucketParameter
+from ...parallelism.zero.bucket import Bucket, BucketParameter
 from ..model.model import Model
 from ..model.stage_layout import StageLayout
+from ..optimizer.config import OptimizerConfig
 
 
-@dataclass(frozen=True)
-class BucketPlan:
-    """Description of a bucket that has not been allocated yet."""
+def build_buckets(
+    model: Model,
+    stages: StageLayout,
+    program: PipelineProgram,
+    groups: ProcessGroups,
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+) -> Iterator[tuple[Bucket, tuple[int, ...]]]:
+    """Yield the buckets of `model`, the chunks of one rank, each with the stages that compute with it.
 
-    name: str
-    members: list[BucketParameter]
-    is_expert: bool
-    using_stages: tuple[int, ...]
-    """Stages that compute with it."""
-    holding_pp_ranks: tuple[int, ...]
-    """Pipeline ranks that hold it."""
-    weight_dtype: torch.dtype
-    """Dtype of the parameters that compute."""
-    master_dtype: torch.dtype
-    """Dtype of this rank's shard of the master weights."""
-
-
-def plan_buckets(
-    model: Model, stages: StageLayout, program: PipelineProgram, dtype: torch.dtype
-) -> Iterator[BucketPlan]:
-    """Yield the buckets of `model`, the chunks of one rank, by the last instruction of `program` that uses them.
-
-    Parameters are kept in `dtype`, the compute dtype; norms and routers stay in the dtype of `model`.
+    Their order is that of the last instructions of `program` that use them. Parameters are kept in `dtype`, the compute
+    dtype; norms and routers stay in the dtype of `model`.
     """
     experts, wide = model.expert_parameter_names(), model.fp32_parameter_names()
     members: dict[tuple[int, tuple[int, ...], bool, bool], list[BucketParameter]] = {}
@@ -49,12 +39,6 @@ def plan_buckets(
     for (_, users, is_expert, is_wide), sharing in sorted(members.items()):
         masters = sharing[0].parameter.dtype
         kind = "experts" if is_expert else "wide dense" if is_wide else "dense"
-        yield BucketPlan(
-            name=f"{kind} of stage {' and '.join(map(str, users))}",
-            members=sharing,
-            is_expert=is_expert,
-            using_stages=users,
-            holding_pp_ranks=stages.pp_ranks_holding(sharing[0].name),
-            weight_dtype=masters if is_wide else dtype,
-            master_dtype=masters,
-        )
+        name = f"{kind} of stage {' and '.join(map(str, users))}"
+        group = (groups.expert_dp if is_expert else groups.dense_dp)[stages.pp_ranks_holding(sharing[0].name)]
+        yield Bucket(name, sharing, group, config.moments_dtype(masters), masters if is_wide else dtype), users

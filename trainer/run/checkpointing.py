@@ -115,9 +115,9 @@ def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter | Non
             damaged[step] = found
             continue
         # AdamW's bias correction depends on the step count, which is no tensor of the checkpoint.
-        rank.stepper.optimizer.step_count = step
+        rank.engine.stepper.optimizer.step_count = step
         # The masters are loaded; the weights that compute are cast from them and gathered.
-        rank.stepper.optimizer.all_gather_weights()
+        rank.engine.stepper.optimizer.all_gather_weights()
         if reporter is not None:
             for newer, why in damaged.items():
                 new_name = store.rename_damaged(newer).name
@@ -139,10 +139,10 @@ def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> N
 
     with damage_error_context("is damaged; name another checkpoint", "training.start_from"):
         _run_on_all_ranks(rank.groups.world_cpu, fill)
-    rank.stepper.optimizer.all_gather_weights()
-    if rank.stepper.ema is not None:
+    rank.engine.stepper.optimizer.all_gather_weights()
+    if rank.engine.stepper.ema is not None:
         # The average restarts at the loaded weights, or it would mix in the random initial ones.
-        rank.stepper.ema.reset()
+        rank.engine.stepper.ema.reset()
     if reporter is not None:
         reporter.report_initial_weights(checkpoint.path)
 

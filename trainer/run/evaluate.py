@@ -4,13 +4,13 @@ A checkpoint is saved before the evaluation that is due at its step. A file in t
 evaluated step, so that a resumed run knows whether that evaluation is pending.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from ...comm.files.file_io import read_text
+from ...comm.files.file_io import read_text, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
 from ...comm.groups import ProcessGroups
 from ...comm.host_transfer import to_device, to_host
@@ -48,7 +48,7 @@ def evaluate_validation_loss(
     starts = [index * share + first for index in range(rounds)]
     depth = chunks[0].model.config.num_nextn_predict_layers
     group_size = micro_batches_per_stop_check(topology.pp)
-    summaries: list[list[MicroBatchMetrics]] = [[] for _ in chunks]
+    metrics: list[MicroBatchMetrics] = []
     targets = 0
     with chunks[0].model.cache_fp8_weights():
         for begin in range(0, rounds, group_size):
@@ -56,12 +56,11 @@ def evaluate_validation_loss(
                 return None
             group_starts = starts[begin : begin + group_size]
             batches = [padded_batch(samples, range(start, start + micro_batch)).to(device) for start in group_starts]
-            for found, stage in zip(summaries, _run(chunks, forwards, batches), strict=True):
-                found += stage.metrics
+            forwards(len(batches)).run([StageRunner(chunk, batches, metrics=metrics) for chunk in chunks])
             # The ranks of a pipeline read the same samples: one of them counts.
             if groups.pp_rank == 0:
                 targets += sum(int(count_targets(batch, depth)) for batch in batches)
-    loss_sum = sum(float(summary.main_loss_sum) for found in summaries for summary in found)
+    loss_sum = sum(float(each.main_loss_sum) for each in metrics)
     local_sums = to_device(torch.tensor((loss_sum, targets), dtype=torch.float64), device)
     total, count = to_host(groups.world.all_reduce_sum(local_sums, "sum of validation losses")).tolist()
     return total / count, int(count)
@@ -72,14 +71,6 @@ def micro_batches_per_stop_check(pp: int) -> int:
     # A pipeline fills and drains in each group: with 4 micro-batches per rank the bubble is pp - 1 of 5 pp - 1
     # forwards, less than a fifth.
     return 1 if pp == 1 else 4 * pp
-
-
-def _run(
-    chunks: tuple[Chunk, ...], forwards: Callable[[int], PipelineExecutor], batches: Sequence[TokenBatch]
-) -> list[StageRunner]:
-    stages = [StageRunner(chunk, batches) for chunk in chunks]
-    forwards(len(batches)).run(stages)
-    return stages
 
 
 def padded_batch(samples: SampleDataset, indices: range) -> TokenBatch:
@@ -94,11 +85,8 @@ _FILE = "evaluated"
 
 def record_evaluated_step(run_dir: Path, step: int) -> None:
     """Record that the evaluation after `step` steps was reported. An `OSError` is suppressed: it will be repeated."""
-    # Write and rename: a crash in between leaves the old number, never half of a new one.
-    new = run_dir / f"{_FILE}.new"
     with suppress(OSError):
-        new.write_text(f"{step}\n")
-        new.replace(run_dir / _FILE)
+        replace_file_atomically(run_dir / _FILE, f"{step}\n".encode())
 
 
 def clear_evaluated_step(run_dir: Path) -> None:

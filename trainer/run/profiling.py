@@ -60,7 +60,7 @@ class StepProfiler:
         memory = rank.groups.world_cpu.all_gather_objects(measure_memory(rank.device), "memory of the ranks")
         if reporter is not None:
             total = StepTimes.from_list(numbers.tolist())
-            by_term = total.us_by_term(rank.stepper.executor.program, rank.config.topology.dp)
+            by_term = total.us_by_term(rank.engine.stepper.executor.program, rank.config.topology.dp)
             reporter.report_step_time_terms(step, total.step_us, by_term)
             reporter.report_memory(step, memory_metrics(rank.device, memory))
 

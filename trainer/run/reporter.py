@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__
 from ..checkpoint.saver import SaveResult
 from ..config import RunConfig
-from ..costs.flops import FLOP_CONVENTION, FlopCount
+from ..costs.flops import FLOP_CONVENTION, count_flops
 from ..costs.parameters import count_parameters
 from ..ledger.budget_guard import BudgetGuard, CostMeter
 from ..ledger.checkpoint_totals import carry_checkpoint_totals
@@ -26,14 +26,6 @@ from .step_metrics import step_metrics
 
 if TYPE_CHECKING:
     from ...comm.traffic import TrafficCounter
-
-
-@dataclass(frozen=True)
-class MfuInputs:
-    """Inputs of a step's TFLOPS and model FLOPs utilization."""
-
-    flops: FlopCount
-    peak_tflops: float
 
 
 RECORDS_WAIT = "they stay in memory until there is space"
@@ -93,7 +85,8 @@ class Reporter:
     `report_run`, then `begin_training` come before the first step.
     """
 
-    _speed: MfuInputs
+    _flops_per_token: float
+    _peak_tflops: float
     _budget: BudgetGuard
 
     def __init__(self, config: RunConfig, run_dir: Path, attempt: str) -> None:
@@ -112,9 +105,13 @@ class Reporter:
         self._since = time.perf_counter()
         self._tokens_since = 0
 
-    def report_run(self, speed: MfuInputs, device: str, dtype: str, attention: str) -> None:
-        """Report configuration, device and model size; `attention` names the attention kernel and the reason for it."""
-        self._speed = speed
+    def report_run(self, peak_tflops: float, device: str, dtype: str, attention: str) -> None:
+        """Report configuration, device and model size; `attention` names the attention kernel and the reason for it.
+
+        MFU is the share of `peak_tflops`, the peak of one rank.
+        """
+        flops = count_flops(self._config.model, self._config.training.sequence_length)
+        self._flops_per_token, self._peak_tflops = flops.main_and_mtp, peak_tflops
         parameters = count_parameters(self._config.model)
         is_peak_configured = bool(self._config.cluster.peak_tflops)
         values: dict[str, Any] = {
@@ -129,9 +126,9 @@ class Reporter:
             "parameters": parameters.main + parameters.mtp,
             "active_parameters": parameters.main_active + parameters.mtp_active,
             "total_steps": self._config.total_steps,
-            "flops_per_token": speed.flops.main_and_mtp,
+            "flops_per_token": flops.main_and_mtp,
             "mfu_convention": f"{FLOP_CONVENTION}; MTP included",
-            "peak_tflops": speed.peak_tflops,
+            "peak_tflops": peak_tflops,
             "peak_source": "cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
         }
         self._emit("run", 0, values)
@@ -236,13 +233,13 @@ class Reporter:
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
         account, *_ = self._budget.current_accounts(self._tokens_left(step))
-        tflops = rate * self._speed.flops.main_and_mtp / self._ranks / 1e12
+        tflops = rate * self._flops_per_token / self._ranks / 1e12
         values: dict[str, JSON] = {
             **metrics,
             "tokens": config.tokens_after(step),
             "tokens_per_second": rate,
             "tflops": tflops,
-            "mfu": tflops / self._speed.peak_tflops,
+            "mfu": tflops / self._peak_tflops,
             "gpu_hours": account.spent,
             "budget_share": account.spent / account.limit,
             "budget_left": account.limit - account.spent,
@@ -271,8 +268,7 @@ class Reporter:
     def report_memory(self, step: int, values: Mapping[str, JSON]) -> None:
         """Report every rank's memory after step `step` (see `telemetry.memory_usage`), unless `values` is empty."""
         if values:
-            with self.logging_overhead():
-                self._emit("memory", step, values)
+            self._emit("memory", step, values)
 
     def report_evaluation(
         self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
@@ -285,13 +281,11 @@ class Reporter:
         values: dict[str, JSON] = {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy}
         if averaged is not None:
             values["loss/averaged"] = averaged
-        with self.logging_overhead():
-            self._emit("evaluation", step, values)
+        self._emit("evaluation", step, values)
 
     def report_sample(self, step: int, prompt: str, continuation: str) -> None:
         """Report text that the model has generated."""
-        with self.logging_overhead():
-            self._emit("sample", step, {"text": restore_interpolations(prompt) + continuation})
+        self._emit("sample", step, {"text": restore_interpolations(prompt) + continuation})
 
     def _check_disk(self, step: int) -> None:
         """Warn when records start or stop waiting for disk space; raise `RankFailed` if a file is gone."""
@@ -314,8 +308,7 @@ class Reporter:
         if saved.warning is not None:
             self.warn(saved.step, saved.warning)
         if saved.failure is None:
-            with self.logging_overhead():
-                self._emit("checkpoint", saved.step, {"path": str(saved.path)})
+            self._emit("checkpoint", saved.step, {"path": str(saved.path)})
         else:
             self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
 
@@ -327,8 +320,7 @@ class Reporter:
 
     def report_trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
         """Report that a timeline was written; `values` are the seconds of each term, by rank."""
-        with self.logging_overhead():
-            self._emit("trace", step, {"path": str(path), **values})
+        self._emit("trace", step, {"path": str(path), **values})
 
     def budget_halt_reason(self, done: int) -> str | None:
         """Return why the budget requires a halt after `done` steps; None if it does not."""
@@ -363,7 +355,8 @@ class Reporter:
         return self._config.tokens_after(step) - self._config.tokens_after(step - 1)
 
     def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
-        self._stream.emit(Event(kind, step, values))
+        with self.logging_overhead():
+            self._stream.emit(Event(kind, step, values))
 
 
 def _print_error(text: str) -> None:

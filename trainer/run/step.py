@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...comm.exchange.permutation import ZERO_TOKEN_COUNTS, TokenCounts
+from ...comm.exchange.permutation import ZERO_TOKEN_COUNTS
 from ...comm.groups import ProcessGroups
 from ...comm.host_transfer import to_device, to_host
 from ...comm.trace import GRADIENT_SYNC_WAIT, NULL_RECORDER, OPTIMIZER, SpanRecorder, TimelineTrack
 from ...comm.warm_up import warm_up_all_reduce
 from ...parallelism.pipeline.executor import PipelineExecutor
+from ...parallelism.pipeline.liveness import first_use, last_use
 from ...parallelism.zero.optimizer import ShardedOptimizer
+from ..config import RunConfig, scheduled_value
 from ..data.samples import TokenBatch
 from ..model.chunk import Chunk
 from ..model.config import ModelConfig
@@ -21,7 +23,6 @@ from ..model.forward_context import LossNormalizers, MicroBatchMetrics
 from ..model.model import Model, router_names
 from ..model.router import update_router_bias
 from ..optimizer.ema import WeightEMA
-from .schedule_cache import ScheduleCache
 from .stage_runner import StageRunner
 from .step_reduction import RankStepTotals, StepTotals, all_reduce_step_totals, reduction_length
 
@@ -50,6 +51,18 @@ class StepSettings:
     mtp_loss_scaling_factor: float
     router_bias_update_rate: float
 
+    @staticmethod
+    def at_step(config: RunConfig, step: int) -> "StepSettings":
+        """Return those of step number `step`, from 1."""
+        training, before = config.training, config.tokens_after(step - 1)
+        return StepSettings(
+            learning_rate=config.optimizer.learning_rate_at(config.tokens_after(step)),
+            clip_norm=config.optimizer.clip_norm,
+            seq_aux_loss_coeff=training.seq_aux_loss_coeff,
+            mtp_loss_scaling_factor=scheduled_value(training.mtp_loss_scaling_factor, before),
+            router_bias_update_rate=scheduled_value(training.router_bias_update_rate, before),
+        )
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -65,25 +78,25 @@ class StepResult:
     """The loss that is differentiated: main, weighted MTP and balance losses."""
     grad_norm: float
     """L2 norm of the gradients before clipping."""
-    valid_tokens: int
-    tokens_per_expert_E: dict[str, Tensor]
-    """Tokens routed to each expert (int64 [E]), by router name."""
-    token_counts: TokenCounts
-    """Token counts of all MoE layers together, padding included."""
+    totals: StepTotals
+    """Sums over all ranks; its token counts are those of all MoE layers together, padding included."""
     router_bias_range: tuple[float, float]
     """Smallest and largest routing bias after the step; zeros without routers."""
-    vote_counts: tuple[int, ...]
-    """Number of ranks on which each vote was true."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stepper:
     """One rank's model, optimizer and groups, which run its steps."""
 
     model: Model
     chunks: tuple[Chunk, ...]
-    schedule_cache: ScheduleCache
+    executor: PipelineExecutor
+    """Executor of the last step, or of the first one before it runs."""
+    build_executor: Callable[[int], PipelineExecutor]
+    """Function from the number of micro-batches, which the batch ramp changes, to an executor."""
     optimizer: ShardedOptimizer
+    bucket_stages: tuple[tuple[int, ...], ...]
+    """Stages that compute with each bucket of the optimizer."""
     ema: WeightEMA | None
     groups: ProcessGroups
     recorder: SpanRecorder = NULL_RECORDER
@@ -92,11 +105,6 @@ class Stepper:
     def config(self) -> ModelConfig:
         """Configuration of the whole model."""
         return self.model.config
-
-    @property
-    def executor(self) -> PipelineExecutor:
-        """Executor of the last step, or of the first one before it runs."""
-        return self.schedule_cache.current_executor
 
     def warm_up_communication(self, device: torch.device) -> None:
         """Connect all communicators of a step except those of the token exchange. Collective.
@@ -148,11 +156,8 @@ class Stepper:
             balance_loss=balance * normalizers.balance_loss,
             total_loss=total,
             grad_norm=norm,
-            valid_tokens=targets,
-            tokens_per_expert_E=totals.tokens_per_expert_E,
-            token_counts=totals.token_counts,
+            totals=totals,
             router_bias_range=_router_bias_range(totals, settings.router_bias_update_rate),
-            vote_counts=totals.vote_counts,
         )
 
     def _count_targets(self, micro_batches: Sequence[TokenBatch]) -> int:
@@ -169,12 +174,26 @@ class Stepper:
     ) -> Iterator[MicroBatchMetrics]:
         """Run the schedule; yield the metrics of each micro-batch in each stage of this rank."""
         stages = [StageRunner(chunk, micro_batches, normalizers) for chunk in self.chunks]
-        executor = self.schedule_cache.executor_for(len(micro_batches))
+        self._set_micro_batches(len(micro_batches))
         # Weights do not change within a step: they are quantized to FP8 once, not once per micro-batch.
         with self.model.cache_fp8_weights():
-            executor.run(stages, self.optimizer)
+            self.executor.run(stages, self.optimizer)
         for stage in stages:
             yield from stage.metrics
+
+    def _set_micro_batches(self, count: int) -> None:
+        """Rebuild the executor if the number of micro-batches has changed, and tell the optimizer."""
+        # One executor is enough: a batch ramp only grows, so an old program never comes back.
+        if count == self.executor.program.num_micro_batches:
+            return
+        self.executor = self.build_executor(count)
+        program, rank = self.executor.program, self.executor.pp_rank
+        # The optimizer overlaps its communication with instructions by index: reduce after the last use of a bucket,
+        # wait for its weights before the first. Another program has other indices.
+        self.optimizer.set_schedule(
+            first_use=[first_use(program, rank, users) for users in self.bucket_stages],
+            last_use=[last_use(program, rank, users) for users in self.bucket_stages],
+        )
 
     def _sum_over_ranks(self, summaries: Sequence[MicroBatchMetrics], votes: Sequence[bool]) -> StepTotals:
         """Sum losses, gradient norm, loads and votes over all ranks."""

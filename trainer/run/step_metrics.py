@@ -31,8 +31,7 @@ def step_metrics(
         "router_bias_update_rate": settings.router_bias_update_rate,
         "grad_norm": result.grad_norm,
         # DeepEP does not report what it sends.
-        **(_exchange_traffic(traffic) if config.exchange.name != "deepep" else {}),
-        **_replica_traffic(between_replicas),
+        **_traffic(traffic if config.exchange.name != "deepep" else None, between_replicas),
         **_load_balance(result, config.topology),
         **_routing(result),
     }
@@ -48,34 +47,32 @@ def _load_balance(result: "StepResult", topology: "Topology") -> dict[str, JSON]
     values: dict[str, JSON] = {}
     members = {"load": None, "load/ranks": topology.ep, "load/nodes": topology.nodes_per_ep_group}
     worst = dict.fromkeys(members, 0.0)
-    for name, counts_E in result.tokens_per_expert_E.items():
+    for name, counts_E in result.totals.tokens_per_expert_E.items():
         for kind, count in members.items():
             load = counts_E if count is None else counts_E.view(count, -1).sum(dim=1)
             violation = float(load.max() * load.numel() / load.sum()) - 1
             worst[kind] = max(worst[kind], violation)
             values[f"{kind}/{name}/max_violation"] = violation
         values[f"tokens_per_expert/{name}"] = counts_E.tolist()
-    if result.tokens_per_expert_E:
+    if result.totals.tokens_per_expert_E:
         values |= {f"{kind}/max_violation": violation for kind, violation in worst.items()}
         values["bias/min"], values["bias/max"] = result.router_bias_range
     return values
 
 
-def _exchange_traffic(traffic: "TrafficCounter") -> dict[str, JSON]:
-    """Return the bytes that rank 0 sent through the token exchange in this step by link: all, and the rows alone."""
-    all_bytes, payload = traffic.bytes_by_link(), traffic.bytes_by_link(TrafficKind.PAYLOAD)
-    values: dict[str, JSON] = {f"all_to_all_bytes/{link}": size for link, size in all_bytes.items()}
-    return values | {f"all_to_all_payload_bytes/{link}": size for link, size in payload.items()}
+def _traffic(exchange: "TrafficCounter | None", between_replicas: "TrafficCounter") -> dict[str, JSON]:
+    """Return the bytes that rank 0 sent in this step by link.
 
-
-def _replica_traffic(traffic: "TrafficCounter") -> dict[str, JSON]:
-    """Return the bytes of gradients and weights that rank 0 sent to ranks with the same parameters, by link."""
-    operations = {"reduce_scatter_bytes": REDUCE_SCATTER, "all_gather_bytes": ALL_GATHER}
-    return {
-        f"{key}/{link}": size
-        for key, operation in operations.items()
-        for link, size in traffic.bytes_by_link(operation=operation).items()
-    }
+    They are those of the token exchange, all and the rows alone, and those of gradients and weights that it sent to
+    ranks with the same parameters.
+    """
+    sizes = {}
+    if exchange is not None:
+        sizes["all_to_all_bytes"] = exchange.bytes_by_link()
+        sizes["all_to_all_payload_bytes"] = exchange.bytes_by_link(TrafficKind.PAYLOAD)
+    sizes["reduce_scatter_bytes"] = between_replicas.bytes_by_link(operation=REDUCE_SCATTER)
+    sizes["all_gather_bytes"] = between_replicas.bytes_by_link(operation=ALL_GATHER)
+    return {f"{kind}/{link}": size for kind, by_link in sizes.items() for link, size in by_link.items()}
 
 
 def _routing(result: "StepResult") -> dict[str, JSON]:
@@ -83,7 +80,7 @@ def _routing(result: "StepResult") -> dict[str, JSON]:
 
     The report sends a token to at most 4 nodes, and could select 3.2 experts per node at the same cost (§3.2.2).
     """
-    visits = result.token_counts
+    visits = result.totals.token_counts
     if not visits.tokens:
         return {}
     return {

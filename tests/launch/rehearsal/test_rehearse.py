@@ -91,7 +91,7 @@ def test_a_layout_that_does_not_fit_is_named() -> None:
         for name in ("everything", "nothing")
     )
     assert most.allocator_bytes > 1.2 * least.allocator_bytes
-    gigabytes = ((least.allocator_bytes + most.allocator_bytes) / 2 + least.non_allocator_bytes) / 1e9
+    gigabytes = ((least.allocator_bytes + most.allocator_bytes) / 2 + least.non_allocator.total) / 1e9
     for name, faults in (("everything", []), ("nothing", [("memory", (0,))])):
         result = rehearsed("0", *layout, f"recompute={name}", f"cluster.memory_gb={gigabytes}")
         assert [(fault.kind, fault.ranks) for fault in result.findings] == faults

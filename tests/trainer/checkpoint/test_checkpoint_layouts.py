@@ -45,7 +45,7 @@ def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
     assert load_latest_checkpoint(rank, None) is not None
     rank.close()
-    return share_of(rank.local_checkpoint_pieces()), share_of(model_pieces(rank.model))
+    return share_of(rank.local_checkpoint_pieces()), share_of(model_pieces(rank.engine.stepper.model))
 
 
 def loaded(root: Path, directory: Path, layout: str) -> State:

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shoestring.comm.errors import Problem, collect_problems
 from shoestring.launch.compose import compose_run_config
 from shoestring.tests.launch.refusals import by_field, refused
-from shoestring.trainer.build import choose_run_attention
 from shoestring.trainer.model.attention import MultiHeadLatentAttention
 from shoestring.trainer.model.attention_backend import (
     CPU_ATTENTION,
@@ -21,8 +20,8 @@ from shoestring.trainer.model.attention_backend import (
     AttentionBackend,
     AttentionShape,
     GpuCapabilities,
-    SelectedAttention,
     attention_by_name,
+    choose_attention,
     probe_attention,
     select_attention,
     unsupported_gpu_reasons,
@@ -36,7 +35,7 @@ HOPPER = GpuCapabilities((9, 0), 92000, "flash_attn_interface is not installed")
 
 
 def chosen(case: AttentionShape, gpu: GpuCapabilities) -> str:
-    return select_attention("auto", case, gpu).backend.name
+    return select_attention("auto", case, gpu).name
 
 
 def test_auto_takes_the_first_that_serves() -> None:
@@ -120,8 +119,9 @@ def test_deepseek_v3_may_not_use_math() -> None:
 def test_a_named_backend_asks_no_device() -> None:
     """A run can be rehearsed without a GPU; only `auto` looks at the device."""
     config = compose_run_config(["training.attention_backend=cudnn"])
-    assert choose_run_attention(config, torch.device("cuda", 0)).backend is GPU_BACKENDS["cudnn"]
-    assert choose_run_attention(compose_run_config([]), torch.device("cpu")) is CPU_ATTENTION
+    backend, case = config.training.attention_backend, config.attention_shape(torch.bfloat16)
+    assert choose_attention(backend, case, torch.device("cuda", 0)).name == "cudnn"
+    assert choose_attention("auto", case, torch.device("cpu")) is CPU_ATTENTION
 
 
 def test_the_choice_reaches_every_layer() -> None:
@@ -133,7 +133,7 @@ def test_the_choice_reaches_every_layer() -> None:
 
     with torch.device("meta"):
         model = Model(compose_run_config([]).model)
-    choice = SelectedAttention(AttentionBackend("ours", attend, "a test"), "of course")
+    choice = AttentionBackend("ours", attend, "a test", "of course")
     model.set_attention(choice)
     layers = [module for module in model.modules() if isinstance(module, MultiHeadLatentAttention)]
     assert len(layers) == model.config.num_hidden_layers + model.config.num_nextn_predict_layers
@@ -226,7 +226,7 @@ SMALL = AttentionShape(batch=1, heads=2, sequence_length=16, qk_head_dim=24, v_h
 
 
 @pytest.mark.parametrize("choice", [attention_by_name("math"), CPU_ATTENTION], ids=["math", "blocks"])
-def test_a_trial_passes_where_the_backend_serves(choice: SelectedAttention) -> None:
+def test_a_trial_passes_where_the_backend_serves(choice: AttentionBackend) -> None:
     calls: list[tuple[list[torch.Size], float]] = []
     gradients: list[torch.Size] = []
 
@@ -236,10 +236,10 @@ def test_a_trial_passes_where_the_backend_serves(choice: SelectedAttention) -> N
         out.register_hook(lambda grad: gradients.append(grad.shape))
         return out
 
-    backend = AttentionBackend(choice.backend.name, watched, "a test")
+    backend = AttentionBackend(choice.name, watched, "a test")
     problems: list[Problem] = []
     with collect_problems(problems):
-        probe_attention(SelectedAttention(backend, "a test"), SMALL, torch.device("cpu"))
+        probe_attention(backend, SMALL, torch.device("cpu"))
     assert problems == []
     assert calls == [([(1, 2, 16, 24), (1, 2, 16, 24), (1, 2, 16, 16)], 24**-0.5)]
     assert gradients == [(1, 2, 16, 16)]
@@ -256,7 +256,7 @@ def test_a_trial_that_fails_refuses_the_run_and_takes_nothing_else() -> None:
 
 def test_a_trial_looks_at_the_numbers() -> None:
     broken = AttentionBackend("broken", lambda q, k, v, scale: causal_attention(q, k, v, scale) / 0.0, "a test")
-    found = refused(probe_attention, SelectedAttention(broken, "a test"), SMALL, torch.device("cpu"))
+    found = refused(probe_attention, broken, SMALL, torch.device("cpu"))
     assert "not finite" in found["training.attention_backend"]
 
 

@@ -47,7 +47,7 @@ def run_rank(world: World, topology: Topology, prepared: str) -> tuple[float, in
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=30))
     chunk = make_chunk(CONFIG, random_params(CONFIG, 3, torch.float64), torch.float64, topology, world.rank)
     cpu = torch.device("cpu")
-    forwards = PipelineRuntime.open(StageLayout.build(chunk.model.config, 8), groups, cpu).build_forward_executor
+    forwards = PipelineRuntime(StageLayout.build(chunk.model.config, 8), groups, cpu).build_forward_executor
     found = evaluate_validation_loss((chunk,), forwards, validation_samples(prepared), 2, groups, cpu)
     text = generate((chunk,), forwards(1), [5, 6, 7], 6, 8, groups, cpu, seed=0)
     assert found is not None

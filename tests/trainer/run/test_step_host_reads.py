@@ -90,7 +90,7 @@ def make_stepper(
     initialize_weights(model, seed=0)
     worker, traffic = build_async_communicator(groups.ep, device, streams=streams), TrafficCounter(Topology(), 0)
     exchanger = build_token_exchange(ExchangeConfig(name=exchange), groups, CONFIG.n_routed_experts, worker, traffic)
-    pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
+    pipeline = PipelineRuntime(stages, groups, device, recorder=recorder, recompute=frozenset(RecomputeModule))
     return build_stepper(pipeline, model, exchanger, dtype, MICRO_BATCHES, OptimizerConfig())
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoestring.comm.fp8 import TILE_WIDTH
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.trainer.checkpoint.saved import save_model
 from shoestring.tests.trainer.huggingface.small_release import WIDE, on_disk, silent, their_model
 from shoestring.trainer.checkpoint.checkpoint import Checkpoint
 from shoestring.trainer.huggingface.export import ExportOptions, export_checkpoint
-from shoestring.trainer.huggingface.fp8_weights import BLOCK_SIZE
 from shoestring.trainer.huggingface.import_weights import import_huggingface_weights
 from shoestring.trainer.huggingface.tensor_names import make_tensor_mappings
 from shoestring.trainer.model.config import ModelConfig
@@ -26,8 +26,8 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
-            if parameter.ndim == 2 and parameter.shape[0] > BLOCK_SIZE:
-                parameter[BLOCK_SIZE:] *= 1000  # a scale for all would lose the first block
+            if parameter.ndim == 2 and parameter.shape[0] > TILE_WIDTH:
+                parameter[TILE_WIDTH:] *= 1000  # a scale for all would lose the first block
         for _, router in model.routers():
             router.bias_E.copy_(torch.arange(4) / 10)
     return model
@@ -35,7 +35,7 @@ def wide_model(shape: ModelConfig = WIDE) -> Model:
 
 def dequantized(tensors: dict[str, Tensor], name: str) -> Tensor:
     """Dequantize element by element, as README_WEIGHTS says: each block of 128 × 128 times its `weight_scale_inv`."""
-    scale = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
+    scale = tensors[f"{name}_scale_inv"].repeat_interleave(TILE_WIDTH, 0).repeat_interleave(TILE_WIDTH, 1)
     rows, columns = tensors[name].shape
     return tensors[name].float() * scale[:rows, :columns]
 
@@ -60,9 +60,9 @@ def test_fp8_blocks_keep_weights_within_the_formats_rounding(tmp_path: Path) -> 
             continue
         assert torch.equal(found[name], dequantized(fp8, name)), name
         rows, columns = exact.shape
-        padded = torch.nn.functional.pad(exact.abs(), (0, -columns % BLOCK_SIZE, 0, -rows % BLOCK_SIZE))
-        largest = torch.nn.functional.max_pool2d(padded[None], BLOCK_SIZE)[0]  # of each block
-        largest = largest.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)[:rows, :columns]
+        padded = torch.nn.functional.pad(exact.abs(), (0, -columns % TILE_WIDTH, 0, -rows % TILE_WIDTH))
+        largest = torch.nn.functional.max_pool2d(padded[None], TILE_WIDTH)[0]  # of each block
+        largest = largest.repeat_interleave(TILE_WIDTH, 0).repeat_interleave(TILE_WIDTH, 1)[:rows, :columns]
         allowed = torch.maximum(exact.abs() / 16, largest / 448 / 1024)
         assert ((found[name] - exact).abs() <= allowed * 1.0001).all(), name
     export_checkpoint(again, tmp_path / "again_fp8", ExportOptions("fp8"), silent)
