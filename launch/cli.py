@@ -10,6 +10,7 @@ from importlib import import_module
 from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.file_io import os_error_to_problem
+from .answers.options import add_answer_options, print_answer
 from .console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
@@ -17,7 +18,8 @@ from .run.torchrun import RanksFailed
 EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
 _VERBS_THAT_START = ("train", "cluster", "rehearse", "calibrate", "bench")
-# Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`.
+# Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`. A module has
+# `add_arguments(parser)`, and `answer(options)`, whose answer is printed as --format says, or `run(options)`.
 _VERBS = {
     "train": ("run.train", "train a model; resumes from the run's last checkpoint if there is one"),
     "cluster": ("cluster.verb", "train on simulated nodes: network namespaces on this machine"),
@@ -105,6 +107,10 @@ def _error_heading(options: argparse.Namespace) -> str:
     return "error"
 
 
+def _print_answer(options: argparse.Namespace) -> int:
+    return print_answer(options, options.answer(options))
+
+
 def _parser(asked: str | None) -> argparse.ArgumentParser:
     """Return the parser of all verbs, with the options of the one that is asked for."""
     parser = argparse.ArgumentParser(
@@ -116,8 +122,12 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text)
         if name == asked:
             module = import_module(f".{path}", __package__)
-            verb.set_defaults(run=module.run)
             module.add_arguments(verb)
+            if hasattr(module, "answer"):
+                add_answer_options(verb)
+                verb.set_defaults(run=_print_answer, answer=module.answer)
+            else:
+                verb.set_defaults(run=module.run)
     return parser
 
 

@@ -31,7 +31,6 @@ from ...trainer.ledger.terms import (
     to_label,
 )
 from ..answers.blocks import Answer, Block, Formats, HeadlineCard, Paragraph, Quantity, TableBlock, records_table, table
-from ..answers.options import add_answer_options, print_answer
 from ..console import print_to_stderr
 from ..report.budget import (
     cost_as_dict,
@@ -66,16 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, metavar="PLAN", help=plan)
     everything = "read every record of the ledger, and compare with its saved totals"
     parser.add_argument("--verify", action="store_true", help=everything)
-    add_answer_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the cost of the run or project that the options name."""
-    return print_answer(options, budget_answer(options))
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the cost of the run or project that the options name.
 
-
-def budget_answer(options: argparse.Namespace) -> Answer:
-    """Return the cost. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
+    Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option.
+    """
     raise_if_any(_problems(options))
     if options.run_or_project.is_file():
         return _project_answer(Project.read(options.run_or_project), options.usd_per_gpu_hour)

@@ -22,7 +22,7 @@ from ..answers.forecast_blocks import (
     relative,
     significant,
 )
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
+from ..answers.options import add_override_arguments
 from ..compose import compose_run_config
 from ..planner.compute_time import ComputeTimeModel
 from ..planner.config_adapter import (
@@ -54,14 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_override_arguments(parser)
     parser.add_argument("--keep", type=int, default=5, metavar="N", help="number of layouts to print (default 5)")
-    add_answer_options(parser)
     add_input_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the best layouts of the run that the options describe."""
-    result = plan(options.overrides, options.config_dir, options.keep, given_inputs(options))
-    return print_answer(options, plan_answer(result))
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the best layouts of the run that the options describe."""
+    return plan_answer(plan(options.overrides, options.config_dir, options.keep, given_inputs(options)))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ..answers.forecast_blocks import (
     phase_cost_data,
     relative,
 )
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
+from ..answers.options import add_override_arguments
 from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import Assumption, list_assumptions
@@ -68,16 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_override_arguments(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the simulated timeline for Perfetto")
-    add_answer_options(parser)
     add_input_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the forecast of the run that the options describe."""
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the forecast of the run that the options describe, and write its timeline for --trace."""
     simulation = simulate(options.overrides, options.config_dir, given_inputs(options))
     if options.trace is not None:
         _write_trace(simulation, options.trace)
-    return print_answer(options, simulation_answer(simulation))
+    return simulation_answer(simulation)
 
 
 @dataclass(frozen=True)
