@@ -11,7 +11,7 @@ from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.file_io import os_error_to_problem
 from .answers.options import add_answer_options, print_answer
-from .console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
+from .console import INVALID_CONFIGURATION, open_standard_streams, print_config_error, print_to_stderr
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
 
@@ -69,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_to_stderr(f"shoestring {options.verb}: stopped by SIGINT")
         code = EXIT_INTERRUPTED
     except ConfigError as error:
-        print_to_stderr(f"shoestring {options.verb}: {_error_heading(options)}")
-        for problem in error.problems:
-            print_to_stderr(f"  {problem}")
+        print_config_error(f"shoestring {options.verb}", _error_heading(options), error)
         code = EXIT_CONFIG_ERROR
     except BrokenPipeError:
         raise  # the reader of the output has closed it: no file is at fault

@@ -183,17 +183,16 @@ class Calibration:
             return 0.0
         hidden_BSD = torch.zeros(micro_batch, self.config.training.sequence_length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
-        times = []
-        for _ in range(self.repeats + _WARM_UP):
-            world.barrier("a message to time")
-            start = time.perf_counter()
+
+        def make_round_trip() -> None:
             if world.rank == first:
                 dist.send(hidden_BSD, other)
                 dist.recv(hidden_BSD, other)
             elif world.rank == other:
                 dist.recv(hidden_BSD, first)
                 dist.send(hidden_BSD, first)
-            times.append((time.perf_counter() - start) / 2)
+
+        times = [self._timed(make_round_trip)[1] / 2 for _ in range(self.repeats + _WARM_UP)]
         return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
 
     def _updates(self) -> Iterator[KernelMeasurement]:
@@ -245,12 +244,11 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         own = sum(max(0.0, seconds - parts[LayerPart.ATTENTION] * attention) for parts, seconds in found)
         return own / max(1, sum(parts[part] for parts, _ in found))
 
-    phases = {
+    rest = {op: _rest(named[op], spans) for op in ("F", "B")}
+    phases = dict.fromkeys(ComputePhase, 0.0) | {
         ComputePhase.ATTENTION_F: mean("attn(F)"),
         ComputePhase.ATTENTION_B: mean("attn(B)"),
         ComputePhase.ATTENTION_W: attention,
-        ComputePhase.SHARED_EXPERTS_F: 0.0,
-        ComputePhase.SHARED_EXPERTS_B: 0.0,
         ComputePhase.ROUTED_EXPERTS_F: mean("mlp(F)"),
         ComputePhase.ROUTED_EXPERTS_B: mean("mlp(B)"),
         ComputePhase.EXPERTS_W: mean("mlp(W)"),
@@ -258,16 +256,11 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         ComputePhase.DENSE_LAYER_B: mean("dense(B)"),
         ComputePhase.DENSE_LAYER_W: weight_gradient(LayerPart.DENSE_LAYER),
         ComputePhase.HEAD_F: mean("loss(F)"),
-        ComputePhase.HEAD_W: 0.0,  # computed in the forward, with the loss
         ComputePhase.MTP_MERGE_W: weight_gradient(LayerPart.MTP_MERGE),
-    }
-    rest = {op: _rest(named[op], spans) for op in ("F", "B")}
-    # The losses' backward and MTP's merge are in no phase; the last stage has both.
-    phases |= {
+        # The losses' backward and MTP's merge are in no span; the last stage has both.
         ComputePhase.MTP_MERGE_F: rest["F"] / max(depth, 1),
-        ComputePhase.MTP_MERGE_B: 0.0,
         ComputePhase.HEAD_B: rest["B"] / (1 + depth),
-    }
+    }  # the weight gradients of the head are computed in the forward, with the loss
     return {phase.value: seconds for phase, seconds in phases.items()}
 
 

@@ -32,13 +32,14 @@ from .rank_environment import (
     uses_gpus,
 )
 from .rendezvous import RendezvousError
-from .restart_policy import record_stop, restart_blocker
 from .run_dir import (
     CONFIG_FILE,
     clear_run_status,
     lock_run_dir,
     read_run_status,
+    record_stop,
     reserve_status_space,
+    restart_blocker,
     wait_for_run_dir_lock,
     write_run_config,
 )
@@ -51,6 +52,7 @@ from .signals import (
     StoppedBeforeStart,
     die_with_parent,
     exclude_ignored_signals,
+    handle_signals,
     ignore_late_stop_signals,
 )
 from .torchrun import RANK_MODULE_ARGUMENTS, TORCHRUN_COMMAND, terminate_torchrun
@@ -123,27 +125,26 @@ def launch_run(
                 code, reason = stop.exit_code, str(stop)
             ignore_late_stop_signals()
             status = read_run_status(run_dir)
-            if status is not None:
-                reason = str(status["reason"])
-                status_code = int(str(status["exit_code"]))
-                return preemption_exit_code(run_dir) if status_code == HaltReason.PREEMPTED else status_code
-            print_to_stderr(f"shoestring train: {reason}. {RESUME_HINT}")
-            return code if code > _FAILURE else _FAILURE
+            if status is None:
+                print_to_stderr(f"shoestring train: {reason}. {RESUME_HINT}")
+                return max(code, _FAILURE)
+            reason = str(status["reason"])
+            return restart_exit_code(run_dir, int(str(status["exit_code"])))
         except StoppedBeforeStart as stop:
             # A signal between two handlers of this launcher counts as any stop without a step.
             reason = str(stop)
             record_stop(run_dir, made_step=False)
             print_to_stderr(f"shoestring train: {reason}")
-            return preemption_exit_code(run_dir)
+            return restart_exit_code(run_dir, HaltReason.PREEMPTED)
         finally:
             allocation.close(reason)
 
 
-def preemption_exit_code(run_dir: Path) -> int:
-    """Return the exit code of a stopped run: 75, which requeues it, or 1 if a restart would not make progress."""
+def restart_exit_code(run_dir: Path, code: int) -> int:
+    """Return a run's exit code, but 1 instead of 75, which requeues it, if a restart would not make progress."""
     blocker = restart_blocker(run_dir)
-    if blocker is None:
-        return HaltReason.PREEMPTED
+    if code != HaltReason.PREEMPTED or blocker is None:
+        return code
     print_to_stderr(f"shoestring train: {blocker}")
     return _FAILURE
 
@@ -253,14 +254,11 @@ class StopRequest:
     @contextmanager
     def request_stop_on_signal(self) -> Iterator[None]:
         """Request a stop at the first stop signal; raise `StoppedBySignal` at a forcing one or after `seconds`."""
-        handled = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM)
-        former = {number: signal.signal(number, self._handle) for number in handled}
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        with handle_signals((*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM), self._handle):
+            try:
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._requested_by is not None:
@@ -293,12 +291,11 @@ def raise_on_stop_signals(numbers: Iterable[signal.Signals] = LAUNCHER_TERMINATI
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal(number)
 
-    former = {number: signal.signal(number, stop) for number in (*exclude_ignored_signals(numbers), signal.SIGINT)}
-    try:
-        yield
-    except StoppedBySignal:
-        former = dict.fromkeys(former, signal.SIG_IGN)
-        raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    handled = (*exclude_ignored_signals(numbers), signal.SIGINT)
+    with handle_signals(handled, stop):
+        try:
+            yield
+        except StoppedBySignal:
+            for number in handled:
+                signal.signal(number, signal.SIG_IGN)
+            raise

@@ -34,8 +34,17 @@ from .rank_environment import (
     uses_gpus,
 )
 from .rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
-from .restart_policy import attempt_exit_code, record_attempt_exit, record_stop
-from .run_dir import create_run_dir, is_run_dir, lock_run_dir, reserve_status_space, write_run_config, write_run_status
+from .run_dir import (
+    attempt_exit_code,
+    create_run_dir,
+    is_run_dir,
+    lock_run_dir,
+    record_attempt_exit,
+    record_stop,
+    reserve_status_space,
+    write_run_config,
+    write_run_status,
+)
 from .signals import LAUNCHER_PID_ENV_VAR, install_stop_handlers
 
 _CONFIG_ERROR = 2

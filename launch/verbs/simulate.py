@@ -81,7 +81,7 @@ def answer(options: argparse.Namespace) -> Answer:
 
 @dataclass(frozen=True)
 class SimulatedLayout:
-    """One layout with its forecast."""
+    """One layout of a run with its forecast."""
 
     config: RunConfig
     forecaster: StepForecaster
@@ -89,7 +89,7 @@ class SimulatedLayout:
 
     @property
     def layout(self) -> ParallelLayout:
-        """Layout of the configuration."""
+        """The layout."""
         return self.forecast.layout
 
     @property
@@ -123,6 +123,11 @@ class SimulatedLayout:
     def phase_costs(self) -> list[RunPhaseCost]:
         """Cost of each phase of the run."""
         return run_phase_costs(self.config, self.forecaster, self.forecast)
+
+    @property
+    def pretraining_gpu_hours(self) -> float:
+        """GPU-hours of pre-training, batch ramp included."""
+        return pretraining_gpu_hours(self.phase_costs)
 
 
 def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:
@@ -160,7 +165,7 @@ def simulation_answer(simulation: SimulatedLayout) -> Answer:
     ]
     data = plan_header() | {
         "run": run_description(simulation.config),
-        "layout": layout_as_dict(forecast, pretraining_gpu_hours(simulation.phase_costs)),
+        "layout": layout_as_dict(forecast, simulation.pretraining_gpu_hours),
         "flops_per_token": forecast.flops_per_token.main_model,
         "convention": FLOP_CONVENTION,
         "time_term_shares": {name: seconds / forecast.step_seconds for name, seconds in _all_times(forecast).items()},
@@ -198,7 +203,7 @@ def _cards(forecast: StepForecast, memory_gb: float | None) -> Iterator[Headline
 
 
 def _cost_card(simulation: SimulatedLayout) -> HeadlineCard:
-    hours, price = pretraining_gpu_hours(simulation.phase_costs), simulation.config.cluster.price_per_gpu_hour
+    hours, price = simulation.pretraining_gpu_hours, simulation.config.cluster.price_per_gpu_hour
     note = "" if price is None else f"{format_significant(hours * price)} USD"
     return HeadlineCard("pre-training", format_significant(hours), "GPU-hours", note)
 

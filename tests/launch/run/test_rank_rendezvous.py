@@ -14,8 +14,7 @@ import torch.distributed as dist
 from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.run.rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
-from shoestring.launch.run.restart_policy import count_stops_without_step
-from shoestring.launch.run.run_dir import read_run_status
+from shoestring.launch.run.run_dir import count_stops_without_step, read_run_status
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.trainer.run.exit import HaltReason
 
