@@ -19,7 +19,8 @@ EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 12
 
 _VERBS_THAT_START = ("train", "cluster", "rehearse", "calibrate", "bench")
 # Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`. A module has
-# `add_arguments(parser)`, and `answer(options)`, whose answer is printed as --format says, or `run(options)`.
+# `add_arguments(parser)`, and `run(options)` or `answer(options)`, which is printed as --format says; an action may
+# have an answer of its own.
 _VERBS = {
     "train": ("run.train", "train a model; resumes from the run's last checkpoint if there is one"),
     "cluster": ("cluster.verb", "train on simulated nodes: network namespaces on this machine"),
@@ -121,11 +122,10 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         if name == asked:
             module = import_module(f".{path}", __package__)
             module.add_arguments(verb)
+            verb.set_defaults(run=getattr(module, "run", _print_answer))
             if hasattr(module, "answer"):
                 add_answer_options(verb)
-                verb.set_defaults(run=_print_answer, answer=module.answer)
-            else:
-                verb.set_defaults(run=module.run)
+                verb.set_defaults(answer=module.answer)
     return parser
 
 

@@ -42,7 +42,6 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
 
 
 def _memory_bars(memory_by_rank: Sequence[RankMemory], memory_gb: float | None) -> Markup:
-    """Draw a stacked bar per pipeline rank."""
     scale = _BAR_WIDTH / 1.05 / max(1e9 * (memory_gb or 0.0), *(memory.total for memory in memory_by_rank))
     height = _BAR_STEP * len(memory_by_rank) + 8
 

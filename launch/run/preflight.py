@@ -28,7 +28,6 @@ from ...trainer.ledger.project import Project
 from ...trainer.ledger.summary import summarize_ledger
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
 from ...trainer.model.attention_backend import CONFIG_KEY, GpuCapabilities, select_attention
-from ...trainer.model.config import ModelConfig
 from ...trainer.precision.backend import choose_backend, unavailable_reasons
 from ...trainer.run.checkpointing import remove_partial_saves
 from .rank_environment import build_rank_environment, uses_gpus
@@ -122,7 +121,8 @@ def budget_blocker(config: RunConfig) -> str | None:
     damaged ledger.
     """
     run_dir = Path(config.training.run_dir)
-    tokens_left = _tokens_left(config)
+    steps = _store(config).steps()
+    tokens_left = max(0, config.tokens_after(config.total_steps) - config.tokens_after(steps[-1] if steps else 0))
     if not (run_dir / ALLOCATION_FILE).exists() or tokens_left == 0:
         return None
     ramp_steps = config.batch_ramp.levels[-1].steps_before
@@ -156,12 +156,6 @@ def budget_problems(config: RunConfig, *, fresh: bool = False) -> Iterator[Probl
     if plan is not None and plan > left and not budget.allow_over_plan:
         hint = f"exceeds {name}, {left:.6g}; plan for less, raise it, or write budget.allow_over_plan=true"
         yield Problem("budget.planned_gpu_hours", plan, hint, ("budget.gpu_hours", "budget.project"))
-
-
-def _tokens_left(config: RunConfig) -> int:
-    steps = _store(config).steps()
-    done = steps[-1] if steps else 0
-    return max(0, config.tokens_after(config.total_steps) - config.tokens_after(done))
 
 
 def _store(config: RunConfig) -> CheckpointStore:
@@ -254,17 +248,14 @@ def capacity_problems(config: RunConfig, local_ranks: int, capacity: MachineCapa
 
 def minimum_memory_per_rank(config: RunConfig) -> Iterator[tuple[str, tuple[str, object], float]]:
     """Yield lower bounds on the memory of one rank: a name, the key and value that cause it, and bytes."""
-    parameters = parameter_count_lower_bound(config.model)
-    # 9 bytes per parameter: an FP8 weight (1), an FP32 master (4), two BF16 moments (2 each), sharded over all ranks.
-    size = parameters * 9.0 / config.topology.world_size
-    yield f"{parameters:.3g} parameters and their optimizer state", ("model", config.model.name), size
-    tokens = config.schedule.micro_batch_size * config.training.sequence_length
-    key = ("training.sequence_length", config.training.sequence_length)
-    yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * config.model.hidden_size
-
-
-def parameter_count_lower_bound(model: ModelConfig) -> int:
-    """Return the parameters of feed-forward networks, embedding and head, without attention and norms."""
+    # Parameters of feed-forward networks, embedding and head, without attention and norms.
+    model = config.model
     routed = model.num_moe_layers * (model.n_routed_experts + model.n_shared_experts) * model.moe_intermediate_size
     dense = model.first_k_dense_replace * model.intermediate_size
-    return model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)
+    parameters = model.hidden_size * (3 * (routed + dense) + 2 * model.vocab_size)
+    # 9 bytes per parameter: an FP8 weight (1), an FP32 master (4), two BF16 moments (2 each), sharded over all ranks.
+    size = parameters * 9.0 / config.topology.world_size
+    yield f"{parameters:.3g} parameters and their optimizer state", ("model", model.name), size
+    tokens = config.schedule.micro_batch_size * config.training.sequence_length
+    key = ("training.sequence_length", config.training.sequence_length)
+    yield f"one activation of the {tokens:,} tokens of a micro-batch", key, 2.0 * tokens * model.hidden_size

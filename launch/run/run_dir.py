@@ -140,11 +140,6 @@ def write_run_config(run_dir: Path, text: str) -> None:
     replace_file_atomically(run_dir / CONFIG_FILE, text.encode())
 
 
-def clear_run_status(run_dir: Path) -> None:
-    """Delete the status of the previous attempt."""
-    (run_dir / STATUS_FILE).unlink(missing_ok=True)
-
-
 def read_run_status(run_dir: Path) -> Mapping[str, object] | None:
     """Return exit code and reason that a rank of the last attempt wrote; None if no rank stopped on purpose.
 

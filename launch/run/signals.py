@@ -35,7 +35,7 @@ _MAX_SELECT_SECONDS = 3600.0
 
 
 class StoppedBeforeStart(BaseException):
-    """A stop signal came before this process had installed its handlers; nothing was trained."""
+    """A stop signal came before all nodes or ranks had connected; nothing was trained."""
 
 
 @contextmanager

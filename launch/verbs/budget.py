@@ -147,7 +147,6 @@ def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
 
 
 def _saved(run_dir: Path) -> str:
-    """Return whether there are saved totals that agree."""
     is_there = (run_dir / SNAPSHOT_FILE).exists()
     return "the saved totals agree" if is_there else "there are no saved totals to compare with"
 

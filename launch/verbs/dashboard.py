@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.errors import Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
 from ...trainer.telemetry.dashboard import Panel, make_dashboard
@@ -55,11 +55,10 @@ def save_dashboard(config: RunConfig) -> str:
     """Create the workspace on the server and return its URL. Raises `ConfigError` without an account or an entity."""
     from ...trainer.telemetry.wandb_sink import wandb_account_problems
 
-    problems = list(wandb_account_problems())
+    problems = [*wandb_account_problems()]
     if config.telemetry.wandb.entity is None:
         problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return str(_workspace(config).save().url)
 
 

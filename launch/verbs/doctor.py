@@ -25,7 +25,7 @@ from ...trainer.model.attention_backend import (
 )
 from ...trainer.precision.backend import BACKEND_NAMES, choose_backend, unavailable_reasons
 from ..answers.blocks import Answer, Block, Paragraph, records_table
-from ..cluster.namespaces import namespace_problems
+from ..cluster.simulated_cluster import namespace_problems
 from ..run.rank_environment import (
     NUMA_BINDING_FLAG,
     NumaSupport,

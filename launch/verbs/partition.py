@@ -98,7 +98,6 @@ def _stage(
 
 
 def _stage_texts(model: ModelConfig, number: int, stage: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the table shows as text."""
     layers = stage["layers"]
     dense = sum(layer < model.first_k_dense_replace for layer in layers)
     kinds = [f"{count} {kind}" for count, kind in ((dense, "dense"), (len(layers) - dense, "MoE")) if count]

@@ -42,6 +42,7 @@ from .simulate import SimulatedLayout, simulate
 
 _RESOLUTION = 0.01
 """Relative difference below which two forecasts count as equal: they share most of their errors, not all."""
+_COUNTS = ("considered", "illegal", "out_of_memory", "missing_figures", "simulated", "pruned", "search_seconds")
 _FAILURES = FailureModel()
 NO_FORECAST_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
@@ -140,14 +141,8 @@ def _data(result: Plan) -> dict[str, object]:
     step = None if best is None else best.forecast.step_seconds
     return plan_header() | {
         "run": run_description(result.config),
-        "considered": found.considered,
-        "illegal": dict(found.illegal),
-        "out_of_memory": dict(found.out_of_memory),
-        "missing_figures": dict(found.missing_figures),
-        "simulated": found.simulated,
-        "pruned": found.pruned,
+        **{name: getattr(found, name) for name in _COUNTS},
         "smallest_pruned_bound_seconds": found.smallest_pruned_bound,
-        "search_seconds": found.search_seconds,
         "layouts": [_row_tree(row, result.config) for row in result.best_layouts],
         "configured": _row_tree(result.configured_layout, result.config),
         "budget_gpu_hours": result.config.budget.gpu_hours,

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw the program that the options describe."""
-    answer = schedule_answer(options.name, options.pp, options.micro_batches, options.chunks, options.times)
+    answer = schedule_answer(options)
     (figure,) = (block for block in answer.sections[0].blocks if isinstance(block, Figure))
     write_page(options, answer)
     if options.format == "json":
@@ -53,19 +53,13 @@ def run(options: argparse.Namespace) -> int:
     return answer.exit_code
 
 
-def schedule_answer(
-    name: str, ranks: int, micro_batches: int, chunks: int | None = None, durations: str = ""
-) -> Answer:
-    """Build and check a program; return it with its timeline.
-
-    `durations` are units of time, such as `F=1,I=1.6,W=0.8,FB=2.6`; the default is 1, for B and FB the sum of their
-    parts. Raises `ConfigError`.
-    """
+def schedule_answer(options: argparse.Namespace) -> Answer:
+    """Build and check the program that the options describe; return it with its timeline. Raises `ConfigError`."""
     given: dict[Op, float] = {}
-    sizes = schedule_problems(name, ranks, micro_batches, chunks)
-    renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in sizes)
-    raise_if_any((*renamed, *_parse_times(durations, given)))
-    program = build_program(name, ranks, micro_batches, chunks)
+    size = options.name, options.pp, options.micro_batches, options.chunks
+    renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in schedule_problems(*size))
+    raise_if_any((*renamed, *_parse_times(options.times, given)))
+    program = build_program(*size)
     verify_program(program)
     unit_times = _unit_times(given)
     simulated = simulate_program(program, unit_times)

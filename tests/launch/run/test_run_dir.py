@@ -13,7 +13,6 @@ from shoestring.launch.run.run_dir import (
     CONFIG_FILE,
     MAX_STOPS_WITHOUT_STEP,
     attempt_exit_code,
-    clear_run_status,
     count_stops_without_step,
     create_run_dir,
     lock_run_dir,
@@ -54,7 +53,7 @@ def test_a_status_that_cannot_be_read_counts_as_absent_and_is_reported(
     assert said.startswith(f"shoestring train: {tmp_path / 'run_status.json'} cannot be read")
     write_run_status(tmp_path, 75, "stopped")
     assert read_run_status(tmp_path) == {"exit_code": 75, "reason": "stopped"}
-    clear_run_status(tmp_path)
+    (tmp_path / "run_status.json").unlink()
     assert read_run_status(tmp_path) is None
     assert capsys.readouterr().err == ""
 
