@@ -58,30 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     die_with_launcher()
     open_standard_streams()
     options = parse_arguments(arguments)
-    run: Callable[[argparse.Namespace], int] = options.run
-    try:
+
+    def run() -> int:
         with raise_on_early_stop() if options.verb == "train" else nullcontext():
-            code = run(options)
+            code: int = options.run(options)
+            return code
+
+    sys.exit(exit_code(f"shoestring {options.verb}", _error_heading(options), run))
+
+
+def exit_code(program: str, heading: str, run: Callable[[], int]) -> int:
+    """Return what `run` returns, or the code of its error, which is printed; `heading` precedes invalid input."""
+    try:
+        return run()
     except StoppedBeforeStart as stopped:
-        print_to_stderr(f"shoestring train: {stopped}")
-        code = EXIT_PREEMPTED
+        print_to_stderr(f"{program}: {stopped}")
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
-        print_to_stderr(f"shoestring {options.verb}: stopped by SIGINT")
-        code = EXIT_INTERRUPTED
+        print_to_stderr(f"{program}: stopped by SIGINT")
+        return EXIT_INTERRUPTED
     except ConfigError as error:
-        print_config_error(f"shoestring {options.verb}", _error_heading(options), error)
-        code = EXIT_CONFIG_ERROR
+        print_config_error(program, heading, error)
+        return EXIT_CONFIG_ERROR
     except BrokenPipeError:
         raise  # the reader of the output has closed it: no file is at fault
     except OSError as error:
         problem = os_error_to_problem(error, "a file that the system does not name", "nothing more was done")
-        print_to_stderr(f"shoestring {options.verb}: error\n  {problem}")
-        code = EXIT_CONFIG_ERROR
+        print_to_stderr(f"{program}: error\n  {problem}")
+        return EXIT_CONFIG_ERROR
     except RanksFailed as failed:
-        print_to_stderr(f"shoestring {options.verb}: {failed}")
-        code = EXIT_FAILURE
-    sys.exit(code)
+        print_to_stderr(f"{program}: {failed}")
+        return EXIT_FAILURE
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from ...comm.async_comm import InlineCommunicator, build_async_communicator
+from ...comm.async_comm import build_async_communicator
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
@@ -33,13 +33,12 @@ from ...parallelism.pipeline.chunk_walk import (
     StageShape,
     walk_backward,
 )
+from ...parallelism.pipeline.config import ScheduleConfig
 from ...parallelism.pipeline.instruction import run_to_completion
-from ...trainer.build import PipelineRuntime, build_stepper
+from ...trainer.build import build_engine
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
 from ...trainer.model.config import ModelConfig
-from ...trainer.model.model import Model, initialize_weights
-from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
 from ..planner.kernel_times import KernelMeasurement
@@ -122,23 +121,17 @@ class Calibration:
 
     def _stepper(self, micro_batch: int) -> tuple[Stepper, TraceRecorder, Callable[[], object]]:
         """Return a stepper, its recorder, and a function that runs one step."""
-        recorder = TraceRecorder(nvtx=False)
-        config, device = self.config, torch.device("cpu")
-        alone = Topology()
-        groups = ProcessGroups.create(alone, 0, _LIMIT)
-        model = Model(config.model)
-        initialize_weights(model, seed=0)
-        worker = InlineCommunicator(recorder)
-        exchange = build_token_exchange(
-            ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
+        recorder, config = TraceRecorder(nvtx=False), self.config
+        alone = replace(
+            config,
+            topology=Topology(),
+            exchange=ExchangeConfig(),
+            schedule=ScheduleConfig(micro_batch_size=micro_batch),
+            training=replace(config.training, global_batch_size=micro_batch),
         )
-        stages = StageLayout.build(config.model, config.training.sequence_length)
-        policy = config.recompute.recompute_modules
-        pipeline = PipelineRuntime.open(stages, groups, device, recorder=recorder, recompute=policy)
-        dtype = config.precision.compute_dtype(device)
-        stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = config.training.sequence_length + 1 + config.model.num_nextn_predict_layers
-        tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
+        groups = ProcessGroups.create(alone.topology, 0, _LIMIT)
+        stepper = build_engine(alone, groups, torch.device("cpu"), recorder).stepper
+        tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, config.tokens_per_sample))
         settings = StepSettings(
             learning_rate=1e-4,
             clip_norm=1.0,

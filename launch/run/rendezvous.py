@@ -39,6 +39,7 @@ from ...comm.rank_consistency import (
 )
 from .node_connection import POLL_SECONDS, SECONDS_TO_SPEAK, NodeConnection, PeriodicMessage, first_messages, listen
 from .signals import StoppedBeforeStart
+from .torchrun import RanksFailed
 
 _SECONDS_TO_SEE = 60
 """Limit for a file to appear on the other nodes: NFS caches a directory for up to 60 s (acdirmax)."""
@@ -51,7 +52,7 @@ _MAX_NOTE_BYTES = 1000
 _FILE = "rendezvous"
 
 
-class RendezvousError(Exception):
+class RendezvousError(RanksFailed):
     """Nodes did not connect, or disconnected. The input is valid: the same command may succeed later."""
 
 

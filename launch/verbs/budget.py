@@ -244,24 +244,16 @@ def _project_answer(project: Project, price: float) -> Answer:
         cards.append(HeadlineCard("inherited", inherited, "GPU-hours", "from runs outside the project"))
     formats: Formats = {
         "phase": to_label,
-        "gpu_hours": format_gpu_hours,
-        "budget": format_gpu_hours,
-        "left": format_gpu_hours,
-        "share": format_percent,
-        "goodput": format_percent,
+        **dict.fromkeys(("gpu_hours", "budget", "left"), format_gpu_hours),
+        **dict.fromkeys(("share", "goodput"), format_percent),
     }
-    run_headings = {"run": "run", "phase": "phase", "gpu_hours": "GPU-hours", "goodput": "goodput"}
-    headings = {"phase": "phase", "gpu_hours": "GPU-hours", "budget": "budget", "left": "left"}
+    spending = {"phase": "phase", "gpu_hours": "GPU-hours"}
+    of_run = {"run": "run"} | spending | {"goodput": "goodput", "tokens": "tokens retained"}
+    of_phase = spending | {"budget": "budget", "left": "left", "share": "of the budget", "published": "DeepSeek-V3"}
+    planned = [each for each in phases if each["budget"] is not None or each["gpu_hours"]]
     blocks = [
-        records_table(
-            f"{project.path}: {plural(len(rows), 'run')}", run_headings | {"tokens": "tokens retained"}, rows, formats
-        ),
-        records_table(
-            "budget by phase",
-            headings | {"share": "of the budget", "published": "DeepSeek-V3"},
-            [each for each in phases if each["budget"] is not None or each["gpu_hours"]],
-            formats,
-        ),
+        records_table(f"{project.path}: {plural(len(rows), 'run')}", of_run, rows, formats),
+        records_table("budget by phase", of_phase, planned, formats),
         published_table(published),
     ]
     return Answer.from_blocks(f"Cost of {project.path}", data, blocks, cards)
