@@ -98,8 +98,7 @@ def read_config(path: Path) -> RunConfig:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as nested plain values, for JSON."""
-    tree: dict[str, Any] = map_texts(asdict(config), lambda text: text)
-    return tree
+    return dict(map_texts(asdict(config), lambda text: text))
 
 
 def escape_interpolations(value: Any) -> Any:

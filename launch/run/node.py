@@ -36,7 +36,6 @@ from .rendezvous import (
 from .run_dir import CONFIG_FILE, read_run_status
 from .signals import STOP_SIGNALS, raise_on_early_stop
 from .torchrun import local_torchrun_arguments
-from .train import add_fresh_option
 
 _PORT = 29500
 _SECONDS_FOR_STATUS = 10
@@ -201,8 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides may come before, between and after options."""
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
-    add_override_arguments(parser)
-    add_fresh_option(parser)
+    add_override_arguments(parser, with_fresh=True)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -17,32 +17,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add_action(name: str, text: str, answer: Callable[[argparse.Namespace], Answer]) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=text)
         action.set_defaults(answer=answer)
-        add_path_argument(action)
+        add_checkpoint_arguments(action, with_step=name != "ls")
         add_answer_options(action)
         return action
 
     add_action("ls", "list the checkpoints of a run", list_answer)
     words = "read every byte of a checkpoint and check its hashes; exit code 1 if it is damaged"
-    add_step_option(add_action("verify", words, verify_answer))
+    add_action("verify", words, verify_answer)
     diff = add_action("diff", "compare two checkpoints; exit code 1 if they differ", diff_answer)
     diff.add_argument("other", type=Path, metavar="RUN", help="run or checkpoint to compare with")
     diff.add_argument("--other-step", type=int, metavar="N", help="step of the second checkpoint (default: the newest)")
-    add_step_option(diff)
 
 
-def add_path_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the run or checkpoint that a verb reads."""
+def add_checkpoint_arguments(
+    parser: argparse.ArgumentParser, *, with_step: bool = True, with_average: bool = False
+) -> None:
+    """Add the run or checkpoint that a verb reads, and the options that choose its step and its EMA."""
     parser.add_argument("path", type=Path, metavar="RUN", help="run directory, or one checkpoint")
-
-
-def add_step_option(parser: argparse.ArgumentParser) -> None:
-    """Add --step."""
-    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
-
-
-def add_ema_option(parser: argparse.ArgumentParser) -> None:
-    """Add --average."""
-    parser.add_argument("--average", action="store_true", help="use the EMA of the weights (optimizer.ema_decay)")
+    if with_step:
+        parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
+    if with_average:
+        text = "use the EMA of the weights (optimizer.ema_decay)"
+        parser.add_argument("--average", action="store_true", help=text)
 
 
 def list_answer(options: argparse.Namespace) -> Answer:

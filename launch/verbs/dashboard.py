@@ -6,7 +6,6 @@ panels. Creation on a server needs an account and has not been tried.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ...comm.errors import Problem, raise_if_any
@@ -14,7 +13,7 @@ from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
 from ...trainer.telemetry.dashboard import Panel, make_dashboard
 from ..answers.blocks import Answer, table
-from ..answers.options import add_override_arguments, print_answer
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..console import print_to_stdout
 
@@ -27,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options; JSON is the default format, as wandb takes it."""
     add_override_arguments(parser)
     parser.add_argument("--save", action="store_true", help="create it on the wandb server instead; needs an account")
-    parser.add_argument("--format", choices=["table", "json"], default="json", help="output format (default json)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the panels as an HTML page")
+    add_answer_options(parser, ("json", "table"))
 
 
 def run(options: argparse.Namespace) -> int:

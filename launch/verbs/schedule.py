@@ -15,7 +15,7 @@ from ...parallelism.pipeline.program import Op, PipelineProgram, program_as_dict
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
 from ...parallelism.pipeline.simulate import OpDurations, simulate_program
 from ..answers.blocks import Answer, Figure
-from ..answers.options import add_html_option, write_output, write_page
+from ..answers.options import add_answer_options, write_output, write_page
 from ..console import print_or_raise
 from ..report.timeline import ascii_timeline, program_title, svg_timeline
 
@@ -29,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "micro-batches per step and data-parallel rank"
     parser.add_argument("--micro-batches", type=int, required=True, metavar="N", help=text)
     parser.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved (default 2)")
-    text = "output format: a drawing as text (ascii, table) or SVG, or the instructions (default ascii)"
-    parser.add_argument("--format", choices=["ascii", "table", "svg", "json"], default="ascii", help=text)
+    text = "output format: a drawing as text (ascii, table) or SVG, or the instructions"
+    add_answer_options(parser, ("ascii", "table", "svg", "json"), text)
     text = "durations to draw with (default 1; B and FB: the sum of their parts)"
     parser.add_argument("--times", default="", metavar="F=1,I=1,W=1,FB=3", help=text)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of the terminal")
-    add_html_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
