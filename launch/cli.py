@@ -10,14 +10,17 @@ from importlib import import_module
 from .. import __version__
 from ..comm.errors import ConfigError
 from ..comm.files.file_io import os_error_to_problem
-from .console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
+from .answers.options import add_answer_options, print_answer
+from .console import INVALID_CONFIGURATION, open_standard_streams, print_config_error, print_to_stderr
 from .run.signals import StoppedBeforeStart, die_with_launcher, raise_on_early_stop
 from .run.torchrun import RanksFailed
 
 EXIT_FAILURE, EXIT_CONFIG_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 128 + signal.SIGINT
 
 _VERBS_THAT_START = ("train", "cluster", "rehearse", "calibrate", "bench")
-# Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`.
+# Verb: its module, which is imported only for that verb, and its help. In the order of `shoestring -h`. A module has
+# `add_arguments(parser)`, and `run(options)` or `answer(options)`, which is printed as --format says; an action may
+# have an answer of its own.
 _VERBS = {
     "train": ("run.train", "train a model; resumes from the run's last checkpoint if there is one"),
     "cluster": ("cluster.verb", "train on simulated nodes: network namespaces on this machine"),
@@ -55,32 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     die_with_launcher()
     open_standard_streams()
     options = parse_arguments(arguments)
-    run: Callable[[argparse.Namespace], int] = options.run
-    try:
+
+    def run() -> int:
         with raise_on_early_stop() if options.verb == "train" else nullcontext():
-            code = run(options)
+            code: int = options.run(options)
+            return code
+
+    sys.exit(exit_code(f"shoestring {options.verb}", _error_heading(options), run))
+
+
+def exit_code(program: str, heading: str, run: Callable[[], int]) -> int:
+    """Return what `run` returns, or the code of its error, which is printed; `heading` precedes invalid input."""
+    try:
+        return run()
     except StoppedBeforeStart as stopped:
-        print_to_stderr(f"shoestring train: {stopped}")
-        code = EXIT_PREEMPTED
+        print_to_stderr(f"{program}: {stopped}")
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut the end short, with a traceback
-        print_to_stderr(f"shoestring {options.verb}: stopped by SIGINT")
-        code = EXIT_INTERRUPTED
+        print_to_stderr(f"{program}: stopped by SIGINT")
+        return EXIT_INTERRUPTED
     except ConfigError as error:
-        print_to_stderr(f"shoestring {options.verb}: {_error_heading(options)}")
-        for problem in error.problems:
-            print_to_stderr(f"  {problem}")
-        code = EXIT_CONFIG_ERROR
+        print_config_error(program, heading, error)
+        return EXIT_CONFIG_ERROR
     except BrokenPipeError:
         raise  # the reader of the output has closed it: no file is at fault
     except OSError as error:
         problem = os_error_to_problem(error, "a file that the system does not name", "nothing more was done")
-        print_to_stderr(f"shoestring {options.verb}: error\n  {problem}")
-        code = EXIT_CONFIG_ERROR
+        print_to_stderr(f"{program}: error\n  {problem}")
+        return EXIT_CONFIG_ERROR
     except RanksFailed as failed:
-        print_to_stderr(f"shoestring {options.verb}: {failed}")
-        code = EXIT_FAILURE
-    sys.exit(code)
+        print_to_stderr(f"{program}: {failed}")
+        return EXIT_FAILURE
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -105,6 +114,10 @@ def _error_heading(options: argparse.Namespace) -> str:
     return "error"
 
 
+def _print_answer(options: argparse.Namespace) -> int:
+    return print_answer(options, options.answer(options))
+
+
 def _parser(asked: str | None) -> argparse.ArgumentParser:
     """Return the parser of all verbs, with the options of the one that is asked for."""
     parser = argparse.ArgumentParser(
@@ -116,8 +129,11 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text)
         if name == asked:
             module = import_module(f".{path}", __package__)
-            verb.set_defaults(run=module.run)
             module.add_arguments(verb)
+            verb.set_defaults(run=getattr(module, "run", _print_answer))
+            if hasattr(module, "answer"):
+                add_answer_options(verb)
+                verb.set_defaults(answer=module.answer)
     return parser
 
 

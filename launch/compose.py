@@ -1,4 +1,8 @@
-"""Compose configuration groups and command-line overrides into one typed `RunConfig`, with Hydra."""
+"""Compose configuration groups and command-line overrides into one typed `RunConfig`, with Hydra.
+
+`${now:…}` is resolved when a run is composed, `${oc.env:…}` in each process. The latter may hold a secret, so files
+keep its source: the value is an `InterpolatedText`, which stores both. Numbers and choices hold no secrets.
+"""
 
 import difflib
 import re
@@ -14,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -26,12 +30,15 @@ from ..trainer.config import RunConfig
 from ..trainer.huggingface.config import remove_released_keys
 from ..trainer.structured_config import InterpolatedText, build_dataclass, map_texts, parse_dataclass
 from .console import print_to_stderr
-from .interpolations import resolve_interpolations, texts_by_key
 
 _RESOLVER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OSError)
 """Exceptions that resolvers and merges of Hydra and OmegaConf do not catch for values of an unexpected type."""
 _GLOBAL_PACKAGE = "# @package _global_"
 """Hydra's directive for a file whose keys are top-level keys, as an experiment's, instead of keys of its group."""
+_NOW = re.compile(r"(?<!\\)((?:\\\\)*)\$\{now:([^{}]*)\}")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+_CHOICES = ("model.", "exchange.", "precision.", "optimizer.", "schedule.", "recompute.", "topology.")
+"""Groups whose text is one of a list of names. Checkpoints are compared by them, so they hold the resolved value."""
 
 
 def compose_run_config(
@@ -120,8 +127,7 @@ def read_config(path: Path) -> RunConfig:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as nested plain values, for JSON."""
-    tree: dict[str, Any] = map_texts(asdict(config), lambda text: text)
-    return tree
+    return dict(map_texts(asdict(config), lambda text: text))
 
 
 def escape_interpolations(value: Any) -> Any:
@@ -134,7 +140,6 @@ def escape_interpolations(value: Any) -> Any:
 
 
 def _compose(lines: Sequence[str], config_dir: Path | None, now: datetime, problems: list[Problem]) -> dict[str, Any]:
-    """Compose override lines that Hydra accepts into a tree of plain values."""
     searchpath = []
     if config_dir is not None and config_dir.is_dir():
         quoted = str(config_dir.absolute()).replace("'", r"\'")
@@ -232,3 +237,48 @@ def _directory_problems(config_dir: Path | None) -> Iterator[Problem]:
         if path.stem in _package_choices(path.parent.name):
             hint = "has the name of a file of the package, which takes precedence; rename it"
             yield Problem("--config-dir", str(path), hint)
+
+
+def resolve_interpolations(config: DictConfig | ListConfig, problems: list[Problem], now: datetime) -> Any:
+    """Return `config` as nested plain values with all interpolations resolved: `${now:…}` is `now`.
+
+    Text that may come from the environment is an `InterpolatedText`. Raises OmegaConf's errors for an interpolation
+    that cannot be resolved; lists from the environment are added to `problems`.
+    """
+
+    def resolve_now(text: str) -> str:
+        return _NOW.sub(lambda match: match.group(1) + now.strftime(match.group(2)), text)
+
+    raw = map_texts(OmegaConf.to_container(config, resolve=False), resolve_now)
+    resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    if not any(_ENVIRONMENT.search(text) for _, text in texts_by_key(raw)):
+        return resolved
+    return _joined(raw, resolved, "", problems)
+
+
+def texts_by_key(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of every text in nested plain values; the key of a list's item ends with its index."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from texts_by_key(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from texts_by_key(item, f"{key}[{index}]")
+
+
+def _joined(raw: Any, resolved: Any, path: str, problems: list[Problem]) -> Any:
+    if isinstance(raw, dict) and isinstance(resolved, dict):
+        return {key: _joined(raw.get(key), item, f"{path}{key}.", problems) for key, item in resolved.items()}
+    if isinstance(raw, list) and isinstance(resolved, list):
+        return [_joined(*pair, path, problems) for pair in zip(raw, resolved, strict=True)]
+    if not isinstance(raw, str) or "${" not in raw:
+        return resolved
+    key = path.removesuffix(".")
+    if isinstance(resolved, dict | list) and _ENVIRONMENT.search(raw):
+        problems.append(Problem(key, raw, "only text and numbers can come from the environment; write it out"))
+    if not isinstance(resolved, str) or (path.startswith(_CHOICES) and key != "model.name"):
+        return resolved
+    # A reference to another key may lead to an environment variable elsewhere in the configuration.
+    return InterpolatedText(resolved, raw)

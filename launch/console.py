@@ -25,6 +25,12 @@ def print_to_stderr(text: str) -> None:
         print(escape_unprintable(text), file=sys.stderr, flush=True)
 
 
+def print_config_error(program: str, heading: str, error: ConfigError) -> None:
+    """Print the problems of `error` on standard error, one per line, below `program: heading`."""
+    for line in (f"{program}: {heading}", *(f"  {problem}" for problem in error.problems)):
+        print_to_stderr(line)
+
+
 def print_to_stdout(text: str) -> None:
     """Print `text` on standard output and flush it, or drop it if it cannot be written; escape control characters."""
     if sys.stdout is None:  # the program was started without one

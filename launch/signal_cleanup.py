@@ -7,7 +7,7 @@ from types import FrameType
 
 from .console import print_to_stderr
 from .run.launcher import StoppedBySignal
-from .run.signals import STOP_SIGNALS, exclude_ignored_signals
+from .run.signals import STOP_SIGNALS, exclude_ignored_signals, handle_signals
 
 
 @contextmanager
@@ -17,19 +17,16 @@ def clean_up_on_signal(verb: str, outcome: str = "unfinished output was removed"
     SIGINT raises `KeyboardInterrupt`, also out of the block. Further signals are ignored until the block has ended, so
     that none interrupts the clean-up. Call it in the main thread.
     """
-    numbers = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGINT)
+    stopped_by: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else StoppedBySignal(number)
+        if not stopped_by:
+            stopped_by.append(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else StoppedBySignal(number)
 
-    former = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except StoppedBySignal as stopped:
-        print_to_stderr(f"shoestring {verb}: {stopped}; {outcome}")
-        raise SystemExit(stopped.exit_code) from None
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with handle_signals((*exclude_ignored_signals(STOP_SIGNALS), signal.SIGINT), stop):
+        try:
+            yield
+        except StoppedBySignal as stopped:
+            print_to_stderr(f"shoestring {verb}: {stopped}; {outcome}")
+            raise SystemExit(stopped.exit_code) from None

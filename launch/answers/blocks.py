@@ -15,7 +15,6 @@ class Quantity:
     text: str
 
     def __str__(self) -> str:
-        """Return the printed form."""
         return self.text
 
 

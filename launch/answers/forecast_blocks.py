@@ -42,7 +42,6 @@ def forecast_figures(forecast: StepForecast, memory_gb: float | None) -> Iterato
 
 
 def _memory_bars(memory_by_rank: Sequence[RankMemory], memory_gb: float | None) -> Markup:
-    """Draw a stacked bar per pipeline rank."""
     scale = _BAR_WIDTH / 1.05 / max(1e9 * (memory_gb or 0.0), *(memory.total for memory in memory_by_rank))
     height = _BAR_STEP * len(memory_by_rank) + 8
 
@@ -101,19 +100,20 @@ def relative(value: float, reference: float) -> Quantity:
     return number(value / reference - 1, "+.1%")
 
 
+_INPUTS = {
+    "comm_sms": (int, "N", "SMs reserved for communication (default: as measured)"),
+    "skew": (float, "X", "expert load of the most loaded rank over the mean, minus 1 (default 0)"),
+    "jitter": (float, "X", "standard deviation of node speed, as a fraction (default 0)"),
+    "fragmentation": (float, "X", "memory lost to fragmentation, as a fraction of what a step allocates (default 0.1)"),
+}
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for forecast inputs that no configuration has."""
-    text = "SMs reserved for communication (default: as measured)"
-    parser.add_argument("--comm-sms", type=int, metavar="N", help=text)
-    text = "expert load of the most loaded rank over the mean, minus 1 (default 0)"
-    parser.add_argument("--skew", type=float, metavar="X", help=text)
-    text = "standard deviation of node speed, as a fraction (default 0)"
-    parser.add_argument("--jitter", type=float, metavar="X", help=text)
-    text = "fraction of memory lost to fragmentation, of what is allocated within a step (default 0.1)"
-    parser.add_argument("--fragmentation", type=float, metavar="X", help=text)
+    for name, (kind, metavar, text) in _INPUTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def given_inputs(options: argparse.Namespace) -> dict[str, object]:
     """Return the inputs that were given, by recipe field."""
-    named = {name: getattr(options, name) for name in ("comm_sms", "skew", "jitter", "fragmentation")}
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name in _INPUTS if (value := getattr(options, name)) is not None}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem
@@ -9,20 +10,20 @@ from ..console import print_or_raise, print_to_stderr
 from .blocks import Answer
 
 
-def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a verb that composes a configuration."""
+def add_override_arguments(parser: argparse.ArgumentParser, *, with_fresh: bool = False) -> None:
+    """Add the options of a verb that composes a configuration; with --fresh for one that trains."""
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
     parser.add_argument("--config-dir", type=Path, help="directory with your own configuration groups")
+    if with_fresh:
+        text = "first delete the files of an earlier run in training.run_dir"
+        parser.add_argument("--fresh", action="store_true", help=text)
 
 
-def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """Add --format and --html, which `print_answer` reads."""
-    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format (default table)")
-    add_html_option(parser)
-
-
-def add_html_option(parser: argparse.ArgumentParser) -> None:
-    """Add --html, which `write_page` reads."""
+def add_answer_options(
+    parser: argparse.ArgumentParser, formats: Sequence[str] = ("table", "json"), text: str = "output format"
+) -> None:
+    """Add --format, whose default is the first of `formats`, and --html; `print_answer` and `write_page` read them."""
+    parser.add_argument("--format", choices=formats, default=formats[0], help=f"{text} (default {formats[0]})")
     parser.add_argument("--html", type=_new_file, metavar="FILE", help="also write the answer as an HTML page")
 
 

@@ -25,7 +25,7 @@ def bench_exchange(spec: ExchangeBenchmarkSpec, uplink: str | None) -> dict[str,
     else:
         with SimulatedCluster(nodes=spec.nodes, uplink=uplink) as cluster:
             results = run_on_ranks(run_exchange_benchmarks, spec, ranks, device="cpu", start=cluster.run_ranks)
-            interfaces = cluster.total_bytes_sent()
+            interfaces = sum(cluster.uplink_bytes_sent(node) for node in range(spec.nodes))
     return results[0] | {"uplink": uplink, "inter_node_bytes_on_interfaces": interfaces}
 
 

@@ -139,14 +139,14 @@ class ExchangeBenchmark:
     ) -> None:
         self._groups = groups
         self._sent = make_dispatch_inputs(spec, groups.rank, device)
-        self._worker = build_async_communicator(groups.ep, device)
+        self.worker = build_async_communicator(groups.ep, device)
         self._traffic = TrafficCounter(spec.topology, groups.rank)
         config = ExchangeConfig(
             name=name, dispatch=form, combine="bf16", combine_backward=form, dispatch_backward="bf16"
         )
         shape = DeepEPBufferShape(spec.tokens, spec.hidden, spec.top_k)
         self._exchange: TokenExchange[object] = build_token_exchange(
-            config, groups, spec.experts, self._worker, self._traffic, shape
+            config, groups, spec.experts, self.worker, self._traffic, shape
         )
 
     def time_operations(self) -> dict[str, float]:
@@ -201,10 +201,6 @@ class ExchangeBenchmark:
         own = torch.tensor(self._traffic.bytes_by_link()[LinkType.INFINIBAND])
         return int(self._groups.world_cpu.all_reduce_sum(own, "sum of bytes"))
 
-    def close(self) -> None:
-        """Close the communicator."""
-        self._worker.close()
-
     def _timed(self, function: Callable[[], T]) -> tuple[T, float]:
         world = self._groups.world_cpu
         world.barrier("start of a measurement")
@@ -254,7 +250,7 @@ def run_exchange_benchmarks(rank: RankContext, spec: ExchangeBenchmarkSpec) -> d
     ]
     rows = []
     for (name, form), bench in benches.items():
-        bench.close()
+        bench.worker.close()
         seconds = {operation: median(run[name, form][operation] for run in runs) for operation in OPERATIONS}
         row: dict[str, object] = {"exchange": name, "format": form, "seconds": seconds, "bytes": sent[name, form]}
         if overlaps:

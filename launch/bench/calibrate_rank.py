@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from ...comm.async_comm import InlineCommunicator, build_async_communicator
+from ...comm.async_comm import build_async_communicator
 from ...comm.exchange.config import ExchangeConfig
 from ...comm.exchange.factory import build_token_exchange
 from ...comm.groups import ProcessGroups
@@ -33,13 +33,12 @@ from ...parallelism.pipeline.chunk_walk import (
     StageShape,
     walk_backward,
 )
+from ...parallelism.pipeline.config import ScheduleConfig
 from ...parallelism.pipeline.instruction import run_to_completion
-from ...trainer.build import PipelineRuntime, build_stepper
+from ...trainer.build import build_engine
 from ...trainer.config import RunConfig
 from ...trainer.data.samples import TokenBatch
 from ...trainer.model.config import ModelConfig
-from ...trainer.model.model import Model, initialize_weights
-from ...trainer.model.stage_layout import StageLayout
 from ...trainer.run.step import Stepper, StepSettings
 from ...trainer.telemetry.trace import Span, TraceRecorder
 from ..planner.kernel_times import KernelMeasurement
@@ -122,23 +121,17 @@ class Calibration:
 
     def _stepper(self, micro_batch: int) -> tuple[Stepper, TraceRecorder, Callable[[], object]]:
         """Return a stepper, its recorder, and a function that runs one step."""
-        recorder = TraceRecorder(nvtx=False)
-        config, device = self.config, torch.device("cpu")
-        alone = Topology()
-        groups = ProcessGroups.create(alone, 0, _LIMIT)
-        model = Model(config.model)
-        initialize_weights(model, seed=0)
-        worker = InlineCommunicator(recorder)
-        exchange = build_token_exchange(
-            ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
+        recorder, config = TraceRecorder(nvtx=False), self.config
+        alone = replace(
+            config,
+            topology=Topology(),
+            exchange=ExchangeConfig(),
+            schedule=ScheduleConfig(micro_batch_size=micro_batch),
+            training=replace(config.training, global_batch_size=micro_batch),
         )
-        stages = StageLayout.build(config.model, config.training.sequence_length)
-        policy = config.recompute.recompute_modules
-        pipeline = PipelineRuntime(stages, groups, device, recorder=recorder, recompute=policy)
-        dtype = config.precision.compute_dtype(device)
-        stepper = build_stepper(pipeline, model, exchange, dtype, 1, config.optimizer)
-        window = config.training.sequence_length + 1 + config.model.num_nextn_predict_layers
-        tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, window))
+        groups = ProcessGroups.create(alone.topology, 0, _LIMIT)
+        stepper = build_engine(alone, groups, torch.device("cpu"), recorder).stepper
+        tokens_BW = torch.randint(0, config.model.vocab_size, (micro_batch, config.tokens_per_sample))
         settings = StepSettings(
             learning_rate=1e-4,
             clip_norm=1.0,
@@ -183,17 +176,16 @@ class Calibration:
             return 0.0
         hidden_BSD = torch.zeros(micro_batch, self.config.training.sequence_length, model.hidden_size)
         first, other = world.ranks[0], world.ranks[1]
-        times = []
-        for _ in range(self.repeats + _WARM_UP):
-            world.barrier("a message to time")
-            start = time.perf_counter()
+
+        def make_round_trip() -> None:
             if world.rank == first:
                 dist.send(hidden_BSD, other)
                 dist.recv(hidden_BSD, other)
             elif world.rank == other:
                 dist.recv(hidden_BSD, first)
                 dist.send(hidden_BSD, first)
-            times.append((time.perf_counter() - start) / 2)
+
+        times = [self._timed(make_round_trip)[1] / 2 for _ in range(self.repeats + _WARM_UP)]
         return median(times[_WARM_UP:]) if world.rank in (first, other) else 0.0
 
     def _updates(self) -> Iterator[KernelMeasurement]:
@@ -245,12 +237,11 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         own = sum(max(0.0, seconds - parts[LayerPart.ATTENTION] * attention) for parts, seconds in found)
         return own / max(1, sum(parts[part] for parts, _ in found))
 
-    phases = {
+    rest = {op: _rest(named[op], spans) for op in ("F", "B")}
+    phases = dict.fromkeys(ComputePhase, 0.0) | {
         ComputePhase.ATTENTION_F: mean("attn(F)"),
         ComputePhase.ATTENTION_B: mean("attn(B)"),
         ComputePhase.ATTENTION_W: attention,
-        ComputePhase.SHARED_EXPERTS_F: 0.0,
-        ComputePhase.SHARED_EXPERTS_B: 0.0,
         ComputePhase.ROUTED_EXPERTS_F: mean("mlp(F)"),
         ComputePhase.ROUTED_EXPERTS_B: mean("mlp(B)"),
         ComputePhase.EXPERTS_W: mean("mlp(W)"),
@@ -258,16 +249,11 @@ def phase_seconds_from_spans(spans: Sequence[Span], config: RunConfig) -> dict[s
         ComputePhase.DENSE_LAYER_B: mean("dense(B)"),
         ComputePhase.DENSE_LAYER_W: weight_gradient(LayerPart.DENSE_LAYER),
         ComputePhase.HEAD_F: mean("loss(F)"),
-        ComputePhase.HEAD_W: 0.0,  # computed in the forward, with the loss
         ComputePhase.MTP_MERGE_W: weight_gradient(LayerPart.MTP_MERGE),
-    }
-    rest = {op: _rest(named[op], spans) for op in ("F", "B")}
-    # The losses' backward and MTP's merge are in no phase; the last stage has both.
-    phases |= {
+        # The losses' backward and MTP's merge are in no span; the last stage has both.
         ComputePhase.MTP_MERGE_F: rest["F"] / max(depth, 1),
-        ComputePhase.MTP_MERGE_B: 0.0,
         ComputePhase.HEAD_B: rest["B"] / (1 + depth),
-    }
+    }  # the weight gradients of the head are computed in the forward, with the loss
     return {phase.value: seconds for phase, seconds in phases.items()}
 
 

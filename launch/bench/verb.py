@@ -3,7 +3,8 @@
 import argparse
 from dataclasses import fields
 
-from ..answers.options import add_answer_options, print_answer
+from ..answers.blocks import Answer
+from ..answers.options import add_answer_options
 
 _NUMBERS = {
     "nodes": 2,
@@ -32,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "run on a simulated cluster with this bandwidth per node, such as 200mbit (needs root)"
     exchange.add_argument("--uplink", metavar="RATE", help=text)
     add_answer_options(exchange)
+    exchange.set_defaults(answer=exchange_answer)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the benchmark that the options name and print its figures."""
+def exchange_answer(options: argparse.Namespace) -> Answer:
+    """Run the benchmark of token dispatchers."""
     from .bench_exchange import bench_exchange, benchmark_answer, parse_name_list
     from .bench_exchange_rank import ExchangeBenchmarkSpec
 
@@ -43,5 +45,4 @@ def run(options: argparse.Namespace) -> int:
         field.name: getattr(options, field.name) for field in fields(ExchangeBenchmarkSpec) if field.name in options
     }
     names = {key: parse_name_list(chosen[key], f"--{key}") for key in ("exchanges", "formats")}
-    result = bench_exchange(ExchangeBenchmarkSpec(**(chosen | names)), options.uplink)
-    return print_answer(options, benchmark_answer(result))
+    return benchmark_answer(bench_exchange(ExchangeBenchmarkSpec(**(chosen | names)), options.uplink))

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -24,8 +24,7 @@ from ..compose import compose_run_config
 from ..console import print_to_stderr, print_to_stdout
 from ..run.launcher import StoppedBySignal, raise_on_stop_signals
 from ..run.preflight import run_preflight_checks
-from .namespaces import NamespaceProcess
-from .simulated_cluster import SimulatedCluster
+from .simulated_cluster import NamespaceProcess, SimulatedCluster
 
 # Time for the other nodes to end after one has failed: a disconnected node does not learn of it, and would wait.
 _SECONDS_FOR_OTHERS = 15
@@ -131,10 +130,9 @@ def run_on_simulated_cluster(run: SimulatedClusterRun) -> int:
         cluster = SimulatedCluster(run.nodes, run.uplink_rate)
     with collect_problems(problems):
         config = run.compose_config()
-        for (option, text), fault in zip(run.faults, faults, strict=False):
-            if fault.step >= config.total_steps:
-                hint = f"would never happen: the run has {config.total_steps} steps; use an earlier step"
-                problems.append(Problem(option, text, hint))
+        hint = f"would never happen: the run has {config.total_steps} steps; use an earlier step"
+        late = (fault for fault in faults if fault.step >= config.total_steps)
+        problems += (Problem(fault.option, f"{fault.node}@{fault.step}", hint) for fault in late)
     raise_if_any(problems)
     try:
         with raise_on_stop_signals(), cluster, ExitStack() as cleanup:
@@ -159,19 +157,19 @@ def _run(
         cluster.start_process(node, run.node_command(), variables, stdout=output, stderr=output)
         for node, output in enumerate(outputs)
     ]
-    outcomes: dict[int, str] = {}
-    code = None
+    nodes, code = _RunningNodes(cluster, processes), None
     try:
-        seconds_after_fault = config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT
-        _wait(cluster, processes, last_step, faults, outcomes, seconds_after_fault)
+        nodes.wait(faults, last_step, config.training.collective_timeout_seconds + _SECONDS_AFTER_FAULT)
     except StoppedBySignal as stop:
         code = stop.exit_code
-    _end(cluster, processes, outcomes)
+    nodes.end()
     if code is None:
-        code = next((_exit_code(process) for process in processes if process.returncode), 0)
+        # As a shell does: 128 + n for signal n.
+        codes = (process.returncode if process.returncode >= 0 else 128 - process.returncode for process in processes)
+        code = next(filter(None, codes), 0)
     if code:
         _show_logs(logs)
-    _show_traffic(cluster, outcomes)
+    nodes.show_traffic()
     return code
 
 
@@ -184,48 +182,49 @@ def _last_step(metrics: Path, began: float) -> int:
     return max((event.step for event in events if event.kind == "step" and event.time >= began), default=0)
 
 
-def _wait(
-    cluster: SimulatedCluster,
-    processes: Sequence[NamespaceProcess],
-    last_step: Callable[[], int],
-    faults: Sequence[InjectedFault],
-    outcomes: dict[int, str],
-    seconds_after_fault: float,
-) -> None:
-    """Inject the faults, and wait until all nodes have ended or their time is over.
+@dataclass(frozen=True)
+class _RunningNodes:
+    """Processes of all nodes, and what has happened to each node."""
 
-    The time is `seconds_after_fault` after a fault, and less once a node has failed. Faults are noted in `outcomes`.
-    """
-    deadline, pending = math.inf, list(faults)
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        last = last_step() if pending else 0
-        for fault in [fault for fault in pending if fault.step <= last]:
-            pending.remove(fault)
-            outcomes[fault.node] = fault.inject(cluster)
-            deadline = min(deadline, time.monotonic() + seconds_after_fault)
-        if processes[0].poll() is not None or any(process.poll() for process in processes):
-            deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
-        time.sleep(_POLL_SECONDS)
+    cluster: SimulatedCluster
+    processes: Sequence[NamespaceProcess]
+    outcomes: dict[int, str] = field(default_factory=dict)
 
+    def wait(self, faults: Sequence[InjectedFault], last_step: Callable[[], int], seconds_after_fault: float) -> None:
+        """Inject the faults, and wait until all nodes have ended or their time is over.
 
-def _end(cluster: SimulatedCluster, processes: Sequence[NamespaceProcess], outcomes: dict[int, str]) -> None:
-    """Request a stop of the remaining nodes, wait for node 0, which writes the ledger, and kill the others."""
-    left = [node for node, process in enumerate(processes) if process.poll() is None]
-    for node in left:
-        processes[node].terminate()
-    if 0 in left:
-        with suppress(subprocess.TimeoutExpired):
-            processes[0].wait(_SECONDS_TO_END)
-    for node in left:
-        if processes[node].poll() is None:
-            cluster.kill_node(node)
-            outcomes.setdefault(node, "killed at the end")
-            processes[node].wait()
+        The time is `seconds_after_fault` after a fault, and less once a node has failed.
+        """
+        deadline, pending = math.inf, list(faults)
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+            last = last_step() if pending else 0
+            for fault in [fault for fault in pending if fault.step <= last]:
+                pending.remove(fault)
+                self.outcomes[fault.node] = fault.inject(self.cluster)
+                deadline = min(deadline, time.monotonic() + seconds_after_fault)
+            if self.processes[0].poll() is not None or any(process.poll() for process in self.processes):
+                deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
+            time.sleep(_POLL_SECONDS)
 
+    def end(self) -> None:
+        """Request a stop of the remaining nodes, wait for node 0, which writes the ledger, and kill the others."""
+        left = {node: process for node, process in enumerate(self.processes) if process.poll() is None}
+        for process in left.values():
+            process.terminate()
+        if 0 in left:
+            with suppress(subprocess.TimeoutExpired):
+                left[0].wait(_SECONDS_TO_END)
+        for node, process in left.items():
+            if process.poll() is None:
+                self.cluster.kill_node(node)
+                self.outcomes.setdefault(node, "killed at the end")
+                process.wait()
 
-def _exit_code(process: NamespaceProcess) -> int:
-    """Return a process's exit code as a shell does: 128 + n for signal n."""
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    def show_traffic(self) -> None:
+        print_to_stdout(f"bytes sent over the uplink of each node ({self.cluster.uplink or 'no limit'}):")
+        for node in range(self.cluster.nodes):
+            sent, outcome = self.cluster.uplink_bytes_sent(node), self.outcomes.get(node, "")
+            print_to_stdout(f"  node {node}  {sent:>15,}  {outcome}".rstrip())
 
 
 def _show_logs(logs: Sequence[IO[str]]) -> None:
@@ -233,9 +232,3 @@ def _show_logs(logs: Sequence[IO[str]]) -> None:
         log.seek(0)
         for line in log:
             print_to_stderr(f"node {node} | {line.rstrip()}")
-
-
-def _show_traffic(cluster: SimulatedCluster, outcomes: Mapping[int, str]) -> None:
-    print_to_stdout(f"bytes sent over the uplink of each node ({cluster.uplink or 'no limit'}):")
-    for node in range(cluster.nodes):
-        print_to_stdout(f"  node {node}  {cluster.uplink_bytes_sent(node):>15,}  {outcomes.get(node, '')}".rstrip())

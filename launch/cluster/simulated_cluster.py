@@ -5,7 +5,9 @@
 
 The bridge is in separate namespaces too: nothing of a cluster is visible on the host, several clusters do not see each
 other, and all use the same addresses. The host and its network cannot be reached. A cluster ends with its owner, also
-if the owner is killed (see `namespaces.py`).
+if the owner is killed. The first process of a node is a `cat` whose input is a pipe from the owner. When the owner
+closes the pipe, or dies for any reason, `cat` ends; the kernel then kills every other process of its process-id
+namespace, and with the last one removes the network namespace, its interfaces and its mounts.
 
 An uplink is shaped in both directions, like the port of a switch: with a token bucket where the node sends and one
 where the bridge sends to the node, so that several nodes that send to one share its rate. Traffic between ranks of one
@@ -14,18 +16,21 @@ node is not shaped: it goes over lo, and does not count as uplink bytes.
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Network
-from types import TracebackType
+from pathlib import Path
 from typing import IO, Self
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
 from ..run.rank_environment import SAFE_PATH_ENVIRONMENT, build_rank_environment
 from ..run.torchrun import TORCHRUN_COMMAND, wait_for_torchruns
-from .namespaces import NamespaceNode, NamespaceProcess, namespace_problems
 
 _INTERFACE = "eth0"
 _MAX_NODES = 250
@@ -38,6 +43,99 @@ _UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _BUCKET_BYTES = 2**17
 # Longer than TCP lets a few flows fill: dropped packets are sent again and counted twice.
 _QUEUE_BYTES = 2**25
+_PROGRAMS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "mount": "mount",
+    "tee": "coreutils",
+}
+"""Programs that are called, and the Debian package of each."""
+_UNSHARE = ("unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc")
+
+
+def namespace_problems() -> Iterator[Problem]:
+    """Yield a problem for each missing program or permission without which nodes cannot be simulated here."""
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    for program in missing:
+        yield Problem(program, None, f"no such program on PATH; it comes with the package {_PROGRAMS[program]}")
+    if os.geteuid() != 0:
+        yield Problem("user", os.geteuid(), "must be root to create network namespaces and interfaces")
+    elif "unshare" not in missing:
+        probe = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
+        if probe.returncode:
+            hint = f"root cannot create namespaces here ({probe.stderr.strip()}); a container must be privileged"
+            yield Problem("user", 0, hint)
+
+
+class NamespaceProcess(subprocess.Popen[str]):
+    """Process on a simulated node: a `Popen` of nsenter, whose exit code is that of the process.
+
+    Signals go to the process itself, since nsenter would die of them and leave it running. It is in a separate session,
+    so Ctrl-C in the terminal reaches only the owner, which decides how the nodes end.
+    """
+
+    def send_signal(self, sig: int) -> None:
+        """Send `sig` to the process, if it has not ended."""
+        child = _child(self)
+        if child is not None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(child, sig)
+
+
+@dataclass(frozen=True)
+class NamespaceNode:
+    """Running simulated node. It has only the interface lo, which is down."""
+
+    unshare_process: subprocess.Popen[bytes]
+    """`unshare`, which waits for `cat` and ends after every process of the node."""
+    init_pid: int
+    """Process id of `cat` in the owner's namespace, which identifies the node's namespaces."""
+
+    @staticmethod
+    def create(cleanup: ExitStack) -> "NamespaceNode":
+        """Start a node, which ends with `cleanup`. Its working directory is the owner's."""
+        pipe = subprocess.PIPE
+        holder = subprocess.Popen([*_UNSHARE, "cat"], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        # An answer has gone through `cat`, so all namespaces exist.
+        with suppress(BrokenPipeError):
+            holder.stdin.write(b"on\n")
+            holder.stdin.flush()
+        first = _child(holder) if holder.stdout.readline() else None
+        if first is None:
+            with holder:
+                raise subprocess.CalledProcessError(holder.wait(), _UNSHARE, stderr=holder.stderr.read().decode())
+        node = NamespaceNode(holder, first)
+        cleanup.callback(node.kill_all_processes)
+        return node
+
+    def run_setup_command(self, *command: str, stdin_text: str = "") -> None:
+        """Run a program that configures the node, with `stdin_text` as its input, and wait for it.
+
+        It does not enter the process-id namespace, so process ids are the owner's. Raises `CalledProcessError`.
+        """
+        enter = ["nsenter", f"--target={self.init_pid}", "--net", "--mount", "--uts", "--"]
+        subprocess.run([*enter, *command], input=stdin_text, capture_output=True, text=True, check=True)
+
+    def kill_all_processes(self) -> None:
+        """Kill every process of the node and wait until the last has ended."""
+        with self.unshare_process:  # closes the pipe, waits for unshare
+            if self.unshare_process.poll() is None:
+                os.kill(self.init_pid, signal.SIGKILL)  # a fork of the owner may hold the pipe open
+
+
+def _child(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> int | None:
+    """Return the process that nsenter or unshare forks, once it has; None if they have ended."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        if found := children.read_text().split():
+            return int(found[0])
+        time.sleep(0.001)  # until it forks
+    return None
 
 
 class SimulatedCluster:
@@ -76,20 +174,18 @@ class SimulatedCluster:
             self._cleanup = cleanup.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._cleanup.close()
 
     def _build(self, cleanup: ExitStack) -> None:
-        self._switch = _create_node(cleanup)
+        self._switch = NamespaceNode.create(cleanup)
         _ip(self._switch, "link add bridge0 type bridge", "link set bridge0 addrgenmode none up")
         names = "".join(f"{self.node_address(node)} node{node}\n" for node in range(self.nodes))
         with tempfile.NamedTemporaryFile("w") as hosts:
             hosts.write(f"127.0.0.1 localhost\n{names}")
             hosts.flush()
             for node in range(self.nodes):
-                namespace_node = _create_node(cleanup)
+                namespace_node = NamespaceNode.create(cleanup)
                 self._nodes.append(namespace_node)
                 self._connect(node)
                 namespace_node.run_setup_command("tee", "/proc/sys/kernel/hostname", stdin_text=f"node{node}")
@@ -147,8 +243,17 @@ class SimulatedCluster:
 
         It and its children end with the cluster at the latest. File systems are the host's.
         """
-        variables = os.environ | (environment or {}) | self.node_environment(node)
-        return self._running_node(node).start_process(command, variables, stdout, stderr)
+        target = f"--target={self._running_node(node).init_pid}"
+        return NamespaceProcess(
+            ["nsenter", target, "--net", "--pid", "--mount", "--uts", "--wd", "--", *command],
+            env=os.environ | (environment or {}) | self.node_environment(node),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     def run_ranks(self, arguments: Sequence[str], ranks: int, seconds: float) -> None:
         """Run `python <arguments>` as `ranks` ranks, an equal part of them on each node. Raises `RanksFailed`."""
@@ -180,22 +285,14 @@ class SimulatedCluster:
         """Return the bytes that the node has sent through its uplink, headers included."""
         if node in self._bytes_of_killed:
             return self._bytes_of_killed[node]
-        return self._nodes[node].interface_bytes_sent(_INTERFACE)
-
-    def total_bytes_sent(self) -> int:
-        """Return the bytes that all nodes have sent through their uplinks, headers included."""
-        return sum(self.uplink_bytes_sent(node) for node in range(self.nodes))
+        lines = Path(f"/proc/{self._nodes[node].init_pid}/net/dev").read_text().splitlines()
+        counters = {name.strip(): counts.split() for name, _, counts in (line.partition(":") for line in lines)}
+        return int(counters[_INTERFACE][8])  # the first eight columns count what was received
 
     def _running_node(self, node: int) -> NamespaceNode:
         if node in self._bytes_of_killed:
             raise ValueError(f"node {node} has been killed")
         return self._nodes[node]
-
-
-def _create_node(cleanup: ExitStack) -> NamespaceNode:
-    namespace_node = NamespaceNode.create()
-    cleanup.callback(namespace_node.kill_all_processes)
-    return namespace_node
 
 
 def _ip(namespace_node: NamespaceNode, *commands: str) -> None:

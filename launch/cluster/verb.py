@@ -3,16 +3,14 @@
 import argparse
 
 from ..answers.options import add_override_arguments
-from ..run.train import add_fresh_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    add_override_arguments(parser)
+    add_override_arguments(parser, with_fresh=True)
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of simulated nodes")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="CPU ranks per node")
     parser.add_argument("--uplink", metavar="RATE", help="bandwidth limit per node, such as 200mbit (default: none)")
-    add_fresh_option(parser)
     for option, text in (("--cut-link", "disconnect a node"), ("--kill-node", "kill all processes of a node")):
         parser.add_argument(option, action="append", default=[], metavar="NODE@STEP", help=f"{text} after this step")
 

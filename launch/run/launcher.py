@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ from .rank_environment import (
     uses_gpus,
 )
 from .rendezvous import RendezvousError
-from .restart_policy import record_stop, restart_blocker
 from .run_dir import (
     CONFIG_FILE,
-    clear_run_status,
+    STATUS_FILE,
     lock_run_dir,
     read_run_status,
+    record_stop,
     reserve_status_space,
+    restart_blocker,
     wait_for_run_dir_lock,
     write_run_config,
 )
@@ -51,6 +52,7 @@ from .signals import (
     StoppedBeforeStart,
     die_with_parent,
     exclude_ignored_signals,
+    handle_signals,
     ignore_late_stop_signals,
 )
 from .torchrun import RANK_MODULE_ARGUMENTS, TORCHRUN_COMMAND, terminate_torchrun
@@ -98,7 +100,7 @@ def launch_run(
         if spent is not None:
             print_to_stderr(f"shoestring train: {spent}")
             return HaltReason.OVER_BUDGET
-        clear_run_status(run_dir)
+        (run_dir / STATUS_FILE).unlink(missing_ok=True)  # of the previous attempt
         delete_partial_checkpoints(config)
         reserve_status_space(run_dir)
         write_run_config(run_dir, config_to_yaml(config))
@@ -123,27 +125,26 @@ def launch_run(
                 code, reason = stop.exit_code, str(stop)
             ignore_late_stop_signals()
             status = read_run_status(run_dir)
-            if status is not None:
-                reason = str(status["reason"])
-                status_code = int(str(status["exit_code"]))
-                return preemption_exit_code(run_dir) if status_code == HaltReason.PREEMPTED else status_code
-            print_to_stderr(f"shoestring train: {reason}. {RESUME_HINT}")
-            return code if code > _FAILURE else _FAILURE
+            if status is None:
+                print_to_stderr(f"shoestring train: {reason}. {RESUME_HINT}")
+                return max(code, _FAILURE)
+            reason = str(status["reason"])
+            return restart_exit_code(run_dir, int(str(status["exit_code"])))
         except StoppedBeforeStart as stop:
             # A signal between two handlers of this launcher counts as any stop without a step.
             reason = str(stop)
             record_stop(run_dir, made_step=False)
             print_to_stderr(f"shoestring train: {reason}")
-            return preemption_exit_code(run_dir)
+            return restart_exit_code(run_dir, HaltReason.PREEMPTED)
         finally:
             allocation.close(reason)
 
 
-def preemption_exit_code(run_dir: Path) -> int:
-    """Return the exit code of a stopped run: 75, which requeues it, or 1 if a restart would not make progress."""
+def restart_exit_code(run_dir: Path, code: int) -> int:
+    """Return a run's exit code, but 1 instead of 75, which requeues it, if a restart would not make progress."""
     blocker = restart_blocker(run_dir)
-    if blocker is None:
-        return HaltReason.PREEMPTED
+    if code != HaltReason.PREEMPTED or blocker is None:
+        return code
     print_to_stderr(f"shoestring train: {blocker}")
     return _FAILURE
 
@@ -175,7 +176,15 @@ def run_torchrun(config: RunConfig, local: LocalRanks, run_dir: Path, attempt: s
         torchrun = [*_torchrun(config, local), f"--log-dir={folder}/torchrun", "--signals-to-handle=SIGINT"]
         rank = [*RANK_MODULE_ARGUMENTS, "shoestring.launch.run.worker:run_rank_from_config_file"]
         command = [*TORCHRUN_COMMAND, *torchrun, *rank, str(run_dir / CONFIG_FILE)]
-        return _run(command, environment, StopRequest(stop_file, config.training.stop_seconds))
+        with raise_on_stop_signals():
+            process = subprocess.Popen(command, env=environment, preexec_fn=_prepare_torchrun_process)
+            try:
+                with request_stop_on_signal(stop_file, config.training.stop_seconds) as raise_if_stop_failed:
+                    code = _wait(process)
+            finally:
+                terminate_torchrun(process)
+            raise_if_stop_failed(code)
+        return code
 
 
 def _environment(config: RunConfig, local: LocalRanks, launch_variables: Mapping[str, str]) -> dict[str, str]:
@@ -190,18 +199,6 @@ def _torchrun(config: RunConfig, local: LocalRanks) -> tuple[str, ...]:
     on_gpu = uses_gpus(config.training.device, local.count)
     can_bind = numa_binding_blocker(NumaSupport.detect(), on_gpu=on_gpu) is None
     return (*local.torchrun_arguments, NUMA_BINDING_FLAG) if can_bind else local.torchrun_arguments
-
-
-def _run(command: Sequence[str], environment: dict[str, str], request: "StopRequest") -> int:
-    with raise_on_stop_signals():
-        process = subprocess.Popen(command, env=environment, preexec_fn=_prepare_torchrun_process)
-        try:
-            with request.request_stop_on_signal():
-                code = _wait(process)
-        finally:
-            terminate_torchrun(process)
-        request.raise_if_stop_failed(code)
-    return code
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -241,46 +238,42 @@ def _prepare_torchrun_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores SIGINT in the background processes of a script
 
 
-class StopRequest:
-    """Stop request to the ranks: the launcher creates `stop_file` at the first stop signal."""
+@contextmanager
+def request_stop_on_signal(stop_file: Path, seconds: float) -> Iterator[Callable[[int], None]]:
+    """Create `stop_file`, a stop request to the ranks, at the first stop signal.
 
-    def __init__(self, stop_file: Path, seconds: float) -> None:
-        self._stop_file = stop_file
-        self._seconds = seconds
-        self._requested_by: int | None = None
-        self._requested_at = 0.0
+    Raise `StoppedBySignal` at a forcing signal after it, or after `seconds`. Yield a function that raises it for a
+    non-zero exit code of the ranks, if a stop was requested.
+    """
+    requested_by: list[int] = []
+    requested_at = 0.0
 
-    @contextmanager
-    def request_stop_on_signal(self) -> Iterator[None]:
-        """Request a stop at the first stop signal; raise `StoppedBySignal` at a forcing one or after `seconds`."""
-        handled = (*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM)
-        former = {number: signal.signal(number, self._handle) for number in handled}
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._requested_by is not None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal requested_at
+        if requested_by:
             if number == signal.SIGALRM:
-                raise StoppedBySignal(self._requested_by)
+                raise StoppedBySignal(requested_by[0])
             # SIGUSR1 and SIGHUP only request a stop, however often they come.
-            if number in FORCE_STOP_SIGNALS and time.monotonic() - self._requested_at > STOP_DEBOUNCE_SECONDS:
+            if number in FORCE_STOP_SIGNALS and time.monotonic() - requested_at > STOP_DEBOUNCE_SECONDS:
                 raise StoppedBySignal(number)
             return
-        self._requested_by, self._requested_at = number, time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        self._stop_file.touch()
+        requested_by.append(number)
+        requested_at = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        stop_file.touch()
         if os.environ.get("SLURM_NODEID", "0") == "0":  # all nodes of a Slurm job write into one file
             text = "stopping after this step, with a checkpoint; a second SIGTERM stops immediately"
             print_to_stderr(f"shoestring train: {signal.Signals(number).name}: {text}")
 
-    def raise_if_stop_failed(self, code: int) -> None:
-        """Raise `StoppedBySignal` if a stop was requested and the ranks exited with a non-zero `code`."""
-        if code and self._requested_by is not None:
-            raise StoppedBySignal(self._requested_by)
+    def raise_if_failed(code: int) -> None:
+        if code and requested_by:
+            raise StoppedBySignal(requested_by[0])
+
+    with handle_signals((*exclude_ignored_signals(STOP_SIGNALS), signal.SIGALRM), handle):
+        try:
+            yield raise_if_failed
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
@@ -293,12 +286,11 @@ def raise_on_stop_signals(numbers: Iterable[signal.Signals] = LAUNCHER_TERMINATI
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedBySignal(number)
 
-    former = {number: signal.signal(number, stop) for number in (*exclude_ignored_signals(numbers), signal.SIGINT)}
-    try:
-        yield
-    except StoppedBySignal:
-        former = dict.fromkeys(former, signal.SIG_IGN)
-        raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    handled = (*exclude_ignored_signals(numbers), signal.SIGINT)
+    with handle_signals(handled, stop):
+        try:
+            yield
+        except StoppedBySignal:
+            for number in handled:
+                signal.signal(number, signal.SIG_IGN)
+            raise

@@ -19,25 +19,25 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.rank_consistency import Fingerprints
 from ...trainer.config import RunConfig
 from ...trainer.run.exit import HaltReason
+from ..answers.options import add_override_arguments
+from ..cli import EXIT_CONFIG_ERROR, EXIT_FAILURE, exit_code
 from ..compose import compose_run_config, read_config
-from ..console import INVALID_CONFIGURATION, open_standard_streams, print_to_stderr
+from ..console import INVALID_CONFIGURATION, open_standard_streams, print_config_error, print_to_stderr
 from .fingerprint import data_digest, run_fingerprint
-from .launcher import LocalRanks, StoppedBySignal, launch_run, preemption_exit_code, raise_on_stop_signals, run_torchrun
+from .launcher import LocalRanks, StoppedBySignal, launch_run, raise_on_stop_signals, restart_exit_code, run_torchrun
 from .preflight import budget_blocker, is_run_finished, run_preflight_checks
 from .rendezvous import (
     RendezvousEndpoint,
-    RendezvousError,
     host_rendezvous,
     join_rendezvous,
     master_address_problems,
     report_config_error,
 )
 from .run_dir import CONFIG_FILE, read_run_status
-from .signals import STOP_SIGNALS, StoppedBeforeStart, raise_on_early_stop
+from .signals import STOP_SIGNALS, raise_on_early_stop
 from .torchrun import local_torchrun_arguments
 
 _PORT = 29500
-_FAILURE, _CONFIG_ERROR = 1, 2
 _SECONDS_FOR_STATUS = 10
 _POLL_SECONDS = 0.5
 _NO_INSTANT = datetime(1970, 1, 1, tzinfo=UTC)
@@ -129,9 +129,9 @@ def run_node(overrides: Sequence[str], config_dir: Path | None, *, fresh: bool) 
     except ConfigError as error:
         if place.node_rank == 0:
             raise
-        _print_config_error(error)
+        print_config_error("launch/torchrun.sh", INVALID_CONFIGURATION, error)
         report_config_error(place, error)
-        return _CONFIG_ERROR
+        return EXIT_CONFIG_ERROR
     local = LocalRanks(processes, tuple(place.torchrun_arguments(processes)))
     if place.node_count == 1:
         return launch_run(config, local, fresh=fresh)
@@ -171,11 +171,10 @@ def _run_other_node(endpoint: RendezvousEndpoint, fingerprints: Fingerprints, lo
         print_to_stderr(
             f"shoestring train: {reason}. Node 0 did not record how the run ended; see the output of node 0"
         )
-        return code if code > _FAILURE else _FAILURE
-    status_code = int(str(status["exit_code"]))
-    if status_code and "SLURM_JOB_ID" not in os.environ:  # all nodes of a Slurm job write into one file
+        return max(code, EXIT_FAILURE)
+    if status["exit_code"] and "SLURM_JOB_ID" not in os.environ:  # all nodes of a Slurm job write into one file
         print_to_stderr(f"shoestring train: {status['reason']}")
-    return preemption_exit_code(run_dir) if status_code == HaltReason.PREEMPTED else status_code
+    return restart_exit_code(run_dir, int(str(status["exit_code"])))
 
 
 def _status(run_dir: Path, seconds: float) -> Mapping[str, object] | None:
@@ -190,33 +189,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run launch/torchrun.sh, with the arguments of `shoestring train`, and exit with its code."""
     open_standard_streams()
     options = parse_arguments(arguments)
-    try:
+
+    def run() -> int:
         with raise_on_early_stop():
-            code = run_node(options.overrides, options.config_dir, fresh=options.fresh)
-    except StoppedBeforeStart as stopped:
-        print_to_stderr(f"launch/torchrun.sh: {stopped}")
-        code = int(HaltReason.PREEMPTED)
-    except ConfigError as error:
-        _print_config_error(error)
-        code = _CONFIG_ERROR
-    except RendezvousError as error:
-        print_to_stderr(f"launch/torchrun.sh: {error}")
-        code = _FAILURE
-    sys.exit(code)
+            return run_node(options.overrides, options.config_dir, fresh=options.fresh)
 
-
-def _print_config_error(error: ConfigError) -> None:
-    print_to_stderr(f"launch/torchrun.sh: {INVALID_CONFIGURATION}")
-    for problem in error.problems:
-        print_to_stderr(f"  {problem}")
+    sys.exit(exit_code("launch/torchrun.sh", INVALID_CONFIGURATION, run))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides may come before, between and after options."""
     parser = argparse.ArgumentParser(prog="torchrun.sh", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=choice or key=value, as in Hydra")
-    parser.add_argument("--config-dir", type=Path, help="a directory with additional configuration groups")
-    parser.add_argument("--fresh", action="store_true", help="empty training.run_dir first")
+    add_override_arguments(parser, with_fresh=True)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -102,60 +102,44 @@ def run_on_ranks(
         )
     if ranks < 1:
         raise ValueError(f"ranks = {ranks}: must be at least 1")
-    call = _Call.describe(function, argument, device, timeout)
+    imports, pickled = _pickle_for_ranks(function, argument)
     with tempfile.TemporaryDirectory(prefix="shoestring_") as folder:
-        Path(folder, _CALL_FILE).write_bytes(pickle.dumps(call))
+        Path(folder, _CALL_FILE).write_bytes(pickle.dumps((imports, pickled, device, timeout)))
         start([*RANK_MODULE_ARGUMENTS, f"{__name__}:run_call", folder], ranks, seconds)
         return [pickle.loads(_result_path(Path(folder), rank).read_bytes()) for rank in range(ranks)]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Call that every rank runs."""
-
-    imports: dict[str, Any]
-    """Place to import from: part of the argument of `multiprocessing.spawn.prepare`."""
-    function_and_argument: bytes
-    """Pickled, since a rank can load them only after `prepare`."""
-    device: str
-    timeout: timedelta
-
-    @staticmethod
-    def describe(function: Callable[..., Any], argument: object, device: str, timeout: timedelta) -> "_Call":
-        try:
-            pickled = pickle.dumps((function, argument))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            hint = "functions and classes must be at the top level of a module"
-            raise ValueError(f"other processes cannot load the function or its argument ({error}); {hint}") from error
-        keys = ["sys_path"]
-        if b"__main__" in pickled:  # else the ranks need not import the program, which may take seconds
-            keys += ["init_main_from_name", "init_main_from_path"]
-        known = spawn.get_preparation_data("rank")
-        imports = {key: known[key] for key in keys if key in known}
-        if len(keys) > 1 and len(imports) == 1:
-            raise ValueError("other processes cannot load a function of an interactive session; write it to a file")
-        return _Call(imports, pickled, device, timeout)
-
-    def load(self) -> tuple[Callable[[RankContext, Any], Any], Any]:
-        """Return the function and its argument, in the process of a rank."""
-        global _is_importing_script
-        _is_importing_script = True
-        spawn.prepare(self.imports)
-        function, argument = pickle.loads(self.function_and_argument)
-        _is_importing_script = False
-        return function, argument
+def _pickle_for_ranks(function: Callable[..., Any], argument: object) -> tuple[dict[str, Any], bytes]:
+    """Return where a rank imports from, as `multiprocessing.spawn.prepare` takes it, and what it can load after it."""
+    try:
+        pickled = pickle.dumps((function, argument))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        hint = "functions and classes must be at the top level of a module"
+        raise ValueError(f"other processes cannot load the function or its argument ({error}); {hint}") from error
+    keys = ["sys_path"]
+    if b"__main__" in pickled:  # else the ranks need not import the program, which may take seconds
+        keys += ["init_main_from_name", "init_main_from_path"]
+    known = spawn.get_preparation_data("rank")
+    imports = {key: known[key] for key in keys if key in known}
+    if len(keys) > 1 and len(imports) == 1:
+        raise ValueError("other processes cannot load a function of an interactive session; write it to a file")
+    return imports, pickled
 
 
 def run_call(folder: Path) -> int:
     """Run one rank of `run_on_ranks`, which torchrun has started, and write its result; return the exit code."""
+    global _is_importing_script
     worker = TorchrunEnvironment.read()
     assert worker is not None
     try:
-        call: _Call = pickle.loads((folder / _CALL_FILE).read_bytes())
-        function, argument = call.load()
-        device = pick_device(call.device, worker)
-        init_default_process_group(worker, device, call.timeout)
-        result = function(RankContext(**vars(worker), device=device, timeout=call.timeout), argument)
+        imports, pickled, wanted, timeout = pickle.loads((folder / _CALL_FILE).read_bytes())
+        _is_importing_script = True
+        spawn.prepare(imports)
+        function, argument = pickle.loads(pickled)
+        _is_importing_script = False
+        device = pick_device(wanted, worker)
+        init_default_process_group(worker, device, timeout)
+        result = function(RankContext(**vars(worker), device=device, timeout=timeout), argument)
         _result_path(folder, worker.rank).write_bytes(pickle.dumps(result))
         dist.destroy_process_group()
     except Exception:

@@ -222,14 +222,13 @@ def parse_cpu_list(text: str) -> frozenset[int]:
 def numa_binding_blocker(facts: NumaSupport, *, on_gpu: bool) -> str | None:
     """Return why ranks are not bound to the CPUs of their GPU's NUMA node; None if they are."""
     # torchrun ends with an error if it cannot bind, so everything that it needs is checked here.
-    if not on_gpu:
-        return "ranks on CPUs use all of them"
-    if len(facts.cpus_by_node) < 2:
-        return "this machine has one NUMA node"
-    if not facts.torchrun_has_flag:
-        return "this torch's torchrun has no --numa-binding"
-    if not facts.has_numactl:
-        return "numactl is not installed; install it (apt-get install numactl) to run each rank near its GPU"
-    if not all(node & facts.allowed_cpus for node in facts.cpus_by_node):
-        return "this process may not use CPUs of every NUMA node"
-    return None
+    no_numactl = "numactl is not installed; install it (apt-get install numactl) to run each rank near its GPU"
+    is_allowed = all(node & facts.allowed_cpus for node in facts.cpus_by_node)
+    blockers = {
+        "ranks on CPUs use all of them": not on_gpu,
+        "this machine has one NUMA node": len(facts.cpus_by_node) < 2,
+        "this torch's torchrun has no --numa-binding": not facts.torchrun_has_flag,
+        no_numactl: not facts.has_numactl,
+        "this process may not use CPUs of every NUMA node": not is_allowed,
+    }
+    return next((reason for reason, is_true in blockers.items() if is_true), None)

@@ -6,17 +6,27 @@
     node 0 -> node r   go
 
 Instead of either answer node 0 may send an error, which all nodes receive. A message is one line of JSON.
+
+Ranks that the user's torchrun has started, or a container with torchrun's variables, connect to a store instead. There
+too a name that does not resolve is an error, a message says what a rank waits for, the wait has a limit, and a stop
+signal ends it.
 """
 
+import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
-from ...comm.errors import ConfigError, Problem
+import torch.distributed as dist
+
+from ...comm.bootstrap import TorchrunEnvironment, connect_rendezvous_store
+from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...comm.files.file_io import config_error_context, read_text, replace_file_atomically
 from ...comm.files.strict_json import JsonValue, MalformedFileError
 from ...comm.rank_consistency import (
@@ -28,6 +38,8 @@ from ...comm.rank_consistency import (
     fingerprints_to_json,
 )
 from .node_connection import POLL_SECONDS, SECONDS_TO_SPEAK, NodeConnection, PeriodicMessage, first_messages, listen
+from .signals import StoppedBeforeStart
+from .torchrun import RanksFailed
 
 _SECONDS_TO_SEE = 60
 """Limit for a file to appear on the other nodes: NFS caches a directory for up to 60 s (acdirmax)."""
@@ -35,11 +47,12 @@ _SECONDS_TO_HEAR = 20
 """Time after an error in which further nodes may connect, so that they receive it instead of waiting in vain."""
 _SECONDS_TO_REPORT = 20
 """Time in which a node tries to report an error: node 0 has more to check, and listens later than others fail."""
+_RANK_POLL_SECONDS = 0.2
 _MAX_NOTE_BYTES = 1000
 _FILE = "rendezvous"
 
 
-class RendezvousError(Exception):
+class RendezvousError(RanksFailed):
     """Nodes did not connect, or disconnected. The input is valid: the same command may succeed later."""
 
 
@@ -312,3 +325,40 @@ def _receive_answer(endpoint: RendezvousEndpoint, peer: NodeConnection) -> JsonV
     raise RendezvousError(
         f"node 0 at {endpoint.host_and_port} did not answer within {endpoint.timeout_text}; see the output of node 0"
     )
+
+
+def open_rendezvous_store(
+    worker: TorchrunEnvironment, seconds: float, stop_requested: Callable[[], bool]
+) -> dist.Store:
+    """Return the store at MASTER_ADDR:MASTER_PORT once every rank has connected to it.
+
+    Raises `ConfigError` if the address does not resolve, `dist.DistError` or `OSError` if ranks do not connect within
+    `seconds`, and `StoppedBeforeStart`.
+    """
+    raise_if_any(master_address_problems(os.environ["MASTER_ADDR"]))
+    stores: list[dist.Store] = []
+    errors: list[dist.DistError | OSError] = []
+
+    def open_it() -> None:
+        try:
+            stores.append(connect_rendezvous_store(worker, timedelta(seconds=seconds)))
+        except (dist.DistError, OSError) as error:
+            errors.append(error)
+
+    # torch waits in C++, where Python handles no signal, so the wait is in another thread.
+    opening = threading.Thread(target=open_it, daemon=True, name="rendezvous")
+    opening.start()
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    message = PeriodicMessage(first_after=_RANK_POLL_SECONDS)
+    while opening.is_alive():
+        if stop_requested():
+            raise StoppedBeforeStart(f"stopped before all {worker.world_size} ranks had connected at {where}")
+        if worker.local_rank == 0:
+            others = worker.world_size - 1
+            message.print_if_due(
+                f"rank {worker.rank} waits for {others} other rank{'s' if others > 1 else ''} at {where}"
+            )
+        opening.join(_RANK_POLL_SECONDS)
+    if errors:
+        raise errors[0]
+    return stores[0]

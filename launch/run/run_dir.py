@@ -1,7 +1,8 @@
 """Run directory: locked by one launcher at a time, and emptied only if a run has created it.
 
 A marker, the first file of a new run directory, distinguishes it from other directories, of which many hold a
-`config.yaml`. A launcher waits for a limited time until the previous one has released the lock.
+`config.yaml`. A launcher waits for a limited time until the previous one has released the lock. Records keep a
+scheduler from restarting a run that makes no progress, or an attempt that ended on purpose.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...comm.errors import ConfigError, Problem, raise_if_any
-from ...comm.files.file_io import raise_if_not_regular_file, read_json, replace_file_atomically
+from ...comm.files.file_io import raise_if_not_regular_file, read_json, read_text, replace_file_atomically
 from ...comm.files.lock import acquire_exclusive_lock
 from ...comm.files.strict_json import MalformedFileError
 from ..console import print_to_stderr
@@ -25,6 +26,10 @@ _LOCK_FILE = "lock"
 _RESERVE_FILE = "run_status.reserve"
 _RESERVE_BYTES = 16 * 1024
 """Several blocks of any file system: the launcher's heartbeat may take one of them when they are freed."""
+_STOPS_FILE, _ENDED_FILE = "stops_without_step", "ended"
+_MAX_RECORD_BYTES = 1000
+MAX_STOPS_WITHOUT_STEP = 3
+"""Consecutive stops without a step after which the run exits with 1, so that no scheduler requeues it."""
 _MARKER_FILE = ".shoestring_run"
 _MARKER_TEXT = "This directory was made by a training run of Shoestring; `shoestring train --fresh` empties it.\n"
 
@@ -135,11 +140,6 @@ def write_run_config(run_dir: Path, text: str) -> None:
     replace_file_atomically(run_dir / CONFIG_FILE, text.encode())
 
 
-def clear_run_status(run_dir: Path) -> None:
-    """Delete the status of the previous attempt."""
-    (run_dir / STATUS_FILE).unlink(missing_ok=True)
-
-
 def read_run_status(run_dir: Path) -> Mapping[str, object] | None:
     """Return exit code and reason that a rank of the last attempt wrote; None if no rank stopped on purpose.
 
@@ -172,8 +172,47 @@ def _is_held(run_dir: Path) -> bool:
     try:
         with (run_dir / _LOCK_FILE).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
+
+
+def record_stop(run_dir: Path, *, made_step: bool) -> None:
+    """Record a requested stop; `made_step` tells whether the attempt completed a step. Skipped if the disk is full."""
+    count = 0 if made_step else count_stops_without_step(run_dir) + 1
+    with suppress(OSError):
+        replace_file_atomically(run_dir / _STOPS_FILE, f"{count}\n".encode())
+
+
+def count_stops_without_step(run_dir: Path) -> int:
+    """Return the number of consecutive attempts that were stopped before their first step."""
+    text = _read_record(run_dir / _STOPS_FILE)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0
+
+
+def restart_blocker(run_dir: Path) -> str | None:
+    """Return why the run should not be restarted unchanged, or None."""
+    count = count_stops_without_step(run_dir)
+    if count < MAX_STOPS_WITHOUT_STEP:
+        return None
+    return f"{count} attempts in a row were stopped before their first step; allow more time, then start again"
+
+
+def record_attempt_exit(run_dir: Path, attempt: str, code: int) -> None:
+    """Record that `attempt` ended on purpose with this exit code."""
+    with suppress(OSError):
+        replace_file_atomically(run_dir / _ENDED_FILE, f"{attempt} {code}\n".encode())
+
+
+def attempt_exit_code(run_dir: Path, attempt: str) -> int | None:
+    """Return the exit code with which `attempt` ended on purpose; None if it did not."""
+    name, _, code = _read_record(run_dir / _ENDED_FILE).rpartition(" ")
+    is_code = code.isascii() and code.isdigit() and len(code) <= 3
+    return int(code) if name == attempt and is_code else None
+
+
+def _read_record(path: Path) -> str:
+    try:
+        return read_text(path, _MAX_RECORD_BYTES).strip()
+    except (OSError, MalformedFileError):
+        return ""

@@ -35,7 +35,21 @@ _MAX_SELECT_SECONDS = 3600.0
 
 
 class StoppedBeforeStart(BaseException):
-    """A stop signal came before this process had installed its handlers; nothing was trained."""
+    """A stop signal came before all nodes or ranks had connected; nothing was trained."""
+
+
+@contextmanager
+def handle_signals(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle `numbers` by `handler` inside the block, and then as before, unless the block has replaced `handler`."""
+    former = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, before)
 
 
 @contextmanager
@@ -44,13 +58,8 @@ def raise_on_early_stop() -> Iterator[None]:
 
     It covers the imports, which take seconds. Further signals are ignored, as the process is about to end.
     """
-    former = {number: signal.signal(number, _stop_early) for number in exclude_ignored_signals(STOP_SIGNALS)}
-    try:
+    with handle_signals(exclude_ignored_signals(STOP_SIGNALS), _stop_early):
         yield
-    finally:
-        for number, handler in former.items():
-            if signal.getsignal(number) is _stop_early:
-                signal.signal(number, handler)
 
 
 def ignore_late_stop_signals() -> None:

@@ -12,15 +12,8 @@ from ..console import print_or_raise
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    add_override_arguments(parser)
-    add_fresh_option(parser)
+    add_override_arguments(parser, with_fresh=True)
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, do not train")
-
-
-def add_fresh_option(parser: argparse.ArgumentParser) -> None:
-    """Add --fresh, an option of every verb that trains."""
-    text = "first delete the files of an earlier run in training.run_dir"
-    parser.add_argument("--fresh", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> int:

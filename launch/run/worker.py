@@ -33,10 +33,19 @@ from .rank_environment import (
     describe_user_overrides,
     uses_gpus,
 )
-from .rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
-from .restart_policy import attempt_exit_code, record_attempt_exit, record_stop
-from .run_dir import create_run_dir, is_run_dir, lock_run_dir, reserve_status_space, write_run_config, write_run_status
-from .signals import LAUNCHER_PID_ENV_VAR, install_stop_handlers
+from .rendezvous import open_rendezvous_store
+from .run_dir import (
+    attempt_exit_code,
+    create_run_dir,
+    is_run_dir,
+    lock_run_dir,
+    record_attempt_exit,
+    record_stop,
+    reserve_status_space,
+    write_run_config,
+    write_run_status,
+)
+from .signals import LAUNCHER_PID_ENV_VAR, StoppedBeforeStart, install_stop_handlers
 
 _CONFIG_ERROR = 2
 _SECONDS_FOR_OTHERS = 3
@@ -79,7 +88,7 @@ def _run(config: RunConfig, worker: TorchrunEnvironment, stop_requested: Callabl
     """Connect to the other ranks and train with them; return the exit code."""
     try:
         device, watchdog = _connect_ranks(config, worker, stop_requested)
-    except StoppedBeforeRendezvous as stopped:
+    except StoppedBeforeStart as stopped:
         if worker.rank == 0:
             record_stop(Path(config.training.run_dir), made_step=False)
         _exit(_stop(config, worker, HaltReason.PREEMPTED, str(stopped)))

@@ -31,7 +31,6 @@ from ...trainer.ledger.terms import (
     to_label,
 )
 from ..answers.blocks import Answer, Block, Formats, HeadlineCard, Paragraph, Quantity, TableBlock, records_table, table
-from ..answers.options import add_answer_options, print_answer
 from ..console import print_to_stderr
 from ..report.budget import (
     cost_as_dict,
@@ -66,16 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, metavar="PLAN", help=plan)
     everything = "read every record of the ledger, and compare with its saved totals"
     parser.add_argument("--verify", action="store_true", help=everything)
-    add_answer_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the cost of the run or project that the options name."""
-    return print_answer(options, budget_answer(options))
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the cost of the run or project that the options name.
 
-
-def budget_answer(options: argparse.Namespace) -> Answer:
-    """Return the cost. Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option."""
+    Raises `ConfigError` for a damaged ledger, a wrong file or a wrong option.
+    """
     raise_if_any(_problems(options))
     if options.run_or_project.is_file():
         return _project_answer(Project.read(options.run_or_project), options.usd_per_gpu_hour)
@@ -151,7 +147,6 @@ def _missing_for_checkpoint(run_dir: Path) -> Iterator[Problem]:
 
 
 def _saved(run_dir: Path) -> str:
-    """Return whether there are saved totals that agree."""
     is_there = (run_dir / SNAPSHOT_FILE).exists()
     return "the saved totals agree" if is_there else "there are no saved totals to compare with"
 
@@ -249,24 +244,16 @@ def _project_answer(project: Project, price: float) -> Answer:
         cards.append(HeadlineCard("inherited", inherited, "GPU-hours", "from runs outside the project"))
     formats: Formats = {
         "phase": to_label,
-        "gpu_hours": format_gpu_hours,
-        "budget": format_gpu_hours,
-        "left": format_gpu_hours,
-        "share": format_percent,
-        "goodput": format_percent,
+        **dict.fromkeys(("gpu_hours", "budget", "left"), format_gpu_hours),
+        **dict.fromkeys(("share", "goodput"), format_percent),
     }
-    run_headings = {"run": "run", "phase": "phase", "gpu_hours": "GPU-hours", "goodput": "goodput"}
-    headings = {"phase": "phase", "gpu_hours": "GPU-hours", "budget": "budget", "left": "left"}
+    spending = {"phase": "phase", "gpu_hours": "GPU-hours"}
+    of_run = {"run": "run"} | spending | {"goodput": "goodput", "tokens": "tokens retained"}
+    of_phase = spending | {"budget": "budget", "left": "left", "share": "of the budget", "published": "DeepSeek-V3"}
+    planned = [each for each in phases if each["budget"] is not None or each["gpu_hours"]]
     blocks = [
-        records_table(
-            f"{project.path}: {plural(len(rows), 'run')}", run_headings | {"tokens": "tokens retained"}, rows, formats
-        ),
-        records_table(
-            "budget by phase",
-            headings | {"share": "of the budget", "published": "DeepSeek-V3"},
-            [each for each in phases if each["budget"] is not None or each["gpu_hours"]],
-            formats,
-        ),
+        records_table(f"{project.path}: {plural(len(rows), 'run')}", of_run, rows, formats),
+        records_table("budget by phase", of_phase, planned, formats),
         published_table(published),
     ]
     return Answer.from_blocks(f"Cost of {project.path}", data, blocks, cards)

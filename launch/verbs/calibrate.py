@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ...comm.errors import ConfigError, Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.costs.cluster import ClusterConfig
 from ..answers.blocks import Answer, Paragraph, number, table
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
+from ..answers.options import add_override_arguments
 from ..bench.calibrate_rank import calibrate_rank
 from ..compose import compose_run_config, escape_interpolations
 from ..planner.compute_time import recipe_by_config_key
@@ -34,13 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of processes (default 2)")
     text = "repetitions of each measurement (default 20)"
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help=text)
-    add_answer_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure, and print how to use the cluster."""
+def answer(options: argparse.Namespace) -> Answer:
+    """Measure, and return the times and how to use the cluster."""
     written = calibrate(options.overrides, options.config_dir, options.output, options.ranks, options.repeats)
-    return print_answer(options, calibration_answer(written, options.output))
+    return calibration_answer(written, options.output)
 
 
 def calibration_answer(written: Path, folder: Path) -> Answer:
@@ -60,7 +59,7 @@ def calibrate(overrides: Sequence[str], config_dir: Path | None, folder: Path, r
     kernels. Raises `ConfigError` before a process starts, and `RanksFailed`.
     """
     config = compose_run_config(overrides, config_dir)
-    raise_if_any([*_problems(ranks, repeats), *_unmeasured(config)])
+    raise_if_any(_problems(config, {"--ranks": ranks, "--repeats": repeats}))
     folder = folder.absolute()
     try:
         (folder / "cluster").mkdir(parents=True, exist_ok=True)
@@ -78,19 +77,12 @@ def recipe_measurements(config: RunConfig) -> Iterator[KernelMeasurement]:
 
 
 def _on_local_cpu(config: RunConfig) -> RunConfig:
-    """Return the run with this machine's CPU as its cluster."""
     return replace(config, cluster=ClusterConfig())
 
 
-def _problems(ranks: int, repeats: int) -> Iterator[Problem]:
-    if ranks < 1:
-        yield Problem("--ranks", ranks, "must be at least 1")
-    if repeats < 1:
-        yield Problem("--repeats", repeats, "must be at least 1")
-
-
-def _unmeasured(config: RunConfig) -> Iterator[Problem]:
-    """Yield configured values that cannot be measured on the CPU."""
+def _problems(config: RunConfig, counts: Mapping[str, int]) -> Iterator[Problem]:
+    """Yield `counts` of options below 1, and configured values that cannot be measured on the CPU."""
+    yield from (Problem(option, count, "must be at least 1") for option, count in counts.items() if count < 1)
     gpus, device = torch.cuda.device_count(), config.training.device
     if device == "auto" and gpus:
         hint = f"calibrate measures the CPU, but the run would use this machine's {gpus} GPU(s); use cpu, or a "

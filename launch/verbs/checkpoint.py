@@ -1,51 +1,44 @@
 """`shoestring checkpoint`: list, verify and compare checkpoints."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ...comm.units import format_mega
 from ..answers.blocks import Answer, Block, PreformattedText, records_table
-from ..answers.options import add_answer_options, print_answer
+from ..answers.options import add_answer_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's actions with their options."""
     actions = parser.add_subparsers(dest="action", required=True)
-    _add_action(actions.add_parser("ls", help="list the checkpoints of a run"))
+
+    def add_action(name: str, text: str, answer: Callable[[argparse.Namespace], Answer]) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=text)
+        action.set_defaults(answer=answer)
+        add_checkpoint_arguments(action, with_step=name != "ls")
+        add_answer_options(action)
+        return action
+
+    add_action("ls", "list the checkpoints of a run", list_answer)
     words = "read every byte of a checkpoint and check its hashes; exit code 1 if it is damaged"
-    add_step_option(_add_action(actions.add_parser("verify", help=words)))
-    diff = _add_action(actions.add_parser("diff", help="compare two checkpoints; exit code 1 if they differ"))
+    add_action("verify", words, verify_answer)
+    diff = add_action("diff", "compare two checkpoints; exit code 1 if they differ", diff_answer)
     diff.add_argument("other", type=Path, metavar="RUN", help="run or checkpoint to compare with")
     diff.add_argument("--other-step", type=int, metavar="N", help="step of the second checkpoint (default: the newest)")
-    add_step_option(diff)
 
 
-def _add_action(action: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    add_path_argument(action)
-    add_answer_options(action)
-    return action
-
-
-def add_path_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the run or checkpoint that a verb reads."""
+def add_checkpoint_arguments(
+    parser: argparse.ArgumentParser, *, with_step: bool = True, with_average: bool = False
+) -> None:
+    """Add the run or checkpoint that a verb reads, and the options that choose its step and its EMA."""
     parser.add_argument("path", type=Path, metavar="RUN", help="run directory, or one checkpoint")
-
-
-def add_step_option(parser: argparse.ArgumentParser) -> None:
-    """Add --step."""
-    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
-
-
-def add_ema_option(parser: argparse.ArgumentParser) -> None:
-    """Add --average."""
-    parser.add_argument("--average", action="store_true", help="use the EMA of the weights (optimizer.ema_decay)")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Print the answer of the action that the options name."""
-    answers = {"ls": list_answer, "verify": verify_answer, "diff": diff_answer}
-    return print_answer(options, answers[options.action](options))
+    if with_step:
+        parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
+    if with_average:
+        text = "use the EMA of the weights (optimizer.ema_decay)"
+        parser.add_argument("--average", action="store_true", help=text)
 
 
 def list_answer(options: argparse.Namespace) -> Answer:

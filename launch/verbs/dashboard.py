@@ -6,15 +6,14 @@ panels. Creation on a server needs an account and has not been tried.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from ...comm.errors import ConfigError, Problem
+from ...comm.errors import Problem, raise_if_any
 from ...trainer.config import RunConfig
 from ...trainer.model.model import router_names
 from ...trainer.telemetry.dashboard import Panel, make_dashboard
 from ..answers.blocks import Answer, table
-from ..answers.options import add_override_arguments, print_answer
+from ..answers.options import add_answer_options, add_override_arguments, print_answer
 from ..compose import compose_run_config
 from ..console import print_to_stdout
 
@@ -27,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options; JSON is the default format, as wandb takes it."""
     add_override_arguments(parser)
     parser.add_argument("--save", action="store_true", help="create it on the wandb server instead; needs an account")
-    parser.add_argument("--format", choices=["table", "json"], default="json", help="output format (default json)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the panels as an HTML page")
+    add_answer_options(parser, ("json", "table"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,11 +53,10 @@ def save_dashboard(config: RunConfig) -> str:
     """Create the workspace on the server and return its URL. Raises `ConfigError` without an account or an entity."""
     from ...trainer.telemetry.wandb_sink import wandb_account_problems
 
-    problems = list(wandb_account_problems())
+    problems = [*wandb_account_problems()]
     if config.telemetry.wandb.entity is None:
         problems.append(Problem("telemetry.wandb.entity", None, "must name the user or team that owns the project"))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return str(_workspace(config).save().url)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from ...trainer.model.attention_backend import (
 )
 from ...trainer.precision.backend import BACKEND_NAMES, choose_backend, unavailable_reasons
 from ..answers.blocks import Answer, Block, Paragraph, records_table
-from ..answers.options import add_answer_options, print_answer
-from ..cluster.namespaces import namespace_problems
+from ..cluster.simulated_cluster import namespace_problems
 from ..run.rank_environment import (
     NUMA_BINDING_FLAG,
     NumaSupport,
@@ -47,13 +46,7 @@ DEEPSEEK_V3_ATTENTION = AttentionShape(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
-    add_answer_options(parser)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Print what this machine has."""
-    return print_answer(options, doctor_answer())
+    """Add no option: the verb has only those of every answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,13 @@ class Implementation:
 
 def list_implementations() -> tuple[Implementation, ...]:
     """List all implementations by operation, in the order of the table."""
-    return (*_devices(), *_exchanges(), *_products(), *_fp8(), *_rehearsal())
+    return (*_devices(), *_exchanges(), *_products(), *_fp8(), _rehearsal())
+
+
+def _on_gpu(operation: str, implementation: str, missing: Iterable[str], *notes: str) -> Implementation:
+    """Return an implementation for GPUs; none of them has run on hardware."""
+    lacks = [*missing]
+    return Implementation(operation, implementation, not lacks, "; ".join([*notes, *lacks, NOT_RUN_ON_HARDWARE]))
 
 
 def _devices() -> Iterator[Implementation]:
@@ -80,32 +79,25 @@ def _devices() -> Iterator[Implementation]:
     yield Implementation("compute", "GPU (training.device=cuda)", gpus > 0, found)
     yield Implementation("compute", "CPU (training.device=cpu)", True, f"{os.cpu_count()} cores, {platform.machine()}")
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    yield Implementation(
-        "collectives", "NCCL", nccl, NOT_RUN_ON_HARDWARE if nccl else "needs a GPU and a build of torch with NCCL"
-    )
+    note = NOT_RUN_ON_HARDWARE if nccl else "needs a GPU and a build of torch with NCCL"
+    yield Implementation("collectives", "NCCL", nccl, note)
     yield Implementation("collectives", "gloo", dist.is_gloo_available(), "for CPU ranks")
 
 
 def _exchanges() -> Iterator[Implementation]:
     on_gpu = f"; on a GPU {NOT_RUN_ON_HARDWARE}"
     yield Implementation("token dispatcher", "flat", True, f"reference all-to-all{on_gpu}")
-    yield Implementation(
-        "token dispatcher",
-        "two_hop",
-        True,
-        f"each token is sent to a node at most once, then forwarded inside it; BF16 and FP8 on the wire{on_gpu}",
-    )
-    missing = list(missing_deepep_requirements("auto", 1, build_rank_environment()))
-    note = f"{'; '.join(missing)}; {NOT_RUN_ON_HARDWARE}" if missing else NOT_RUN_ON_HARDWARE
-    yield Implementation("token dispatcher", "deepep", not missing, note)
+    once = "each token is sent to a node at most once, then forwarded inside it; BF16 and FP8 on the wire"
+    yield Implementation("token dispatcher", "two_hop", True, f"{once}{on_gpu}")
+    yield _on_gpu("token dispatcher", "deepep", missing_deepep_requirements("auto", 1, build_rank_environment()))
 
 
 def _products() -> Iterator[Implementation]:
     yield Implementation("expert GEMM", "F.grouped_mm", True, "FP32 and BF16; FP64 runs one expert after the other")
     yield from _attention()
-    missing = list(missing_apex_requirements(on_gpu=torch.cuda.is_available()))
-    note = "; ".join(["BF16 Linears: one GEMM that accumulates in FP32", *missing, NOT_RUN_ON_HARDWARE])
-    yield Implementation("weight gradients", "Apex's wgrad_gemm_accum_fp32", not missing, note)
+    missing = missing_apex_requirements(on_gpu=torch.cuda.is_available())
+    note = "BF16 Linears: one GEMM that accumulates in FP32"
+    yield _on_gpu("weight gradients", "Apex's wgrad_gemm_accum_fp32", missing, note)
     yield Implementation("weight gradients", "GEMM, then addition", True, "for experts, and without Apex")
     note = "FP32 arithmetic, BF16 moments; sharded over replicas (ZeRO-1)"
     yield Implementation("optimizer", "torch's fused AdamW", True, note)
@@ -113,23 +105,17 @@ def _products() -> Iterator[Implementation]:
 
 def _attention() -> Iterator[Implementation]:
     """Yield each backend for DeepSeek-V3's BF16 shape; `training.attention_backend=auto` selects the first usable."""
-    yield Implementation(
-        "attention",
-        CPU_ATTENTION.name,
-        True,
-        f"{CPU_ATTENTION.description}; trainer/model/cpu_attention.py",
-    )
-    on_gpu = torch.cuda.is_available()
-    gpu = GpuCapabilities.detect() if on_gpu else None
+    note = f"{CPU_ATTENTION.description}; trainer/model/cpu_attention.py"
+    yield Implementation("attention", CPU_ATTENTION.name, True, note)
+    gpu = GpuCapabilities.detect() if torch.cuda.is_available() else None
+    taken = None if gpu is None else select_attention("auto", DEEPSEEK_V3_ATTENTION, gpu).name
     for backend in GPU_BACKENDS.values():
         missing = [*unsupported_shape_reasons(backend.name, DEEPSEEK_V3_ATTENTION)]
         missing += (
             ["it needs a GPU"] if gpu is None else unsupported_gpu_reasons(backend.name, DEEPSEEK_V3_ATTENTION, gpu)
         )
-        note = "; ".join([backend.description, *missing, NOT_RUN_ON_HARDWARE])
-        if gpu is not None and select_attention("auto", DEEPSEEK_V3_ATTENTION, gpu).name == backend.name:
-            note = f"{AUTO_ATTENTION_NOTE}; {note}"
-        yield Implementation("attention", backend.name, not missing, note)
+        auto = [AUTO_ATTENTION_NOTE] * (backend.name == taken)
+        yield _on_gpu("attention", backend.name, missing, *auto, backend.description)
 
 
 def _fp8() -> Iterator[Implementation]:
@@ -141,20 +127,18 @@ def _fp8() -> Iterator[Implementation]:
     on_gpu = torch.cuda.is_available()
     taken = choose_backend("auto", on_gpu=on_gpu)
     for backend in BACKEND_NAMES:
-        missing = list(unavailable_reasons(backend, on_gpu=on_gpu))
+        auto = [AUTO_FP8_NOTE] * (backend == taken)
         if backend == "reference":
             note = f"reference implementation, exact sums of 128 products; on a GPU {NOT_RUN_ON_HARDWARE}"
-        else:
-            note = "; ".join([descriptions[backend], *missing, NOT_RUN_ON_HARDWARE])
-        if backend == taken:
-            note = f"{AUTO_FP8_NOTE}; {note}"
-        yield Implementation("FP8 GEMM", backend, not missing, note)
+            yield Implementation("FP8 GEMM", backend, True, "; ".join([*auto, note]))
+            continue
+        yield _on_gpu("FP8 GEMM", backend, unavailable_reasons(backend, on_gpu=on_gpu), *auto, descriptions[backend])
 
 
-def _rehearsal() -> Iterator[Implementation]:
+def _rehearsal() -> Implementation:
     problems = list(namespace_problems())
     note = "; ".join(f"{problem.field}: {problem.hint}" for problem in problems) or "network namespaces"
-    yield Implementation("simulated cluster", "ip, tc", not problems, note)
+    return Implementation("simulated cluster", "ip, tc", not problems, note)
 
 
 _NO_GPU = "not set: for GPUs"
@@ -179,36 +163,30 @@ def effective_settings(environment: Mapping[str, str]) -> Iterator[EffectiveSett
     local = single_node_settings()
     made = {setting.name for setting in applicable_settings(run_dir, on_gpu=on_gpu)}
     made |= {setting.name for setting in local if on_gpu or not setting.gpu_only}
+    unset = "not set: CUDA is too old" if on_gpu else _NO_GPU
     for setting in (*environment_settings(run_dir), *local):
         reason, users = f"{setting.read_by}: {setting.reason}", setting.user_value(environment)
         value = setting.value.replace(f"{Path.cwd()}/", "")
-        if users is not None:
-            same = (
-                "environment, same as shoestring"
-                if users == (setting.name, setting.value)
-                else f"environment; shoestring: {setting.name}={value}"
-            )
-            yield EffectiveSetting(users[0], users[1], same, reason)
-        elif setting.name in made:
-            yield EffectiveSetting(setting.name, value, "shoestring", reason)
+        if users is None:
+            set_by = "shoestring" if setting.name in made else unset
+        elif users == (setting.name, setting.value):
+            set_by = "environment, same as shoestring"
         else:
-            yield EffectiveSetting(setting.name, value, "not set: CUDA is too old" if on_gpu else _NO_GPU, reason)
+            set_by = f"environment; shoestring: {setting.name}={value}"
+        yield EffectiveSetting(*(users or (setting.name, value)), set_by, reason)
     sms = "most thread blocks of NCCL, an option of the group:"
-    yield EffectiveSetting(
-        "max_ctas of P2P groups", str(P2P_MAX_CTAS), origin, f"{sms} a receive occupies its SMs while it waits"
-    )
+    why = f"{sms} a receive occupies its SMs while it waits"
+    yield EffectiveSetting("max_ctas of P2P groups", str(P2P_MAX_CTAS), origin, why)
     yield EffectiveSetting("max_ctas of gradient groups", str(REDUCE_MAX_CTAS), origin, f"{sms} it overlaps GEMMs")
     not_bound = numa_binding_blocker(NumaSupport.detect(), on_gpu=on_gpu)
     set_by = "shoestring" if not_bound is None else f"not set: {not_bound}"
     yield EffectiveSetting("torchrun", NUMA_BINDING_FLAG, set_by, "kernel launches from a distant NUMA node are slower")
-    name = "allow_bf16_reduced_precision_reduction"
-    yield EffectiveSetting(
-        name, "False", origin, "torch.backends.cuda.matmul: split GEMMs would sum their parts in BF16"
-    )
+    why = "torch.backends.cuda.matmul: split GEMMs would sum their parts in BF16"
+    yield EffectiveSetting("allow_bf16_reduced_precision_reduction", "False", origin, why)
 
 
-def doctor_answer() -> Answer:
-    """Return implementations and settings."""
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the implementations and settings of this machine."""
     found = list_implementations()
     data: dict[str, Any] = {
         "python": platform.python_version(),

@@ -7,13 +7,13 @@ from ...trainer.checkpoint.find import find_checkpoint
 from ...trainer.huggingface.export import ExportOptions, export_checkpoint
 from ..console import print_to_stdout
 from ..signal_cleanup import clean_up_on_signal
-from .checkpoint import add_ema_option, add_path_argument, add_step_option
+from .checkpoint import add_checkpoint_arguments
 from .import_weights import named_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    add_path_argument(parser)
+    add_checkpoint_arguments(parser, with_average=True)
     parser.add_argument("directory", type=named_path, metavar="DIRECTORY", help="output directory, new or empty")
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32", "fp8"], default="bf16", help="format of the weights (default bf16)"
@@ -21,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "rotary layout: interleaved pairs, as DeepSeek's, or halves (default pairs)"
     parser.add_argument("--rope", choices=["pairs", "halves"], default="pairs", help=words)
     parser.add_argument("--max-shard", default="5GB", metavar="SIZE", help="largest file (default 5GB)")
-    add_step_option(parser)
-    add_ema_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:

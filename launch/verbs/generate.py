@@ -8,12 +8,12 @@ from ...trainer.generation.speculative_decoding import Continuation
 from ..answers.blocks import Answer, PageSection, PreformattedText
 from ..answers.options import add_answer_options, print_answer
 from ..console import print_to_stderr
-from .checkpoint import add_ema_option, add_path_argument, add_step_option
+from .checkpoint import add_checkpoint_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    add_path_argument(parser)
+    add_checkpoint_arguments(parser, with_average=True)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--tokens", type=int, default=100, metavar="N", help="most new tokens (default 100)")
     parser.add_argument(
@@ -21,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed (default 0)")
     parser.add_argument("--no-draft", action="store_true", help="one token per forward, without MTP drafts")
-    add_step_option(parser)
-    add_ema_option(parser)
     add_answer_options(parser)
 
 

@@ -13,8 +13,8 @@ from ...trainer.costs.operation_memory import MicroBatchShape
 from ...trainer.costs.parameters import count_parameters
 from ...trainer.memory.workspace import WorkspaceBytes
 from ...trainer.model.recompute import RecomputeModule
-from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, TableBlock, number, table
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
+from ..answers.blocks import Answer, Block, Cell, Paragraph, Quantity, number, records_table, table
+from ..answers.options import add_override_arguments
 from ..compose import compose_run_config
 
 _PUBLISHED_LENGTH = 4096
@@ -23,28 +23,24 @@ _PUBLISHED_LENGTH = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_override_arguments(parser)
-    add_answer_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the figures of the model that the options describe."""
-    return print_answer(options, params_answer(compose_model_config(options.overrides, options.config_dir)))
-
-
-def params_answer(config: RunConfig) -> Answer:
-    """Return the figures; FLOPs are per token, forward plus backward."""
-    count, length = count_parameters(config.model), config.training.sequence_length
-    flops, policy = count_flops(config.model, length), config.recompute.recompute_modules
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the figures of the model that the options describe; FLOPs are per token, forward plus backward."""
+    config = compose_model_config(options.overrides, options.config_dir)
+    model, length, policy = config.model, config.training.sequence_length, config.recompute.recompute_modules
+    count, flops = count_parameters(model), count_flops(model, length)
+    active_experts = count.routed_experts * model.num_experts_per_tok // model.n_routed_experts
+    layers = {"dense": model.first_k_dense_replace, "routed": model.num_moe_layers}
+    policies: dict[str, frozenset[RecomputeModule]] = {"no_recompute": frozenset(), "with_recompute": policy}
     activations = {
-        layer: {
-            "no_recompute": _layer_bytes(config, layer, frozenset()),
-            "with_recompute": _layer_bytes(config, layer, policy),
-        }
-        for layer in _layers(config)
+        layer: {key: _layer_bytes(config, layer, recomputed) for key, recomputed in policies.items()}
+        for layer, num_layers in layers.items()
+        if num_layers
     }
     data = {
-        "model": config.model.name,
-        "parameters": vars(count) | {"routed_experts_active": _active_experts(config)},
+        "model": model.name,
+        "parameters": vars(count) | {"routed_experts_active": active_experts},
         "sequence_length": length,
         "flops_per_token": {
             "main": flops.main_model,
@@ -54,17 +50,18 @@ def params_answer(config: RunConfig) -> Answer:
         "convention": FLOP_CONVENTION,
         "activation_bytes": activations,
     }
-    return Answer.from_blocks(f"Parameters of {config.model.name}", data, list(_blocks(config, activations)))
+    blocks = [*_model_tables(config, active_experts), _activations(config, activations)]
+    return Answer.from_blocks(f"Parameters of {model.name}", data, blocks)
 
 
-def _blocks(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -> Iterator[Block]:
+def _model_tables(config: RunConfig, active_experts: int) -> Iterator[Block]:
     model, length = config.model, config.training.sequence_length
     count, flops, has_mtp = count_parameters(model), count_flops(model, length), model.num_nextn_predict_layers > 0
     rows = {
         "main model, embedding and head included": (count.main, count.main_active),
         "  embedding": (count.embedding, count.embedding),
         "  head": (count.head, count.head),
-        "  routed experts": (count.routed_experts, _active_experts(config)),
+        "  routed experts": (count.routed_experts, active_experts),
     } | ({"MTP modules, in addition": (count.mtp, count.mtp_active)} if has_mtp else {})
     cells: list[Sequence[Cell]] = [(name, *map(_big, sizes)) for name, sizes in rows.items()]
     yield table(f"Parameters of {model.name}", ("part", "all", "active per token"), cells)
@@ -75,32 +72,17 @@ def _blocks(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -
     title = f"Training FLOPs per token at sequence length {length}"
     yield table(title, ("convention", "GFLOP"), [(name, _giga(size)) for name, size in conventions.items()])
     yield Paragraph(f"Convention: {FLOP_CONVENTION}.\n")
-    yield _activations(config, activations)
 
 
-def _active_experts(config: RunConfig) -> int:
-    """Return the parameters of the routed experts that one token activates."""
-    all_experts = count_parameters(config.model).routed_experts
-    return all_experts * config.model.num_experts_per_tok // config.model.n_routed_experts
-
-
-def _activations(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -> TableBlock:
+def _activations(config: RunConfig, activations: Mapping[str, Mapping[str, float]]) -> Block:
     """Return the saved activations per layer, without recompute and with the configured modules."""
-    length, policy = config.training.sequence_length, config.recompute.recompute_modules
-    title = f"Saved activations per layer, one sequence of {length} tokens, BF16 on a GPU (predicted)"
-    columns = {"no_recompute": "no recompute, MiB"}
-    if policy:
-        columns["with_recompute"] = f"recompute {', '.join(sorted(policy))}"
-    rows: list[Sequence[Cell]] = [
-        (layer, *(number(sizes[key], ",.1f", scale=2**-20) for key in columns)) for layer, sizes in activations.items()
-    ]
-    return table(title, ("layer", *columns.values()), rows)
-
-
-def _layers(config: RunConfig) -> list[str]:
-    """Return the kinds of layers that the model has."""
-    counts = {"dense": config.model.first_k_dense_replace, "routed": config.model.num_moe_layers}
-    return [layer for layer, count in counts.items() if count]
+    policy = config.recompute.recompute_modules
+    title = f"one sequence of {config.training.sequence_length} tokens, BF16 on a GPU (predicted)"
+    headings = {"layer": "layer", "no_recompute": "no recompute, MiB"}
+    headings |= {"with_recompute": f"recompute {', '.join(sorted(policy))}"} if policy else {}
+    records = [{"layer": layer, **sizes} for layer, sizes in activations.items()]
+    formats = dict.fromkeys(("no_recompute", "with_recompute"), lambda size: f"{size * 2**-20:,.1f}")
+    return records_table(f"Saved activations per layer, {title}", headings, records, formats)
 
 
 def _layer_bytes(config: RunConfig, layer: str, policy: frozenset[RecomputeModule]) -> float:

@@ -22,30 +22,27 @@ from ..answers.forecast_blocks import (
     relative,
     significant,
 )
-from ..answers.options import add_answer_options, add_override_arguments, print_answer
-from ..compose import compose_run_config
+from ..answers.options import add_override_arguments
 from ..planner.compute_time import ComputeTimeModel
 from ..planner.config_adapter import (
     comm_sms_limit,
     config_with_layout,
     diff_overrides,
-    layout_from_config,
-    recipe_from_config,
 )
-from ..planner.forecast import ParallelLayout, StepForecast, StepForecaster
+from ..planner.forecast import ParallelLayout, StepForecast
 from ..planner.plan_file import layout_as_dict, plan_header, run_description
 from ..planner.recipe import ForecastRecipe, GemmPrecision
 from ..planner.run_cost import (
     FailureModel,
-    RunPhaseCost,
-    pretraining_gpu_hours,
-    run_phase_costs,
     sensitivity_analysis,
 )
 from ..planner.search import SearchResult, SearchSpace, search_layouts
+from .simulate import SimulatedLayout, simulate
 
 _RESOLUTION = 0.01
 """Relative difference below which two forecasts count as equal: they share most of their errors, not all."""
+_COUNTS = ("considered", "illegal", "out_of_memory", "missing_figures", "simulated", "pruned", "search_seconds")
+_FAILURES = FailureModel()
 NO_FORECAST_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -53,27 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_override_arguments(parser)
     parser.add_argument("--keep", type=int, default=5, metavar="N", help="number of layouts to print (default 5)")
-    add_answer_options(parser)
     add_input_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the best layouts of the run that the options describe."""
-    result = plan(options.overrides, options.config_dir, options.keep, given_inputs(options))
-    return print_answer(options, plan_answer(result))
-
-
-@dataclass(frozen=True)
-class PlannedLayout:
-    """A layout with the cost of the run in it."""
-
-    forecast: StepForecast
-    phase_costs: list[RunPhaseCost]
-
-    @property
-    def pretraining_gpu_hours(self) -> float:
-        """GPU-hours of pre-training, batch ramp included."""
-        return pretraining_gpu_hours(self.phase_costs)
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the best layouts of the run that the options describe."""
+    return plan_answer(plan(options.overrides, options.config_dir, options.keep, given_inputs(options)))
 
 
 @dataclass(frozen=True)
@@ -81,18 +63,16 @@ class Plan:
     """Result of a search."""
 
     config: RunConfig
-    recipe: ForecastRecipe
     search_result: SearchResult
-    best_layouts: tuple[PlannedLayout, ...]
+    best_layouts: tuple[SimulatedLayout, ...]
     """Layouts that are legal and fit, fastest first."""
-    configured_layout: PlannedLayout
+    configured_layout: SimulatedLayout
     """Layout of the configuration, for comparison."""
     what_ifs: Mapping[str, float]
     """Seconds of the best layout's step by the input that is changed."""
-    failure_model: FailureModel
 
     @property
-    def best_layout(self) -> PlannedLayout | None:
+    def best_layout(self) -> SimulatedLayout | None:
         """Fastest layout that is legal and fits, or None."""
         return self.best_layouts[0] if self.best_layouts else None
 
@@ -106,22 +86,13 @@ def plan(
     """
     if keep < 1:
         raise ConfigError([Problem("--keep", keep, "must be at least 1")])
-    config = compose_run_config(overrides, config_dir)
-    training, recipe = config.training, recipe_from_config(config, inputs)
-    forecaster = StepForecaster(config.model, config.cluster, training.sequence_length)
-    configured = forecaster.forecast(layout_from_config(config), recipe, training.global_batch_size)
-    candidates = _space(config, recipe).candidates(recipe)
-    refusal = partial(_refusal, config, comm_sms_limit(config))
-    found = search_layouts(forecaster, candidates, training.global_batch_size, keep, find_refusal=refusal)
-    rows = tuple(_row(config, forecaster, forecast) for forecast in found.best_forecasts)
-    best = found.best_forecasts[0] if found.best_forecasts else None
-    batch = training.global_batch_size
-    what_ifs = {} if best is None else sensitivity_analysis(forecaster, best.layout, best.recipe, batch)
-    return Plan(config, recipe, found, rows, _row(config, forecaster, configured), what_ifs, FailureModel())
-
-
-def _row(config: RunConfig, forecaster: StepForecaster, forecast: StepForecast) -> PlannedLayout:
-    return PlannedLayout(forecast, run_phase_costs(config, forecaster, forecast))
+    configured = simulate(overrides, config_dir, inputs)
+    config, forecaster, recipe = configured.config, configured.forecaster, configured.forecast.recipe
+    batch, refusal = configured.global_batch, partial(_refusal, config, comm_sms_limit(config))
+    found = search_layouts(forecaster, _space(config, recipe).candidates(recipe), batch, keep, find_refusal=refusal)
+    rows = tuple(SimulatedLayout(config, forecaster, forecast) for forecast in found.best_forecasts)
+    what_ifs = sensitivity_analysis(forecaster, rows[0].layout, rows[0].forecast.recipe, batch) if rows else {}
+    return Plan(config, found, rows, configured, what_ifs)
 
 
 def _space(config: RunConfig, recipe: ForecastRecipe) -> SearchSpace:
@@ -155,7 +126,7 @@ def plan_answer(result: Plan) -> Answer:
     blocks += phase_cost_blocks(best.phase_costs, cluster.price_per_gpu_hour)
     blocks += [_sensitivity(best, result.what_ifs)] if result.what_ifs else []
     blocks += forecast_figures(best.forecast, cluster.memory_gb)
-    notes = _failures(result.failure_model, best), _comparison(result, best), _how_to_run(result, best)
+    notes = _failures(best), _comparison(result, best), _how_to_run(result, best)
     blocks += map(Paragraph, notes)
     return Answer.from_blocks(title, _data(result), blocks, list(_cards(best, result.config.budget.gpu_hours)))
 
@@ -164,19 +135,13 @@ _NO_LAYOUT = "no layout is legal and fits"
 
 
 def _data(result: Plan) -> dict[str, object]:
-    found, best, failures = result.search_result, result.best_layout, result.failure_model
+    found, best = result.search_result, result.best_layout
     gpus = result.config.cluster.total_gpus
     step = None if best is None else best.forecast.step_seconds
     return plan_header() | {
         "run": run_description(result.config),
-        "considered": found.considered,
-        "illegal": dict(found.illegal),
-        "out_of_memory": dict(found.out_of_memory),
-        "missing_figures": dict(found.missing_figures),
-        "simulated": found.simulated,
-        "pruned": found.pruned,
+        **{name: getattr(found, name) for name in _COUNTS},
         "smallest_pruned_bound_seconds": found.smallest_pruned_bound,
-        "search_seconds": found.search_seconds,
         "layouts": [_row_tree(row, result.config) for row in result.best_layouts],
         "configured": _row_tree(result.configured_layout, result.config),
         "budget_gpu_hours": result.config.budget.gpu_hours,
@@ -186,17 +151,17 @@ def _data(result: Plan) -> dict[str, object]:
             for change, seconds in result.what_ifs.items()
             if step is not None
         ],
-        "effective_training_share": None if best is None else failures.effective_training_share(gpus),
-        "checkpoint_interval_seconds": None if best is None else failures.best_checkpoint_interval(gpus),
+        "effective_training_share": None if best is None else _FAILURES.effective_training_share(gpus),
+        "checkpoint_interval_seconds": None if best is None else _FAILURES.best_checkpoint_interval(gpus),
     }
 
 
-def _row_tree(row: PlannedLayout, config: RunConfig) -> dict[str, object]:
+def _row_tree(row: SimulatedLayout, config: RunConfig) -> dict[str, object]:
     extra = {"fits": _fits(row.forecast, config), "overrides": _overrides(row.forecast, config)}
     return layout_as_dict(row.forecast, row.pretraining_gpu_hours) | extra
 
 
-def _cards(best: PlannedLayout, budget: float) -> Iterator[HeadlineCard]:
+def _cards(best: SimulatedLayout, budget: float) -> Iterator[HeadlineCard]:
     forecast, hours = best.forecast, best.pretraining_gpu_hours
     topology, recipe = forecast.layout.topology, forecast.recipe
     how = f"{forecast.layout.schedule}, micro-batch {forecast.layout.micro_batch_size}, {recipe.precision.value}"
@@ -266,7 +231,7 @@ def _counts(found: SearchResult) -> TableBlock:
     return table(title, ("outcome", "number"), [(outcome, number(count)) for outcome, count in outcomes.items()])
 
 
-def _sensitivity(best: PlannedLayout, what_ifs: Mapping[str, float]) -> TableBlock:
+def _sensitivity(best: SimulatedLayout, what_ifs: Mapping[str, float]) -> TableBlock:
     rows = [
         (change, number(seconds, ".3f"), relative(seconds, best.forecast.step_seconds))
         for change, seconds in what_ifs.items()
@@ -274,8 +239,8 @@ def _sensitivity(best: PlannedLayout, what_ifs: Mapping[str, float]) -> TableBlo
     return table("The best layout's step with one input changed", ("change", "seconds", "relative"), rows)
 
 
-def _failures(failures: FailureModel, best: PlannedLayout) -> str:
-    gpus = best.forecast.gpus
+def _failures(best: SimulatedLayout) -> str:
+    gpus, failures = best.forecast.gpus, _FAILURES
     hours = failures.mean_seconds_between_failures(gpus) / 3600
     blocked, restart = failures.checkpoint_seconds, failures.restart_seconds
     interval, share = failures.best_checkpoint_interval(gpus) / 60, failures.effective_training_share(gpus)
@@ -286,7 +251,7 @@ def _failures(failures: FailureModel, best: PlannedLayout) -> str:
     )
 
 
-def _comparison(result: Plan, planned: PlannedLayout) -> str:
+def _comparison(result: Plan, planned: SimulatedLayout) -> str:
     best, configured = planned.forecast, result.configured_layout.forecast
     if not _fits(configured, result.config):
         return "The configured layout does not fit, so there is no comparison."
@@ -297,7 +262,7 @@ def _comparison(result: Plan, planned: PlannedLayout) -> str:
     return f"The best layout is {gain:.2%} faster than the configured one{caution}."
 
 
-def _how_to_run(result: Plan, best: PlannedLayout) -> str:
+def _how_to_run(result: Plan, best: SimulatedLayout) -> str:
     overrides = _overrides(best.forecast, result.config)
     if not overrides:
         return "The best layout is the configured one."

@@ -15,7 +15,7 @@ from ...parallelism.pipeline.program import Op, PipelineProgram, program_as_dict
 from ...parallelism.pipeline.schedules.registry import build_program, schedule_problems
 from ...parallelism.pipeline.simulate import OpDurations, simulate_program
 from ..answers.blocks import Answer, Figure
-from ..answers.options import add_html_option, write_output, write_page
+from ..answers.options import add_answer_options, write_output, write_page
 from ..console import print_or_raise
 from ..report.timeline import ascii_timeline, program_title, svg_timeline
 
@@ -29,17 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "micro-batches per step and data-parallel rank"
     parser.add_argument("--micro-batches", type=int, required=True, metavar="N", help=text)
     parser.add_argument("--chunks", type=int, metavar="V", help="stages per rank, for interleaved (default 2)")
-    text = "output format: a drawing as text (ascii, table) or SVG, or the instructions (default ascii)"
-    parser.add_argument("--format", choices=["ascii", "table", "svg", "json"], default="ascii", help=text)
+    text = "output format: a drawing as text (ascii, table) or SVG, or the instructions"
+    add_answer_options(parser, ("ascii", "table", "svg", "json"), text)
     text = "durations to draw with (default 1; B and FB: the sum of their parts)"
     parser.add_argument("--times", default="", metavar="F=1,I=1,W=1,FB=3", help=text)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of the terminal")
-    add_html_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw the program that the options describe."""
-    answer = schedule_answer(options.name, options.pp, options.micro_batches, options.chunks, options.times)
+    answer = schedule_answer(options)
     (figure,) = (block for block in answer.sections[0].blocks if isinstance(block, Figure))
     write_page(options, answer)
     if options.format == "json":
@@ -53,19 +52,13 @@ def run(options: argparse.Namespace) -> int:
     return answer.exit_code
 
 
-def schedule_answer(
-    name: str, ranks: int, micro_batches: int, chunks: int | None = None, durations: str = ""
-) -> Answer:
-    """Build and check a program; return it with its timeline.
-
-    `durations` are units of time, such as `F=1,I=1.6,W=0.8,FB=2.6`; the default is 1, for B and FB the sum of their
-    parts. Raises `ConfigError`.
-    """
+def schedule_answer(options: argparse.Namespace) -> Answer:
+    """Build and check the program that the options describe; return it with its timeline. Raises `ConfigError`."""
     given: dict[Op, float] = {}
-    sizes = schedule_problems(name, ranks, micro_batches, chunks)
-    renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in sizes)
-    raise_if_any((*renamed, *_parse_times(durations, given)))
-    program = build_program(name, ranks, micro_batches, chunks)
+    size = options.name, options.pp, options.micro_batches, options.chunks
+    renamed = (replace(problem, field=_OPTIONS[problem.field]) for problem in schedule_problems(*size))
+    raise_if_any((*renamed, *_parse_times(options.times, given)))
+    program = build_program(*size)
     verify_program(program)
     unit_times = _unit_times(given)
     simulated = simulate_program(program, unit_times)

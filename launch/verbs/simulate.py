@@ -17,12 +17,14 @@ from ..answers.blocks import (
     Answer,
     Block,
     Cell,
+    Formats,
     HeadlineCard,
     Paragraph,
     Quantity,
     TableBlock,
     TableRow,
     number,
+    records_table,
     table,
 )
 from ..answers.forecast_blocks import (
@@ -31,9 +33,8 @@ from ..answers.forecast_blocks import (
     given_inputs,
     phase_cost_blocks,
     phase_cost_data,
-    relative,
 )
-from ..answers.options import add_answer_options, add_override_arguments, print_answer, write_output
+from ..answers.options import add_override_arguments, write_output
 from ..compose import compose_run_config
 from ..planner.config_adapter import layout_from_config, recipe_from_config
 from ..planner.evidence import Assumption, list_assumptions
@@ -67,22 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_override_arguments(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the simulated timeline for Perfetto")
-    add_answer_options(parser)
     add_input_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the forecast of the run that the options describe."""
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the forecast of the run that the options describe, and write its timeline for --trace."""
     simulation = simulate(options.overrides, options.config_dir, given_inputs(options))
     if options.trace is not None:
         costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
         write_output(options.trace, simulated_trace(simulation.forecast, costs), "--trace")
-    return print_answer(options, simulation_answer(simulation))
+    return simulation_answer(simulation)
 
 
 @dataclass(frozen=True)
 class SimulatedLayout:
-    """One layout with its forecast."""
+    """One layout of a run with its forecast."""
 
     config: RunConfig
     forecaster: StepForecaster
@@ -90,7 +90,7 @@ class SimulatedLayout:
 
     @property
     def layout(self) -> ParallelLayout:
-        """Layout of the configuration."""
+        """The layout."""
         return self.forecast.layout
 
     @property
@@ -125,6 +125,11 @@ class SimulatedLayout:
         """Cost of each phase of the run."""
         return run_phase_costs(self.config, self.forecaster, self.forecast)
 
+    @property
+    def pretraining_gpu_hours(self) -> float:
+        """GPU-hours of pre-training, batch ramp included."""
+        return pretraining_gpu_hours(self.phase_costs)
+
 
 def simulate(overrides: Sequence[str], config_dir: Path | None, inputs: Mapping[str, Any]) -> SimulatedLayout:
     """Simulate the run that `overrides` describe; `inputs` are recipe fields that no configuration has."""
@@ -153,7 +158,7 @@ def simulation_answer(simulation: SimulatedLayout) -> Answer:
     ]
     data = plan_header() | {
         "run": run_description(simulation.config),
-        "layout": layout_as_dict(forecast, pretraining_gpu_hours(simulation.phase_costs)),
+        "layout": layout_as_dict(forecast, simulation.pretraining_gpu_hours),
         "flops_per_token": forecast.flops_per_token.main_model,
         "convention": FLOP_CONVENTION,
         "time_term_shares": {name: seconds / forecast.step_seconds for name, seconds in _all_times(forecast).items()},
@@ -174,11 +179,12 @@ def simulation_answer(simulation: SimulatedLayout) -> Answer:
     grid = f"pp{topology.pp} edp{topology.edp} ep{topology.ep}"
     names = f"{simulation.config.model.name} on {topology.world_size} {cluster.name}"
     title = f"{names}: {grid}, {simulation.layout.schedule}"
-    return Answer.from_blocks(title, data, blocks, [*_cards(forecast, cluster.memory_gb), _cost_card(simulation)])
+    return Answer.from_blocks(title, data, blocks, list(_cards(simulation)))
 
 
-def _cards(forecast: StepForecast, memory_gb: float | None) -> Iterator[HeadlineCard]:
-    seconds = forecast.step_seconds
+def _cards(simulation: SimulatedLayout) -> Iterator[HeadlineCard]:
+    forecast, cluster = simulation.forecast, simulation.config.cluster
+    seconds, memory_gb = forecast.step_seconds, cluster.memory_gb
     yield HeadlineCard("step", *((f"{seconds:.3f}", "s") if seconds > 0.1 else (f"{seconds * 1e3:.2f}", "ms")))
     yield HeadlineCard("throughput", f"{forecast.tokens_per_second_per_gpu:,.0f}", "tokens/s/GPU")
     peak = f"of {forecast.peak_flops_per_gpu / 1e12:.4g} TFLOPS; main model, causal, without MTP"
@@ -188,12 +194,9 @@ def _cards(forecast: StepForecast, memory_gb: float | None) -> Iterator[Headline
         verdict = "fits" if needed <= memory_gb else "does NOT fit"
         without = f"{forecast.peak_memory.total / 1e9:.1f} without fragmentation"
         yield HeadlineCard("peak memory per rank", f"{needed:.1f}", "GB", f"of {memory_gb:g}: {verdict}; {without}")
-
-
-def _cost_card(simulation: SimulatedLayout) -> HeadlineCard:
-    hours, price = pretraining_gpu_hours(simulation.phase_costs), simulation.config.cluster.price_per_gpu_hour
+    hours, price = simulation.pretraining_gpu_hours, cluster.price_per_gpu_hour
     note = "" if price is None else f"{format_significant(hours * price)} USD"
-    return HeadlineCard("pre-training", format_significant(hours), "GPU-hours", note)
+    yield HeadlineCard("pre-training", format_significant(hours), "GPU-hours", note)
 
 
 def published_step_errors(simulation: SimulatedLayout) -> list[tuple[str, float, float]]:
@@ -224,7 +227,6 @@ def published_step_errors(simulation: SimulatedLayout) -> list[tuple[str, float,
 
 
 def _properties(simulation: SimulatedLayout) -> TableBlock:
-    """Return what the figures are for."""
     recipe = simulation.forecast.recipe
     overlap = "" if recipe.overlap else ", no overlap in FB"
     sms = f", {recipe.comm_sms} SMs reserved for communication" if recipe.comm_sms else ""
@@ -295,39 +297,38 @@ def _published_tables(simulation: SimulatedLayout) -> Iterator[tuple[TableBlock,
 
 
 def _published_phases(forecast: StepForecast) -> tuple[TableBlock, dict[str, object]]:
-    phases = {
-        name: (seconds, PUBLISHED_PHASE_SECONDS[name]) for name, seconds in seconds_by_published_phase(forecast).items()
-    }
-    rows = [
-        (name, number(seconds, ".4g"), number(published, ".2f"), relative(seconds, published))
-        for name, (seconds, published) in phases.items()
-    ]
+    phases = []
+    for name, seconds in seconds_by_published_phase(forecast).items():
+        error = seconds / (published := PUBLISHED_PHASE_SECONDS[name]) - 1
+        phases.append({"phase": name, "seconds": seconds, "published_seconds": published, "error": error})
+    title = "The step in the phases of the published table"
+    headings = {"phase": "phase", "seconds": "seconds", "published_seconds": "published", "error": "error"}
+    formats = {"seconds": "{:.4g}".format, "published_seconds": "{:.2f}".format, "error": "{:+.1%}".format}
     note = (
         "1F to 1F1B include exposed all-to-alls; bubble: all waiting for other stages; "
         "opt: gradient sums and optimizer."
     )
-    data = [
-        {"phase": name, "seconds": seconds, "published_seconds": published, "error": seconds / published - 1}
-        for name, (seconds, published) in phases.items()
-    ]
-    title = "The step in the phases of the published table"
-    return table(title, ("phase", "seconds", "published", "error"), rows, note), {"published_phases": data}
+    return records_table(title, headings, phases, formats, note), {"published_phases": phases}
 
 
 def _traced_pair(simulation: SimulatedLayout) -> tuple[TableBlock, dict[str, object]]:
     costs = simulation.forecaster.chunk_time_model(simulation.layout, simulation.forecast.recipe)
-    # The kernel times come from this trace, so this checks the simulation of streams and predicts nothing.
-    title = "Consistency check: the overlapped pair of four MoE layers, simulated with the public trace's kernel times"
-    rows, data = list[Sequence[Cell]](), list[Mapping[str, object]]()
+    pairs = []
     for name, use_traced_rows in (("as in the trace", True), ("balanced", False)):
         streams = simulate_traced_chunk_pair(costs, use_traced_rows=use_traced_rows)
         seconds, exposed = streams.elapsed_seconds, exposed_communication_share(streams)
-        error, traced = relative(seconds, TRACED_CHUNK_PAIR_SECONDS), number(TRACED_EXPOSED_SHARE, ".1%")
-        rows.append((name, number(seconds, ".1f", scale=1e3), error, number(exposed, ".1%"), traced))
+        pair = {"tokens_per_expert": name, "seconds": seconds, "error": seconds / TRACED_CHUNK_PAIR_SECONDS - 1}
         shares = {"exposed_communication_share": exposed, "traced_exposed_communication_share": TRACED_EXPOSED_SHARE}
-        data.append({"tokens_per_expert": name, "seconds": seconds, "error": error.value, **shares})
-    headings = ("tokens per expert", "ms", "error vs. 129.0 ms trace", "exposed communication", "traced")
-    return table(title, headings, rows), {"traced_chunk_pair": data}
+        pairs.append(pair | shares)
+    # The kernel times come from this trace, so this checks the simulation of streams and predicts nothing.
+    title = "Consistency check: the overlapped pair of four MoE layers, simulated with the public trace's kernel times"
+    names = ("tokens per expert", "ms", "error vs. 129.0 ms trace", "exposed communication", "traced")
+    formats: Formats = {
+        **dict.fromkeys(shares, "{:.1%}".format),
+        "seconds": lambda seconds: f"{1e3 * seconds:.1f}",
+        "error": "{:+.1%}".format,
+    }
+    return records_table(title, dict(zip(pairs[0], names, strict=True)), pairs, formats), {"traced_chunk_pair": pairs}
 
 
 def _evidence(simulation: SimulatedLayout) -> Iterator[TableBlock]:

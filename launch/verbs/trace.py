@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...comm.errors import ConfigError, Problem
 from ...trainer.ledger.terms import STEP_TIME_TERMS
 from ..answers.blocks import Answer, Block, Figure, records_table
-from ..answers.options import add_answer_options, print_answer, write_output
+from ..answers.options import write_output
 
 if TYPE_CHECKING:
     from ...trainer.telemetry.trace import Span
@@ -19,11 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", type=Path, metavar="TRACE", help="run directory, or its merged trace.json")
     picture = "write a picture of an overlapped pair of MoE layers"
     parser.add_argument("--svg", type=Path, metavar="FILE", help=picture)
-    add_answer_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the terms of the trace that the options name, and write its picture. Raises `ConfigError`."""
+def answer(options: argparse.Namespace) -> Answer:
+    """Return the terms of the trace that the options name, and write its picture. Raises `ConfigError`."""
     ranks = open_trace(options.place)
     if options.svg is not None:
         from ..report.trace_svg import svg_layer_pair
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:  # the trace has no such pair
             raise ConfigError([Problem("--svg", str(options.svg), str(error))]) from None
         write_output(options.svg, f"{picture}\n", "--svg")
-    return print_answer(options, trace_answer(ranks))
+    return trace_answer(ranks)
 
 
 def open_trace(place: Path) -> "dict[int, list[Span]]":

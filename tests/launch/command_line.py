@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from shoestring.launch.answers.blocks import Answer
 from shoestring.launch.cli import main, parse_arguments
 
 
@@ -35,6 +36,13 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0
     ended, output, errors = shoestring(capsys, *arguments)
     assert ended == code, errors
     return errors if code else output
+
+
+def answer_of(*arguments: object) -> Answer:
+    """Return what a verb answers, before it is printed."""
+    options = parse_arguments([str(argument) for argument in arguments])
+    found: Answer = options.answer(options)
+    return found
 
 
 def tree_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:

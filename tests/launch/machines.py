@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cluster.namespaces import namespace_problems
+from shoestring.launch.cluster.simulated_cluster import namespace_problems
 
 MISSING = [str(problem) for problem in namespace_problems()]
 needs_machines = pytest.mark.skipif(bool(MISSING), reason=f"no simulated cluster here: {'; '.join(MISSING)}")

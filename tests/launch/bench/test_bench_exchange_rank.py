@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shoestring.launch.bench.bench_exchange import bench_exchange, benchmark_answer
-from shoestring.launch.cluster.namespaces import namespace_problems
+from shoestring.launch.cluster.simulated_cluster import namespace_problems
 from shoestring.tests.launch.bench.small_exchange import SPEC
 from shoestring.tests.launch.renderings import check_renderings
 

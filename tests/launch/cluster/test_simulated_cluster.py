@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoestring.launch.cluster.namespaces import NamespaceProcess
-from shoestring.launch.cluster.simulated_cluster import SimulatedCluster
+from shoestring.launch.cluster.simulated_cluster import NamespaceProcess, SimulatedCluster
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
 

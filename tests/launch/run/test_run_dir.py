@@ -1,5 +1,6 @@
-"""The directory of a run: its owner, its status, and links in place of its files."""
+"""The directory of a run: its owner, its status, links in place of its files, and notes against endless restarts."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,20 +8,26 @@ from pathlib import Path
 import pytest
 
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.run.restart_policy import record_attempt_exit, record_stop
+from shoestring.launch.run import run_dir as run_directory
 from shoestring.launch.run.run_dir import (
     CONFIG_FILE,
-    clear_run_status,
+    MAX_STOPS_WITHOUT_STEP,
+    attempt_exit_code,
+    count_stops_without_step,
     create_run_dir,
     lock_run_dir,
     read_run_status,
+    record_attempt_exit,
+    record_stop,
     reserve_status_space,
+    restart_blocker,
     run_dir_problems,
     wait_for_run_dir_lock,
     write_run_config,
     write_run_status,
 )
 from shoestring.tests.launch.small_checkpoint import dangling, device, fifo, folder
+from shoestring.trainer.run.evaluate import read_evaluated_step
 
 
 def test_a_directory_that_is_let_go_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +53,7 @@ def test_a_status_that_cannot_be_read_counts_as_absent_and_is_reported(
     assert said.startswith(f"shoestring train: {tmp_path / 'run_status.json'} cannot be read")
     write_run_status(tmp_path, 75, "stopped")
     assert read_run_status(tmp_path) == {"exit_code": 75, "reason": "stopped"}
-    clear_run_status(tmp_path)
+    (tmp_path / "run_status.json").unlink()
     assert read_run_status(tmp_path) is None
     assert capsys.readouterr().err == ""
 
@@ -135,3 +142,35 @@ def test_a_directory_that_is_being_made_is_a_runs(tmp_path: Path) -> None:
     assert not list(run_dir_problems(tmp_path))
     (tmp_path / "thesis.tex").touch()
     assert list(run_dir_problems(tmp_path))
+
+
+def test_stops_without_a_step_are_counted_until_one_is_made(tmp_path: Path) -> None:
+    assert restart_blocker(tmp_path) is None
+    for count in range(1, MAX_STOPS_WITHOUT_STEP):
+        record_stop(tmp_path, made_step=False)
+        assert (count_stops_without_step(tmp_path), restart_blocker(tmp_path)) == (count, None)
+    record_stop(tmp_path, made_step=False)
+    assert "3 attempts in a row were stopped before their first step" in str(restart_blocker(tmp_path))
+    record_stop(tmp_path, made_step=True)
+    assert restart_blocker(tmp_path) is None
+    for junk in ("", "x", "-1", "9" * 50, "\0"):
+        (tmp_path / run_directory._STOPS_FILE).write_text(junk)
+        assert count_stops_without_step(tmp_path) == 0
+
+
+def test_notes_of_a_run_that_are_no_files_say_nothing(tmp_path: Path) -> None:
+    names: dict[str, Callable[[Path], int | None]] = {
+        run_directory._STOPS_FILE: count_stops_without_step,
+        "evaluated": read_evaluated_step,
+    }
+    names[run_directory._ENDED_FILE] = lambda run: attempt_exit_code(run, "a")
+    harms: list[Callable[[Path], object]] = [os.mkfifo, Path.mkdir, lambda path: path.write_bytes(b"\xff"), endless]
+    for harm in harms:
+        for name, read in names.items():
+            harm(tmp_path / name)
+            assert not read(tmp_path), name
+            (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")

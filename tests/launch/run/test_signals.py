@@ -13,7 +13,7 @@ import pytest
 
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run import launcher
-from shoestring.launch.run.launcher import StoppedBySignal, StopRequest, raise_on_stop_signals
+from shoestring.launch.run.launcher import StoppedBySignal, raise_on_stop_signals, request_stop_on_signal
 from shoestring.launch.run.run_dir import read_run_status
 from shoestring.launch.run.signals import STOP_FILE_ENV_VAR, StoppedBeforeStart
 from shoestring.tests.launch.real_run import (
@@ -170,9 +170,8 @@ def test_ctrl_c_stops_immediately(start: Start, overrides: list[str], tmp_path: 
 def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
     again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    request = StopRequest(tmp_path / "stop", 60 if again else 0.5)
     former = signal.getsignal(signal.SIGTERM)
-    with request.request_stop_on_signal():
+    with request_stop_on_signal(tmp_path / "stop", 60 if again else 0.5) as raise_if_stop_failed:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # one request, sent three times
             signal.raise_signal(number)
         assert (tmp_path / "stop").exists()
@@ -182,16 +181,16 @@ def test_the_first_signal_asks_and_a_later_one_or_the_time_ends(
             wait_for_the_end(again)
         assert caught.value.exit_code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == former
-    request.raise_if_stop_failed(0)
+    raise_if_stop_failed(0)
     with pytest.raises(StoppedBySignal, match="SIGTERM"):
-        request.raise_if_stop_failed(1)
+        raise_if_stop_failed(1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1])
 def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> None:
     former = signal.signal(number, signal.SIG_DFL)  # under nohup the tests themselves ignore SIGHUP
     try:
-        with StopRequest(tmp_path / "stop", 60).request_stop_on_signal():
+        with request_stop_on_signal(tmp_path / "stop", 60):
             signal.raise_signal(number)
             assert (tmp_path / "stop").exists()
     finally:
@@ -201,7 +200,7 @@ def test_every_asking_signal_asks(number: signal.Signals, tmp_path: Path) -> Non
 def test_under_nohup_the_end_of_a_terminal_means_nothing(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with raise_on_stop_signals(), StopRequest(tmp_path / "stop", 60).request_stop_on_signal():
+        with raise_on_stop_signals(), request_stop_on_signal(tmp_path / "stop", 60):
             signal.raise_signal(signal.SIGHUP)
         assert not (tmp_path / "stop").exists()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

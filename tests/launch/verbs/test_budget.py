@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from shoestring import __version__
-from shoestring.launch.cli import parse_arguments
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.run.preflight import budget_problems
-from shoestring.launch.verbs.budget import budget_answer
-from shoestring.tests.launch.command_line import answer, exit_code
+from shoestring.tests.launch.command_line import answer, answer_of, exit_code
 from shoestring.tests.launch.renderings import check_renderings
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
@@ -117,8 +115,7 @@ def test_three_renderings_show_the_same_numbers(run_dir: Path) -> None:
     invoice.write_text("gpu_hours,amount\n2.5,6\n")
     of_run = ("--tokens", "14.8T", "--gpus", "2048", "--invoice", invoice, "--verify")
     for arguments, quantities in (((run_dir, *of_run), 60), ((project,), 15)):
-        options = parse_arguments(["budget", *map(str, arguments)])
-        check_renderings(budget_answer(options), smallest_number_of_quantities=quantities)
+        check_renderings(answer_of("budget", *arguments), smallest_number_of_quantities=quantities)
 
 
 def problems(run_dir: Path, *overrides: str, fresh: bool = False) -> dict[str, str]:

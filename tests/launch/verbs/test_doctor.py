@@ -12,10 +12,10 @@ from shoestring.launch.verbs.doctor import (
     AUTO_FP8_NOTE,
     NOT_RUN_ON_HARDWARE,
     Implementation,
-    doctor_answer,
     effective_settings,
     list_implementations,
 )
+from shoestring.tests.launch.command_line import answer_of
 from shoestring.tests.launch.renderings import check_renderings
 from shoestring.trainer.model.attention_backend import GpuCapabilities
 from shoestring.trainer.precision import backend as provider
@@ -35,7 +35,7 @@ def test_json_and_table_agree(capsys: pytest.CaptureFixture[str], monkeypatch: p
         else:
             assert all(finding.implementation in printed for finding in list_implementations())
             assert "pip install transformer-engine[pytorch], 2.20" in printed  # brackets are not markup
-    check_renderings(doctor_answer(), smallest_number_of_quantities=0)
+    check_renderings(answer_of("doctor"), smallest_number_of_quantities=0)
 
 
 def test_the_backend_that_auto_takes_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import torch
 from shoestring.comm.exchange.deepep_buffer import DeepEPBufferShape, deepep_buffer_bytes
 from shoestring.launch.compose import compose_run_config
 from shoestring.launch.planner.layout_memory import memory_by_kind
-from shoestring.launch.verbs.memory import MemoryReport, memory_answer
+from shoestring.launch.verbs.memory import memory_answer
 from shoestring.launch.verbs.simulate import simulate
 from shoestring.tests.launch.command_line import answer
 from shoestring.tests.launch.renderings import check_renderings
@@ -138,5 +138,4 @@ def test_three_renderings_show_the_same_numbers() -> None:
     predictor = MemoryPredictor(config, torch.device("cpu"))
     rank = predictor.predict_rank(0)
     measured = MeasuredMemory(rank.state, 0.9 * rank.between_instructions, 1.1 * rank.total)
-    report = MemoryReport(config, "cpu", predictor, [measured], all_tokens_to_one_rank=False)
-    check_renderings(memory_answer(report), smallest_number_of_quantities=15)
+    check_renderings(memory_answer(config, "cpu", [measured]), smallest_number_of_quantities=15)

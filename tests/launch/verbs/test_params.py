@@ -6,8 +6,7 @@ import pytest
 
 from shoestring.launch.cli import main
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.verbs.params import params_answer
-from shoestring.tests.launch.command_line import answer
+from shoestring.tests.launch.command_line import answer, answer_of
 from shoestring.tests.launch.renderings import check_renderings
 from shoestring.tests.trainer.data.deepseek_tokenizer import deepseek_tokenizer_folder
 
@@ -138,5 +137,5 @@ def test_a_model_need_not_fit_the_default_data(capsys: pytest.CaptureFixture[str
 
 
 def test_three_renderings_show_the_same_numbers() -> None:
-    config = compose_run_config(["model=deepseek_v3", "data.vocab_size=129280", "recompute=deepseek_v3"])
-    check_renderings(params_answer(config), smallest_number_of_quantities=14)
+    figures = answer_of("params", "model=deepseek_v3", "recompute=deepseek_v3")
+    check_renderings(figures, smallest_number_of_quantities=14)

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from shoestring.launch.verbs.partition import partition_answer, partition_model
-from shoestring.tests.launch.command_line import answer, tree_of
+from shoestring.tests.launch.command_line import answer, answer_of, tree_of
 from shoestring.tests.launch.renderings import check_renderings
 
 EMBEDDING = 129_280 * 7_168
@@ -86,5 +85,5 @@ def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], arguments
 
 
 def test_three_renderings_show_the_same_numbers() -> None:
-    model = partition_model(["model=deepseek_v3"], None, 16, "1f1b", None)
-    check_renderings(partition_answer(model), smallest_number_of_quantities=48)
+    split = answer_of("partition", "model=deepseek_v3", "--stages", "16")
+    check_renderings(split, smallest_number_of_quantities=48)

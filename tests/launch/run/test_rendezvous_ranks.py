@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from shoestring.comm.bootstrap import TorchrunEnvironment
 from shoestring.comm.errors import ConfigError
-from shoestring.launch.run.rank_rendezvous import StoppedBeforeRendezvous, open_rendezvous_store
-from shoestring.launch.run.restart_policy import count_stops_without_step
-from shoestring.launch.run.run_dir import read_run_status
+from shoestring.launch.run.rendezvous import open_rendezvous_store
+from shoestring.launch.run.run_dir import count_stops_without_step, read_run_status
+from shoestring.launch.run.signals import StoppedBeforeStart
 from shoestring.tests.launch.small_run import free_port, small_run
 from shoestring.trainer.run.exit import HaltReason
 
@@ -57,7 +57,7 @@ def test_a_rank_that_waits_alone_says_so_and_ends_at_its_limit(
 def test_a_request_to_stop_ends_the_wait(worker: TorchrunEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, "127.0.0.1")
     asked_at = time.monotonic() + 0.3
-    with pytest.raises(StoppedBeforeRendezvous, match=r"all 2 ranks had connected at 127\.0\.0\.1:"):
+    with pytest.raises(StoppedBeforeStart, match=r"all 2 ranks had connected at 127\.0\.0\.1:"):
         open_rendezvous_store(worker, 3, lambda: time.monotonic() > asked_at)
     assert time.monotonic() < asked_at + 1.5
 

@@ -6,8 +6,12 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.launch.compose import compose_run_config
-from shoestring.launch.run.capacity import MAX_RANKS_PER_CORE, MachineCapacity, capacity_problems
-from shoestring.launch.run.preflight import run_preflight_checks
+from shoestring.launch.run.preflight import (
+    MAX_RANKS_PER_CORE,
+    MachineCapacity,
+    capacity_problems,
+    run_preflight_checks,
+)
 from shoestring.trainer.config import RunConfig
 
 SMALL = MachineCapacity(cpu_cores=2, host_bytes=24e9, gpu_bytes=None, max_tasks=None)
