@@ -32,7 +32,7 @@ class Document(NamedTuple):
     """One text of a file."""
 
     place: int
-    """Where in the file: byte of the line (JSON lines), number of the line (compressed ones) or of the row, from 0."""
+    """Place in the file: byte of the line (JSON lines), number of the line (compressed ones) or of the row, from 0."""
     text: str
 
 

@@ -36,7 +36,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationSettings:
-    """What decides the tokens that a document becomes, and their order."""
+    """Settings that decide the tokens of a document, and the order of documents."""
 
     tokenizer_sha256: str = field(metadata=SHA256.metadata)
     eos_token_id: int
@@ -158,7 +158,7 @@ class DataManifest:
     format: int
     settings: PreparationSettings
     source: str | None
-    """Where the text comes from, as the configuration names it."""
+    """Place of the text, as the configuration names it."""
     license: str | None
     tokenizer: FileEntry
     tokenizer_config: FileEntry | None

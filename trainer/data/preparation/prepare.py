@@ -1,6 +1,6 @@
 """`shoestring data prepare`: a tokenizer and token shards in a directory, which is complete when its manifest is there.
 
-Each task leaves a completion record, so a preparation that was killed goes on where it was, and one of a corpus with
+Each task leaves a completion record, so a preparation that was killed continues, and one of a corpus with
 new files prepares only these.
 """
 

@@ -51,7 +51,7 @@ class TaskRecord:
     bad: tuple[str, ...]
     """The first broken records, each with file and line."""
     notes: tuple[str, ...] = ()
-    """What else is to be said about the files."""
+    """Remarks about the files."""
     part: DataPart
 
 

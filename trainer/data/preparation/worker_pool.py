@@ -16,7 +16,7 @@ from ....comm.files.file_io import os_error_to_problem, unwritable_directory_hin
 from .run_task import PreparationJob, TaskRecord, run_task
 from .tasks import Task
 
-_FINISHED = "what is finished is kept, and the same command goes on from there"
+_FINISHED = "what is finished is kept, and the same command continues"
 
 
 @dataclass

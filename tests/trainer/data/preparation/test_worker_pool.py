@@ -81,5 +81,5 @@ def test_a_directory_that_cannot_be_written_is_one_error(
 
     monkeypatch.setattr(worker_pool, "run_task", full)
     job, tasks = begun
-    with pytest.raises(ConfigError, match=r"x\.bin.*No space left on device; make room, .* the same command goes on"):
+    with pytest.raises(ConfigError, match=r"x\.bin.*No space left on device; make room, .* the same command continues"):
         list(run_tasks(job, tasks, 1, lambda progress: None))
