@@ -206,6 +206,7 @@ def _read_parquet(file: StoredFile, text_key: str, part: ByteRange | None, bad: 
             hint = f"is not a column of the file, which has {', '.join(names[:_MAX_SHOWN])}; set data.text_key"
             raise ConfigError([Problem(f"{file.url}: {text_key}", None, hint)])
         kind = table.schema_arrow.field(text_key).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             hint = f"is a column of {kind}, and text is needed; set data.text_key"
             raise ConfigError([Problem(f"{file.url}: {text_key}", None, hint)])

@@ -75,6 +75,8 @@ def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
 def test_parquet_reads_the_column(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", {"n": range(5), "body": TEXTS}, row_group_size=2)
     assert read(file, "body") == [Document(row, text) for row, text in enumerate(TEXTS)]
+    encoded = write_parquet(tmp_path / "b.parquet", {"body": pyarrow.array(TEXTS).dictionary_encode()})
+    assert read(encoded, "body") == read(file, "body")
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
