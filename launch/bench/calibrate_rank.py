@@ -128,7 +128,7 @@ class Calibration:
         groups = ProcessGroups.create(alone, 0, _LIMIT)
         model = Model(config.model)
         initialize_weights(model, seed=0)
-        worker = InlineCommunicator(recorder)
+        worker = InlineCommunicator(recorder=recorder)
         exchange = build_token_exchange(
             ExchangeConfig(), groups, config.model.n_routed_experts, worker, TrafficCounter(alone, 0)
         )
