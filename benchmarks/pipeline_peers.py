@@ -135,7 +135,7 @@ def ours(schedule: str, sizes: Sizes, rank: int, ranks: int) -> Peer:
     groups = ProcessGroups.create(Topology(pp=ranks), rank, timedelta(seconds=60))
     program = build_program(schedule, ranks, sizes.micro_batches)
     lanes = build_p2p_channels(groups.pp_next, groups.pp_prev, torch.device("cpu"))
-    executor = PipelineExecutor.from_program(program, rank, lanes, groups.pp_next.ranks)
+    executor = PipelineExecutor(program, rank, lanes, groups.pp_next.ranks)
     x, target = inputs_and_targets(sizes)
     placement, modules, stages = program.placement, {}, []
     for chunk in range(placement.chunks_per_rank):

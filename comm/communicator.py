@@ -5,11 +5,11 @@ Letters: G ranks of the group, N elements of a shard, M members.
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 PeerTensors = Sequence[tuple[Tensor, int]]
 """(tensor, global rank of the peer) pairs."""
@@ -19,61 +19,35 @@ PeerTensors = Sequence[tuple[Tensor, int]]
 REDUCE_STAGING_ELEMENTS = 2**22
 
 
-class Collectives(Protocol):
-    """Collective operations over one process group, in place.
+class Collectives:
+    """Collective operations over one process group, in place, as torch runs them on NCCL. Not yet run on hardware.
 
     On a GPU an operation returns when it is queued on the current stream, which waits for its end; on a CPU, when it is
     done. NCCL blocks the host in a first call until the other ranks make theirs: see `warm_up`. Raises `RuntimeError`,
     which `Group` turns into `CollectiveError`.
     """
 
-    process_group: dist.ProcessGroup
-
-    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """Replace `tensor` by its reduction over the group."""
-        ...
-
-    def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """Send `sent_M[i]` rows to rank i and fill `arrived` with `received_M[i]` rows from each rank i."""
-        ...
-
-    def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """Replace `own_N`, the local row of `shards_GN`, by its sum over the group."""
-        ...
-
-    def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """Fill row i of `shards_GN` with the `own_N` of rank i."""
-        ...
-
-    def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
-        """Exchange P2P messages as one batch, which ends when every message in it has been matched."""
-        ...
-
-
-class NcclCollectives:
-    """NCCL, on the current stream of a GPU. Not yet run on hardware."""
-
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self.process_group = process_group
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Collectives`."""
+        """Replace `tensor` by its reduction over the group."""
         dist.all_reduce(tensor, operation, group=self.process_group)
 
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Collectives`."""
+        """Send `sent_M[i]` rows to rank i and fill `arrived` with `received_M[i]` rows from each rank i."""
         dist.all_to_all_single(arrived, sent, list(received_M), list(sent_M), group=self.process_group)
 
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
-        _reduce_scatter(own_N, shards_GN, group=self.process_group)
+        """Replace `own_N`, the local row of `shards_GN`, by its sum over the group."""
+        _reduce_scatter(own_N, shards_GN, group=self.process_group)  # NCCL allows this rank's row to be the result
 
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Collectives`. In place, as NCCL allows where `own_N` is this rank's row."""
-        _all_gather(shards_GN, own_N, group=self.process_group)
+        """Fill row i of `shards_GN` with the `own_N` of rank i."""
+        _all_gather(shards_GN, own_N, group=self.process_group)  # NCCL allows `own_N` to be this rank's row
 
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
-        """See `Collectives`."""
+        """Exchange P2P messages as one batch, which ends when every message in it has been matched."""
         operations = [
             *(dist.P2POp(dist.isend, tensor, peer, self.process_group) for tensor, peer in sends),
             *(dist.P2POp(dist.irecv, tensor, peer, self.process_group) for tensor, peer in receives),
@@ -82,25 +56,22 @@ class NcclCollectives:
             work.wait()  # no timeout: with one, the host itself would block until the neighbor has sent
 
 
-class GlooCollectives:
+class GlooCollectives(Collectives):
     """gloo, for tensors on the host. The caller waits until an operation is done, at most `timeout`."""
 
     def __init__(self, process_group: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, timeout: timedelta) -> None:
-        self.process_group = process_group
+        super().__init__(process_group)
         self._ranks, self._group_rank, self._timeout = ranks, ranks.index(rank), timeout
 
-    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-        """See `Collectives`."""
-        dist.all_reduce(tensor, operation, group=self.process_group)
-
+    @override
     def all_to_all(self, arrived: Tensor, sent: Tensor, received_M: Sequence[int], sent_M: Sequence[int]) -> None:
-        """See `Collectives`."""
         # gloo's own all-to-all often sends in one direction after the other: twice the time on a slow link.
         self._exchange_messages(arrived.split(list(received_M)), sent.split(list(sent_M)))
 
+    @override
     def reduce_scatter(self, own_N: Tensor, shards_GN: Tensor) -> None:
-        """See `Collectives`. Each rank sums its shard: first the local part, then the others' in rank order."""
-        # gloo's own reduce-scatter is an all-reduce, which sends twice the bytes.
+        # Each rank sums its shard: first the local part, then the others' in rank order. gloo's own reduce-scatter is
+        # an all-reduce, which sends twice the bytes.
         piece = max(1, REDUCE_STAGING_ELEMENTS // len(self._ranks))
         for begin in range(0, own_N.numel(), piece):
             part_GM = shards_GN[:, begin : begin + piece]
@@ -111,12 +82,12 @@ class GlooCollectives:
                 if index != self._group_rank:
                     own_N[begin : begin + piece] += arrived_M
 
+    @override
     def all_gather(self, shards_GN: Tensor, own_N: Tensor) -> None:
-        """See `Collectives`."""
         self._exchange_messages(shards_GN.unbind(), [own_N] * len(self._ranks))
 
+    @override
     def send_and_receive(self, sends: PeerTensors, receives: PeerTensors) -> None:
-        """See `Collectives`."""
         # Everything is posted before anything is waited for: two ranks that send first and wait would block each other.
         works = [dist.irecv(tensor, src=peer, group=self.process_group) for tensor, peer in receives]
         works += [dist.isend(tensor, dst=peer, group=self.process_group) for tensor, peer in sends]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from .communicator import Collectives, GlooCollectives, NcclCollectives
+from .communicator import Collectives, GlooCollectives
 
 
 class GroupFactory(Protocol):
@@ -17,12 +17,8 @@ class GroupFactory(Protocol):
     creation_calls: int
     """Number of group creations so far, the default group included; a split counts once."""
 
-    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """Return the communicator of all ranks, for tensors on the device."""
-        ...
-
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """Return the communicator of all ranks, for tensors on the host."""
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives | None:
+        """Return the communicator of all ranks for tensors on the host; `world` is that for tensors on the device."""
         ...
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
@@ -45,18 +41,10 @@ class GlooGroupFactory:
         """Take the `timeout` of an operation: a new group does not inherit that of the default group."""
         self.creation_calls = 1
         self._rank, self._limit = rank, timeout
-        self._world: Collectives | None = None
 
-    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`."""
-        if self._world is None:
-            self._world = self.split_group("world", [ranks], None)
-        assert self._world is not None
-        return self._world
-
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`. On CPUs this is the group of `create_world`."""
-        return self.create_world(ranks)
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives | None:
+        """See `GroupFactory`. On CPUs this is `world`."""
+        return world
 
     def split_group(self, name: str, parts: Sequence[tuple[int, ...]], max_ctas: int | None) -> Collectives | None:
         """See `GroupFactory`."""
@@ -80,14 +68,7 @@ class NcclGroupFactory:
         self.creation_calls = 1
         self._device, self._rank, self._limit = device, rank, timeout
 
-    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`."""
-        # A split like the others, because the default group has the longer timeout of the start.
-        communicator = self.split_group("world", [ranks], None)
-        assert communicator is not None
-        return communicator
-
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives:
         """See `GroupFactory`. Return a gloo group."""
         self.creation_calls += 1
         # `TORCH_GLOO_LAZY_INIT` connects pairs at their first use: a full mesh of 2,048 ranks has 2,047 sockets per
@@ -108,4 +89,4 @@ class NcclGroupFactory:
         handle = dist.split_group(
             split_ranks=[list(ranks) for ranks in parts], timeout=self._limit, pg_options=options, group_desc=name
         )
-        return None if handle is None else NcclCollectives(handle)
+        return None if handle is None else Collectives(handle)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import Collectives, GlooCollectives, NcclCollectives, PeerTensors
+from .communicator import Collectives, GlooCollectives, PeerTensors
 from .errors import collective_error_context
 from .group_factory import GlooGroupFactory, GroupFactory
 from .topology import Topology
@@ -54,7 +55,7 @@ class Group:
         if len(ranks) > 1:
             # Not `get_backend`: it says "undefined" where `init_process_group` was called without a backend.
             on_nccl = "nccl" in dist.get_backend_config(adopted)
-            communicator = NcclCollectives(adopted) if on_nccl else GlooCollectives(adopted, ranks, rank, timeout)
+            communicator = Collectives(adopted) if on_nccl else GlooCollectives(adopted, ranks, rank, timeout)
         return Group(ranks, communicator, rank, timeout)
 
     @property
@@ -232,11 +233,13 @@ class ProcessGroups(ExpertGroups):
         alone = [(pp_rank,) for pp_rank in range(topology.pp)]
         shared = list(dict.fromkeys((*alone, *(tuple(sorted(set(each))) for each in shared_pp_ranks))))
         everyone = tuple(range(topology.world_size))
+        # A split like the others, because the default group has the longer timeout of the start.
+        world = builder.own("world", lambda _: everyone)
         return ProcessGroups(
             topology=topology,
             rank=rank,
-            world=builder.world(everyone),
-            world_cpu=builder.control(everyone),
+            world=world,
+            world_cpu=builder.control(world),
             ep=builder.own("ep", topology.ep_ranks),
             ep_inter_node=builder.own("ep inter-node", topology.ep_inter_node_ranks),
             ep_intra_node=builder.own("ep intra-node", topology.ep_intra_node_ranks),
@@ -270,14 +273,10 @@ class _GroupBuilder:
         self._watchdog = watchdog
         self._reducing: dict[_Parts, Collectives | None] = {}
 
-    def world(self, everyone: tuple[int, ...]) -> Group:
-        """Create the group of all ranks, for the main thread and tensors on the device."""
-        return self._group(everyone, self._create("all ranks", everyone, lambda: self._factory.create_world(everyone)))
-
-    def control(self, everyone: tuple[int, ...]) -> Group:
+    def control(self, world: Group) -> Group:
         """Create the group of all ranks for tensors on the host."""
-        control = self._create("world (CPU)", everyone, lambda: self._factory.create_world_cpu(everyone))
-        return replace(self._group(everyone, control), watchdog=None)
+        create = partial(self._factory.create_world_cpu, world.ranks, world.communicator)
+        return replace(world, communicator=self._create("world (CPU)", world.ranks, create), watchdog=None)
 
     def own(self, name: str, ranks_of: Callable[[int], tuple[int, ...]], max_ctas: int | None = None) -> Group:
         """Create the groups `ranks_of` every rank and return that of this rank."""

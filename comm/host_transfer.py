@@ -7,7 +7,7 @@ separate stream.
 import mmap
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,38 +67,12 @@ _PORTABLE = 1
 """`cudaHostRegisterPortable`: pinned for every CUDA context of the process."""
 
 
-class PagePinner(Protocol):
-    """Pins and unpins existing memory pages. Each call returns a CUDA error code, 0 for success."""
-
-    def pin(self, pointer: int, size: int) -> int:
-        """Pin `size` bytes from `pointer` on, so that copies to and from them are asynchronous."""
-        ...
-
-    def unpin(self, pointer: int) -> int:
-        """Unpin the pages that were pinned from `pointer` on."""
-        ...
-
-
-class CudaPagePinner:
-    """Pins with the CUDA runtime, by torch's binding. Not yet run on hardware."""
-
-    def pin(self, pointer: int, size: int) -> int:
-        """See `PagePinner`."""
-        return int(torch.cuda.cudart().cudaHostRegister(pointer, size, _PORTABLE))
-
-    def unpin(self, pointer: int) -> int:
-        """See `PagePinner`."""
-        return int(torch.cuda.cudart().cudaHostUnregister(pointer))
-
-
 class GrowableHostBuffer:
     """One host buffer that grows on demand and is reused. Pinning is not yet run on hardware."""
 
-    def __init__(self, pinner: PagePinner | None = None) -> None:
-        """Take the `pinner`; None is that of CUDA."""
+    def __init__(self) -> None:
         # Ordinary memory registered with CUDA: torch's allocator of pinned memory rounds up to a power of two, which
         # turns the 2.7 GiB of a rank of DeepSeek-V3 into 4, 32 GiB per node.
-        self._pinner = CudaPagePinner() if pinner is None else pinner
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._pinned: int | None = None
 
@@ -128,18 +102,18 @@ class GrowableHostBuffer:
     def unpin(self) -> None:
         """Unpin the pages. Required before the memory is freed; no copy may be in flight."""
         if self._pinned is not None:
-            _check("cudaHostUnregister", self._pinner.unpin(self._pinned))
+            _check("cudaHostUnregister", torch.cuda.cudart().cudaHostUnregister(self._pinned))
             self._pinned = None
 
     def _pin(self) -> None:
         pointer = self._bytes.data_ptr()
-        _check("cudaHostRegister", self._pinner.pin(pointer, len(self._bytes)))
+        _check("cudaHostRegister", torch.cuda.cudart().cudaHostRegister(pointer, len(self._bytes), _PORTABLE))
         self._pinned = pointer
 
 
-def _check(call: str, error: int) -> None:
-    if error != 0:
-        raise RuntimeError(f"{call} failed with CUDA error {error}: check whether the host has memory to pin")
+def _check(call: str, error: Any) -> None:
+    if int(error) != 0:
+        raise RuntimeError(f"{call} failed with CUDA error {int(error)}: check whether the host has memory to pin")
 
 
 STAGING_BYTES = 2**26

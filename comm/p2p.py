@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .async_comm import AsyncWork, StreamCommunicator
+from .async_comm import AsyncWork, FunctionWork, StreamCommunicator
 from .errors import collective_error_context
 from .groups import Group
 from .streams import DeviceStreams, get_device_streams
@@ -84,11 +85,15 @@ class GlooP2PChannel:
         self, group: Group, recorder: SpanRecorder = NULL_RECORDER, track: TimelineTrack = TimelineTrack.P2P_NEXT
     ) -> None:
         self._group, self._handle = group, group.process_group
+        self._recorder, self._track = recorder, track
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
         # Sends are waited for on another thread: a tensor must be kept until it is sent, and the computing thread must
         # not wait for a neighbor that is busy.
-        self._send_waiter = _SendWaiter(recorder, track)
+        self._sending: queue.Queue[tuple[P2PSend, dist.Work | None] | None] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._wait_for_each_send, name=track, daemon=True)
+        self._thread.start()
 
     def post(self, sends: Sequence[P2PSend], receives: Sequence[P2PReceive]) -> list[AsyncWork[Tensor]]:
         """See `P2PChannel`."""
@@ -99,88 +104,49 @@ class GlooP2PChannel:
             buffer, tag = incoming.allocate(), self._received[incoming.peer]
             with self._error_context(incoming):
                 work = dist.irecv(buffer, incoming.peer, self._handle, tag)
-            arriving.append(_GlooMessage(work, buffer, incoming.description, incoming.peer, self._group))
+            arriving.append(FunctionWork(partial(self._finish, incoming, work, buffer)))
             self._received[incoming.peer] += 1
         for outgoing in sends:
             with self._error_context(outgoing):
                 work = dist.isend(outgoing.tensor, outgoing.peer, self._handle, self._sent[outgoing.peer])
-            self._send_waiter.put(_GlooMessage(work, outgoing.tensor, outgoing.description, outgoing.peer, self._group))
+            self._sending.put((outgoing, work))
             self._sent[outgoing.peer] += 1
         return arriving
 
     def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
-        self._send_waiter.finish()
-
-    def close(self) -> None:
-        """See `P2PChannel`."""
-        self._send_waiter.close()
-
-    def _error_context(self, message: P2PSend | P2PReceive) -> AbstractContextManager[None]:
-        """Turn errors of posting into `CollectiveError`: gloo raises for a peer whose connection is closed."""
-        return collective_error_context(self._group.rank, message.description, [message.peer], self._group.timeout)
-
-
-@dataclass(frozen=True)
-class _GlooMessage:
-    """A gloo message in flight."""
-
-    work: dist.Work | None
-    tensor: Tensor
-    what: object
-    peer: int
-    group: Group
-
-    def wait(self) -> Tensor:
-        assert self.work is not None
-        with collective_error_context(self.group.rank, self.what, [self.peer], self.group.timeout):
-            self.work.wait(self.group.timeout)
-        return self.tensor
-
-
-class _SendWaiter:
-    """Keeps tensors until they are sent, on a thread that waits for one send after the other.
-
-    After a failure it waits for none.
-    """
-
-    def __init__(self, recorder: SpanRecorder, track: TimelineTrack) -> None:
-        self._recorder, self._track = recorder, track
-        self._messages: queue.SimpleQueue[_GlooMessage | threading.Event | None] = queue.SimpleQueue()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=track, daemon=True)
-        self._thread.start()
-
-    def put(self, message: _GlooMessage) -> None:
-        self._messages.put(message)
-
-    def finish(self) -> None:
-        """Wait for every message that was put."""
-        # The queue is first in first out: when the thread reaches this event it has waited for all messages before it.
-        reached = threading.Event()
-        self._messages.put(reached)
-        reached.wait()
+        self._sending.join()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        self._messages.put(None)
+        """See `P2PChannel`."""
+        self._sending.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
-        while (message := self._messages.get()) is not None:
-            if isinstance(message, threading.Event):
-                message.set()
-            elif self._failure is None:
-                self._wait(message)
-            del message  # else the tensor stays allocated while `get` waits for the next message
+    def _wait_for_each_send(self) -> None:
+        """Wait for one send after the other; after a failure for none."""
+        while (sending := self._sending.get()) is not None:
+            message, work = sending
+            try:
+                if self._failure is None:
+                    with self._recorder.span(self._track, "send", message.description):
+                        self._finish(message, work, message.tensor)
+            except BaseException as failure:
+                self._failure = failure
+            del sending, message, work  # else the tensor stays allocated while `get` waits for the next message
+            self._sending.task_done()
 
-    def _wait(self, message: _GlooMessage) -> None:
-        try:
-            with self._recorder.span(self._track, "send", message.what):
-                message.wait()
-        except BaseException as failure:
-            self._failure = failure
+    def _finish(self, message: P2PSend | P2PReceive, work: dist.Work | None, tensor: Tensor) -> Tensor:
+        """Wait for a posted message; return its `tensor`."""
+        assert work is not None
+        with self._error_context(message):
+            work.wait(self._group.timeout)
+        return tensor
+
+    def _error_context(self, message: P2PSend | P2PReceive) -> AbstractContextManager[None]:
+        """Turn errors into `CollectiveError`: gloo raises already at posting for a peer whose connection is closed."""
+        return collective_error_context(self._group.rank, message.description, [message.peer], self._group.timeout)
 
 
 class NcclP2PChannel:
@@ -208,7 +174,11 @@ class NcclP2PChannel:
             return buffers
 
         self._last = batch = self._worker.submit(what, move, [message.tensor for message in sends])
-        return [_BatchedMessage(batch, place) for place in range(len(receives))]
+
+        def arrival(place: int) -> AsyncWork[Tensor]:
+            return FunctionWork(lambda: batch.wait()[place])
+
+        return [arrival(place) for place in range(len(receives))]
 
     def wait_for_sends(self) -> None:
         """See `P2PChannel`."""
@@ -218,12 +188,3 @@ class NcclP2PChannel:
     def close(self) -> None:
         """See `P2PChannel`."""
         self._worker.close()
-
-
-@dataclass(frozen=True)
-class _BatchedMessage:
-    batch: AsyncWork[tuple[Tensor, ...]]
-    place: int
-
-    def wait(self) -> Tensor:
-        return self.batch.wait()[self.place]

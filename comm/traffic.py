@@ -1,6 +1,6 @@
 """Bytes that crossed each kind of link, counted where they are sent."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -28,13 +28,11 @@ class TrafficCounter:
         """Return a counter for nodes of as many consecutive ranks as `groups` has in this node."""
         return TrafficCounter(Topology(gpus_per_node=groups.ep_intra_node.size), groups.ep.rank)
 
-    def count_payload(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
-        """Add the payload that `operation` sends from this rank to each rank of `group`, in the group's order."""
-        self._add(operation, TrafficKind.PAYLOAD, zip(group.ranks, bytes_per_peer, strict=True))
-
-    def count_metadata(self, operation: str, group: Group, bytes_per_peer: Sequence[int]) -> None:
-        """Add the metadata that `operation` sends from this rank to each rank of `group`, in the group's order."""
-        self._add(operation, TrafficKind.METADATA, zip(group.ranks, bytes_per_peer, strict=True))
+    def count(self, operation: str, kind: TrafficKind, group: Group, bytes_per_peer: Sequence[int]) -> None:
+        """Add what `operation` sends from this rank to each rank of `group`, in the group's order."""
+        for peer, size in zip(group.ranks, bytes_per_peer, strict=True):
+            key = (operation, kind, self.topology.link_type(self.rank, peer))
+            self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size
 
     def reset(self) -> None:
         """Count from zero again."""
@@ -47,8 +45,3 @@ class TrafficCounter:
             if kind in (None, of_kind) and operation in (None, counted):
                 totals[link] += size
         return totals
-
-    def _add(self, operation: str, kind: TrafficKind, sizes: Iterable[tuple[int, int]]) -> None:
-        for peer, size in sizes:
-            key = (operation, kind, self.topology.link_type(self.rank, peer))
-            self.bytes_sent[key] = self.bytes_sent.get(key, 0) + size

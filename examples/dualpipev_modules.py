@@ -50,7 +50,7 @@ def run_rank(context: RankContext, micro_batches: int) -> None:
                 loss=loss if PLACEMENT.is_last_stage(place) else None,
             )
         )
-    PipelineExecutor.from_program(PROGRAM, rank, channels, groups[0].ranks).run(stages)
+    PipelineExecutor(PROGRAM, rank, channels, groups[0].ranks).run(stages)
     for channel in channels.values():
         channel.close()
     losses = [each for stage in stages for _, each in sorted(stage.losses.items())]

@@ -115,13 +115,13 @@ class PipelineRuntime:
     def build_executor(self, program: PipelineProgram) -> PipelineExecutor:
         """Build the executor of this rank's instructions of `program`."""
         groups = self.groups
-        return PipelineExecutor.from_program(
+        return PipelineExecutor(
             program,
             groups.pp_rank,
             self.channels,
             groups.pp_next.ranks,
-            overlap=self.overlap,
-            recorder=self.recorder,
+            self.overlap,
+            self.recorder,
         )
 
     def build_forward_executor(self, micro_batches: int) -> PipelineExecutor:

@@ -17,26 +17,24 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
-from ..async_comm import AsyncCommunicator, AsyncWork, TwoPartWork
+from ..async_comm import AsyncCommunicator
 from ..errors import Problem
 from ..fp8 import QuantizedRows, dequantize, nan_placeholder, quantize, tiles_per_row
 from ..groups import ExpertGroups
-from ..host_transfer import AsyncHostCopy
-from ..trace import ExchangeCall, ExchangeLabel
-from .api import UNLABELED, DispatchedTokens
+from ..trace import ExchangeCall
+from .api import DispatchedTokens, TokenExchange
 from .config import ExchangeConfig
 from .deepep_buffer import DeepEPBufferShape
 from .deepep_probe import probe_deepep_import
-from .permutation import TokenCounts, build_destination_mask
+from .permutation import TokenCounts
 from .wire_format import WireFormat
 
 MIN_COMPUTE_CAPABILITY = (9, 0)
@@ -59,15 +57,8 @@ INTER_NODE_SMS = 6
 # gives 4 to 6 SMs for training like DeepSeek-V3's.
 
 
-@dataclass(frozen=True)
-class DeepEPLayout:
-    """Layout of one dispatch: DeepEP's handle."""
-
-    handle: Any
-
-
-class DeepEPExchange:
-    """`TokenExchange` with DeepEP over one expert-parallel group. Expert e is on rank e // L of the group."""
+class DeepEPExchange(TokenExchange[Any]):
+    """`TokenExchange` with DeepEP's kernels. The layout of a dispatch is DeepEP's handle."""
 
     # All calls, and the conversion of what arrives, run on the communicator's side stream, which DeepEP's own stream
     # follows. So nothing here waits for the model, and no `previous_event` is needed.
@@ -81,11 +72,7 @@ class DeepEPExchange:
         shape: DeepEPBufferShape,
     ) -> None:
         """Allocate DeepEP's buffers on the communicator of the group. Collective over it."""
-        self._group = groups.ep
-        self._node_size = groups.ep_intra_node.size
-        self._experts = num_experts
-        self._worker = async_communicator
-        self._config = config
+        super().__init__(groups, num_experts, async_communicator, config=config)
         self._shape = shape
         self._sms = 0 if groups.ep_inter_node.size == 1 else INTER_NODE_SMS  # 0: DeepEP decides
         # NCCL may create a communicator only at its first collective, and DeepEP needs an existing one.
@@ -93,7 +80,7 @@ class DeepEPExchange:
         library = importlib.import_module("deep_ep")
         self._index_dtype: torch.dtype = library.topk_idx_t
         seconds = math.ceil(self._group.timeout.total_seconds())
-        with self._error_context("opening DeepEP's buffers"):
+        with self._group.collective_error_context("opening DeepEP's buffers"):
             self._buffer: Any = library.ElasticBuffer(
                 self._group.process_group,
                 num_max_tokens_per_rank=shape.max_tokens_per_rank,
@@ -106,40 +93,32 @@ class DeepEPExchange:
                 explicitly_destroy=True,
             )
 
-    def dispatch(
-        self,
-        tokens_TD: Tensor,
-        weights_TK: Tensor,
-        experts_TK: Tensor,
-        label: ExchangeLabel = UNLABELED,
-        *,
-        keep_quantized: bool = False,
-    ) -> TwoPartWork[DispatchedTokens[DeepEPLayout]]:
-        """See `TokenExchange`. The first part only counts pairs; the second is DeepEP's one call, sizes included."""
-        call = ExchangeCall("dispatch", label)
+    @override
+    def _dispatch(
+        self, call: ExchangeCall, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, keep_quantized: bool
+    ) -> Callable[[], DispatchedTokens[Any]]:
+        # The first part only counts (token, rank) and (token, node) pairs; the second is DeepEP's one call, sizes
+        # included.
+        masks = self._destination_masks(experts_TK)
+        pair_counts = self._worker.copy_to_host_async(torch.stack([mask.sum() for mask in masks]))
 
-        def first() -> Callable[[], DispatchedTokens[DeepEPLayout]]:
-            pair_counts = self._worker.copy_to_host_async(self._count_pairs(experts_TK))
-            return lambda: second(pair_counts)
-
-        def second(pair_counts: AsyncHostCopy) -> DispatchedTokens[DeepEPLayout]:
+        def second() -> DispatchedTokens[Any]:
             # DeepEP polls for the sizes and holds the GIL meanwhile (about 2 ms per dispatch): no thread of this rank
             # that saves, averages or reads data runs. `do_cpu_sync=False` would not wait, but allocates for every token
             # of the group at min(K, L) local experts: 7.5 GB per dispatch of DeepSeek-V3 in place of 0.23, and the
             # experts would still need the sizes. A cached dispatch (`combine_backward`) neither polls nor waits.
-            with self._error_context(str(call)):
-                arrived, _, weights_R, handle, event = self._buffer.dispatch(
-                    _encode(self._config.dispatch, tokens_TD),
-                    topk_idx=experts_TK.to(self._index_dtype).contiguous(),
-                    topk_weights=weights_TK.to(torch.float32).contiguous(),
-                    num_experts=self._experts,
-                    num_max_tokens_per_rank=self._shape.max_tokens_per_rank,
-                    expert_alignment=1,
-                    num_sms=self._sms,
-                    async_with_compute_stream=True,
-                    do_expand=True,
-                )
-                event.current_stream_wait(release_handle=True)
+            arrived, _, weights_R, handle = self._run(
+                call,
+                self._buffer.dispatch,
+                _encode(self._config.dispatch, tokens_TD),
+                topk_idx=experts_TK.to(self._index_dtype).contiguous(),
+                topk_weights=weights_TK.to(torch.float32).contiguous(),
+                num_experts=self._num_experts,
+                num_max_tokens_per_rank=self._shape.max_tokens_per_rank,
+                expert_alignment=1,
+                num_sms=self._sms,
+                do_expand=True,
+            )
             rank_pairs, node_pairs = pair_counts.wait().tolist()  # no wait: DeepEP has waited for the sizes
             tokens, top_k = experts_TK.shape
             quantized = _quantized_rows(*arrived) if keep_quantized and isinstance(arrived, tuple) else None
@@ -150,78 +129,53 @@ class DeepEPExchange:
                 gate_weights_R=weights_R.to(weights_TK.dtype),
                 rows_per_expert_L=tuple(handle.num_recv_tokens_per_expert_list),
                 token_counts=TokenCounts(tokens, tokens * top_k, rank_pairs, node_pairs),
-                label=label,
-                layout=DeepEPLayout(handle),
+                label=call.label,
+                layout=handle,
                 quantized_rows=quantized,
             )
 
-        return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
+        return second
 
-    def combine(self, rows_RD: Tensor, received: DispatchedTokens[DeepEPLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call = ExchangeCall("combine", received.label)
+    @override
+    def _combine(self, call: ExchangeCall, layout: Any, rows_RD: Tensor) -> Tensor:
+        return self._combine_rows(call, rows_RD, None, layout)[0]
 
-        def work() -> Tensor:
-            sums_TD, _ = self._combine_rows(call, rows_RD, None, received.layout)
-            return sums_TD
+    @override
+    def _combine_backward(self, call: ExchangeCall, layout: Any, grad_TD: Tensor) -> Tensor:
+        # The handle sets neither the layout nor the number of SMs, and allows only the number of its dispatch.
+        arrived, *_ = self._run(
+            call,
+            self._buffer.dispatch,
+            _encode(self._config.combine_backward, grad_TD),
+            num_sms=layout.num_sms,
+            handle=layout,
+            do_expand=True,
+        )
+        return _decode(arrived, grad_TD.dtype)
 
-        return self._worker.submit(str(call), work, (rows_RD,))
-
-    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[DeepEPLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call, handle = ExchangeCall("combine_backward", received.label), received.layout.handle
-
-        def work() -> Tensor:
-            with self._error_context(str(call)):
-                # The handle sets neither the layout nor the number of SMs, and allows only the number of its dispatch.
-                arrived, _, _, _, event = self._buffer.dispatch(
-                    _encode(self._config.combine_backward, grad_TD),
-                    num_sms=handle.num_sms,
-                    async_with_compute_stream=True,
-                    handle=handle,
-                    do_expand=True,
-                )
-                event.current_stream_wait(release_handle=True)
-            return _decode(arrived, grad_TD.dtype)
-
-        return self._worker.submit(str(call), work, (grad_TD,))
-
-    def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[DeepEPLayout]
-    ) -> AsyncWork[tuple[Tensor, Tensor]]:
-        """See `TokenExchange`."""
-        call = ExchangeCall("dispatch_backward", received.label)
-
-        def work() -> tuple[Tensor, Tensor]:
-            metadata_R = grad_weights_R.to(torch.float32).contiguous()
-            grad_TD, grad_weights_TK = self._combine_rows(call, grad_RD, metadata_R, received.layout)
-            assert grad_weights_TK is not None
-            return grad_TD, grad_weights_TK.to(grad_weights_R.dtype)
-
-        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
+    @override
+    def _dispatch_backward(
+        self, call: ExchangeCall, layout: Any, grad_RD: Tensor, grad_weights_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        metadata_R = grad_weights_R.to(torch.float32).contiguous()
+        grad_TD, grad_weights_TK = self._combine_rows(call, grad_RD, metadata_R, layout)
+        assert grad_weights_TK is not None
+        return grad_TD, grad_weights_TK.to(grad_weights_R.dtype)
 
     def _combine_rows(
-        self, call: ExchangeCall, rows_RD: Tensor, metadata_R: Tensor | None, layout: DeepEPLayout
+        self, call: ExchangeCall, rows_RD: Tensor, metadata_R: Tensor | None, layout: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Sum the rows of each token; return the number per row in `metadata_R` by (token, choice)."""
-        with self._error_context(str(call)):
-            sums_TD, metadata_TK, event = self._buffer.combine(
-                rows_RD.to(torch.bfloat16).contiguous(),
-                layout.handle,
-                topk_weights=metadata_R,
-                async_with_compute_stream=True,
-            )
-            event.current_stream_wait(release_handle=True)
+        rows_XD = rows_RD.to(torch.bfloat16).contiguous()
+        sums_TD, metadata_TK = self._run(call, self._buffer.combine, rows_XD, layout, topk_weights=metadata_R)
         return sums_TD.to(rows_RD.dtype), metadata_TK
 
-    def _count_pairs(self, experts_TK: Tensor) -> Tensor:
-        """Return the numbers of (token, rank) and of (token, node) pairs, [2]."""
-        mask_TP = build_destination_mask(experts_TK // (self._experts // self._group.size), self._group.size)
-        mask_TN = mask_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
-        return torch.stack((mask_TP.sum(), mask_TN.sum()))
-
-    def _error_context(self, what: str) -> AbstractContextManager[None]:
-        return self._group.collective_error_context(what)
+    def _run(self, call: ExchangeCall, kernel: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, ...]:
+        """Run one of DeepEP's calls; return its results but the event at the end, for which the stream waits."""
+        with self._group.collective_error_context(str(call)):
+            *results, event = kernel(*arguments, async_with_compute_stream=True, **options)
+            event.current_stream_wait(release_handle=True)
+        return tuple(results)
 
 
 def _encode(format_name: str, rows_XD: Tensor) -> Tensor | tuple[Tensor, Tensor]:

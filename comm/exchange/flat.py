@@ -10,17 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..async_comm import AsyncCommunicator, AsyncWork, InlineCommunicator, TwoPartWork
 from ..fp8 import QuantizedRows, nan_placeholder
-from ..groups import ExpertGroups
 from ..host_transfer import AsyncHostCopy
-from ..trace import ExchangeCall, ExchangeLabel
-from ..traffic import TrafficCounter
-from .api import UNLABELED, DispatchedTokens
+from ..trace import ExchangeCall
+from .api import DispatchedTokens, TokenExchange
 from .buffer_bytes import ExchangeBufferBytes
-from .config import ExchangeConfig
-from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
+from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
 
 
@@ -38,46 +35,17 @@ class FlatLayout:
     top_k: int
 
 
-class FlatExchange:
-    """`TokenExchange` over one expert-parallel group. Expert e is on rank e // L of the group."""
+class FlatExchange(TokenExchange[FlatLayout]):
+    """`TokenExchange` in one all-to-all."""
 
-    def __init__(
-        self,
-        groups: ExpertGroups,
-        num_experts: int,
-        async_communicator: AsyncCommunicator | None = None,
-        traffic: TrafficCounter | None = None,
-        config: ExchangeConfig | None = None,
-    ) -> None:
-        """Take by default a communicator that runs in the calling thread, and the configuration's defaults.
+    @override
+    def _dispatch(
+        self, call: ExchangeCall, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, keep_quantized: bool
+    ) -> Callable[[], DispatchedTokens[FlatLayout]]:
+        received_PL, sums = self._count_rows(call, experts_TK)
 
-        `num_experts` is their number over all ranks, a multiple of the ranks.
-        """
-        self._group = groups.ep
-        self._node_size = groups.ep_intra_node.size
-        self._experts = num_experts
-        self._worker = async_communicator or InlineCommunicator()
-        self.traffic = traffic or TrafficCounter.by_nodes(groups)
-        self._config = config or ExchangeConfig()
-
-    def dispatch(
-        self,
-        tokens_TD: Tensor,
-        weights_TK: Tensor,
-        experts_TK: Tensor,
-        label: ExchangeLabel = UNLABELED,
-        *,
-        keep_quantized: bool = False,
-    ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:
-        """See `TokenExchange`."""
-        call = ExchangeCall("dispatch", label)
-
-        def first() -> Callable[[], DispatchedTokens[FlatLayout]]:
-            received_PL, numbers = self._exchange_sizes(call, experts_TK)
-            return lambda: second(received_PL, numbers.wait())
-
-        def second(received_PL: Tensor, numbers: Tensor) -> DispatchedTokens[FlatLayout]:
-            layout, rows_per_expert_L, token_counts = self._plan(experts_TK, received_PL, numbers.tolist())
+        def second() -> DispatchedTokens[FlatLayout]:
+            layout, rows_per_expert_L, token_counts = self._plan(experts_TK, received_PL, sums.wait().tolist())
             weights_N1 = weights_TK.reshape(-1, 1).index_select(0, layout.choice_of_copy_N)
             wire = RowCodec(WireFormat(self._config.dispatch), tokens_TD.shape[1], tokens_TD.dtype)
             if keep_quantized and wire.format is WireFormat.FP8 and not layout.all_to_all_stage.is_local:
@@ -87,56 +55,35 @@ class FlatExchange:
                 quantized = None
                 rows_RD, weights_R1 = self._dispatch_rows(call, wire, tokens_TD, layout, weights_N1)
             return DispatchedTokens(
-                rows_RD, weights_R1.flatten(), rows_per_expert_L, token_counts, label, layout, quantized
+                rows_RD, weights_R1.flatten(), rows_per_expert_L, token_counts, call.label, layout, quantized
             )
 
-        return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
+        return second
 
-    def combine(self, rows_RD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call = ExchangeCall("combine", received.label)
+    @override
+    def _combine(self, call: ExchangeCall, layout: FlatLayout, rows_RD: Tensor) -> Tensor:
+        return self._combine_rows(call, self._config.combine, rows_RD, layout, empty_metadata(rows_RD))[0]
 
-        def work() -> Tensor:
-            return self._combine_rows(call, self._config.combine, rows_RD, received.layout, empty_metadata(rows_RD))[0]
+    @override
+    def _combine_backward(self, call: ExchangeCall, layout: FlatLayout, grad_TD: Tensor) -> Tensor:
+        wire = RowCodec(WireFormat(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
+        return self._dispatch_rows(call, wire, grad_TD, layout, empty_metadata(layout.choice_of_copy_N))[0]
 
-        return self._worker.submit(str(call), work, (rows_RD,))
+    @override
+    def _dispatch_backward(
+        self, call: ExchangeCall, layout: FlatLayout, grad_RD: Tensor, grad_weights_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        metadata_R1 = grad_weights_R[:, None]
+        grad_TD, grad_N1 = self._combine_rows(call, self._config.dispatch_backward, grad_RD, layout, metadata_R1)
+        grad_weights_TK = torch.empty_like(grad_N1)
+        grad_weights_TK[layout.choice_of_copy_N] = grad_N1
+        return grad_TD, grad_weights_TK.view(-1, layout.top_k)
 
-    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call, layout = ExchangeCall("combine_backward", received.label), received.layout
-
-        def work() -> Tensor:
-            wire = RowCodec(WireFormat(self._config.combine_backward), grad_TD.shape[1], grad_TD.dtype)
-            return self._dispatch_rows(call, wire, grad_TD, layout, empty_metadata(layout.choice_of_copy_N))[0]
-
-        return self._worker.submit(str(call), work, (grad_TD,))
-
-    def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[FlatLayout]
-    ) -> AsyncWork[tuple[Tensor, Tensor]]:
-        """See `TokenExchange`."""
-        call, layout = ExchangeCall("dispatch_backward", received.label), received.layout
-
-        def work() -> tuple[Tensor, Tensor]:
-            metadata_R1 = grad_weights_R[:, None]
-            grad_TD, grad_N1 = self._combine_rows(call, self._config.dispatch_backward, grad_RD, layout, metadata_R1)
-            grad_weights_TK = torch.empty_like(grad_N1)
-            grad_weights_TK[layout.choice_of_copy_N] = grad_N1
-            return grad_TD, grad_weights_TK.view(-1, layout.top_k)
-
-        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
-
-    def _exchange_sizes(self, call: ExchangeCall, experts_TK: Tensor) -> tuple[Tensor, AsyncHostCopy]:
+    def _count_rows(self, call: ExchangeCall, experts_TK: Tensor) -> tuple[Tensor, AsyncHostCopy]:
         """Return the rows from each rank for each local expert, [P, L], and a host copy of the sums for `_plan`."""
-        ranks = self._group.size
-        sent_PL = bincount_on_device(experts_TK, self._experts).view(ranks, -1)
-        received_PL = torch.empty_like(sent_PL)
-        one_each = [1] * ranks
-        self.traffic.count_metadata("sizes", self._group, [sent_PL[0].numel() * 8] * ranks)
-        self._group.all_to_all(received_PL, sent_PL, one_each, one_each, f"sizes of {call}")
-
-        mask_TP = build_destination_mask(experts_TK // sent_PL.shape[1], ranks)
-        mask_TM = mask_TP.unflatten(1, (-1, self._node_size)).any(dim=2)
+        sent_PL = bincount_on_device(experts_TK, self._num_experts).view(self._group.size, -1)
+        received_PL = self._exchange_sizes(call, sent_PL)
+        mask_TP, mask_TM = self._destination_masks(experts_TK)
         sums = (sent_PL.sum(dim=1), received_PL.sum(dim=1), received_PL.sum(dim=0), mask_TP.sum(), mask_TM.sum())
         # One copy of all sums: each read on the host makes it wait for the device, so a dispatch has one.
         return received_PL, self._worker.copy_to_host_async(torch.cat([x.reshape(-1) for x in sums]))

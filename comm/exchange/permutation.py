@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..groups import Group
 from ..trace import ExchangeCall
-from ..traffic import TrafficCounter
+from ..traffic import TrafficCounter, TrafficKind
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class AllToAllStage:
         if self.is_local:
             return messages_XB
         size = messages_XB.shape[1]
-        self.traffic.count_payload(call.operation, self.group, [rows * payload for rows in sent_M])
-        self.traffic.count_metadata(call.operation, self.group, [rows * (size - payload) for rows in sent_M])
+        for kind, per_row in ((TrafficKind.PAYLOAD, payload), (TrafficKind.METADATA, size - payload)):
+            self.traffic.count(call.operation, kind, self.group, [rows * per_row for rows in sent_M])
         arrived_XB = messages_XB.new_empty((sum(received_M), size))
         return self.group.all_to_all(arrived_XB, messages_XB, received_M, sent_M, str(call))
 

@@ -14,16 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..async_comm import AsyncCommunicator, AsyncWork, InlineCommunicator, TwoPartWork
 from ..fp8 import nan_placeholder
-from ..groups import ExpertGroups
-from ..host_transfer import AsyncHostCopy
-from ..trace import ExchangeCall, ExchangeLabel
-from ..traffic import TrafficCounter
-from .api import UNLABELED, DispatchedTokens
+from ..trace import ExchangeCall
+from .api import DispatchedTokens, TokenExchange
 from .buffer_bytes import ExchangeBufferBytes
-from .config import ExchangeConfig
 from .permutation import AllToAllStage, Permutation, TokenCounts, bincount_on_device, build_destination_mask
 from .wire_format import RowCodec, WireFormat, empty_metadata, pack_columns, unpack_column, unpack_columns
 
@@ -51,105 +47,40 @@ class _Sizes:
     to_ranks_G: tuple[int, ...]
     from_ranks_G: tuple[int, ...]
     rows_per_expert_L: tuple[int, ...]
-    rank_pairs: int
+    rank_pairs: tuple[int]
 
 
-@dataclass(frozen=True)
-class _SizeExchange:
-    """Exchange of sizes in flight."""
+class TwoHopExchange(TokenExchange[TwoHopLayout]):
+    """`TokenExchange` over ranks that are spread evenly over nodes."""
 
-    mask_TN: Tensor
-    numbers: AsyncHostCopy
-    lengths: tuple[int, ...]
-    """Length of each field of `_Sizes` in `numbers`."""
+    @override
+    def _dispatch(
+        self, call: ExchangeCall, tokens_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, keep_quantized: bool
+    ) -> Callable[[], DispatchedTokens[TwoHopLayout]]:
+        mask_TN, sizes = self._count_rows(call, experts_TK)
+        return lambda: self._send_tokens(call, tokens_TD, weights_TK, experts_TK, keep_quantized, mask_TN, sizes())
 
-    def sizes(self) -> _Sizes:
-        """Wait for the numbers: the only wait of the host in a dispatch."""
-        parts = [tuple(part.tolist()) for part in self.numbers.wait().split(self.lengths)]
-        return _Sizes(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5][0])
+    @override
+    def _combine(self, call: ExchangeCall, layout: TwoHopLayout, rows_RD: Tensor) -> Tensor:
+        no_metadata = empty_metadata(layout.to_experts.first_slot_X)
+        return self._combine_rows(call, self._config.combine, rows_RD, layout, no_metadata)[0]
 
+    @override
+    def _combine_backward(self, call: ExchangeCall, layout: TwoHopLayout, grad_TD: Tensor) -> Tensor:
+        # Encoded once and forwarded as bytes: the rank in between neither dequantizes nor rounds again.
+        wire = self._codec(self._config.combine_backward, grad_TD)
+        payload_TB, size = layout.to_nodes.permute(wire.encode(grad_TD)), wire.payload_bytes_per_row
+        payload_VB = self._copy_for_ranks(layout.to_ranks, layout.inter_node.dispatch(call, payload_TB, size))
+        return layout.to_experts.permute(wire.decode(layout.intra_node.dispatch(call, payload_VB, size)))
 
-class TwoHopExchange:
-    """`TokenExchange` over one expert-parallel group, spread evenly over nodes. Expert e is on its rank e // L."""
-
-    def __init__(
-        self,
-        groups: ExpertGroups,
-        num_experts: int,
-        async_communicator: AsyncCommunicator | None = None,
-        traffic: TrafficCounter | None = None,
-        config: ExchangeConfig | None = None,
-    ) -> None:
-        """Take by default a communicator that runs in the calling thread, and the configuration's defaults.
-
-        `num_experts` is their number over all ranks, a multiple of the ranks.
-        """
-        self._group = groups.ep
-        self._inter_node = groups.ep_inter_node
-        self._intra_node = groups.ep_intra_node
-        self._local_experts = num_experts // groups.ep.size
-        self._worker = async_communicator or InlineCommunicator()
-        self.traffic = traffic or TrafficCounter.by_nodes(groups)
-        self._config = config or ExchangeConfig()
-
-    def dispatch(
-        self,
-        tokens_TD: Tensor,
-        weights_TK: Tensor,
-        experts_TK: Tensor,
-        label: ExchangeLabel = UNLABELED,
-        *,
-        keep_quantized: bool = False,
-    ) -> TwoPartWork[DispatchedTokens[TwoHopLayout]]:
-        """See `TokenExchange`."""
-        call = ExchangeCall("dispatch", label)
-
-        def first() -> Callable[[], DispatchedTokens[TwoHopLayout]]:
-            size_exchange = self._exchange_sizes(call, experts_TK)
-            return lambda: self._send_tokens(call, tokens_TD, weights_TK, experts_TK, keep_quantized, size_exchange)
-
-        return self._worker.submit_two_part(str(call), first, (tokens_TD, weights_TK, experts_TK))
-
-    def combine(self, rows_RD: Tensor, received: DispatchedTokens[TwoHopLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call, layout = ExchangeCall("combine", received.label), received.layout
-
-        def work() -> Tensor:
-            no_metadata = empty_metadata(layout.to_experts.first_slot_X)
-            return self._combine_rows(call, self._config.combine, rows_RD, layout, no_metadata)[0]
-
-        return self._worker.submit(str(call), work, (rows_RD,))
-
-    def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[TwoHopLayout]) -> AsyncWork[Tensor]:
-        """See `TokenExchange`."""
-        call, layout = ExchangeCall("combine_backward", received.label), received.layout
-
-        def work() -> Tensor:
-            # Encoded once and forwarded as bytes: the rank in between neither dequantizes nor rounds again.
-            wire = self._codec(self._config.combine_backward, grad_TD)
-            payload_VB = layout.inter_node.dispatch(
-                call, layout.to_nodes.permute(wire.encode(grad_TD)), wire.payload_bytes_per_row
-            )
-            payload_UB = layout.intra_node.dispatch(
-                call, self._copy_for_ranks(layout.to_ranks, payload_VB), wire.payload_bytes_per_row
-            )
-            return layout.to_experts.permute(wire.decode(payload_UB))
-
-        return self._worker.submit(str(call), work, (grad_TD,))
-
-    def dispatch_backward(
-        self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[TwoHopLayout]
-    ) -> AsyncWork[tuple[Tensor, Tensor]]:
-        """See `TokenExchange`."""
-        call, layout = ExchangeCall("dispatch_backward", received.label), received.layout
-
-        def work() -> tuple[Tensor, Tensor]:
-            # The gradient of each gate has its own column, zero on all other rows: the sums on the way back are exact.
-            grad_UK = grad_weights_R.new_zeros((len(layout.to_experts.first_slot_X), layout.top_k))
-            grad_UK.view(-1)[layout.choice_of_row_R] = grad_weights_R
-            return self._combine_rows(call, self._config.dispatch_backward, grad_RD, layout, grad_UK)
-
-        return self._worker.submit(str(call), work, (grad_RD, grad_weights_R))
+    @override
+    def _dispatch_backward(
+        self, call: ExchangeCall, layout: TwoHopLayout, grad_RD: Tensor, grad_weights_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # The gradient of each gate has its own column, zero on all other rows: the sums on the way back are exact.
+        grad_UK = grad_weights_R.new_zeros((len(layout.to_experts.first_slot_X), layout.top_k))
+        grad_UK.view(-1)[layout.choice_of_row_R] = grad_weights_R
+        return self._combine_rows(call, self._config.dispatch_backward, grad_RD, layout, grad_UK)
 
     def _send_tokens(
         self,
@@ -158,9 +89,9 @@ class TwoHopExchange:
         weights_TK: Tensor,
         experts_TK: Tensor,
         keep_quantized: bool,
-        size_exchange: _SizeExchange,
+        mask_TN: Tensor,
+        sizes: _Sizes,
     ) -> DispatchedTokens[TwoHopLayout]:
-        sizes = size_exchange.sizes()
         wire = self._codec(self._config.dispatch, tokens_TD)
         # Expert numbers travel with the row, because the forwarding rank and the expert's rank sort by them. int32
         # halves their bytes.
@@ -168,7 +99,7 @@ class TwoHopExchange:
         columns = wire.message_columns(numbers_TK, weights_TK)
         message_TB = pack_columns(wire.encode(tokens_TD), numbers_TK, weights_TK)
 
-        to_nodes = Permutation.from_destination_mask(size_exchange.mask_TN, sum(sizes.to_nodes_N))
+        to_nodes = Permutation.from_destination_mask(mask_TN, sum(sizes.to_nodes_N))
         inter_node = AllToAllStage(self._inter_node, self.traffic, sizes.to_nodes_N, sizes.from_nodes_N)
         message_VB = inter_node.dispatch(call, to_nodes.permute(message_TB), wire.payload_bytes_per_row)
 
@@ -191,7 +122,7 @@ class TwoHopExchange:
             rows_RD=rows_RD,
             gate_weights_R=weights_UK.flatten()[choice_of_row_R],
             rows_per_expert_L=sizes.rows_per_expert_L,
-            token_counts=TokenCounts(tokens, tokens * top_k, sizes.rank_pairs, sum(sizes.to_nodes_N)),
+            token_counts=TokenCounts(tokens, tokens * top_k, sizes.rank_pairs[0], sum(sizes.to_nodes_N)),
             label=call.label,
             layout=TwoHopLayout(to_nodes, inter_node, to_ranks, intra_node, to_experts, choice_of_row_R, top_k),
             quantized_rows=quantized,
@@ -220,28 +151,23 @@ class TwoHopExchange:
         sums_TD, metadata_TW = combine_stage(layout.inter_node, layout.to_nodes, sums_VD, metadata_VW)
         return sums_TD.to(rows_RD.dtype), metadata_TW.to(metadata_UW.dtype)
 
-    def _exchange_sizes(self, call: ExchangeCall, experts_TK: Tensor) -> _SizeExchange:
-        """Exchange the row counts of both all-to-alls; return them as a copy to the host in flight."""
+    def _count_rows(self, call: ExchangeCall, experts_TK: Tensor) -> tuple[Tensor, Callable[[], _Sizes]]:
+        """Exchange the row counts of both all-to-alls; return the nodes of each token and what waits for the counts."""
         # Each rank gets from each other one: the tokens for this node, for each rank of the node and for each local
         # expert. The first two matter only to the rank on the sender's rail. One small all-to-all over the whole group
         # in place of one per stage: the host waits once.
         nodes, node_size, local_experts = self._inter_node.size, self._intra_node.size, self._local_experts
-        mask_TP = build_destination_mask(experts_TK // local_experts, self._group.size)
-        mask_TN = mask_TP.unflatten(1, (nodes, node_size)).any(dim=2)
+        mask_TP, mask_TN = self._destination_masks(experts_TK)
         to_ranks_NG = mask_TP.sum(dim=0).view(nodes, node_size)
         sent_PS = torch.cat(
             (
                 mask_TN.sum(dim=0)[:, None].repeat_interleave(node_size, dim=0),
                 to_ranks_NG.repeat_interleave(node_size, dim=0),
-                bincount_on_device(experts_TK, self._group.size * local_experts).view(-1, local_experts),
+                bincount_on_device(experts_TK, self._num_experts).view(-1, local_experts),
             ),
             dim=1,
         )
-        received_PS = torch.empty_like(sent_PS)
-        one_each = [1] * self._group.size
-        self.traffic.count_metadata("sizes", self._group, [sent_PS[0].numel() * 8] * self._group.size)
-        self._group.all_to_all(received_PS, sent_PS, one_each, one_each, f"sizes of {call}")
-
+        received_PS = self._exchange_sizes(call, sent_PS)
         received_NGS = received_PS.view(nodes, node_size, -1)
         place = self._intra_node.group_rank
         sums = (
@@ -252,8 +178,13 @@ class TwoHopExchange:
             received_PS[:, 1 + node_size :].sum(dim=0),
             mask_TP.sum()[None],
         )
-        lengths = tuple(len(part) for part in sums)
-        return _SizeExchange(mask_TN, self._worker.copy_to_host_async(torch.cat(sums)), lengths)
+        lengths, numbers = tuple(len(part) for part in sums), self._worker.copy_to_host_async(torch.cat(sums))
+
+        def wait() -> _Sizes:
+            """Wait for the numbers: the only wait of the host in a dispatch."""
+            return _Sizes(*(tuple(part.tolist()) for part in numbers.wait().split(lengths)))
+
+        return mask_TN, wait
 
     def _codec(self, format_name: str, rows_XD: Tensor) -> RowCodec:
         """Return the codec of `format_name`; a single rank sends nothing and must round nothing."""

@@ -180,7 +180,7 @@ class ForecastProgram:
     @cached_property
     def simulator(self) -> ProgramSimulator:
         """Simulator of the program."""
-        return ProgramSimulator.from_program(self.program)
+        return ProgramSimulator(self.program)
 
     @cached_property
     def peak_instructions_by_rank(self) -> tuple[frozenset[LiveInstruction], ...]:

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 
-from .placement import StageLocation
+from .communication import P2PTensorKind, iter_halves
 from .program import (
     ChunkMicroBatch,
     Instruction,
@@ -69,33 +69,25 @@ def _check_counts(program: PipelineProgram, rank: int, instructions: tuple[Instr
 
 def _check_order(program: PipelineProgram, rank: int, instructions: tuple[Instruction, ...]) -> None:
     """Check the order on one rank: backwards after their forwards, chunks that pass tensors to each other in order."""
-    placement = program.placement
-    forwards = {entry.forward: index for index, entry in enumerate(instructions) if entry.forward is not None}
-    backwards = {
-        entry.backward: index
-        for index, entry in enumerate(instructions)
-        if entry.backward is not None and entry.op is not Op.W
-    }
-
-    def needed(
-        index: int, made: dict[ChunkMicroBatch, int], place: StageLocation | None, micro_batch: int, what: str
-    ) -> None:
-        if place is None or place.rank != rank:
-            return
-        if made[ChunkMicroBatch(place.chunk, micro_batch)] >= index:
-            source = f"chunk {place.chunk} micro-batch {micro_batch}"
-            raise InvalidProgramError(
-                f"{describe_instruction(rank, index, instructions[index])}: needs the {what} of {source} before it"
-            )
-
-    for work, index in forwards.items():
-        needed(
-            index, forwards, placement.previous_location(StageLocation(rank, work.chunk)), work.micro_batch, "forward"
-        )
-    for work, index in backwards.items():
-        here = StageLocation(rank, work.chunk)
-        needed(index, forwards, here, work.micro_batch, "forward")
-        needed(index, backwards, placement.next_location(here), work.micro_batch, "gradient")
+    halves = [
+        (index, half)
+        for index, instruction in enumerate(instructions)
+        for half in iter_halves(program.placement, rank, instruction)
+    ]
+    computed = {(half.tensor_kind, half.work): index for index, half in halves}
+    for index, half in halves:
+        needed = [(half.tensor_kind, half.source)]
+        if half.tensor_kind is P2PTensorKind.GRADIENT:
+            needed.insert(0, (P2PTensorKind.ACTIVATION, half.here))
+        for kind, place in needed:
+            if place is None or place.rank != rank:
+                continue
+            if computed[kind, ChunkMicroBatch(place.chunk, half.work.micro_batch)] >= index:
+                what = "forward" if kind is P2PTensorKind.ACTIVATION else "gradient"
+                source = f"chunk {place.chunk} micro-batch {half.work.micro_batch}"
+                raise InvalidProgramError(
+                    f"{describe_instruction(rank, index, instructions[index])}: needs the {what} of {source} before it"
+                )
 
 
 def _check_weight_gradients(rank: int, instructions: tuple[Instruction, ...]) -> None:

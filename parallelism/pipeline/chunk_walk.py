@@ -1,4 +1,4 @@
-"""Order of a chunk's computing, exchanges and weight gradients: an MoE layer's as data, a stage's as generators.
+"""Order of a chunk's computing, exchanges and weight gradients, as generators.
 
 Three interpreters follow it: `trainer/model/chunk.py` executes it on tensors, `trainer/memory/chunk.py` counts its
 bytes, and `launch/planner/stream_simulation.py` its seconds.
@@ -55,113 +55,6 @@ class ExchangeOperation(StrEnum):
         return self in (ExchangeOperation.DISPATCH, ExchangeOperation.COMBINE_BACKWARD)
 
 
-@dataclass(frozen=True)
-class Compute:
-    """Compute a part."""
-
-    part: LayerPart
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Launch an exchange; of a dispatch the first part, which exchanges sizes."""
-
-    exchange: ExchangeOperation
-
-
-@dataclass(frozen=True)
-class LaunchSecondPart:
-    """Launch the second part of the dispatch, which sends the tokens; without this step the wait launches it."""
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Wait for the result of an exchange."""
-
-    exchange: ExchangeOperation
-
-
-@dataclass(frozen=True)
-class FlushWeightGradients:
-    """Compute the weight gradients that are pending, unless they are deferred to a W instruction."""
-
-    part: LayerPart
-    """Part that most of them belong to; timelines name it."""
-
-
-Action = Compute | Launch | LaunchSecondPart | Wait | FlushWeightGradients
-
-
-@dataclass(frozen=True)
-class TimelineSpan:
-    """Steps that are one span of a timeline. No hand-over is among them: spans of one track do not overlap."""
-
-    part: LayerPart
-    steps: tuple[Action, ...]
-
-
-@dataclass(frozen=True)
-class HandOver:
-    """Hand over to the other generator, if one is interleaved."""
-
-
-@dataclass(frozen=True)
-class IfInterleaved:
-    """Steps that run only while another generator is interleaved."""
-
-    steps: tuple[Action | HandOver, ...]
-
-
-Step = Action | TimelineSpan | HandOver | IfInterleaved
-
-MOE_FORWARD: tuple[Step, ...] = (
-    TimelineSpan(LayerPart.ATTENTION, (Compute(LayerPart.ATTENTION),)),
-    Launch(ExchangeOperation.DISPATCH),
-    HandOver(),
-    # Interleaved, the other micro-batch has queued its mlp(B) by now. The host must wait for sizes before it can launch
-    # the second part of the dispatch; waiting earlier would have delayed that mlp(B), which hides this part.
-    IfInterleaved((LaunchSecondPart(), HandOver())),
-    TimelineSpan(
-        LayerPart.ROUTED_EXPERTS,
-        (
-            # The shared expert needs no exchange: queued first, it computes while the host waits for the sizes.
-            Compute(LayerPart.SHARED_EXPERTS),
-            Wait(ExchangeOperation.DISPATCH),
-            Compute(LayerPart.ROUTED_EXPERTS),
-        ),
-    ),
-    Launch(ExchangeOperation.COMBINE),
-    HandOver(),
-    Wait(ExchangeOperation.COMBINE),
-    Compute(LayerPart.MERGE),
-)
-"""Forward of an MoE layer. Interleaved, dispatch(F) hides behind mlp(B) and combine(F) behind attn(B)."""
-
-MOE_BACKWARD: tuple[Step, ...] = (
-    Launch(ExchangeOperation.COMBINE_BACKWARD),
-    # Weight gradients run while an exchange is in flight: attn(W) of the layer above (2.4 ms in DeepSeek's trace) hides
-    # this one.
-    FlushWeightGradients(LayerPart.ATTENTION),
-    HandOver(),
-    TimelineSpan(
-        LayerPart.ROUTED_EXPERTS,
-        (
-            Compute(LayerPart.SHARED_EXPERTS),
-            Wait(ExchangeOperation.COMBINE_BACKWARD),
-            Compute(LayerPart.ROUTED_EXPERTS),
-        ),
-    ),
-    # Interleaved, the other micro-batch launches the second part of its dispatch first: dispatch_backward needs the
-    # result of mlp(B), and launched now it would keep that part waiting behind it, with nothing to hide it.
-    IfInterleaved((HandOver(),)),
-    Launch(ExchangeOperation.DISPATCH_BACKWARD),
-    FlushWeightGradients(LayerPart.ROUTED_EXPERTS),
-    HandOver(),
-    TimelineSpan(LayerPart.ATTENTION, (Wait(ExchangeOperation.DISPATCH_BACKWARD), Compute(LayerPart.ATTENTION))),
-)
-"""Backward of an MoE layer: its phases in reverse. Input gradients; weight gradients wait for the next flush."""
-
-
 class MoELayerInterpreter(Protocol):
     """Meaning of the steps of one MoE layer, in one direction. It is dropped when the layer is done."""
 
@@ -170,11 +63,14 @@ class MoELayerInterpreter(Protocol):
         ...
 
     def launch(self, exchange: ExchangeOperation) -> None:
-        """Launch an exchange."""
+        """Launch an exchange; of a dispatch the first part, which exchanges sizes."""
         ...
 
     def launch_second_part(self) -> None:
-        """Launch the second part of the dispatch. A backward has none."""
+        """Launch the second part of the dispatch, which sends the tokens; else the wait launches it.
+
+        A backward has none.
+        """
         return
 
     def wait(self, exchange: ExchangeOperation) -> None:
@@ -182,7 +78,10 @@ class MoELayerInterpreter(Protocol):
         ...
 
     def flush_weight_gradients(self, part: LayerPart) -> None:
-        """Compute pending weight gradients. A forward has none."""
+        """Compute the weight gradients that are pending, unless they are deferred to a W instruction.
+
+        Timelines name `part`, to which most of them belong. A forward has none.
+        """
         return
 
     def span(self, part: LayerPart) -> AbstractContextManager[object]:
@@ -242,7 +141,7 @@ def walk_main_forward(stage: StageShape, chunk: ChunkInterpreter) -> Resumable[N
     for place in range(stage.dense_layers):
         chunk.compute(LayerPart.DENSE_LAYER, place)
     for place in range(stage.dense_layers, stage.layers):
-        yield from _walk_layer(MOE_FORWARD, chunk.moe_layer(place))
+        yield from _walk_moe_forward(chunk.moe_layer(place))
     if stage.is_last:
         chunk.compute(LayerPart.FINAL_NORM, 0)
 
@@ -250,7 +149,7 @@ def walk_main_forward(stage: StageShape, chunk: ChunkInterpreter) -> Resumable[N
 def walk_mtp_forward(stage: StageShape, depth: int, chunk: ChunkInterpreter) -> Resumable[None]:
     """Run one MTP module: from the hidden state of the depth before to that of `depth`, which counts from 1."""
     chunk.compute(LayerPart.MTP_MERGE, depth)
-    yield from _walk_layer(MOE_FORWARD, chunk.moe_layer(stage.layers + depth - 1))
+    yield from _walk_moe_forward(chunk.moe_layer(stage.layers + depth - 1))
     chunk.compute(LayerPart.FINAL_NORM, depth)
 
 
@@ -263,11 +162,11 @@ def walk_backward(stage: StageShape, mtp_modules: int, chunk: ChunkInterpreter) 
             chunk.compute(LayerPart.LOSS, depth)
         for depth in range(mtp_modules, 0, -1):
             chunk.compute(LayerPart.FINAL_NORM, depth)
-            yield from _walk_layer(MOE_BACKWARD, chunk.moe_layer(stage.layers + depth - 1))
+            yield from _walk_moe_backward(chunk.moe_layer(stage.layers + depth - 1))
             chunk.compute(LayerPart.MTP_MERGE, depth)
         chunk.compute(LayerPart.FINAL_NORM, 0)
     for place in reversed(range(stage.dense_layers, stage.layers)):
-        yield from _walk_layer(MOE_BACKWARD, chunk.moe_layer(place))
+        yield from _walk_moe_backward(chunk.moe_layer(place))
     for place in reversed(range(stage.dense_layers)):
         chunk.compute(LayerPart.DENSE_LAYER, place)
     if stage.is_first:
@@ -276,30 +175,47 @@ def walk_backward(stage: StageShape, mtp_modules: int, chunk: ChunkInterpreter) 
     chunk.flush_weight_gradients(LayerPart.ATTENTION)
 
 
-def _walk_layer(steps: tuple[Step, ...], layer: MoELayerInterpreter) -> Resumable[None]:
-    is_interleaved: bool | None = False
-    for step in steps:
-        if isinstance(step, HandOver):
-            is_interleaved = yield
-        elif not isinstance(step, IfInterleaved):
-            _run_step(step, layer)
-        elif is_interleaved:
-            yield from _walk_layer(step.steps, layer)
+def _walk_moe_forward(layer: MoELayerInterpreter) -> Resumable[None]:
+    """Run the forward of an MoE layer. Interleaved, dispatch(F) hides behind mlp(B) and combine(F) behind attn(B)."""
+    # No hand-over is inside a span: spans of one track do not overlap.
+    with layer.span(LayerPart.ATTENTION):
+        layer.compute(LayerPart.ATTENTION)
+    layer.launch(ExchangeOperation.DISPATCH)
+    is_interleaved = yield
+    if is_interleaved:
+        # The other micro-batch has queued its mlp(B) by now. The host must wait for sizes before it can launch the
+        # second part of the dispatch; waiting earlier would have delayed that mlp(B), which hides this part.
+        layer.launch_second_part()
+        yield
+    with layer.span(LayerPart.ROUTED_EXPERTS):
+        # The shared expert needs no exchange: queued first, it computes while the host waits for the sizes.
+        layer.compute(LayerPart.SHARED_EXPERTS)
+        layer.wait(ExchangeOperation.DISPATCH)
+        layer.compute(LayerPart.ROUTED_EXPERTS)
+    layer.launch(ExchangeOperation.COMBINE)
+    yield
+    layer.wait(ExchangeOperation.COMBINE)
+    layer.compute(LayerPart.MERGE)
 
 
-def _run_step(step: Action | TimelineSpan, layer: MoELayerInterpreter) -> None:
-    match step:
-        case Compute(part):
-            layer.compute(part)
-        case Launch(exchange):
-            layer.launch(exchange)
-        case LaunchSecondPart():
-            layer.launch_second_part()
-        case Wait(exchange):
-            layer.wait(exchange)
-        case FlushWeightGradients(part):
-            layer.flush_weight_gradients(part)
-        case TimelineSpan(part, inner):
-            with layer.span(part):
-                for each in inner:
-                    _run_step(each, layer)
+def _walk_moe_backward(layer: MoELayerInterpreter) -> Resumable[None]:
+    """Run the backward of an MoE layer: its phases in reverse. Weight gradients wait for the next flush."""
+    layer.launch(ExchangeOperation.COMBINE_BACKWARD)
+    # Weight gradients run while an exchange is in flight: attn(W) of the layer above (2.4 ms in DeepSeek's trace) hides
+    # this one.
+    layer.flush_weight_gradients(LayerPart.ATTENTION)
+    is_interleaved = yield
+    with layer.span(LayerPart.ROUTED_EXPERTS):
+        layer.compute(LayerPart.SHARED_EXPERTS)
+        layer.wait(ExchangeOperation.COMBINE_BACKWARD)
+        layer.compute(LayerPart.ROUTED_EXPERTS)
+    if is_interleaved:
+        # The other micro-batch launches the second part of its dispatch first: dispatch_backward needs the result of
+        # mlp(B), and launched now it would keep that part waiting behind it, with nothing to hide it.
+        yield
+    layer.launch(ExchangeOperation.DISPATCH_BACKWARD)
+    layer.flush_weight_gradients(LayerPart.ROUTED_EXPERTS)
+    yield
+    with layer.span(LayerPart.ATTENTION):
+        layer.wait(ExchangeOperation.DISPATCH_BACKWARD)
+        layer.compute(LayerPart.ATTENTION)

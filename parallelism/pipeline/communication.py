@@ -2,12 +2,12 @@
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
-from .placement import Direction, StageLocation
+from .placement import Direction, StageLocation, StagePlacement
 from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram
 
 
@@ -75,8 +75,13 @@ def derive_p2p_batches(program: PipelineProgram) -> tuple[tuple[P2PBatch, ...], 
     # The model is NCCL's: a batch is one group of sends and receives on one stream, which ends when all have matched.
     # Receiving ahead lets results and the next inputs travel together, and an instruction find its inputs ready.
     # Further ahead gains nothing: the buffer would only wait, and on NCCL the receive would keep its SMs.
-    producers = {p2p_op: index for index, p2p_op in _iter_ops(program, _outgoing)}
-    consumers = {p2p_op: index for index, p2p_op in _iter_ops(program, _incoming)}
+    producers: dict[P2POp, int] = {}
+    consumers: dict[P2POp, int] = {}
+    for rank, instructions in enumerate(program.instructions):
+        for index, instruction in enumerate(instructions):
+            for half in iter_halves(program.placement, rank, instruction):
+                producers.update((op, index) for op in _p2p_ops(program.placement, half, half.here, half.target))
+                consumers.update((op, index) for op in _p2p_ops(program.placement, half, half.source, half.here))
     sends, receives, needs = (_OpsByBatch(list) for _ in range(3))
     arriving_ops: defaultdict[tuple[int, Direction], list[P2POp]] = defaultdict(list)
     send_indices: defaultdict[tuple[int, Direction], list[int]] = defaultdict(list)
@@ -116,57 +121,46 @@ def _receive_batch_indices(needed: Sequence[int], sending: Sequence[int]) -> Ite
         yield batch_index
 
 
-def _iter_ops(
-    program: PipelineProgram, ends: Callable[[PipelineProgram, int, Instruction], Iterator[P2POp]]
-) -> Iterator[tuple[int, P2POp]]:
-    """Yield every message with the index of the instruction at one of its ends."""
-    for rank, instructions in enumerate(program.instructions):
-        for index, instruction in enumerate(instructions):
-            for p2p_op in ends(program, rank, instruction):
-                yield index, p2p_op
+@dataclass(frozen=True, slots=True)
+class InstructionHalf:
+    """The forward or backward of an instruction, and the stages that its input comes from and its result goes to."""
+
+    tensor_kind: P2PTensorKind
+    """Kind of the input and of the result."""
+    work: ChunkMicroBatch
+    here: StageLocation
+    source: StageLocation | None
+    """None in the first stage of its direction."""
+    target: StageLocation | None
+    """None in the last stage of its direction."""
+
+    @staticmethod
+    def at(
+        placement: StagePlacement, rank: int, tensor_kind: P2PTensorKind, work: ChunkMicroBatch
+    ) -> "InstructionHalf":
+        """Return the forward (of activations) or backward (of gradients) of `work` on `rank`."""
+        here = StageLocation(rank, work.chunk)
+        ends = placement.previous_location(here), placement.next_location(here)
+        source, target = ends if tensor_kind is P2PTensorKind.ACTIVATION else reversed(ends)
+        return InstructionHalf(tensor_kind, work, here, source, target)
 
 
-def _outgoing(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
-    """Yield the messages that `instruction` produces for another rank."""
-    placement, forward, backward = program.placement, instruction.forward, instruction.backward
-    if forward is not None:
-        source = StageLocation(rank, forward.chunk)
-        yield from _p2p_op(
-            program, P2PTensorKind.ACTIVATION, source, placement.next_location(source), forward.micro_batch
-        )
-    if backward is not None and instruction.op is not Op.W:
-        source = StageLocation(rank, backward.chunk)
-        yield from _p2p_op(
-            program, P2PTensorKind.GRADIENT, source, placement.previous_location(source), backward.micro_batch
-        )
+def iter_halves(placement: StagePlacement, rank: int, instruction: Instruction) -> Iterator[InstructionHalf]:
+    """Yield the forward and the backward of `instruction`; W is neither, for it takes and gives nothing."""
+    if instruction.forward is not None:
+        yield InstructionHalf.at(placement, rank, P2PTensorKind.ACTIVATION, instruction.forward)
+    if instruction.backward is not None and instruction.op is not Op.W:
+        yield InstructionHalf.at(placement, rank, P2PTensorKind.GRADIENT, instruction.backward)
 
 
-def _incoming(program: PipelineProgram, rank: int, instruction: Instruction) -> Iterator[P2POp]:
-    """Yield the messages that `instruction` needs from another rank."""
-    placement, forward, backward = program.placement, instruction.forward, instruction.backward
-    if forward is not None:
-        target = StageLocation(rank, forward.chunk)
-        yield from _p2p_op(
-            program, P2PTensorKind.ACTIVATION, placement.previous_location(target), target, forward.micro_batch
-        )
-    if backward is not None and instruction.op is not Op.W:
-        target = StageLocation(rank, backward.chunk)
-        yield from _p2p_op(
-            program, P2PTensorKind.GRADIENT, placement.next_location(target), target, backward.micro_batch
-        )
-
-
-def _p2p_op(
-    program: PipelineProgram,
-    payload: P2PTensorKind,
-    source: StageLocation | None,
-    target: StageLocation | None,
-    micro_batch: int,
+def _p2p_ops(
+    placement: StagePlacement, half: InstructionHalf, source: StageLocation | None, target: StageLocation | None
 ) -> Iterator[P2POp]:
+    """Yield the message from `source` to `target`, one of which is the place of `half`, if there is one."""
     if source is None or target is None or source.rank == target.rank:
         return
-    if payload is P2PTensorKind.ACTIVATION:
-        direction = program.placement.direction_of_chunk(source.chunk)
+    if half.tensor_kind is P2PTensorKind.ACTIVATION:
+        direction = placement.direction_of_chunk(source.chunk)
     else:
-        direction = program.placement.direction_of_chunk(target.chunk).opposite
-    yield P2POp(payload, direction, source, target, micro_batch)
+        direction = placement.direction_of_chunk(target.chunk).opposite
+    yield P2POp(half.tensor_kind, direction, source, target, half.work.micro_batch)

@@ -6,6 +6,7 @@ which run to completion alone or interleaved in pairs.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -18,10 +19,10 @@ from ...comm.p2p import P2PChannel, P2PReceive, P2PSend, build_p2p_channel
 from ...comm.streams import DeviceStreams
 from ...comm.trace import NULL_RECORDER, PIPELINE_WAIT, SpanRecorder, TimelineTrack
 from ..weight_grad import DelayedWeightGradients
-from .communication import P2PBatch, P2POp, P2PTensorKind, derive_p2p_batches
+from .communication import InstructionHalf, P2PBatch, P2POp, P2PTensorKind, derive_p2p_batches, iter_halves
 from .instruction import Resumable, run_instruction
 from .placement import Direction, StageLocation
-from .program import ChunkMicroBatch, Instruction, Op, PipelineProgram, describe_instruction
+from .program import ChunkMicroBatch, Instruction, PipelineProgram, describe_instruction
 
 
 class PipelineStage(Protocol):
@@ -90,25 +91,14 @@ class PipelineExecutor:
     """Channels by direction; empty for one pipeline rank."""
     global_ranks: tuple[int, ...]
     """Global ranks of the pipeline ranks, in order."""
-    p2p_batches: tuple[P2PBatch, ...]
     overlap: bool = True
     """Interleave the two halves of an FB; if False, run the forward first. The results are equal."""
     recorder: SpanRecorder = NULL_RECORDER
 
-    @staticmethod
-    def from_program(
-        program: PipelineProgram,
-        pp_rank: int,
-        channels: Mapping[Direction, P2PChannel],
-        global_ranks: tuple[int, ...],
-        *,
-        overlap: bool = True,
-        recorder: SpanRecorder = NULL_RECORDER,
-    ) -> "PipelineExecutor":
-        """Create an executor, deriving the messages from the program."""
-        return PipelineExecutor(
-            program, pp_rank, channels, global_ranks, derive_p2p_batches(program)[pp_rank], overlap, recorder
-        )
+    @cached_property
+    def p2p_batches(self) -> tuple[P2PBatch, ...]:
+        """P2P batches of this rank."""
+        return derive_p2p_batches(self.program)[self.pp_rank]
 
     def run(self, stages: Sequence[PipelineStage], listener: InstructionListener | None = None) -> None:
         """Run every instruction on `stages`, which are indexed by chunk.
@@ -135,30 +125,19 @@ class PipelineExecutor:
         # All pairs of a direction connect in one batch: two ranks that are both next and previous to each other (a loop
         # of two) exchange their connections in one message, whose length must be equal at both ends.
         for direction, channel in self.channels.items():
-            sent = {
-                p2p_op.target
-                for p2p_batch in self.p2p_batches
-                for p2p_op in p2p_batch.sends
-                if p2p_op.direction is direction
-            }
-            awaited = {
-                p2p_op.source
-                for p2p_batch in self.p2p_batches
-                for p2p_op in p2p_batch.receives
-                if p2p_op.direction is direction
-            }
+            messages = partial(_in_direction, direction)
+            sent = {op.target.rank for batch in self.p2p_batches for op in messages(batch.sends)}
+            awaited = {op.source.rank for batch in self.p2p_batches for op in messages(batch.receives)}
+            element = partial(torch.zeros, 1, device=device)
             channel.post(
-                [P2PSend(_WARM_UP_MESSAGE, torch.zeros(1, device=device), peer) for peer in self._peers(sent)],
-                [
-                    P2PReceive(_WARM_UP_MESSAGE, lambda: torch.zeros(1, device=device), peer)
-                    for peer in self._peers(awaited)
-                ],
+                [P2PSend(_WARM_UP_MESSAGE, element(), self.global_ranks[rank]) for rank in sorted(sent)],
+                [P2PReceive(_WARM_UP_MESSAGE, element, self.global_ranks[rank]) for rank in sorted(awaited)],
             )
             channel.wait_for_sends()
 
-    def _peers(self, places: Iterable[StageLocation]) -> list[int]:
-        """Return the global ranks of `places` in ascending order, without repetition."""
-        return [self.global_ranks[rank] for rank in sorted({place.rank for place in places})]
+
+def _in_direction(direction: Direction, p2p_ops: Iterable[P2POp]) -> list[P2POp]:
+    return [p2p_op for p2p_op in p2p_ops if p2p_op.direction is direction]
 
 
 class _Run:
@@ -166,21 +145,21 @@ class _Run:
 
     def __init__(self, executor: PipelineExecutor, stages: Sequence[PipelineStage]) -> None:
         self._executor = executor
-        self._program, self._rank = executor.program, executor.pp_rank
-        self._stages = stages
+        self.program, self.rank = executor.program, executor.pp_rank
+        self.stages = stages
         self._arriving: dict[tuple[P2PTensorKind, ChunkMicroBatch], tuple[P2POp, AsyncWork[Tensor]]] = {}
         self._ready: dict[tuple[P2PTensorKind, ChunkMicroBatch], Tensor] = {}
         """Inputs that have arrived, by the chunk and micro-batch that need them."""
         self._leaving: dict[tuple[P2PTensorKind, ChunkMicroBatch], Tensor] = {}
         """Results for other ranks that are not sent yet, by the chunk and micro-batch that produced them."""
-        self._pending_weights: dict[ChunkMicroBatch, DelayedWeightGradients] = {}
+        self.pending_weights: dict[ChunkMicroBatch, DelayedWeightGradients] = {}
 
     def post(self, p2p_batch: P2PBatch) -> None:
         """Post the sends and receives of a batch."""
         for direction, channel in self._executor.channels.items():
-            receives = [p2p_op for p2p_op in p2p_batch.receives if p2p_op.direction is direction]
+            receives = _in_direction(direction, p2p_batch.receives)
             arriving = channel.post(
-                [self._outgoing(p2p_op) for p2p_op in p2p_batch.sends if p2p_op.direction is direction],
+                [self._outgoing(p2p_op) for p2p_op in _in_direction(direction, p2p_batch.sends)],
                 [P2PReceive(p2p_op, self._buffer(p2p_op), self._global(p2p_op.source)) for p2p_op in receives],
             )
             for p2p_op, message in zip(receives, arriving, strict=True):
@@ -193,89 +172,49 @@ class _Run:
             None if work is None else _ChunkRun(self, work) for work in (instruction.forward, instruction.backward)
         )
         try:
-            self._wait_for_inputs(instruction)
+            # All inputs before it starts: its span then holds no pipeline wait, which has a separate span.
+            for half in iter_halves(self.program.placement, self.rank, instruction):
+                self._wait_for_input(half)
             with recorder.span(TimelineTrack.INSTRUCTION, instruction.op, instruction):
                 run_instruction(instruction.op, forward, backward, overlap=overlap)
         except CollectiveError as failure:
-            raise CollectiveError(f"{describe_instruction(self._rank, index, instruction)}: {failure}") from failure
+            raise CollectiveError(f"{describe_instruction(self.rank, index, instruction)}: {failure}") from failure
 
     def finish(self) -> None:
         """Wait until every send has finished."""
         for channel in self._executor.channels.values():
             channel.wait_for_sends()
 
-    def _wait_for_inputs(self, instruction: Instruction) -> None:
-        """Wait for the messages that the instruction needs."""
-        # All of them before it starts: its span then holds no pipeline wait, which has a separate span.
-        placement = self._program.placement
-        if (work := instruction.forward) is not None:
-            self._wait_for_message(
-                P2PTensorKind.ACTIVATION, work, placement.previous_location(StageLocation(self._rank, work.chunk))
-            )
-        if (work := instruction.backward) is not None and instruction.op is not Op.W:
-            self._wait_for_message(
-                P2PTensorKind.GRADIENT, work, placement.next_location(StageLocation(self._rank, work.chunk))
-            )
-
-    def _wait_for_message(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> None:
-        """Wait for the tensor that another rank sends for `work`."""
-        if source is None or source.rank == self._rank:
+    def _wait_for_input(self, half: InstructionHalf) -> None:
+        """Wait for the tensor that another rank sends for `half`."""
+        if half.source is None or half.source.rank == self.rank:
             return
-        p2p_op, message = self._arriving.pop((payload, work))
+        p2p_op, message = self._arriving.pop((half.tensor_kind, half.work))
         try:
             with self._executor.recorder.span(TimelineTrack.INSTRUCTION, PIPELINE_WAIT, p2p_op):
-                self._ready[payload, work] = message.wait()
+                self._ready[half.tensor_kind, half.work] = message.wait()
         except CollectiveError as failure:
             raise CollectiveError(f"waiting for the {p2p_op}: {failure}") from failure
 
-    def forward(self, work: ChunkMicroBatch) -> Resumable[None]:
-        """Run the forward of a micro-batch and keep its output for the next stage."""
-        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
-        # No variable here may hold the input: it is freed when the stage has used it.
-        output = yield from self._stages[work.chunk].forward(
-            self._program.global_micro_batch_index(work),
-            self._take_input(P2PTensorKind.ACTIVATION, work, placement.previous_location(here)),
-        )
-        self._deliver(P2PTensorKind.ACTIVATION, work, output, placement.next_location(here))
+    def take_input(self, half: InstructionHalf) -> Tensor | None:
+        """Return the input of `half`, which has arrived; None in the first stage of its direction."""
+        return None if half.source is None else self._ready.pop((half.tensor_kind, half.work))
 
-    def backward(self, work: ChunkMicroBatch, *, deferred: bool) -> Resumable[None]:
-        """Run the backward of a micro-batch and keep the gradient of its input for the previous stage."""
-        here, placement = StageLocation(self._rank, work.chunk), self._program.placement
-        weights = DelayedWeightGradients(deferred=deferred)
-        if deferred:
-            self._pending_weights[work] = weights
-        grad = yield from self._stages[work.chunk].backward(
-            self._program.global_micro_batch_index(work),
-            self._take_input(P2PTensorKind.GRADIENT, work, placement.next_location(here)),
-            weights,
-        )
-        self._deliver(P2PTensorKind.GRADIENT, work, grad, placement.previous_location(here))
-
-    def weight_gradients(self, work: ChunkMicroBatch) -> None:
-        """Compute the weight gradients that an I left."""
-        self._pending_weights.pop(work).flush()
-
-    def _take_input(self, payload: P2PTensorKind, work: ChunkMicroBatch, source: StageLocation | None) -> Tensor | None:
-        """Return the input of `work`, which has arrived; None in the first stage of its direction."""
-        return None if source is None else self._ready.pop((payload, work))
-
-    def _deliver(
-        self, payload: P2PTensorKind, work: ChunkMicroBatch, made: Tensor | None, target: StageLocation | None
-    ) -> None:
+    def deliver(self, half: InstructionHalf, made: Tensor | None) -> None:
         """Pass a result to another chunk of this rank, or keep it to be sent."""
-        if target is None:
+        if half.target is None:
             return
         assert made is not None
-        if target.rank == self._rank:
-            self._ready[payload, ChunkMicroBatch(target.chunk, work.micro_batch)] = made
+        if half.target.rank == self.rank:
+            self._ready[half.tensor_kind, ChunkMicroBatch(half.target.chunk, half.work.micro_batch)] = made
         else:
-            self._leaving[payload, work] = made.contiguous()
+            self._leaving[half.tensor_kind, half.work] = made.contiguous()
 
     def _outgoing(self, p2p_op: P2POp) -> P2PSend:
         return P2PSend(p2p_op, self._leaving.pop((p2p_op.tensor_kind, p2p_op.producer)), self._global(p2p_op.target))
 
     def _buffer(self, p2p_op: P2POp) -> Callable[[], Tensor]:
-        stage, micro_batch = self._stages[p2p_op.target.chunk], self._program.global_micro_batch_index(p2p_op.consumer)
+        stage, micro_batch = self.stages[p2p_op.target.chunk], self.program.global_micro_batch_index(p2p_op.consumer)
         return lambda: stage.empty_activation(micro_batch)
 
     def _global(self, place: StageLocation) -> int:
@@ -290,10 +229,31 @@ class _ChunkRun:
     work: ChunkMicroBatch
 
     def forward(self) -> Resumable[None]:
-        return self.run.forward(self.work)
+        """Run the forward of a micro-batch and keep its output for the next stage."""
+        half = self._half(P2PTensorKind.ACTIVATION)
+        # No variable here may hold the input: it is freed when the stage has used it.
+        output = yield from self._stage.forward(self._micro_batch, self.run.take_input(half))
+        self.run.deliver(half, output)
 
     def backward(self, *, deferred: bool) -> Resumable[None]:
-        return self.run.backward(self.work, deferred=deferred)
+        """Run the backward of a micro-batch and keep the gradient of its input for the previous stage."""
+        half, weights = self._half(P2PTensorKind.GRADIENT), DelayedWeightGradients(deferred=deferred)
+        if deferred:
+            self.run.pending_weights[self.work] = weights
+        grad = yield from self._stage.backward(self._micro_batch, self.run.take_input(half), weights)
+        self.run.deliver(half, grad)
 
     def weight_gradients(self) -> None:
-        self.run.weight_gradients(self.work)
+        """Compute the weight gradients that an I left."""
+        self.run.pending_weights.pop(self.work).flush()
+
+    @property
+    def _stage(self) -> PipelineStage:
+        return self.run.stages[self.work.chunk]
+
+    @property
+    def _micro_batch(self) -> int:
+        return self.run.program.global_micro_batch_index(self.work)
+
+    def _half(self, tensor_kind: P2PTensorKind) -> InstructionHalf:
+        return InstructionHalf.at(self.run.program.placement, self.run.rank, tensor_kind, self.work)

@@ -7,9 +7,9 @@ its gradient is final.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .communication import P2PBatch
+from .communication import P2PBatch, iter_halves
 from .placement import StageLocation
-from .program import Instruction, Op, PipelineProgram
+from .program import Op, PipelineProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,29 +134,13 @@ def _messages(program: PipelineProgram, rank: int, p2p_batches: Sequence[P2PBatc
     # Three kinds: received ahead, just sent, and results for another chunk of this rank.
     here = 0
     for p2p_batch, instruction in zip(p2p_batches, program.instructions[rank], strict=False):
+        halves = tuple(iter_halves(program.placement, rank, instruction))
         here += len(p2p_batch.receives)
-        taken = len(p2p_batch.required_receives) + _between_chunks(program, rank, instruction, made=False)
+        taken = len(p2p_batch.required_receives)
+        taken += sum(half.source is not None and half.source.rank == rank for half in halves)
         sent = len(p2p_batch.sends)
         yield here + sent, here + sent - taken
-        here += _between_chunks(program, rank, instruction, made=True) - taken
-
-
-def _between_chunks(program: PipelineProgram, rank: int, instruction: Instruction, *, made: bool) -> int:
-    """Return how many inputs of the instruction (`made`: outputs) come from (go to) another chunk of this rank."""
-    placement, forward, backward = program.placement, instruction.forward, instruction.backward
-    earlier, later = (
-        (placement.next_location, placement.previous_location)
-        if made
-        else (placement.previous_location, placement.next_location)
-    )
-    found = forward is not None and _is_on(rank, earlier(StageLocation(rank, forward.chunk)))
-    if instruction.op is Op.W or backward is None:
-        return int(found)
-    return found + _is_on(rank, later(StageLocation(rank, backward.chunk)))
-
-
-def _is_on(rank: int, place: StageLocation | None) -> bool:
-    return place is not None and place.rank == rank
+        here += sum(half.target is not None and half.target.rank == rank for half in halves) - taken
 
 
 def first_use(program: PipelineProgram, rank: int, stages: Iterable[int]) -> int:

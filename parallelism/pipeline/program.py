@@ -1,9 +1,10 @@
 """Pipeline programs: one list of instructions per rank, which alone decides the order of execution.
 
-Schedules write programs with `RankProgramWriter`, which counts micro-batches.
+Schedules write ops and chunks; `number_micro_batches` counts the micro-batches.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -143,44 +144,25 @@ def _alive(instructions: tuple[Instruction, ...]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-class RankProgramWriter:
-    """Writes the instructions of one rank; each call takes the chunk's next micro-batch."""
-
-    def __init__(self, chunks: int) -> None:
-        self._forwards = [0] * chunks
-        self._backwards = [0] * chunks
-        self._pending: deque[ChunkMicroBatch] = deque()
-        self._written: list[Instruction] = []
-
-    def append_forward(self, chunk: int = 0) -> None:
-        """Append F."""
-        self._written.append(Instruction(Op.F, forward=_next(self._forwards, chunk)))
-
-    def append_backward(self, chunk: int = 0) -> None:
-        """Append B."""
-        self._written.append(Instruction(Op.B, backward=_next(self._backwards, chunk)))
-
-    def append_input_gradient(self, chunk: int = 0) -> None:
-        """Append I; the weight gradients of its micro-batch become pending."""
-        work = _next(self._backwards, chunk)
-        self._pending.append(work)
-        self._written.append(Instruction(Op.I, backward=work))
-
-    def append_weight_gradient(self) -> None:
-        """Append W of the micro-batch that has been pending longest."""
-        self._written.append(Instruction(Op.W, backward=self._pending.popleft()))
-
-    def append_forward_backward(self, forward: int, backward: int) -> None:
-        """Append FB: the forward of chunk `forward` overlapped with the backward of chunk `backward`."""
-        pair = _next(self._forwards, forward), _next(self._backwards, backward)
-        self._written.append(Instruction(Op.FB, *pair))
-
-    def instructions(self) -> tuple[Instruction, ...]:
-        """Return the instructions written so far."""
-        return tuple(self._written)
+OpAndChunks = tuple[Op, *tuple[int, ...]]
+"""An instruction as a schedule writes it: F, B or I and a chunk, FB and the chunks of both halves, W alone."""
 
 
-def _next(counts: list[int], chunk: int) -> ChunkMicroBatch:
-    work = ChunkMicroBatch(chunk, counts[chunk])
+def number_micro_batches(written: Iterable[OpAndChunks]) -> Iterator[Instruction]:
+    """Yield the instructions of one rank: each takes its chunk's next micro-batch, W the one pending longest."""
+    forwards, backwards = Counter[int](), Counter[int]()
+    pending: deque[ChunkMicroBatch] = deque()
+    for op, *chunks in written:
+        forward = _next(forwards, chunks[0]) if op in (Op.F, Op.FB) else None
+        if op is Op.F:
+            backward = None
+        else:
+            backward = pending.popleft() if op is Op.W else _next(backwards, chunks[-1])
+            if op is Op.I:
+                pending.append(backward)
+        yield Instruction(op, forward, backward)
+
+
+def _next(counts: Counter[int], chunk: int) -> ChunkMicroBatch:
     counts[chunk] += 1
-    return work
+    return ChunkMicroBatch(chunk, counts[chunk] - 1)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from .communication import P2PBatch, P2POp, derive_p2p_batches
@@ -113,15 +114,17 @@ class ProgramSimulator:
     # No global clock: every time is a maximum of earlier ones, so one pass over the sorted nodes times a program.
 
     program: PipelineProgram
-    _nodes: tuple[_Node, ...]
+    """A complete program (`verify_program`)."""
 
-    @staticmethod
-    def from_program(program: PipelineProgram) -> "ProgramSimulator":
-        """Sort a complete program (`verify_program`). Raises `InvalidProgramError` for a deadlock."""
-        return ProgramSimulator(program, _Dependencies(program).sorted_nodes())
+    @cached_property
+    def _nodes(self) -> tuple[_Node, ...]:
+        return _Dependencies(self.program).sorted_nodes()
 
     def simulate(self, duration: InstructionDuration, transfer_time: float = 0.0) -> SimulatedTimes:
-        """Return the times of all instructions; a batch takes `transfer_time` once both ends are open."""
+        """Return the times of all instructions; a batch takes `transfer_time` once both ends are open.
+
+        Raises `InvalidProgramError` for a deadlock.
+        """
         instructions = self.program.instructions
         starts: list[list[float]] = [[0.0] * len(row) for row in instructions]
         ends: list[list[float]] = [[0.0] * len(row) for row in instructions]
@@ -144,7 +147,7 @@ def simulate_program(
     program: PipelineProgram, duration: InstructionDuration, transfer_time: float = 0.0
 ) -> SimulatedTimes:
     """Simulate a complete program once. Raises `InvalidProgramError` for a deadlock."""
-    return ProgramSimulator.from_program(program).simulate(duration, transfer_time)
+    return ProgramSimulator(program).simulate(duration, transfer_time)
 
 
 def ideal_bubble_time(program: PipelineProgram, mean_durations: Mapping[Op, float]) -> float:

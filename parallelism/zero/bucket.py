@@ -27,11 +27,9 @@ class BucketParameter:
 
 
 @dataclass(frozen=True)
-class ParameterRange:
+class ParameterRange(BucketParameter):
     """Range of a parameter in its bucket."""
 
-    name: str
-    parameter: Tensor
     begin: int
     end: int
 
@@ -76,19 +74,12 @@ class Bucket:
         """Copy `parameters`, which are equal on all ranks of `group`, into masters and weights of `weights_dtype`."""
         # Shards are equal parts of the buffer, wherever they cut a parameter: every rank updates and sends as much as
         # the others.
-        ordered = _weight_decay_first(parameters)
+        ordered = sorted(parameters, key=lambda parameter: not parameter.has_weight_decay)
         wide = torch.promote_types(ordered[0].parameter.dtype, torch.float32)
         device = ordered[0].parameter.device
         self.name, self.group = name, group
         self.parameter_ranges = tuple(_parameter_ranges(ordered))
-        self.weight_decay_end = max(
-            (
-                parameter_range.end
-                for parameter_range, parameter in zip(self.parameter_ranges, ordered, strict=True)
-                if parameter.has_weight_decay
-            ),
-            default=0,
-        )
+        self.weight_decay_end = max((each.end for each in self.parameter_ranges if each.has_weight_decay), default=0)
         """First element without weight decay."""
         length = padded_bucket_length((each.parameter.numel() for each in ordered), group.size)
         self.shard_size = length // group.size
@@ -120,9 +111,8 @@ class Bucket:
         """Yield the slices of this rank's shard with and without weight decay."""
         # At most two slices, because parameters with weight decay come first: the update is two calls per bucket.
         border = min(max(self.weight_decay_end - self.shard_begin, 0), self.shard_size)
-        yield from (
-            (part, decays) for part, decays in ((slice(0, border), True), (slice(border, self.shard_size), False))
-        )
+        yield slice(0, border), True
+        yield slice(border, self.shard_size), False
 
     def cast_masters_to_weights(self) -> None:
         """Cast this rank's shard of the masters to the weights' dtype."""
@@ -162,14 +152,9 @@ def padded_bucket_length(lengths: Iterable[int], ranks: int) -> int:
     return round_up(sum(round_up(length, _ALIGNMENT) for length in lengths), _ALIGNMENT * ranks)
 
 
-def _weight_decay_first(parameters: Sequence[BucketParameter]) -> list[BucketParameter]:
-    """Return the parameters sorted with weight decay first."""
-    return sorted(parameters, key=lambda parameter: not parameter.has_weight_decay)
-
-
 def _parameter_ranges(parameters: Sequence[BucketParameter]) -> Iterator[ParameterRange]:
     begin = 0
     for parameter in parameters:
         end = begin + parameter.parameter.numel()
-        yield ParameterRange(parameter.name, parameter.parameter, begin, end)
+        yield ParameterRange(parameter.name, parameter.parameter, parameter.has_weight_decay, begin, end)
         begin = round_up(end, _ALIGNMENT)

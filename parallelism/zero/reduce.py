@@ -8,7 +8,7 @@ from torch import Tensor
 from ...comm.async_comm import AsyncCommunicator, AsyncWork
 from ...comm.groups import Group
 from ...comm.host_transfer import to_host
-from ...comm.traffic import TrafficCounter
+from ...comm.traffic import TrafficCounter, TrafficKind
 from .bucket import Bucket
 
 # Elements of a piece in a sum of squares: 2 MB in FP64, which stays in a cache. An FP64 copy of whole gradients would
@@ -101,7 +101,7 @@ class GradientReducer:
 def count_shard_traffic(traffic: TrafficCounter, operation: str, group: Group, shards_GN: Tensor) -> None:
     """Count one shard to every other rank: in a reduce-scatter the peer's shard, in an all-gather the local one."""
     size = shards_GN[0].nbytes
-    traffic.count_payload(operation, group, [0 if peer == group.rank else size for peer in group.ranks])
+    traffic.count(operation, TrafficKind.PAYLOAD, group, [0 if peer == group.rank else size for peer in group.ranks])
 
 
 def _sum_of_squares(shards: Sequence[Tensor]) -> Tensor:

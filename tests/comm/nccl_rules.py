@@ -210,7 +210,7 @@ class Connections:
                 raise NeverConnected(f"{TRUNCATED}: {channels} channels here, {int(word)} on rank {peer}")
 
 
-class RulesCommunicator:
+class RulesCommunicator(Collectives):
     """Gloo's collectives under NCCL's rules, run one after the other in a separate thread."""
 
     def __init__(
@@ -222,7 +222,7 @@ class RulesCommunicator:
         streams: QueuedStreams,
         patience: timedelta,
     ) -> None:
-        self.process_group = handle
+        super().__init__(handle)
         self._gloo = GlooCollectives(handle, ranks, rank, limit)
         self._ranks = ranks
         self._streams = streams
@@ -278,7 +278,7 @@ class RulesGroups(GlooGroupFactory):
         super().__init__(rank, limit)
         self._streams, self._patience = streams, patience
 
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives:
         """Create the group of host tensors, see `GroupFactory`."""
         communicator = super().split_group("control", [ranks], None)
         assert communicator is not None

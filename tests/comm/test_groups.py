@@ -25,12 +25,7 @@ class Drawn:
         self.made: list[tuple[str, list[tuple[int, ...]], int | None]] = []
         self._rank = rank
 
-    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        communicator = self.split_group("world", [ranks], None)
-        assert communicator is not None
-        return communicator
-
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives | None:
         self.creation_calls += 1
         return cast("Collectives", ranks)
 

@@ -11,8 +11,8 @@ def test_bytes_are_added_by_operation_kind_and_link() -> None:
     traffic = TrafficCounter(Topology(ep=4, gpus_per_node=2), rank=0)
     group = Group((0, 1, 2, 3), None, 0, timedelta(seconds=1))
     for _ in range(2):
-        traffic.count_payload("dispatch", group, [1, 2, 4, 8])
-    traffic.count_metadata("combine", group, [16, 0, 0, 32])
+        traffic.count("dispatch", TrafficKind.PAYLOAD, group, [1, 2, 4, 8])
+    traffic.count("combine", TrafficKind.METADATA, group, [16, 0, 0, 32])
     payload = {LinkType.LOOPBACK: 2, LinkType.NVLINK: 4, LinkType.INFINIBAND: 24}
     metadata = {LinkType.LOOPBACK: 16, LinkType.NVLINK: 0, LinkType.INFINIBAND: 32}
     assert traffic.bytes_by_link(TrafficKind.PAYLOAD) == traffic.bytes_by_link(operation="dispatch") == payload

@@ -17,7 +17,7 @@ from torch import Tensor
 import shoestring.parallelism.zero.reduce as gradients_module
 import shoestring.trainer.build as rank_module
 import shoestring.trainer.run.step as step_module
-from shoestring.comm.async_comm import CompletedWork
+from shoestring.comm.async_comm import FunctionWork
 from shoestring.comm.groups import Group
 from shoestring.parallelism.pipeline.instruction import Resumable
 from shoestring.parallelism.pipeline.placement import StageLocation
@@ -101,7 +101,7 @@ def sum_experts_over_every_rank() -> Patch:
 
     def start(self: GradientReducer, bucket: Bucket) -> None:
         dist.all_reduce(bucket.grads_N)
-        self._reducing.append(CompletedWork(None))
+        self._reducing.append(FunctionWork(lambda: None))
 
     return patch.object(GradientReducer, "_start", start)
 

@@ -78,12 +78,12 @@ class _Save:
 class CheckpointSaver:
     """Saver of a run's checkpoints, one at a time. All methods are collective except `reserve_memory` and `close`."""
 
-    def __init__(self, store: CheckpointStore, world: Group, memory: GrowableHostBuffer | None = None) -> None:
-        """Save into `store`; `memory` holds the copies of this rank."""
+    def __init__(self, store: CheckpointStore, world: Group) -> None:
+        """Save into `store`."""
         self._store = store
         self._world = world
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._memory = GrowableHostBuffer() if memory is None else memory
+        self._memory = GrowableHostBuffer()
         self._reserved: Future[None] | None = None
         self._save: _Save | None = None
         self._removing_oldest: Future[None] | None = None

@@ -7,7 +7,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor
 
-from ....comm.communicator import Collectives, NcclCollectives, PeerTensors
+from ....comm.communicator import Collectives, PeerTensors
 from ..log import P2POpRecord
 from .fake_device import is_fake_device_tensor
 from .recorder import RankRecorder, TensorKey
@@ -22,13 +22,7 @@ class LoggedGroupFactory:
         self.creation_calls = 1
         self._rank, self._recorder = rank, recorder
 
-    def create_world(self, ranks: tuple[int, ...]) -> Collectives:
-        """See `GroupFactory`."""
-        communicator = self.split_group("world", [ranks], None)
-        assert communicator is not None
-        return communicator
-
-    def create_world_cpu(self, ranks: tuple[int, ...]) -> Collectives:
+    def create_world_cpu(self, ranks: tuple[int, ...], world: Collectives | None) -> Collectives:
         """See `GroupFactory`."""
         self.creation_calls += 1
         return LoggedCommunicator("control", ranks, self._recorder, on_device=False)
@@ -40,7 +34,7 @@ class LoggedGroupFactory:
         return None if own is None else LoggedCommunicator(name, own, self._recorder)
 
 
-class LoggedCommunicator(NcclCollectives):
+class LoggedCommunicator(Collectives):
     """Communicator of GPUs that checks and logs each operation first."""
 
     def __init__(self, name: str, ranks: tuple[int, ...], recorder: RankRecorder, *, on_device: bool = True) -> None:

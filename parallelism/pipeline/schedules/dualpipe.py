@@ -5,11 +5,13 @@ it, folded: a rank holds stages r and 2P - 1 - r. Both have the same program on 
 micro-batches reach it first, the *other* chunk's micro-batches reach it after the turn.
 """
 
+from collections.abc import Iterator
+
 from ..placement import StagePlacement
-from ..program import RankProgramWriter
+from ..program import Op, OpAndChunks
 
 
-def dualpipe(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
+def dualpipe(rank: int, placement: StagePlacement, micro_batches: int) -> Iterator[OpAndChunks]:
     """Write DualPipe: ranks r and P - 1 - r mirror each other; the two middle ranks are the turn of both halves.
 
     P is even; N is even and at least 2 P.
@@ -18,19 +20,19 @@ def dualpipe(writer: RankProgramWriter, rank: int, placement: StagePlacement, mi
     half = placement.ranks // 2
     from_end = min(rank, placement.ranks - 1 - rank)
     own = 0 if rank < half else 1
-    _eight_steps(writer, own, beyond=half - 1 - from_end, until=from_end + 1, micro_batches=micro_batches // 2)
+    return _eight_steps(own, beyond=half - 1 - from_end, until=from_end + 1, micro_batches=micro_batches // 2)
 
 
-def dualpipev(writer: RankProgramWriter, rank: int, placement: StagePlacement, micro_batches: int) -> None:
+def dualpipev(rank: int, placement: StagePlacement, micro_batches: int) -> Iterator[OpAndChunks]:
     """Write DualPipeV: the last rank is the turn and corresponds to both middle ranks of DualPipe.
 
     P is at least 1 and N at least 2 P; odd numbers are allowed.
     """
     # Nothing is halved, so odd numbers work. On one rank steps 1, 3, 5 and 7 are empty, and there is no bubble.
-    _eight_steps(writer, own=0, beyond=placement.ranks - 1 - rank, until=rank + 1, micro_batches=micro_batches)
+    return _eight_steps(own=0, beyond=placement.ranks - 1 - rank, until=rank + 1, micro_batches=micro_batches)
 
 
-def _eight_steps(writer: RankProgramWriter, own: int, beyond: int, until: int, micro_batches: int) -> None:
+def _eight_steps(own: int, beyond: int, until: int, micro_batches: int) -> Iterator[OpAndChunks]:
     """Write the eight steps of a rank with `beyond` ranks between it and the turn, the `until`-th from the end.
 
     `micro_batches` are those of one chunk.
@@ -38,39 +40,23 @@ def _eight_steps(writer: RankProgramWriter, own: int, beyond: int, until: int, m
     # The steps and their counts are those of DeepSeek's dualpipe.py and dualpipev.py.
     other = 1 - own
     # 1, 2: fill the pipeline; the other chunk's first micro-batch arrives when one has gone to the turn and back.
-    for _ in range(2 * beyond):
-        writer.append_forward(own)
-    for _ in range(until):
-        writer.append_forward(own)
-        writer.append_forward(other)
+    yield from _times(2 * beyond, (Op.F, own))
+    yield from _times(until, (Op.F, own), (Op.F, other))
     # 3: gradients come back from the turn. Each is sent before its weight gradients are computed.
-    for _ in range(beyond):
-        writer.append_input_gradient(other)
-        writer.append_weight_gradient()
-        writer.append_forward(other)
+    yield from _times(beyond, (Op.I, other), (Op.W,), (Op.F, other))
     # 4: the steady state. At the turn the first pair runs as F and B: the backward needs nothing from a neighbor, and
     # all other ranks wait for its gradient.
-    for pair in range(micro_batches - 2 * (beyond + until) + until):
-        if pair == 0 and beyond == 0:
-            writer.append_forward(own)
-            writer.append_backward(other)
-        else:
-            writer.append_forward_backward(own, other)
-        writer.append_forward_backward(other, own)
+    pairs = _times(micro_batches - 2 * (beyond + until) + until, (Op.FB, own, other), (Op.FB, other, own))
+    yield from pairs if beyond else [(Op.F, own), (Op.B, other), *pairs[1:]]
     # 5: the own chunk has no forwards left.
-    for _ in range(beyond):
-        writer.append_backward(other)
-        writer.append_forward_backward(other, own)
+    yield from _times(beyond, (Op.B, other), (Op.FB, other, own))
     # 6: backwards only; the second half of them send their gradients first and leave weight gradients for the gaps.
     for backward in range(2 * until):
-        chunk = own if backward % 2 else other
-        if backward < until:
-            writer.append_backward(chunk)
-        else:
-            writer.append_input_gradient(chunk)
+        yield Op.B if backward < until else Op.I, own if backward % 2 else other
     # 7, 8: one weight gradient in each gap between the last gradients, then the rest.
-    for _ in range(beyond):
-        writer.append_weight_gradient()
-        writer.append_input_gradient(own)
-    for _ in range(until):
-        writer.append_weight_gradient()
+    yield from _times(beyond, (Op.W,), (Op.I, own))
+    yield from _times(until, (Op.W,))
+
+
+def _times(count: int, *written: OpAndChunks) -> list[OpAndChunks]:
+    return list(written) * count

@@ -1,13 +1,13 @@
 """Registry of schedules: their requirements and their programs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
 from ....comm.errors import Problem, raise_if_any
 from ....comm.units import round_up
 from ..placement import PlacementStyle, StagePlacement
-from ..program import PipelineProgram, RankProgramWriter
+from ..program import Op, OpAndChunks, PipelineProgram, number_micro_batches
 from .dualpipe import dualpipe, dualpipev
 from .unidirectional import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
 
@@ -19,7 +19,7 @@ class PipelineSchedule:
     name: str
     help_text: str
     """One line for help texts."""
-    write_rank_program: Callable[[RankProgramWriter, int, StagePlacement, int], None]
+    write_rank_program: Callable[[int, StagePlacement, int], Iterable[OpAndChunks]]
     """Function that writes the instructions of a rank, given the placement and the number of micro-batches."""
     placement_style: PlacementStyle = PlacementStyle.LOOP
     chunks_per_rank: int = 1
@@ -132,12 +132,8 @@ def build_program(schedule: str, ranks: int, micro_batches: int, chunks: int | N
     found = _find(schedule)
     assert found is not None
     placement = build_placement(schedule, ranks, chunks)
-    instructions = []
-    for rank in range(ranks):
-        writer = RankProgramWriter(placement.chunks_per_rank)
-        found.write_rank_program(writer, rank, placement, micro_batches)
-        instructions.append(writer.instructions())
-    return PipelineProgram(schedule, placement, micro_batches, tuple(instructions))
+    written = (found.write_rank_program(rank, placement, micro_batches) for rank in range(ranks))
+    return PipelineProgram(schedule, placement, micro_batches, tuple(tuple(number_micro_batches(w)) for w in written))
 
 
 def build_forward_program(placement: StagePlacement, micro_batches: int) -> PipelineProgram:
@@ -148,12 +144,14 @@ def build_forward_program(placement: StagePlacement, micro_batches: int) -> Pipe
     # Micro-batches pass a chunk in groups of P, so that each reaches its next stage when that rank is free.
     if placement.style is PlacementStyle.BIDIRECTIONAL:
         placement = StagePlacement(PlacementStyle.LOOP, placement.ranks, chunks_per_rank=1)
-    writer = RankProgramWriter(placement.chunks_per_rank)
-    for start in range(0, micro_batches, placement.ranks):
-        for chunk in range(placement.chunks_per_rank):
-            for _ in range(min(placement.ranks, micro_batches - start)):
-                writer.append_forward(chunk)
-    return PipelineProgram("forward", placement, micro_batches, (writer.instructions(),) * placement.ranks)
+    forwards = (
+        (Op.F, chunk)
+        for start in range(0, micro_batches, placement.ranks)
+        for chunk in range(placement.chunks_per_rank)
+        for _ in range(min(placement.ranks, micro_batches - start))
+    )
+    instructions = (tuple(number_micro_batches(forwards)),) * placement.ranks
+    return PipelineProgram("forward", placement, micro_batches, instructions)
 
 
 def _find(schedule: str) -> PipelineSchedule | None:

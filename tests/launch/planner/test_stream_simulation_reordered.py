@@ -1,6 +1,9 @@
 """A step that moves in the walk of an MoE layer moves on tensors, in bytes and in seconds."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from shoestring.comm.trace import NullRecorder, TimelineTrack
 from shoestring.launch.planner.layout_memory import workspace_from_shape
 from shoestring.launch.planner.stream_simulation import SimulatedChunk, SimulatedStreams
 from shoestring.parallelism.pipeline import chunk_walk
-from shoestring.parallelism.pipeline.chunk_walk import FlushWeightGradients, LayerPart, StageShape
-from shoestring.parallelism.pipeline.instruction import interleave, run_to_completion
+from shoestring.parallelism.pipeline.chunk_walk import LayerPart, MoELayerInterpreter, StageShape
+from shoestring.parallelism.pipeline.instruction import Resumable, interleave, run_to_completion
 from shoestring.parallelism.weight_grad import DelayedWeightGradients
 from shoestring.tests.trainer.model.small_chunk import SCALES, make_chunk, window
 from shoestring.trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, MeteredChunk, PeakMeter
@@ -19,7 +22,6 @@ from shoestring.trainer.memory.chunk import ChunkMemorySimulator, MemoryKind, Me
 from .v3 import simulated
 
 STAGE = StageShape(dense_layers=0, moe_layers=4, is_first=False, is_last=False)
-OWN_FLUSH = FlushWeightGradients(LayerPart.ROUTED_EXPERTS)
 
 
 class Levels(PeakMeter):
@@ -48,6 +50,28 @@ class Spans(NullRecorder):
     def span(self, track: TimelineTrack, name: str, detail: object = None) -> AbstractContextManager[object]:
         self.names.append(name)
         return super().span(track, name, detail)
+
+
+class WithoutOwnFlush:
+    """Interpreter of a layer's steps but for the flush of its own weight gradients."""
+
+    def __init__(self, layer: MoELayerInterpreter) -> None:
+        self._layer, self.left_out = layer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def flush_weight_gradients(self, part: LayerPart) -> None:
+        if part is LayerPart.ROUTED_EXPERTS:
+            self.left_out += 1
+        else:
+            self._layer.flush_weight_gradients(part)
+
+
+def flush_own_last(walk: Callable[[Any], Resumable[None]], layer: MoELayerInterpreter) -> Resumable[None]:
+    yield from walk(others := WithoutOwnFlush(layer))
+    assert others.left_out == 1
+    layer.flush_weight_gradients(LayerPart.ROUTED_EXPERTS)
 
 
 def computed() -> tuple[list[str], dict[str, torch.Tensor]]:
@@ -84,9 +108,7 @@ def timed() -> SimulatedStreams:
 def test_weight_gradients_that_move_in_the_walk_move_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     (order, grads), levels, streams = computed(), weighed(), timed()
     # From behind the launch of dispatch_backward, which mlp(W) hides, to the end of the layer, where nothing is hidden.
-    steps = [step for step in chunk_walk.MOE_BACKWARD if step != OWN_FLUSH]
-    assert len(steps) == len(chunk_walk.MOE_BACKWARD) - 1
-    monkeypatch.setattr(chunk_walk, "MOE_BACKWARD", (*steps, OWN_FLUSH))
+    monkeypatch.setattr(chunk_walk, "_walk_moe_backward", partial(flush_own_last, chunk_walk._walk_moe_backward))
     (moved_order, moved_grads), moved_levels, moved_streams = computed(), weighed(), timed()
 
     assert order.index("mlp(W)") < order.index("attn(B)")

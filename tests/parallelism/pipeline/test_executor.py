@@ -96,7 +96,7 @@ def open_executor(
     topology = Topology(pp=world.size)
     groups = ProcessGroups.create(topology, world.rank, timedelta(seconds=limit))
     channels = build_p2p_channels(groups.pp_next, groups.pp_prev, torch.device("cpu"))
-    return PipelineExecutor.from_program(program, world.rank, channels, groups.pp_next.ranks), list(channels.values())
+    return PipelineExecutor(program, world.rank, channels, groups.pp_next.ranks), list(channels.values())
 
 
 def run_twice(world: World, schedule: str, micro_batches: int) -> list[tuple[int, Tensor, list[str]]]:

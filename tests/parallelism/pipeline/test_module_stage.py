@@ -54,7 +54,7 @@ def run(world: World, schedule: str) -> Result:
     limit = timedelta(seconds=30)
     groups = [Group.from_process_group(dist.new_group(timeout=limit), limit) for _ in range(2)]
     channels = build_p2p_channels(groups[0], groups[1], torch.device("cpu"))
-    executor = PipelineExecutor.from_program(program, world.rank, channels, groups[0].ranks)
+    executor = PipelineExecutor(program, world.rank, channels, groups[0].ranks)
     placement, modules, stages = program.placement, {}, []
     for place in (StageLocation(world.rank, chunk) for chunk in range(placement.chunks_per_rank)):
         module = modules[placement.stage_at(place)] = module_of(placement.stage_at(place))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoestring.comm.host_transfer import GrowableHostBuffer
 from shoestring.tests.comm.pages import StandInPages
 from shoestring.tests.trainer.checkpoint.small_store import WORLD, names, pieces, save, tensors
 from shoestring.trainer.checkpoint.saver import CheckpointSaver, SaveResult
@@ -76,16 +75,20 @@ def test_the_memory_for_copies_is_there_and_not_only_promised(tmp_path: Path) ->
 def test_for_a_gpu_the_memory_for_copies_is_pinned_at_its_size(tmp_path: Path) -> None:
     """The pages are pinned before `reserve_memory` returns, because that stops a GPU, and until the saver ends."""
     pages = StandInPages()
-    saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD, GrowableHostBuffer(pages))
+    saver = CheckpointSaver(CheckpointStore(tmp_path, keep_last=1), WORLD)
     large = {"large": torch.arange(100_000.0)}
     where = "shoestring.trainer.checkpoint.saver"
-    with patch(f"{where}._any_on_gpu", return_value=True), patch(f"{where}.torch.cuda.synchronize") as copied:
+    with (
+        patch(f"{where}._any_on_gpu", return_value=True),
+        patch(f"{where}.torch.cuda.synchronize") as copied,
+        patch("torch.cuda.cudart", return_value=pages),
+    ):
         saver.reserve_memory(pieces(large))
         assert list(pages.pinned.values()) == [-(-400_000 // mmap.PAGESIZE) * mmap.PAGESIZE]
         saver.begin_save(1, pieces(large), CheckpointExtras())
         copied.assert_called_once()
         assert saver.finish_save() == SaveResult(1, tmp_path / "step_00000001", None)
-    saver.close()
+        saver.close()
     assert pages.log == ["pin", "unpin"]
     assert torch.equal(CheckpointStore(tmp_path, keep_last=1).open(1).read_tensor("large"), large["large"])
 

@@ -7,14 +7,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from shoestring.comm.async_comm import AsyncWork, InlineCommunicator, TwoPartWork
+from shoestring.comm.async_comm import AsyncWork, TwoPartWork
 from shoestring.comm.exchange.api import UNLABELED, DispatchedTokens
-from shoestring.comm.exchange.config import ExchangeConfig
 from shoestring.comm.exchange.flat import FlatExchange, FlatLayout
-from shoestring.comm.groups import ProcessGroups
+from shoestring.comm.groups import ExpertGroups, ProcessGroups
 from shoestring.comm.topology import Topology
 from shoestring.comm.trace import NULL_RECORDER, ExchangeLabel, SpanRecorder
-from shoestring.comm.traffic import TrafficCounter
 from shoestring.trainer.model.chunk import Chunk
 from shoestring.trainer.model.config import ModelConfig
 from shoestring.trainer.model.forward_context import LossNormalizers
@@ -59,11 +57,11 @@ class Watched(Generic[T]):
         return self._pending.wait()
 
 
-class WatchedExchange:
+class WatchedExchange(FlatExchange):
     """A `TokenExchange` that logs every operation with the number of its dispatch."""
 
-    def __init__(self, exchange: FlatExchange) -> None:
-        self._exchange = exchange
+    def __init__(self, groups: ExpertGroups, num_experts: int) -> None:
+        super().__init__(groups, num_experts)
         self._number: dict[int, int] = {}
         self.diary: list[str] = []
         self.rows: list[weakref.ref[torch.UntypedStorage]] = []
@@ -80,7 +78,7 @@ class WatchedExchange:
     ) -> TwoPartWork[DispatchedTokens[FlatLayout]]:
         number = len(self.rows)
         self.diary.append(f"dispatch {number}")
-        pending = self._exchange.dispatch(tokens_TD, weights_TK, experts_TK, label, keep_quantized=keep_quantized)
+        pending = super().dispatch(tokens_TD, weights_TK, experts_TK, label, keep_quantized=keep_quantized)
 
         def proceed() -> AsyncWork[DispatchedTokens[FlatLayout]]:
             received = pending.wait()
@@ -92,16 +90,16 @@ class WatchedExchange:
         return TwoPartWork(proceed)
 
     def combine(self, rows_RD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
-        return self._watched(self._exchange.combine(rows_RD, received), f"combine {self._of(received)}")
+        return self._watched(super().combine(rows_RD, received), f"combine {self._of(received)}")
 
     def combine_backward(self, grad_TD: Tensor, received: DispatchedTokens[FlatLayout]) -> AsyncWork[Tensor]:
-        pending = self._exchange.combine_backward(grad_TD, received)
+        pending = super().combine_backward(grad_TD, received)
         return self._watched(pending, f"combine_backward {self._of(received)}")
 
     def dispatch_backward(
         self, grad_RD: Tensor, grad_weights_R: Tensor, received: DispatchedTokens[FlatLayout]
     ) -> AsyncWork[tuple[Tensor, Tensor]]:
-        pending = self._exchange.dispatch_backward(grad_RD, grad_weights_R, received)
+        pending = super().dispatch_backward(grad_RD, grad_weights_R, received)
         return self._watched(pending, f"dispatch_backward {self._of(received)}")
 
     def alive(self) -> int:
@@ -123,12 +121,7 @@ def make_chunk(
 ) -> tuple[Chunk, WatchedExchange]:
     model = Model(CONFIG)
     initialize_weights(model, seed=0)
-    topology = Topology()
-    groups = ProcessGroups.create(topology, 0, timedelta(seconds=1))
-    exchange = FlatExchange(
-        groups, CONFIG.n_routed_experts, InlineCommunicator(), TrafficCounter(topology, 0), ExchangeConfig()
-    )
-    watched = WatchedExchange(exchange)
+    watched = WatchedExchange(ProcessGroups.create(Topology(), 0, timedelta(seconds=1)), CONFIG.n_routed_experts)
     return Chunk(model, watched, dtype, recorder=recorder, recompute=recompute), watched
 
 
