@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..build import RankResources
-from ..telemetry.memory_usage import measure_memory, memory_metrics
+from ..telemetry.memory_usage import measure_memory, memory_event
 from ..telemetry.step_times import StepTimes
 from ..telemetry.trace import merge_rank_traces, summarize_trace, trace_metrics, write_rank_trace
 from .reporter import Reporter
@@ -62,7 +62,7 @@ class StepProfiler:
             total = StepTimes.from_list(numbers.tolist())
             by_term = total.us_by_term(rank.stepper.executor.program, rank.config.topology.dp)
             reporter.report_step_time_terms(step, total.step_us, by_term)
-            reporter.report_memory(step, memory_metrics(rank.device, memory))
+            reporter.report_memory(memory_event(step, rank.device, memory))
 
     def _write(self, step: int, reporter: Reporter | None) -> None:
         """Write the timelines of all ranks; a disk error is reported as a warning."""

@@ -15,11 +15,28 @@ from ..costs.flops import FLOP_CONVENTION, FlopCount
 from ..costs.parameters import count_parameters
 from ..ledger.budget_guard import BudgetGuard, CostMeter
 from ..ledger.checkpoint_totals import carry_checkpoint_totals
+from ..ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ..ledger.work_journal import WorkJournal
 from ..structured_config import restore_interpolations
 from ..telemetry.alerts import AlertMonitor
-from ..telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
+from ..telemetry.events import (
+    JSON,
+    BudgetReported,
+    CheckpointSaved,
+    Event,
+    InitialWeightsLoaded,
+    LossEvaluated,
+    MemoryMeasured,
+    RunResumed,
+    RunStarted,
+    RunStopped,
+    StepLogged,
+    TextSampled,
+    TraceWritten,
+    WarningRaised,
+)
 from ..telemetry.sinks import open_event_stream
+from ..telemetry.stream import EventStream
 from .exit import RankFailed
 from .step import StepResult, StepSettings
 from .step_metrics import step_metrics
@@ -117,34 +134,35 @@ class Reporter:
         self._speed = speed
         parameters = count_parameters(self._config.model)
         is_peak_configured = bool(self._config.cluster.peak_tflops)
-        values: dict[str, Any] = {
-            "format": METRICS_FORMAT,
-            "version": __version__,
-            "config": restore_interpolations(asdict(self._config)),
-            "ranks": self._ranks,
-            "device": device,
-            "compute_dtype": dtype,
-            "linear": self._config.precision.linear,
-            "attention": attention,
-            "parameters": parameters.main + parameters.mtp,
-            "active_parameters": parameters.main_active + parameters.mtp_active,
-            "total_steps": self._config.total_steps,
-            "flops_per_token": speed.flops.main_and_mtp,
-            "mfu_convention": f"{FLOP_CONVENTION}; MTP included",
-            "peak_tflops": speed.peak_tflops,
-            "peak_source": "cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
-        }
-        self._emit("run", 0, values)
+        self._stream.emit(
+            RunStarted(
+                step=0,
+                version=__version__,
+                config=restore_interpolations(asdict(self._config)),
+                ranks=self._ranks,
+                device=device,
+                compute_dtype=dtype,
+                linear=self._config.precision.linear,
+                attention=attention,
+                parameters=parameters.main + parameters.mtp,
+                active_parameters=parameters.main_active + parameters.mtp_active,
+                total_steps=self._config.total_steps,
+                flops_per_token=speed.flops.main_and_mtp,
+                mfu_convention=f"{FLOP_CONVENTION}; MTP included",
+                peak_tflops=speed.peak_tflops,
+                peak_source="cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
+            )
+        )
 
     def report_resume(self, step: int, totals: Mapping[str, int | str]) -> None:
         """Report that the run resumes after `step` steps; `totals` are the ledger totals of the checkpoint."""
         carry_checkpoint_totals(self._work, self._run_dir, totals)
         self._work.record_resume(step)
-        self._emit("resume", step, {})
+        self._stream.emit(RunResumed(step=step))
 
     def report_initial_weights(self, path: Path) -> None:
         """Report that the run begins with the weights of the checkpoint at `path`."""
-        self._emit("start", 0, {"checkpoint": str(path)})
+        self._stream.emit(InitialWeightsLoaded(step=0, checkpoint=str(path)))
 
     def begin_training(self) -> None:
         """Start the clocks: the first step begins now."""
@@ -226,37 +244,49 @@ class Reporter:
             self._budget.add_step(gpu_ms, tokens if is_full else None)
             self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
-                metrics = step_metrics(config, result, settings, traffic, between_replicas)
-                self._report_logged_step(step, result.loss, metrics)
+                metrics = step_metrics(config, result, traffic, between_replicas)
+                self._report_logged_step(step, result, settings, metrics)
                 self._charge_logging()
 
-    def _report_logged_step(self, step: int, loss: float, metrics: Mapping[str, JSON]) -> None:
+    def _report_logged_step(
+        self, step: int, result: StepResult, settings: StepSettings, metrics: Mapping[str, JSON]
+    ) -> None:
         config = self._config
         now = time.perf_counter()
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
         account, *_ = self._budget.current_accounts(self._tokens_left(step))
         tflops = rate * self._speed.flops.main_and_mtp / self._ranks / 1e12
-        values: dict[str, JSON] = {
-            **metrics,
-            "tokens": config.tokens_after(step),
-            "tokens_per_second": rate,
-            "tflops": tflops,
-            "mfu": tflops / self._speed.peak_tflops,
-            "gpu_hours": account.spent,
-            "budget_share": account.spent / account.limit,
-            "budget_left": account.limit - account.spent,
-            "projected_gpu_hours": account.projected,
-            "goodput": self._budget.meter.goodput(),
-            "eta_seconds": self._tokens_left(step) / rate,
-            "total_steps": config.total_steps,
-        }
-        self._emit("step", step, values)
-        warnings = [*self._alerts.check_logged_step(loss, rate)]
+        self._stream.emit(
+            StepLogged(
+                step=step,
+                loss=result.loss,
+                mtp_loss=result.mtp_loss if config.model.num_nextn_predict_layers else None,
+                balance_loss=result.balance_loss,
+                total_loss=result.total_loss,
+                learning_rate=settings.learning_rate,
+                mtp_loss_scaling_factor=settings.mtp_loss_scaling_factor,
+                router_bias_update_rate=settings.router_bias_update_rate,
+                grad_norm=result.grad_norm,
+                metrics=metrics,
+                tokens=config.tokens_after(step),
+                tokens_per_second=rate,
+                tflops=tflops,
+                mfu=tflops / self._speed.peak_tflops,
+                gpu_hours=account.spent,
+                budget_share=account.spent / account.limit,
+                budget_left=account.limit - account.spent,
+                projected_gpu_hours=account.projected,
+                goodput=self._budget.meter.goodput(),
+                eta_seconds=self._tokens_left(step) / rate,
+                total_steps=config.total_steps,
+            )
+        )
+        warnings = [*self._alerts.check_logged_step(result.loss, rate)]
         if (projected := self._budget.new_warning(self._tokens_left(step))) is not None:
             warnings.append(("budget", projected))
         for about, message in warnings:
-            self._emit("warning", step, {"about": about, "message": message})
+            self._stream.emit(WarningRaised(step=step, about=about, message=message))
 
     def report_skipped_step(self, step: int, seconds: float) -> None:
         """Report that step number `step` took `seconds` and was dropped because loss or gradient was NaN/Inf."""
@@ -268,11 +298,10 @@ class Reporter:
         with self.logging_overhead():
             self._work.record_step_time_terms(step, step_us, by_term)
 
-    def report_memory(self, step: int, values: Mapping[str, JSON]) -> None:
-        """Report every rank's memory after step `step` (see `telemetry.memory_usage`), unless `values` is empty."""
-        if values:
-            with self.logging_overhead():
-                self._emit("memory", step, values)
+    def report_memory(self, measured: MemoryMeasured | None) -> None:
+        """Report every rank's memory, unless it is unknown (see `telemetry.memory_usage`)."""
+        if measured is not None:
+            self._emit(measured)
 
     def report_evaluation(
         self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
@@ -282,16 +311,15 @@ class Reporter:
         `averaged` is the loss of the moving average of the weights, if there is one; `unigram_entropy` is the loss of
         a model that knows only the frequency of each token.
         """
-        values: dict[str, JSON] = {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy}
-        if averaged is not None:
-            values["loss/averaged"] = averaged
-        with self.logging_overhead():
-            self._emit("evaluation", step, values)
+        self._emit(
+            LossEvaluated(
+                step=step, loss=loss, targets=targets, unigram_entropy=unigram_entropy, averaged_loss=averaged
+            )
+        )
 
     def report_sample(self, step: int, prompt: str, continuation: str) -> None:
         """Report text that the model has generated."""
-        with self.logging_overhead():
-            self._emit("sample", step, {"text": restore_interpolations(prompt) + continuation})
+        self._emit(TextSampled(step=step, text=restore_interpolations(prompt) + continuation))
 
     def _check_disk(self, step: int) -> None:
         """Warn when records start or stop waiting for disk space; raise `RankFailed` if a file is gone."""
@@ -314,21 +342,19 @@ class Reporter:
         if saved.warning is not None:
             self.warn(saved.step, saved.warning)
         if saved.failure is None:
-            with self.logging_overhead():
-                self._emit("checkpoint", saved.step, {"path": str(saved.path)})
+            self._emit(CheckpointSaved(step=saved.step, path=str(saved.path)))
         else:
             self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
 
     def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
         """Report a problem that does not end the run, as an event and on standard error."""
         with self.logging_overhead():
-            self._emit("warning", step, {"about": about, "message": text})
+            self._stream.emit(WarningRaised(step=step, about=about, message=text))
             _print_error(text)
 
-    def report_trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
-        """Report that a timeline was written; `values` are the seconds of each term, by rank."""
-        with self.logging_overhead():
-            self._emit("trace", step, {"path": str(path), **values})
+    def report_trace(self, step: int, path: Path, metrics: Mapping[str, JSON]) -> None:
+        """Report that a timeline was written; `metrics` are the seconds of each term, by rank."""
+        self._emit(TraceWritten(step=step, path=str(path), metrics=metrics))
 
     def budget_halt_reason(self, done: int) -> str | None:
         """Return why the budget requires a halt after `done` steps; None if it does not."""
@@ -349,8 +375,18 @@ class Reporter:
             self._charge_stall(self._unaccounted.pop_unaccounted_seconds())
             self._charge_logging()
         self._work.close(clean=clean)
-        self._emit("budget", step, dict(_flatten(self._work.ledger.summarize().to_json())))
-        self._emit("stop", step, {"reason": reason})
+        summary = self._work.ledger.summarize()
+        self._stream.emit(
+            BudgetReported(
+                step=step,
+                metrics=dict(_flatten(summary.to_json())),
+                gpu_hours=summary.gpu_hours,
+                gpu_hours_per_trillion_tokens=summary.gpu_hours_per_trillion_tokens,
+                published_gpu_hours_per_trillion_tokens=PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
+                budget_share=summary.budget_share,
+            )
+        )
+        self._stream.emit(RunStopped(step=step, reason=reason))
         self._stream.close()
         if lost := self._stream.pending_events + self._work.pending_records:
             why = self._stream.write_error or self._work.write_error
@@ -362,8 +398,10 @@ class Reporter:
     def _tokens_of(self, step: int) -> int:
         return self._config.tokens_after(step) - self._config.tokens_after(step - 1)
 
-    def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
-        self._stream.emit(Event(kind, step, values))
+    def _emit(self, event: Event) -> None:
+        """Emit `event`, and charge the time to `telemetry`."""
+        with self.logging_overhead():
+            self._stream.emit(event)
 
 
 def _print_error(text: str) -> None:
