@@ -3,10 +3,12 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from ... import __version__
 from ..checkpoint.saver import SaveResult
@@ -37,6 +39,7 @@ from ..telemetry.events import (
 )
 from ..telemetry.sinks import open_event_stream
 from ..telemetry.stream import EventStream
+from .evaluate import clear_evaluated_step, record_evaluated_step
 from .exit import RankFailed
 from .step import StepResult, StepSettings
 from .step_metrics import step_metrics
@@ -105,7 +108,7 @@ class _DirectoryIdentity:
 
 
 class Reporter:
-    """Writer of the run's event stream and of the work half of its ledger; only rank 0 has one.
+    """Writer of the run's event stream and of the work half of its ledger, on rank 0; see `NullReporter`.
 
     `report_run`, then `begin_training` come before the first step.
     """
@@ -159,6 +162,10 @@ class Reporter:
         carry_checkpoint_totals(self._work, self._run_dir, totals)
         self._work.record_resume(step)
         self._stream.emit(RunResumed(step=step))
+
+    def report_first_start(self) -> None:
+        """Report that the run begins with step 1: an evaluation that the directory records is of another run."""
+        clear_evaluated_step(self._run_dir)
 
     def report_initial_weights(self, path: Path) -> None:
         """Report that the run begins with the weights of the checkpoint at `path`."""
@@ -309,13 +316,14 @@ class Reporter:
         """Report a validation loss in nats per token, over `targets` tokens.
 
         `averaged` is the loss of the moving average of the weights, if there is one; `unigram_entropy` is the loss of
-        a model that knows only the frequency of each token.
+        a model that knows only the frequency of each token. A resume does not repeat an evaluation reported here.
         """
         self._emit(
             LossEvaluated(
                 step=step, loss=loss, targets=targets, unigram_entropy=unigram_entropy, averaged_loss=averaged
             )
         )
+        record_evaluated_step(self._run_dir, step)
 
     def report_sample(self, step: int, prompt: str, continuation: str) -> None:
         """Report text that the model has generated."""
@@ -417,6 +425,96 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def charge_time(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
-    """Return `Reporter.charge_time(bucket)`, or a null context on ranks without a reporter."""
-    return nullcontext() if reporter is None else reporter.charge_time(bucket)
+class NullReporter(Reporter):
+    """Reporter of a rank other than 0: it reports nothing."""
+
+    def __init__(self) -> None:
+        """Open no file."""
+
+    @override
+    def report_run(self, speed: MfuInputs, device: str, dtype: str, attention: str) -> None:
+        pass
+
+    @override
+    def report_first_start(self) -> None:
+        pass
+
+    @override
+    def report_resume(self, step: int, totals: Mapping[str, int | str]) -> None:
+        pass
+
+    @override
+    def report_initial_weights(self, path: Path) -> None:
+        pass
+
+    @override
+    def begin_training(self) -> None:
+        pass
+
+    @override
+    @contextmanager
+    def charge_time(self, bucket: str) -> Iterator[None]:
+        yield
+
+    @override
+    @contextmanager
+    def logging_overhead(self) -> Iterator[None]:
+        yield
+
+    @override
+    def report_step(
+        self,
+        step: int,
+        result: StepResult,
+        settings: StepSettings,
+        seconds: float,
+        traffic: "TrafficCounter",
+        between_replicas: "TrafficCounter",
+    ) -> None:
+        pass
+
+    @override
+    def report_skipped_step(self, step: int, seconds: float) -> None:
+        pass
+
+    @override
+    def report_step_time_terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
+        pass
+
+    @override
+    def report_memory(self, measured: MemoryMeasured | None) -> None:
+        pass
+
+    @override
+    def report_evaluation(
+        self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
+    ) -> None:
+        pass
+
+    @override
+    def report_sample(self, step: int, prompt: str, continuation: str) -> None:
+        pass
+
+    @override
+    def report_checkpoint(self, saved: SaveResult) -> None:
+        pass
+
+    @override
+    def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
+        pass
+
+    @override
+    def report_trace(self, step: int, path: Path, metrics: Mapping[str, JSON]) -> None:
+        pass
+
+    @override
+    def budget_halt_reason(self, done: int) -> str | None:
+        return None
+
+    @override
+    def ledger_totals(self) -> dict[str, int | str]:
+        return {}
+
+    @override
+    def close(self, step: int, reason: str, *, clean: bool = True) -> None:
+        pass
