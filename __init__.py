@@ -35,7 +35,7 @@ def load(
 
 
 def metrics(run: str | PathLike[str], kind: str = "step") -> dict[str, list[Any]]:
-    """Return the events of one kind (see `Event`) of a run's `metrics.jsonl` as columns; None where a value is missing.
+    """Return events of one kind (see `EVENT_KINDS`) of a run's `metrics.jsonl` as columns; None for a missing value.
 
     `kind` is mostly `step` or `evaluation`. Steps that a resume has undone are absent. Raises `ConfigError`.
     """

@@ -7,13 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from shoestring.trainer.telemetry.events import StepLogged
 from shoestring.trainer.telemetry.history import read_metrics
 
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Return the loss in nats by step, of the steps that the run logged."""
     events = read_metrics(run_dir / "metrics.jsonl")
-    return {event.step: float(str(event.values["loss"])) for event in events if event.kind == "step"}
+    return {event.step: event.loss for event in events if isinstance(event, StepLogged)}
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float]) -> float:

@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,7 @@ from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import SNAPSHOT_FILE
 from shoestring.trainer.ledger.work_journal import WorkJournal
-from shoestring.trainer.telemetry.events import JSON, METRICS_FILE, METRICS_FORMAT, Event
+from shoestring.trainer.telemetry.events import METRICS_FILE, CheckpointSaved, LossEvaluated, RunStarted, StepLogged
 
 RECORDS, LINES, CHECKPOINTS = 1_000_000, 1_000_000, 1000
 LINE_BYTES = 2100
@@ -41,6 +42,41 @@ TENSORS = 2500
 BUDGET = BudgetConfig(gpu_hours=1e6)
 LIMITS = {"report": 20.0}
 LIMIT_SECONDS, LIMIT_MB = 5.0, 500.0
+
+_RUN: dict[str, Any] = {
+    "version": "",
+    "ranks": 8,
+    "device": "cpu",
+    "compute_dtype": "float32",
+    "linear": "native",
+    "attention": "",
+    "parameters": 0,
+    "active_parameters": 0,
+    "flops_per_token": 0.0,
+    "mfu_convention": "",
+    "peak_tflops": 1.0,
+    "peak_source": "",
+}
+_STEP: dict[str, Any] = {
+    "loss": 5.0,
+    "mtp_loss": 5.0,
+    "balance_loss": 0.0,
+    "total_loss": 5.0,
+    "learning_rate": 1e-4,
+    "grad_norm": 1.0,
+    "mtp_loss_scaling_factor": 0.3,
+    "router_bias_update_rate": 1e-3,
+    "tokens": 0,
+    "tokens_per_second": 1e6,
+    "tflops": 1.0,
+    "mfu": 0.3,
+    "gpu_hours": 0.0,
+    "budget_share": 0.0,
+    "budget_left": 1e6,
+    "goodput": 1.0,
+    "projected_gpu_hours": None,
+    "eta_seconds": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -77,19 +113,20 @@ def make_ledger(run_dir: Path, records: int) -> None:
 def make_metrics(run_dir: Path, lines: int) -> None:
     """Write lines as long as those of a model with 16 MoE layers of 32 experts; every hundredth is an evaluation."""
     loads = {f"tokens_per_expert/layer_{layer:02d}": [100 + expert for expert in range(16)] for layer in range(18)}
-    run: dict[str, JSON] = {"format": METRICS_FORMAT, "config": {}, "total_steps": lines}
+    run = RunStarted(step=0, time=1.8e9, config={}, total_steps=lines, **_RUN)
+    logged = StepLogged(step=1, time=1.8e9, metrics=loads, total_steps=lines, **_STEP)
     with (run_dir / METRICS_FILE).open("w") as file:
-        file.write(Event("run", 0, run, 1.8e9).to_json_line() + "\n")
+        file.write(run.to_json_line() + "\n")
         for step in range(1, lines + 1):
-            values = {"loss": 10 / (1 + step / lines), "loss/mtp": 5.0, "grad_norm": 1.0, "learning_rate": 1e-4}
-            values |= {"tokens_per_second": 1e6, "mfu": 0.3, "budget_left": 1e6 - step, "total_steps": lines}
-            line = Event("step", step, {**values, **loads}, 1.8e9 + step).to_json_line()
+            now = 1.8e9 + step
+            loss = 10 / (1 + step / lines)
+            line = replace(logged, step=step, time=now, loss=loss, budget_left=1e6 - step).to_json_line()
             file.write(line[:-1] + f', "filler": "{"x" * max(0, LINE_BYTES - len(line) - 14)}"}}\n')
             if step % 100 == 0:
-                found = {"loss": 5.0, "targets": 640, "unigram_entropy": 7.0}
-                file.write(Event("evaluation", step, found, 1.8e9 + step).to_json_line() + "\n")
+                evaluated = LossEvaluated(step=step, time=now, loss=5.0, targets=640, unigram_entropy=7.0)
+                file.write(evaluated.to_json_line() + "\n")
             if step % 1000 == 0:
-                file.write(Event("checkpoint", step, {"path": f"step_{step:08d}"}, 1.8e9 + step).to_json_line() + "\n")
+                file.write(CheckpointSaved(step=step, time=now, path=f"step_{step:08d}").to_json_line() + "\n")
 
 
 def make_checkpoints(run_dir: Path, number: int) -> None:
@@ -179,7 +216,7 @@ def measure(run_dir: Path, scale: float) -> list[Row]:
     both = f"{ledger}, {lines:,} lines ({size:.2f} GB)"
     rows += [
         run("watch", both, [*cli, "watch", str(run_dir), "--once"]),
-        run("report", both, [*cli, "report", str(run_dir), "--out", str(run_dir / "report.html")]),
+        run("report", both, [*cli, "report", str(run_dir), "--html", str(run_dir / "report.html")]),
     ]
     without = {
         "budget": [*cli, "budget", str(run_dir)],

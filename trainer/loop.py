@@ -25,7 +25,7 @@ from .run.checkpointing import (
     remove_partial_saves,
     reserve_save_memory,
 )
-from .run.evaluate import clear_evaluated_step, evaluate_validation_loss, read_evaluated_step, record_evaluated_step
+from .run.evaluate import evaluate_validation_loss, read_evaluated_step
 from .run.exit import (
     HaltReason,
     RankFailed,
@@ -36,7 +36,7 @@ from .run.exit import (
     never_stop,
 )
 from .run.profiling import StepProfiler
-from .run.reporter import Reporter, charge_time
+from .run.reporter import NullReporter, Reporter
 from .run.step import NonFiniteStep, StepSettings
 
 
@@ -58,7 +58,7 @@ def train(
     process must exit: communication may be in flight that never completes.
     """
     run_dir = Path(config.training.run_dir)
-    reporter = Reporter(config, run_dir, attempt) if groups.world.is_first_rank else None
+    reporter = Reporter(config, run_dir, attempt) if groups.world.is_first_rank else NullReporter()
     rank = build_rank_resources(config, groups, device)
     done = 0
     try:
@@ -95,37 +95,32 @@ def train(
             where = f"in the sample after step {done}, which is in a checkpoint"
             raise _halted(HaltReason.PREEMPTED, where, None, progressed=done > began)
     except (CollectiveError, DataChanged, RankFailed, RunFailed, RunHalted) as error:
-        if reporter is not None:
-            reporter.close(done, str(error), clean=isinstance(error, RunHalted))
+        reporter.close(done, str(error), clean=isinstance(error, RunHalted))
         raise
     else:
         rank.close()
-    if reporter is not None:
-        reporter.close(done, "done")
+    reporter.close(done, "done")
     return done
 
 
-def _start(rank: RankResources, reporter: Reporter | None) -> tuple[int, bool]:
+def _start(rank: RankResources, reporter: Reporter) -> tuple[int, bool]:
     """Report the run and load the last checkpoint, if any.
 
     Returns the steps that it holds, and True if the evaluation due after them was skipped because the run halted.
     """
     config, groups = rank.config, rank.groups
     peak = config.cluster.peak_tflops or measure_peak_tflops(rank.device, rank.dtype, groups.world_cpu)
-    if reporter is not None:
-        attention = str(rank.engine.stepper.model.attention)
-        reporter.report_run(peak, str(rank.device), str(rank.dtype).removeprefix("torch."), attention)
+    attention = str(rank.engine.stepper.model.attention)
+    reporter.report_run(peak, str(rank.device), str(rank.dtype).removeprefix("torch."), attention)
     metadata = load_latest_checkpoint(rank, reporter)
     done, evaluation_pending = 0, False
     if metadata is not None:
         done = metadata["step"]
         evaluation_pending = metadata["evaluation_pending"] and not _is_evaluated(rank, done)
-        if reporter is not None:
-            reporter.report_resume(done, metadata["ledger"])
-    elif reporter is not None:
-        clear_evaluated_step(Path(config.training.run_dir))
-    if reporter is not None:
-        reporter.begin_training()
+        reporter.report_resume(done, metadata["ledger"])
+    else:
+        reporter.report_first_start()
+    reporter.begin_training()
     return done, evaluation_pending
 
 
@@ -139,9 +134,7 @@ def _is_evaluated(rank: RankResources, done: int) -> bool:
 class StepVotes:
     """Votes of this rank in one step, and the number of ranks that voted yes on each."""
 
-    def __init__(
-        self, rank: RankResources, reporter: Reporter | None, step: int, stop_asked: Callable[[], bool]
-    ) -> None:
+    def __init__(self, rank: RankResources, reporter: Reporter, step: int, stop_asked: Callable[[], bool]) -> None:
         self._rank, self._reporter, self._step, self._stop_asked = rank, reporter, step, stop_asked
         self.over_budget_reason: str | None = None
         """Reason to halt because the budget is used up; only the first rank knows it."""
@@ -151,8 +144,7 @@ class StepVotes:
 
     def collect_local_votes(self) -> tuple[bool, ...]:
         """Return this rank's votes; called shortly before the end of the step."""
-        if self._reporter is not None:
-            self.over_budget_reason = self._reporter.budget_halt_reason(self._step)
+        self.over_budget_reason = self._reporter.budget_halt_reason(self._step)
         return self._stop_asked(), self.over_budget_reason is not None, *self._rank.checkpoint_saver.save_votes()
 
     def set_global_counts(self, counts: Sequence[int]) -> None:
@@ -161,20 +153,18 @@ class StepVotes:
         self.halt = decide_halt_reason(asked, over_budget)
 
 
-def _halt_before_training(
-    rank: RankResources, done: int, reporter: Reporter | None, stop_asked: Callable[[], bool]
-) -> None:
+def _halt_before_training(rank: RankResources, done: int, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
     """Raise `RunHalted` on all ranks if any has a reason and training is not complete; `done` steps are saved."""
     if done == rank.config.total_steps:
         return
-    spent = None if reporter is None else reporter.budget_halt_reason(done)
+    spent = reporter.budget_halt_reason(done)
     halt = all_reduce_halt_reason(rank.groups.world_cpu, stop_requested=stop_asked(), over_budget=spent is not None)
     if halt is not None:
         where = f"after step {done}, which is in a checkpoint" if done else "before the first step"
         raise _halted(halt, where, spent, progressed=False)
 
 
-def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter | None, votes: StepVotes) -> None:
+def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter, votes: StepVotes) -> None:
     """Save after `done` steps and raise `RunHalted` on all ranks if any voted to halt, unless training is complete."""
     # A stop has `stop_seconds` and no time for an evaluation: one that is due runs when the run is resumed.
     config = rank.config
@@ -185,7 +175,7 @@ def _halt_if_agreed(rank: RankResources, done: int, reporter: Reporter | None, v
     raise _halted(votes.halt, _where(done, finish_save(rank, reporter)), votes.over_budget_reason, progressed=True)
 
 
-def _halted_in_evaluation(rank: RankResources, done: int, reporter: Reporter | None, *, saves: bool) -> RunHalted:
+def _halted_in_evaluation(rank: RankResources, done: int, reporter: Reporter, *, saves: bool) -> RunHalted:
     """Save the `done` steps and return the halt of a run whose evaluation after them was interrupted.
 
     `saves`: a checkpoint was due after this step, and its save began before the evaluation.
@@ -208,18 +198,14 @@ def _halted(halt: HaltReason, where: str, spent: str | None, *, progressed: bool
 
 
 def _one_step(
-    rank: RankResources,
-    step: int,
-    reader: StepPrefetcher[list[TokenBatch]],
-    reporter: Reporter | None,
-    votes: StepVotes,
+    rank: RankResources, step: int, reader: StepPrefetcher[list[TokenBatch]], reporter: Reporter, votes: StepVotes
 ) -> float:
     """Run step number `step`, from 1; return its seconds without loading the samples.
 
     Raises `RunFailed` for a loss or gradient that is not finite.
     """
     config = rank.config
-    with charge_time(reporter, "data_stall"):
+    with reporter.charge_time("data_stall"):
         micro_batches = [batch.to(rank.device) for batch in reader.take(step)]
     settings = StepSettings.at_step(config, step)
     rank.engine.exchange_traffic.reset()
@@ -229,8 +215,7 @@ def _one_step(
             micro_batches, config.batch_ramp.batch_size(step), settings, votes.collect_local_votes
         )
     except NonFiniteStep as error:
-        if reporter is not None:
-            reporter.report_skipped_step(step, time.perf_counter() - start)
+        reporter.report_skipped_step(step, time.perf_counter() - start)
         finish_save(rank, reporter)
         last = rank.checkpoint_store.steps()
         hope = f"the last checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
@@ -238,10 +223,8 @@ def _one_step(
         raise RunFailed(f"step {step}: {error}; {hope}. {hint}") from error
     seconds = time.perf_counter() - start
     votes.set_global_counts(result.totals.vote_counts)
-    if reporter is not None:
-        reporter.report_step(
-            step, result, settings, seconds, rank.engine.exchange_traffic, rank.engine.stepper.optimizer.reducer.traffic
-        )
+    between_replicas = rank.engine.stepper.optimizer.reducer.traffic
+    reporter.report_step(step, result, settings, seconds, rank.engine.exchange_traffic, between_replicas)
     return seconds
 
 
@@ -258,21 +241,19 @@ def _read_micro_batches(rank: RankResources, step: int) -> list[TokenBatch]:
     ]
 
 
-def _evaluate(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+def _evaluate(rank: RankResources, step: int, reporter: Reporter, stop_asked: Callable[[], bool]) -> bool:
     """Report the validation loss after `step` steps; return False if a stop request interrupted it."""
     rank.engine.stepper.optimizer.wait_for_weights()
     average, averaged = rank.engine.stepper.ema, None
-    with charge_time(reporter, "evaluation"):
+    with reporter.charge_time("evaluation"):
         plain = _validation_loss(rank, stop_asked)
         if average is not None and plain is not None:
             with average.swapped_into_model():
                 averaged = _validation_loss(rank, stop_asked)
     if plain is None or (average is not None and averaged is None):
         return False
-    if reporter is not None:
-        mean = None if averaged is None else averaged[0]
-        reporter.report_evaluation(step, plain[0], mean, plain[1], rank.unigram_entropy)
-        record_evaluated_step(Path(rank.config.training.run_dir), step)
+    mean = None if averaged is None else averaged[0]
+    reporter.report_evaluation(step, plain[0], mean, plain[1], rank.unigram_entropy)
     return True
 
 
@@ -285,11 +266,11 @@ def _validation_loss(rank: RankResources, stop_asked: Callable[[], bool]) -> tup
     )
 
 
-def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_asked: Callable[[], bool]) -> bool:
+def _sample(rank: RankResources, step: int, reporter: Reporter, stop_asked: Callable[[], bool]) -> bool:
     """Report generated text after `step` steps; return False if a stop request interrupted it."""
     rank.engine.stepper.optimizer.wait_for_weights()
     training, tokenizer = rank.config.training, rank.tokenizer
-    with charge_time(reporter, "evaluation"):
+    with reporter.charge_time("evaluation"):
         prompt = tokenizer.encode(training.sample_prompt)
         continuation = generate(
             rank.engine.stepper.chunks,
@@ -305,8 +286,7 @@ def _sample(rank: RankResources, step: int, reporter: Reporter | None, stop_aske
         )
     if continuation is None:
         return False
-    if reporter is not None:
-        reporter.report_sample(step, training.sample_prompt, tokenizer.decode(continuation))
+    reporter.report_sample(step, training.sample_prompt, tokenizer.decode(continuation))
     return True
 
 

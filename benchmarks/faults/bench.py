@@ -16,6 +16,7 @@ from pathlib import Path
 from shoestring.launch.compose import compose_run_config
 from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import LedgerReader
+from shoestring.trainer.telemetry.events import StepLogged
 from shoestring.trainer.telemetry.history import read_metrics
 
 STEPS, CHECKPOINT_EVERY = 60, 5
@@ -175,7 +176,7 @@ class Bench:
 def losses(run_dir: Path) -> dict[int, tuple[object, object]]:
     """Return loss and gradient norm of each retained step."""
     events = read_metrics(run_dir / "metrics.jsonl")
-    return {e.step: (e.values["loss"], e.values["grad_norm"]) for e in events if e.kind == "step"}
+    return {e.step: (e.loss, e.grad_norm) for e in events if isinstance(e, StepLogged)}
 
 
 class Launch:

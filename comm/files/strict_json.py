@@ -250,15 +250,23 @@ class JsonValue:
         """Build the dataclass `cls`, reading every field by its type and declared range (`comm/files/ranges.py`).
 
         Only fields with a default may be missing. Integers are at least 0; a field `Annotated[TYPE, READ]` is
-        `READ(value)`, which gets the `JsonValue`. Raises `MalformedFileError`, also for a key that is not a field
-        unless `ignore_unknown_keys`. A union of dataclasses is read by `as_one_of`.
+        `READ(value)`, which gets the `JsonValue`; with `Annotated[TYPE, READ, PLAIN]` values of the type `PLAIN` are
+        taken as they are. Raises `MalformedFileError`, also for a key that is not a field unless
+        `ignore_unknown_keys`. A union of dataclasses is read by `as_one_of`.
         """
         fields = _json_fields(typing.cast("Any", cls))
         tree = self.as_mapping()
         if not ignore_unknown_keys:
-            self.reject_unknown_keys(field.name for field in fields)
-        given = (field for field in fields if field.is_required or field.name in tree)
-        return cls(**{field.name: self[field.name]._of_field(field) for field in given})
+            self.reject_unknown_keys(field.key for field in fields)
+        place = f"{self.location}." if self.location else ""
+        given: dict[str, Any] = {}
+        for name, key, is_required, read, plain in fields:
+            if key in tree:
+                value = tree[key]
+                given[name] = value if type(value) in plain else read(JsonValue(value, place + key))
+            elif is_required:
+                raise MalformedFileError(place + key, None, "is missing")
+        return cls(**given)
 
     def as_one_of(self, classes: Iterable[type[T]], tag: str = "kind") -> T:
         """Build the one of several dataclasses whose name the key `tag` holds, like `as_dataclass`."""
@@ -269,54 +277,37 @@ class JsonValue:
         rest = {key: value for key, value in self.as_mapping().items() if key != tag}
         return JsonValue(rest, self.location).as_dataclass(known[name])
 
-    def _of_field(self, field: "_JsonField") -> Any:
-        found = self._of(field.kind)
-        return found if found is None or field.range is None else self._in_range(found, field.range)
-
     def _in_range(self, found: Any, allowed: FieldRange) -> Any:
         if (hint := allowed.refuse(found)) is not None:
             raise self.malformed_error(hint)
         return found
-
-    def _of(self, kind: Any) -> Any:
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin is typing.Annotated:
-            return arguments[1](self)
-        if origin in (typing.Union, types.UnionType):
-            if self.value is None and type(None) in arguments:
-                return None
-            kinds = [each for each in arguments if each is not type(None)]
-            return self._of(kinds[0]) if len(kinds) == 1 else self.as_one_of(kinds)
-        if origin is list:
-            return [item._of(arguments[0]) for item in self.as_list()]
-        if origin in (tuple, collections.abc.Sequence):
-            if arguments[0] is int and _is_integer_list(self.value):
-                return tuple(self.value)
-            return tuple(item._of(arguments[0]) for item in self.as_list())
-        if origin in (dict, collections.abc.Mapping):
-            return {key: item._of(arguments[1]) for key, item in self.items()}
-        if dataclasses.is_dataclass(kind):
-            return self.as_dataclass(typing.cast("type[Any]", kind))
-        read: dict[Any, Callable[[], Any]]
-        read = {int: self.as_integer, float: self.as_number, str: self.as_string, bool: self.as_boolean}
-        return read[kind]()
 
     def _under(self, key: str) -> str:
         shown = shorten_for_message(key)
         return f"{self.location}.{shown}" if self.location else str(shown)
 
 
-def _is_integer_list(value: object) -> bool:
-    # A short path: logs hold millions of integers in lists, and an object with a location for each takes 28 times as
-    # long.
-    return type(value) is list and all(type(item) is int and 0 <= item <= MAX_INTEGER for item in value)
+def json_key(key: str) -> dict[str, str]:
+    """Return the `metadata` of a field whose key in a file is `key` instead of its name."""
+    return {_KEY: key}
+
+
+def key_in_json(field: "dataclasses.Field[Any]") -> str:
+    """Return the key of a field in a file."""
+    key: str = field.metadata.get(_KEY, field.name)
+    return key
+
+
+_KEY = "json key"
 
 
 class _JsonField(typing.NamedTuple):
     name: str
-    kind: Any
+    key: str
     is_required: bool
-    range: FieldRange | None
+    read: Callable[[JsonValue], Any]
+    plain: frozenset[type]
+    """Types whose values are taken as they are; a log has a million lines of dozens of numbers."""
 
 
 # Cached: resolving type hints takes far longer than reading a record, and a manifest has thousands of records.
@@ -326,10 +317,61 @@ def _json_fields(cls: Any) -> tuple[_JsonField, ...]:
     return tuple(
         _JsonField(
             field.name,
-            hints[field.name],
+            key_in_json(field),
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-            field_range(field),
+            _reader_in_range(hints[field.name], field_range(field)),
+            _plain_types(hints[field.name]),
         )
         for field in dataclasses.fields(cls)
         if field.init
     )
+
+
+def _reader_in_range(kind: Any, allowed: FieldRange | None) -> Callable[[JsonValue], Any]:
+    read = _reader(kind)
+    if allowed is None:
+        return read
+    return lambda item: None if (found := read(item)) is None else item._in_range(found, allowed)
+
+
+def _reader(kind: Any) -> Callable[[JsonValue], Any]:
+    """Return the function that reads a value of a type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        read: Callable[[JsonValue], Any] = arguments[1]
+        return read
+    if origin in (typing.Union, types.UnionType):
+        kinds = [each for each in arguments if each is not types.NoneType]
+        present = _reader(kinds[0]) if len(kinds) == 1 else lambda item: item.as_one_of(kinds)
+        is_optional = len(kinds) < len(arguments)
+        return lambda item: None if is_optional and item.value is None else present(item)
+    if origin is list:
+        each = _reader(arguments[0])
+        return lambda item: [each(inner) for inner in item.as_list()]
+    if origin in (tuple, collections.abc.Sequence):
+        return functools.partial(_read_tuple, arguments[0], _reader(arguments[0]))
+    if origin in (dict, collections.abc.Mapping):
+        each = _reader(arguments[1])
+        return lambda item: {key: each(inner) for key, inner in item.items()}
+    if dataclasses.is_dataclass(kind):
+        return lambda item: item.as_dataclass(typing.cast("type[Any]", kind))
+    plain: dict[Any, Callable[[JsonValue], Any]]
+    plain = {int: JsonValue.as_integer, float: JsonValue.as_number, str: JsonValue.as_string}
+    return (plain | {bool: JsonValue.as_boolean})[kind]
+
+
+def _read_tuple(kind: Any, read: Callable[[JsonValue], Any], item: JsonValue) -> tuple[Any, ...]:
+    # A short path: logs hold millions of integers in lists, and an object with a location for each takes 28 times as
+    # long.
+    value = item.value
+    if kind is int and type(value) is list and all(type(each) is int and 0 <= each <= MAX_INTEGER for each in value):
+        return tuple(value)
+    return tuple(read(inner) for inner in item.as_list())
+
+
+def _plain_types(kind: Any) -> frozenset[type]:
+    """Return the third arguments of `Annotated` in a type, and with one that of None if the type allows it."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        found = frozenset().union(*map(_plain_types, typing.get_args(kind)))
+        return found | {types.NoneType} if found and types.NoneType in typing.get_args(kind) else found
+    return frozenset(typing.get_args(kind)[2:]) if typing.get_origin(kind) is typing.Annotated else frozenset()

@@ -18,7 +18,7 @@ from typing import IO
 
 from ...comm.errors import ConfigError, Problem, collect_problems, raise_if_any
 from ...trainer.config import RunConfig
-from ...trainer.telemetry.events import METRICS_FILE
+from ...trainer.telemetry.events import METRICS_FILE, StepLogged
 from ...trainer.telemetry.history import read_all_metrics
 from ..compose import compose_run_config
 from ..console import print_to_stderr, print_to_stdout
@@ -179,7 +179,7 @@ def _last_step(metrics: Path, began: float) -> int:
         events = read_all_metrics(metrics)
     except ConfigError:  # no file yet, or --fresh has just removed it
         return 0
-    return max((event.step for event in events if event.kind == "step" and event.time >= began), default=0)
+    return max((event.step for event in events if isinstance(event, StepLogged) and event.time >= began), default=0)
 
 
 @dataclass(frozen=True)

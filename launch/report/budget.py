@@ -74,7 +74,7 @@ def budget_section(record: RunRecord) -> Iterator[Block]:
 
 
 def _burn_down(record: RunRecord) -> Iterator[Block]:
-    left, total = record.metric_points("budget_left"), record.total_steps
+    left, total = record.step_points(lambda step: step.budget_left), record.total_steps
     if not left or total is None:
         yield MissingDataNotice("No burn-down: no step has logged the budget left.")
         return
@@ -87,9 +87,10 @@ def _burn_down(record: RunRecord) -> Iterator[Block]:
         Series("even spending", [(0.0, budget), (float(total), 0.0)], "c5", is_dashed=True),
         Series("left", left, "c1"),
     ]
-    projected, spent = record.last_value("projected_gpu_hours"), record.last_value("gpu_hours")
-    if step < total and projected is not None and spent is not None:
-        series.append(Series("projected", [(step, now), (float(total), now + spent - projected)], "c1", is_dashed=True))
+    projected = record.step_points(lambda step: step.projected_gpu_hours)
+    if step < total and projected:
+        end = (float(total), now + record.step_events[-1].gpu_hours - projected[-1][1])
+        series.append(Series("projected", [(step, now), end], "c1", is_dashed=True))
     plot = Plot(
         series,
         height=220,

@@ -28,7 +28,7 @@ MAX_COLUMNS = 120
 
 def expert_load_section(record: RunRecord) -> Iterator[Block]:
     """Yield the expert imbalance over steps, and a heat map per MoE layer."""
-    names = dict.fromkeys(key for event in record.step_events for key in event.values if key.startswith(_PREFIX))
+    names = dict.fromkeys(key for event in record.step_events for key in event.metrics if key.startswith(_PREFIX))
     if not names:
         why = "no step is logged yet" if not record.step_events else "the model has no routed experts"
         yield MissingDataNotice(f"No expert load: {why}.")
@@ -40,16 +40,16 @@ def expert_load_section(record: RunRecord) -> Iterator[Block]:
 
 def _violations(record: RunRecord) -> Iterator[Block]:
     series = [
-        Series("experts", record.metric_points("load/max_violation"), "c1"),
-        Series("ranks", record.metric_points("load/ranks/max_violation"), "c2"),
-        Series("nodes", record.metric_points("load/nodes/max_violation"), "c3"),
+        Series("experts", record.step_points(lambda step: step.metric("load/max_violation")), "c1"),
+        Series("ranks", record.step_points(lambda step: step.metric("load/ranks/max_violation")), "c2"),
+        Series("nodes", record.step_points(lambda step: step.metric("load/nodes/max_violation")), "c3"),
     ]
     plot = Plot([each for each in series if any(y for _, y in each.points)], height=190, y_axis_from_zero=True)
     yield from plot.figures("Expert imbalance, worst layer (max load ÷ mean − 1)")
 
 
 def _map(record: RunRecord, name: str) -> Figure | None:
-    columns = [column for event in record.step_events if (column := numbers_in_list(event.values.get(name)))]
+    columns = [column for event in record.step_events if (column := numbers_in_list(event.metrics.get(name)))]
     columns = [column for column in columns if len(column) == len(columns[0])]
     if not columns:
         return None

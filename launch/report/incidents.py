@@ -10,7 +10,7 @@ from ...trainer.ledger.journal import JournalReader
 from ...trainer.ledger.record_batch import stream_records
 from ...trainer.ledger.records import AttemptClosed, Resumed, StepDone, parse_record
 from ...trainer.ledger.terms import ALLOCATION_FILE, WORK_FILE
-from ...trainer.telemetry.events import Event
+from ...trainer.telemetry.events import Event, RunStopped, WarningRaised
 from ..answers.blocks import Block, Cell, MissingDataNotice, Paragraph, number, table
 from .run_record import RunRecord
 
@@ -53,11 +53,11 @@ def collect_incidents(record: RunRecord) -> list[Incident]:
 
 def _of_events(events: Sequence[Event]) -> Iterator[Incident]:
     for event in events:
-        if event.kind == "warning":
-            about, text = event.values.get("about", "telemetry"), event.values.get("message")
-            yield Incident(event.time, event.step, str(about), str(text))
-        elif event.kind == "stop" and event.values.get("reason") != "done":
-            yield Incident(event.time, event.step, "stop", str(event.values.get("reason")))
+        match event:
+            case WarningRaised():
+                yield Incident(event.time, event.step, event.about, event.message)
+            case RunStopped() if event.reason != "done":
+                yield Incident(event.time, event.step, "stop", event.reason)
 
 
 def _of_launches(run_dir: Path) -> Iterator[Incident]:

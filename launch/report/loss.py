@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ...trainer.telemetry.events import LossEvaluated, RunResumed, TextSampled, WarningRaised
 from ...trainer.telemetry.format import strip_control_codes
 from ..answers.blocks import Block, Figure, FigureRow, MissingDataNotice, PreformattedText
 from .plot import Plot, Series
@@ -18,26 +19,27 @@ def step_annotations(record: RunRecord) -> list[tuple[float, str]]:
     """Return (step, text) of resumes and warnings, after which curves may jump; one entry per step."""
     found: dict[int, list[str]] = {}
     for event in record.events:
-        if event.kind == "resume":
+        if isinstance(event, RunResumed):
             found.setdefault(event.step, []).append("resumed from a checkpoint")
-        elif event.kind == "warning":
-            found.setdefault(event.step, []).append(str(event.values.get("message")))
+        elif isinstance(event, WarningRaised):
+            found.setdefault(event.step, []).append(event.message)
     return [(step, "; ".join(texts)) for step, texts in found.items()]
 
 
 def _curves(record: RunRecord) -> Iterator[Block]:
+    evaluations = record.events_of(LossEvaluated)
+    averaged = [(event.step, event.averaged_loss) for event in evaluations if event.averaged_loss is not None]
     series = [
-        Series("training", record.metric_points("loss"), "c1"),
-        Series("multi-token prediction", record.metric_points("loss/mtp"), "c4"),
-        Series("validation", record.metric_points("loss", "evaluation"), "c2"),
-        Series("validation, EMA weights", record.metric_points("loss/averaged", "evaluation"), "c3"),
+        Series("training", record.step_points(lambda step: step.loss), "c1"),
+        Series("multi-token prediction", record.step_points(lambda step: step.mtp_loss), "c4"),
+        Series("validation", [(event.step, event.loss) for event in evaluations], "c2"),
+        Series("validation, EMA weights", averaged, "c3"),
     ]
-    floor = record.last_value("unigram_entropy", "evaluation")
     marks = step_annotations(record)
     plot = Plot(
         series,
         height=300,
-        reference_lines=[] if floor is None else [("unigram entropy", floor)],
+        reference_lines=[("unigram entropy", event.unigram_entropy) for event in evaluations[-1:]],
         step_annotations=marks,
         format_value=lambda value: f"{value:.3f}",
     )
@@ -54,21 +56,20 @@ def _curves(record: RunRecord) -> Iterator[Block]:
 def _small_plots(record: RunRecord) -> Iterator[Figure]:
     """Yield plots of a third of the page's width."""
     shown = (
-        ("Gradient norm", "grad_norm", "c1"),
-        ("Learning rate", "learning_rate", "c3"),
-        ("Tokens/s", "tokens_per_second", "c2"),
+        ("Gradient norm", record.step_points(lambda step: step.grad_norm), "c1"),
+        ("Learning rate", record.step_points(lambda step: step.learning_rate), "c3"),
+        ("Tokens/s", record.step_points(lambda step: step.tokens_per_second), "c2"),
     )
-    for title, key, style in shown:
-        series = [Series(title.lower(), record.metric_points(key), style)]
+    for title, points, style in shown:
+        series = [Series(title.lower(), points, style)]
         plot = Plot(series, width=300, height=150, y_axis_from_zero=True, has_legend=False)
         yield from plot.figures(title)
 
 
 def _sample(record: RunRecord) -> Block:
-    sample = record.last_event("sample")
+    sample = record.last_event(TextSampled)
     if sample is not None:
-        text = strip_control_codes(str(sample.values.get("text"))).strip()
-        return PreformattedText(f"Text sampled at step {sample.step:,}", text)
+        return PreformattedText(f"Text sampled at step {sample.step:,}", strip_control_codes(sample.text).strip())
     asks_for_none = record.config_value("training.sample_tokens") == 0
     hint = "Set training.sample_tokens=100." if asks_for_none else "A text is sampled at the end of the run."
     return MissingDataNotice("No text was sampled.", hint)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...comm.errors import ConfigError, Problem
 from ...comm.units import format_giga, format_gpu_hours
@@ -10,7 +11,7 @@ from ...trainer.config import RunConfig
 from ...trainer.ledger.budget_guard import project_gpu_hours
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import STEP_TIME_TERMS, to_gpu_hours, to_label
-from ...trainer.telemetry.events import METRICS_FILE, Event, numbers_in_list
+from ...trainer.telemetry.events import METRICS_FILE, Event, MemoryMeasured, RunStarted
 from ...trainer.telemetry.history import read_all_metrics
 from ...trainer.telemetry.memory_usage import ALLOCATED_LABEL
 from ..answers.blocks import Block, Cell, Paragraph, Quantity, TableRow, table
@@ -18,6 +19,7 @@ from ..compose import read_config
 from ..planner.plan_file import read_plan_entry
 from ..run.run_dir import CONFIG_FILE
 
+E = TypeVar("E", bound=Event)
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -99,8 +101,8 @@ def _costs(config: RunConfig, summary: LedgerSummary, planned_hours: float) -> I
 
 def _allocated(run_dir: Path) -> float | None:
     """Return the peak bytes of the rank that needs most; None on a CPU, whose figures include the interpreter."""
-    samples = [event.values for event in _events(run_dir, "memory") if event.values.get("quantity") == ALLOCATED_LABEL]
-    return max((peak for sample in samples for peak in numbers_in_list(sample.get("peak"))), default=None)
+    samples = [event.peak for event in _events(run_dir, MemoryMeasured) if event.quantity == ALLOCATED_LABEL]
+    return max((peak for peaks in samples for peak in peaks), default=None)
 
 
 def _notes(config: RunConfig, summary: LedgerSummary, tokens: int) -> Iterator[str]:
@@ -121,14 +123,14 @@ def _precision(run_dir: Path, config: RunConfig) -> str | None:
         return "fp8"
     dtype = config.precision.compute
     if dtype == "auto":  # resolved on the device, and logged
-        logged = [str(event.values.get("compute_dtype")) for event in _events(run_dir, "run")]
+        logged = [event.compute_dtype for event in _events(run_dir, RunStarted)]
         dtype = logged[-1] if logged else dtype
     return _PRECISIONS.get(dtype)
 
 
-def _events(run_dir: Path, kind: str) -> list[Event]:
+def _events(run_dir: Path, cls: type[E]) -> list[E]:
     path = run_dir / METRICS_FILE
-    return [event for event in read_all_metrics(path) if event.kind == kind] if path.exists() else []
+    return [event for event in read_all_metrics(path) if isinstance(event, cls)] if path.exists() else []
 
 
 def comparison_blocks(comparison: PlanComparison) -> Iterator[Block]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...comm.errors import ConfigError, UnsupportedFormatConfigError
 from ...comm.files.line_reader import FileReplacedError
@@ -10,8 +11,10 @@ from ...trainer.ledger.allocation_journal import read_heartbeat
 from ...trainer.ledger.clock import Instant
 from ...trainer.ledger.summary import LedgerReader, LedgerSummary
 from ...trainer.telemetry.downsample import open_tail_reader
-from ...trainer.telemetry.events import METRICS_FILE, Event
+from ...trainer.telemetry.events import METRICS_FILE, Event, RunStopped
 from ...trainer.telemetry.history import MetricsHistory, MetricsReader, check_metrics_format
+
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,16 @@ class RunSnapshot:
     seconds_since_heartbeat: float | None
     """Seconds since the launcher's last heartbeat; None if there is none."""
 
-    def last_event(self, kind: str) -> Event | None:
+    def last_event(self, cls: type[E]) -> E | None:
         """Return the last event of a kind, or None."""
-        return next((event for event in reversed(self.events) if event.kind == kind), None)
+        return next((event for event in reversed(self.events) if isinstance(event, cls)), None)
 
     @property
     def has_ended(self) -> bool:
         """True if the run's GPUs are released; without a ledger, if its last event is `stop`."""
         if self.summary is not None:
             return not self.summary.is_running
-        return bool(self.events) and self.events[-1].kind == "stop"
+        return bool(self.events) and isinstance(self.events[-1], RunStopped)
 
 
 _MOST_EVENTS = 10_000

@@ -1,10 +1,10 @@
 """Recorded data of a run, as a report shows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...comm.errors import ConfigError, Problem, UnsupportedFormatConfigError
 from ...comm.files.file_io import config_error_context
@@ -12,11 +12,11 @@ from ...comm.files.strict_yaml import read_yaml
 from ...trainer.ledger.summary import LedgerSummary, summarize_ledger
 from ...trainer.ledger.terms import WORK_FILE
 from ...trainer.telemetry.downsample import read_downsampled_metrics
-from ...trainer.telemetry.events import METRICS_FILE, Event, parse_number
+from ...trainer.telemetry.events import METRICS_FILE, Event, RunStarted, StepLogged
 from ..run.run_dir import CONFIG_FILE, is_run_dir
 
 Point = tuple[float, float]
-_MOST_STEPS = 2**53
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,21 @@ class RunRecord:
     """Why `summary` is None."""
 
     @cached_property
-    def step_events(self) -> list[Event]:
-        """Events of kind `step`."""
-        return self.events_of_kind("step")
+    def step_events(self) -> list[StepLogged]:
+        """Logged steps."""
+        return self.events_of(StepLogged)
 
-    def events_of_kind(self, kind: str) -> list[Event]:
+    def events_of(self, cls: type[E]) -> list[E]:
         """Return the events of one kind."""
-        return [event for event in self.events if event.kind == kind]
+        return [event for event in self.events if isinstance(event, cls)]
 
-    def last_event(self, kind: str) -> Event | None:
+    def last_event(self, cls: type[E]) -> E | None:
         """Return the last event of a kind, or None."""
-        found = self.events_of_kind(kind)
-        return found[-1] if found else None
+        return next((event for event in reversed(self.events) if isinstance(event, cls)), None)
 
-    def metric_points(self, key: str, kind: str = "step") -> list[Point]:
-        """Return (step, value) of a number in the events of a kind; values may be NaN or infinite."""
-        return [
-            (event.step, value)
-            for event in self.events_of_kind(kind)
-            if (value := parse_number(event.values.get(key))) is not None
-        ]
-
-    def last_value(self, key: str, kind: str = "step") -> float | None:
-        """Return the last value of `metric_points`, or None."""
-        points = self.metric_points(key, kind)
-        return points[-1][1] if points else None
+    def step_points(self, read: Callable[[StepLogged], float | None]) -> list[Point]:
+        """Return (step, value) of the logged steps that have the value; it may be NaN or infinite."""
+        return [(event.step, value) for event in self.step_events if (value := read(event)) is not None]
 
     def config_value(self, key: str) -> Any:
         """Return the configured value of a dotted key, or None if it is not recorded."""
@@ -70,11 +60,8 @@ class RunRecord:
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run, or None if not recorded."""
-        for kind in ("step", "run"):
-            total = self.last_value("total_steps", kind)
-            if total is not None and 0 < total < _MOST_STEPS:
-                return int(total)
-        return None
+        last = self.last_event(StepLogged) or self.last_event(RunStarted)
+        return last.total_steps or None if last is not None else None
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
@@ -112,7 +99,7 @@ def require_run_dir(run_dir: Path) -> None:
 
 def _config(run_dir: Path, events: Sequence[Event]) -> Mapping[str, Any]:
     """Return the configuration that rank 0 logged, else the one that the launcher wrote."""
-    logged = [event.values["config"] for event in events if isinstance(event.values.get("config"), Mapping)]
+    logged = [event.config for event in events if isinstance(event, RunStarted)]
     if logged:
         tree: Any = logged[-1]
     else:

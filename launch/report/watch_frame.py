@@ -12,7 +12,19 @@ from rich.text import Text
 from ...comm.units import format_duration, format_gpu_hours, format_percent, format_si
 from ...trainer.ledger.summary import LedgerSummary
 from ...trainer.ledger.terms import to_label
-from ...trainer.telemetry.events import Event, parse_number
+from ...trainer.telemetry.events import (
+    CheckpointSaved,
+    Event,
+    InitialWeightsLoaded,
+    LossEvaluated,
+    MemoryMeasured,
+    RunResumed,
+    RunStarted,
+    RunStopped,
+    StepLogged,
+    TraceWritten,
+    WarningRaised,
+)
 from ...trainer.telemetry.format import describe_event, strip_control_codes
 from .budget import rate_card, spent_by_bucket
 from .run_follower import RunSnapshot
@@ -21,7 +33,10 @@ HEARTBEAT_TIMEOUT_SECONDS = 30.0
 """Launchers write a heartbeat every two seconds: one without for this long was killed or cannot write."""
 _BAR = 36
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SHOWN_KINDS = frozenset({"evaluation", "checkpoint", "resume", "start", "warning", "stop", "trace", "memory"})
+_SHOWN = (
+    *(LossEvaluated, CheckpointSaved, RunResumed, InitialWeightsLoaded, WarningRaised, RunStopped, TraceWritten),
+    MemoryMeasured,
+)
 _LATEST = 6
 _NEARLY_SPENT = 0.9
 """Share of the budget from which the bar is red."""
@@ -32,7 +47,7 @@ def render_frame(snapshot: RunSnapshot) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    step = snapshot.last_event("step")
+    step = snapshot.last_event(StepLogged)
     grid.add_row("state", Text(*_state(snapshot)))
     for name, shown in (*_progress(snapshot, step), *_figures(snapshot, step), *_cost(snapshot, step)):
         grid.add_row(name, shown)
@@ -40,55 +55,46 @@ def render_frame(snapshot: RunSnapshot) -> RenderableType:
 
 
 def _state(snapshot: RunSnapshot) -> tuple[str, str]:
-    stop = snapshot.last_event("stop")
+    stop = snapshot.last_event(RunStopped)
     if snapshot.has_ended:
-        reason = "its launcher released the GPUs" if stop is None else str(stop.values.get("reason"))
+        reason = "its launcher released the GPUs" if stop is None else stop.reason
         return (reason, "green") if reason == "done" else (f"ended: {reason}", "red")
     if snapshot.seconds_since_heartbeat is not None and snapshot.seconds_since_heartbeat > HEARTBEAT_TIMEOUT_SECONDS:
         return f"no heartbeat from the launcher for {format_duration(snapshot.seconds_since_heartbeat)}", "red"
-    if not snapshot.events or snapshot.events[-1].kind in ("run", "resume", "start", "stop"):
+    starting = RunStarted | RunResumed | InitialWeightsLoaded | RunStopped
+    if not snapshot.events or isinstance(snapshot.events[-1], starting):
         return "starting up", "yellow"
     return "training", "green"
 
 
-def _progress(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
-    first = step or snapshot.last_event("run")
-    total = None if first is None else parse_number(first.values.get("total_steps"))
-    if first is None or not total or not 0 < total < math.inf:
+def _progress(snapshot: RunSnapshot, step: StepLogged | None) -> Iterator[tuple[str, RenderableType]]:
+    first = step or snapshot.last_event(RunStarted)
+    if first is None or not first.total_steps:
         yield "step", Text("none yet")
         return
-    done = 0 if step is None else step.step
-    words = [f"{done:,} of {total:,.0f}"]
-    seconds = None if step is None else parse_number(step.values.get("eta_seconds"))
-    if seconds is not None and not snapshot.has_ended:
-        words.append(f"{format_duration(seconds)} left")
-    yield "step", _bar_with_text(_bar(done, total, "cyan"), "  ".join(words))
+    words = [f"{first.step:,} of {first.total_steps:,}"]
+    if step is not None and not snapshot.has_ended:
+        words.append(f"{format_duration(step.eta_seconds)} left")
+    yield "step", _bar_with_text(_bar(first.step, first.total_steps, "cyan"), "  ".join(words))
 
 
-def _figures(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _figures(snapshot: RunSnapshot, step: StepLogged | None) -> Iterator[tuple[str, RenderableType]]:
     if step is None:
         return
-    losses = [
-        value for event in snapshot.events if event.kind == "step" and (value := parse_number(event.values.get("loss")))
-    ]
-    yield "loss", Text(f"{_value(step, 'loss', '.3f')}  {sparkline(losses, _BAR)}")
-    more = [f"mtp {_value(step, 'loss/mtp', '.3f')}"] if step.values.get("loss/mtp") is not None else []
-    evaluation = snapshot.last_event("evaluation")
+    losses = [event.loss for event in snapshot.events if isinstance(event, StepLogged)]
+    yield "loss", Text(f"{step.loss:.3f}  {sparkline(losses, _BAR)}")
+    more = [] if step.mtp_loss is None else [f"mtp {step.mtp_loss:.3f}"]
+    evaluation = snapshot.last_event(LossEvaluated)
     if evaluation is not None:
-        more.append(f"validation {_value(evaluation, 'loss', '.3f')} at step {evaluation.step:,}")
-    more.append(f"gradient {_value(step, 'grad_norm', '.2f')}")
+        more.append(f"validation {evaluation.loss:.3f} at step {evaluation.step:,}")
+    more.append(f"gradient {step.grad_norm:.2f}")
     yield "", Text("  ".join(more))
-    rate = parse_number(step.values.get("tokens_per_second"))
-    speed = [] if rate is None else [f"{format_si(rate)} tokens/s"]
-    share = parse_number(step.values.get("mfu"))
-    speed += [] if share is None else [f"MFU {format_percent(share)}"]
-    yield "throughput", Text("  ".join(speed))
-    violation = parse_number(step.values.get("load/max_violation"))
-    if violation is not None:
+    yield "throughput", Text(f"{format_si(step.tokens_per_second)} tokens/s  MFU {format_percent(step.mfu)}")
+    if (violation := step.metric("load/max_violation")) is not None:
         yield "expert load", Text(f"largest {1 + violation:.2f} x the mean")
 
 
-def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, RenderableType]]:
+def _cost(snapshot: RunSnapshot, step: StepLogged | None) -> Iterator[tuple[str, RenderableType]]:
     summary = snapshot.summary
     if summary is None:
         yield "budget", Text("no readable ledger")
@@ -101,7 +107,7 @@ def _cost(snapshot: RunSnapshot, step: Event | None) -> Iterator[tuple[str, Rend
             spent, f"{format_gpu_hours(summary.gpu_hours)} of {format_gpu_hours(summary.budget_gpu_hours)} GPU-hours"
         ),
     )
-    projected = None if step is None else parse_number(step.values.get("projected_gpu_hours"))
+    projected = None if step is None else step.projected_gpu_hours
     rate, words = rate_card(summary.gpu_hours_per_trillion_tokens), []
     if projected is not None and not snapshot.has_ended:
         words.append(f"{format_gpu_hours(projected)} GPU-hours projected at the end")
@@ -120,25 +126,20 @@ def _losses(summary: LedgerSummary) -> list[str]:
 
 
 def _latest(events: Sequence[Event]) -> Iterator[Text]:
-    shown = [event for event in events if event.kind in _SHOWN_KINDS][-_LATEST:]
+    shown = [event for event in events if isinstance(event, _SHOWN)][-_LATEST:]
     if shown:
         yield Text("")
     for event in shown:
         time = datetime.fromtimestamp(event.time).astimezone().strftime("%H:%M:%S")
-        style = "red" if event.kind == "warning" else ""
+        style = "red" if isinstance(event, WarningRaised) else ""
         yield Text.assemble((f"{time}  ", "dim"), (_event_line(event), style), no_wrap=True, overflow="ellipsis")
 
 
 def _event_line(event: Event) -> str:
     """Return one line about an event; warnings are short, since the terminal may be narrow."""
-    if event.kind != "warning":
-        try:
-            return describe_event(event)
-        except (KeyError, TypeError, ValueError, OverflowError):  # of another version, with other values
-            return f"{event.kind} at step {event.step}"
-    return strip_control_codes(
-        f"step {event.step}, {event.values.get('about', 'telemetry')}: {event.values.get('message')}"
-    )
+    if not isinstance(event, WarningRaised):
+        return describe_event(event)
+    return strip_control_codes(f"step {event.step}, {event.about}: {event.message}")
 
 
 def _bar(done: float, total: float, style: str) -> ProgressBar:
@@ -151,11 +152,6 @@ def _bar_with_text(bar: ProgressBar, words: str) -> Table:
     row.add_column()
     row.add_row(bar, words)
     return row
-
-
-def _value(event: Event, key: str, form: str) -> str:
-    value = parse_number(event.values.get(key))
-    return "–" if value is None else format(value, form)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -27,6 +27,7 @@ READERS = (
     *("trainer/ledger/records.py", "trainer/ledger/journal.py"),
     *(
         "comm/files/line_reader.py",
+        "trainer/telemetry/events.py",
         "trainer/telemetry/history.py",
         "trainer/structured_config.py",
     ),
@@ -36,6 +37,7 @@ _NO_READERS = (
     # These write, for runs that resume.
     *("JournalWriter.", "truncate_partial_line", "replace_file_atomically", "raise_if_not_regular_file"),
     *("make_rank_record", "merge_rank_records", "TensorFileWriter.", "SplitPartWriter."),
+    *("Event.kind", "Event.values", "Event.to_json_line", "_strict"),
     *("_header", "Checkpoint.with_ema_weights", "DataManifest.to_json", "DataPart.to_json"),
     *("train_tokenizer", "to_config_json", "_unknown_there"),
 )

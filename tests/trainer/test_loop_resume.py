@@ -35,6 +35,7 @@ from shoestring.trainer.checkpoint.tensor_file import read_tensor_at
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_latest_checkpoint
 from shoestring.trainer.run.exit import RunFailed
+from shoestring.trainer.run.reporter import NullReporter
 from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
 
@@ -57,7 +58,7 @@ def started_on(world: World, tree: dict[str, Any]) -> Share:
     """Return the state that a new run begins with."""
     config = build_dataclass(RunConfig, tree)
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
-    assert load_latest_checkpoint(rank, None) is None
+    assert load_latest_checkpoint(rank, NullReporter()) is None
     rank.close()
     return share_of(rank.local_checkpoint_pieces())
 

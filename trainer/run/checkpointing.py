@@ -23,7 +23,7 @@ from ..checkpoint.store import CheckpointExtras, CheckpointStore, no_intact_chec
 from ..checkpoint.training_state import rng_state_name
 from ..structured_config import restore_interpolations
 from .exit import RunFailed
-from .reporter import Reporter, charge_time
+from .reporter import Reporter
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def reserve_save_memory(rank: RankResources) -> None:
     rank.checkpoint_saver.reserve_memory(_state(rank))
 
 
-def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, evaluation_pending: bool = False) -> None:
+def begin_save(rank: RankResources, step: int, reporter: Reporter, *, evaluation_pending: bool = False) -> None:
     """Start to save the state after `step` steps; return when it is copied, after the previous save has ended."""
     # One save at a time: the host buffer holds one copy of this rank's share of the state.
     finish_save(rank, reporter)
@@ -54,7 +54,7 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
     }
     attachments: dict[str, bytes] = {}
     # Rank 0 alone writes the manifest, so the other ranks need none of this.
-    if reporter is not None:
+    if rank.groups.world.is_first_rank:
         metadata |= {
             "config": restore_interpolations(asdict(rank.config)),
             "compute": str(rank.dtype),
@@ -63,28 +63,28 @@ def begin_save(rank: RankResources, step: int, reporter: Reporter | None, *, eva
         metadata |= {"data": rank.data_manifest.content_hash, "tokenizer": rank.data_manifest.tokenizer.sha256}
         metadata["eos_token_id"] = rank.tokenizer.eos_token_id
         attachments |= rank.tokenizer.files
-    with charge_time(reporter, "checkpoint_save"):
+    with reporter.charge_time("checkpoint_save"):
         rank.checkpoint_saver.begin_save(
             step, _state(rank), CheckpointExtras(metadata, attachments, rank.checkpoint_tensor_names)
         )
 
 
-def poll_save(rank: RankResources, reporter: Reporter | None, done: int, failed: int) -> None:
+def poll_save(rank: RankResources, reporter: Reporter, done: int, failed: int) -> None:
     """Report the result of the save in flight if it has ended; called once per step (`CheckpointSaver.poll_save`)."""
     _report(rank.checkpoint_saver.poll_save(done, failed), reporter)
 
 
-def finish_save(rank: RankResources, reporter: Reporter | None) -> SaveResult | None:
+def finish_save(rank: RankResources, reporter: Reporter) -> SaveResult | None:
     """Wait for the save in flight, if there is one; report and return its result."""
     if not rank.checkpoint_saver.is_saving:
         return None
-    with charge_time(reporter, "checkpoint_save"):
+    with reporter.charge_time("checkpoint_save"):
         saved = rank.checkpoint_saver.finish_save()
     _report(saved, reporter)
     return saved
 
 
-def load_latest_checkpoint(rank: RankResources, reporter: Reporter | None) -> dict[str, Any] | None:
+def load_latest_checkpoint(rank: RankResources, reporter: Reporter) -> dict[str, Any] | None:
     """Load the newest intact checkpoint into the rank's state; return its metadata, or None if there is no checkpoint.
 
     Damaged newer checkpoints are reported and renamed. Raises `ConfigError` if the checkpoint does not fit the
@@ -94,14 +94,14 @@ def load_latest_checkpoint(rank: RankResources, reporter: Reporter | None) -> di
     # Rank 0's list decides, so that all ranks try the same checkpoints in the same order.
     steps = rank.groups.world_cpu.all_gather_objects(rank.checkpoint_store.steps(), "which checkpoints there are")[0]
     if steps:
-        with charge_time(reporter, "checkpoint_load"):
+        with reporter.charge_time("checkpoint_load"):
             return _load_newest(rank, steps, reporter)
     if rank.config.training.start_from is not None:
         _start_from(rank, Path(rank.config.training.start_from), reporter)
     return None
 
 
-def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter | None) -> dict[str, Any]:
+def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter) -> dict[str, Any]:
     world, store = rank.groups.world_cpu, rank.checkpoint_store
     damaged: dict[int, CheckpointDamaged] = {}
     for step in reversed(steps):
@@ -118,7 +118,7 @@ def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter | Non
         rank.engine.stepper.optimizer.step_count = step
         # The masters are loaded; the weights that compute are cast from them and gathered.
         rank.engine.stepper.optimizer.all_gather_weights()
-        if reporter is not None:
+        if rank.groups.world.is_first_rank:
             for newer, why in damaged.items():
                 new_name = store.rename_damaged(newer).name
                 text = f"the checkpoint of step {newer} is damaged and was renamed to {new_name}: {why}"
@@ -127,7 +127,7 @@ def _load_newest(rank: RankResources, steps: list[int], reporter: Reporter | Non
     raise no_intact_checkpoint_error(list(damaged.values()))
 
 
-def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> None:
+def _start_from(rank: RankResources, path: Path, reporter: Reporter) -> None:
     """Load only weights and routing biases, without optimizer state. Raises `ConfigError`."""
     checkpoint = find_checkpoint(path)
     raise_if_any(start_from_problems(checkpoint, rank.config, rank.data_manifest))
@@ -143,8 +143,7 @@ def _start_from(rank: RankResources, path: Path, reporter: Reporter | None) -> N
     if rank.engine.stepper.ema is not None:
         # The average restarts at the loaded weights, or it would mix in the random initial ones.
         rank.engine.stepper.ema.reset()
-    if reporter is not None:
-        reporter.report_initial_weights(checkpoint.path)
+    reporter.report_initial_weights(checkpoint.path)
 
 
 def _fill(rank: RankResources, checkpoint: Checkpoint) -> None:
@@ -190,6 +189,6 @@ def _run_on_all_ranks(world: Group, function: Callable[[], T]) -> T:
     return result
 
 
-def _report(saved: SaveResult | None, reporter: Reporter | None) -> None:
-    if saved is not None and reporter is not None:
+def _report(saved: SaveResult | None, reporter: Reporter) -> None:
+    if saved is not None:
         reporter.report_checkpoint(saved)

@@ -1,12 +1,11 @@
 """Sampling of step times and memory, and the timeline of a traced run."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from ..build import RankResources
-from ..telemetry.memory_usage import measure_memory, memory_metrics
+from ..telemetry.memory_usage import measure_memory, memory_event
 from ..telemetry.step_times import StepTimes
 from ..telemetry.trace import merge_rank_traces, summarize_trace, trace_metrics, write_rank_trace
 from .reporter import Reporter
@@ -33,11 +32,11 @@ class StepProfiler:
         trace.is_recording = self._is_traced(step) or self._is_sampled(step)
         self._first_span = len(trace.spans)
 
-    def after_step(self, step: int, seconds: float, reporter: Reporter | None) -> None:
+    def after_step(self, step: int, seconds: float, reporter: Reporter) -> None:
         """Record the times of step number `step`, which took `seconds`. Collective if it was sampled or traced."""
         trace = self._rank.trace_recorder
         trace.is_recording = False
-        with nullcontext() if reporter is None else reporter.logging_overhead():
+        with reporter.logging_overhead():
             if self._is_sampled(step):
                 self._sample(step, seconds, reporter)
             if step == self._last:
@@ -52,19 +51,18 @@ class StepProfiler:
     def _is_sampled(self, step: int) -> bool:
         return step == self._second or (step > self._second and step % self._every == 0)
 
-    def _sample(self, step: int, seconds: float, reporter: Reporter | None) -> None:
+    def _sample(self, step: int, seconds: float, reporter: Reporter) -> None:
         """Sum the step times and gather the memory of all ranks; rank 0 reports them."""
         rank = self._rank
         local_times = StepTimes.from_spans(rank.trace_recorder.spans[self._first_span :], seconds)
         numbers = rank.groups.world_cpu.all_reduce_sum(torch.tensor(local_times.to_list()), "times of a step by term")
         memory = rank.groups.world_cpu.all_gather_objects(measure_memory(rank.device), "memory of the ranks")
-        if reporter is not None:
-            total = StepTimes.from_list(numbers.tolist())
-            by_term = total.us_by_term(rank.engine.stepper.executor.program, rank.config.topology.dp)
-            reporter.report_step_time_terms(step, total.step_us, by_term)
-            reporter.report_memory(step, memory_metrics(rank.device, memory))
+        total = StepTimes.from_list(numbers.tolist())
+        by_term = total.us_by_term(rank.engine.stepper.executor.program, rank.config.topology.dp)
+        reporter.report_step_time_terms(step, total.step_us, by_term)
+        reporter.report_memory(memory_event(step, rank.device, memory))
 
-    def _write(self, step: int, reporter: Reporter | None) -> None:
+    def _write(self, step: int, reporter: Reporter) -> None:
         """Write the timelines of all ranks; a disk error is reported as a warning."""
         rank = self._rank
         folder = Path(rank.config.training.run_dir) / TRACE_FOLDER
@@ -76,7 +74,7 @@ class StepProfiler:
         # The gather is also a barrier: when it returns, every rank has written its file, and rank 0 may merge them.
         summary = summarize_trace(rank.trace_recorder.spans)
         gathered = rank.groups.world_cpu.all_gather_objects((summary, failure), "summaries of the trace")
-        if reporter is None:
+        if not rank.groups.world.is_first_rank:
             return
         try:
             if failures := [each for _, each in gathered if each is not None]:

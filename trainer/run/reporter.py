@@ -3,10 +3,12 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from ... import __version__
 from ..checkpoint.saver import SaveResult
@@ -15,11 +17,29 @@ from ..costs.flops import FLOP_CONVENTION, count_flops
 from ..costs.parameters import count_parameters
 from ..ledger.budget_guard import BudgetGuard, CostMeter
 from ..ledger.checkpoint_totals import carry_checkpoint_totals
+from ..ledger.terms import PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS
 from ..ledger.work_journal import WorkJournal
 from ..structured_config import restore_interpolations
 from ..telemetry.alerts import AlertMonitor
-from ..telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
+from ..telemetry.events import (
+    JSON,
+    BudgetReported,
+    CheckpointSaved,
+    Event,
+    InitialWeightsLoaded,
+    LossEvaluated,
+    MemoryMeasured,
+    RunResumed,
+    RunStarted,
+    RunStopped,
+    StepLogged,
+    TextSampled,
+    TraceWritten,
+    WarningRaised,
+)
 from ..telemetry.sinks import open_event_stream
+from ..telemetry.stream import EventStream
+from .evaluate import clear_evaluated_step, record_evaluated_step
 from .exit import RankFailed
 from .step import StepResult, StepSettings
 from .step_metrics import step_metrics
@@ -80,7 +100,7 @@ class _DirectoryIdentity:
 
 
 class Reporter:
-    """Writer of the run's event stream and of the work half of its ledger; only rank 0 has one.
+    """Writer of the run's event stream and of the work half of its ledger, on rank 0; see `NullReporter`.
 
     `report_run`, then `begin_training` come before the first step.
     """
@@ -114,34 +134,39 @@ class Reporter:
         self._flops_per_token, self._peak_tflops = flops.main_and_mtp, peak_tflops
         parameters = count_parameters(self._config.model)
         is_peak_configured = bool(self._config.cluster.peak_tflops)
-        values: dict[str, Any] = {
-            "format": METRICS_FORMAT,
-            "version": __version__,
-            "config": restore_interpolations(asdict(self._config)),
-            "ranks": self._ranks,
-            "device": device,
-            "compute_dtype": dtype,
-            "linear": self._config.precision.linear,
-            "attention": attention,
-            "parameters": parameters.main + parameters.mtp,
-            "active_parameters": parameters.main_active + parameters.mtp_active,
-            "total_steps": self._config.total_steps,
-            "flops_per_token": flops.main_and_mtp,
-            "mfu_convention": f"{FLOP_CONVENTION}; MTP included",
-            "peak_tflops": peak_tflops,
-            "peak_source": "cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
-        }
-        self._emit("run", 0, values)
+        self._stream.emit(
+            RunStarted(
+                step=0,
+                version=__version__,
+                config=restore_interpolations(asdict(self._config)),
+                ranks=self._ranks,
+                device=device,
+                compute_dtype=dtype,
+                linear=self._config.precision.linear,
+                attention=attention,
+                parameters=parameters.main + parameters.mtp,
+                active_parameters=parameters.main_active + parameters.mtp_active,
+                total_steps=self._config.total_steps,
+                flops_per_token=flops.main_and_mtp,
+                mfu_convention=f"{FLOP_CONVENTION}; MTP included",
+                peak_tflops=peak_tflops,
+                peak_source="cluster.peak_tflops" if is_peak_configured else "matrix product measured at the start",
+            )
+        )
 
     def report_resume(self, step: int, totals: Mapping[str, int | str]) -> None:
         """Report that the run resumes after `step` steps; `totals` are the ledger totals of the checkpoint."""
         carry_checkpoint_totals(self._work, self._run_dir, totals)
         self._work.record_resume(step)
-        self._emit("resume", step, {})
+        self._stream.emit(RunResumed(step=step))
+
+    def report_first_start(self) -> None:
+        """Report that the run begins with step 1: an evaluation that the directory records is of another run."""
+        clear_evaluated_step(self._run_dir)
 
     def report_initial_weights(self, path: Path) -> None:
         """Report that the run begins with the weights of the checkpoint at `path`."""
-        self._emit("start", 0, {"checkpoint": str(path)})
+        self._stream.emit(InitialWeightsLoaded(step=0, checkpoint=str(path)))
 
     def begin_training(self) -> None:
         """Start the clocks: the first step begins now."""
@@ -223,37 +248,49 @@ class Reporter:
             self._budget.add_step(gpu_ms, tokens if is_full else None)
             self._tokens_since += tokens
             if step % config.telemetry.log_every == 0 or step in (1, config.total_steps):
-                metrics = step_metrics(config, result, settings, traffic, between_replicas)
-                self._report_logged_step(step, result.loss, metrics)
+                metrics = step_metrics(config, result, traffic, between_replicas)
+                self._report_logged_step(step, result, settings, metrics)
                 self._charge_logging()
 
-    def _report_logged_step(self, step: int, loss: float, metrics: Mapping[str, JSON]) -> None:
+    def _report_logged_step(
+        self, step: int, result: StepResult, settings: StepSettings, metrics: Mapping[str, JSON]
+    ) -> None:
         config = self._config
         now = time.perf_counter()
         rate = self._tokens_since / (now - self._since)
         self._since, self._tokens_since = now, 0
         account, *_ = self._budget.current_accounts(self._tokens_left(step))
         tflops = rate * self._flops_per_token / self._ranks / 1e12
-        values: dict[str, JSON] = {
-            **metrics,
-            "tokens": config.tokens_after(step),
-            "tokens_per_second": rate,
-            "tflops": tflops,
-            "mfu": tflops / self._peak_tflops,
-            "gpu_hours": account.spent,
-            "budget_share": account.spent / account.limit,
-            "budget_left": account.limit - account.spent,
-            "projected_gpu_hours": account.projected,
-            "goodput": self._budget.meter.goodput(),
-            "eta_seconds": self._tokens_left(step) / rate,
-            "total_steps": config.total_steps,
-        }
-        self._emit("step", step, values)
-        warnings = [*self._alerts.check_logged_step(loss, rate)]
+        self._stream.emit(
+            StepLogged(
+                step=step,
+                loss=result.loss,
+                mtp_loss=result.mtp_loss if config.model.num_nextn_predict_layers else None,
+                balance_loss=result.balance_loss,
+                total_loss=result.total_loss,
+                learning_rate=settings.learning_rate,
+                mtp_loss_scaling_factor=settings.mtp_loss_scaling_factor,
+                router_bias_update_rate=settings.router_bias_update_rate,
+                grad_norm=result.grad_norm,
+                metrics=metrics,
+                tokens=config.tokens_after(step),
+                tokens_per_second=rate,
+                tflops=tflops,
+                mfu=tflops / self._peak_tflops,
+                gpu_hours=account.spent,
+                budget_share=account.spent / account.limit,
+                budget_left=account.limit - account.spent,
+                projected_gpu_hours=account.projected,
+                goodput=self._budget.meter.goodput(),
+                eta_seconds=self._tokens_left(step) / rate,
+                total_steps=config.total_steps,
+            )
+        )
+        warnings = [*self._alerts.check_logged_step(result.loss, rate)]
         if (projected := self._budget.new_warning(self._tokens_left(step))) is not None:
             warnings.append(("budget", projected))
         for about, message in warnings:
-            self._emit("warning", step, {"about": about, "message": message})
+            self._stream.emit(WarningRaised(step=step, about=about, message=message))
 
     def report_skipped_step(self, step: int, seconds: float) -> None:
         """Report that step number `step` took `seconds` and was dropped because loss or gradient was NaN/Inf."""
@@ -265,10 +302,10 @@ class Reporter:
         with self.logging_overhead():
             self._work.record_step_time_terms(step, step_us, by_term)
 
-    def report_memory(self, step: int, values: Mapping[str, JSON]) -> None:
-        """Report every rank's memory after step `step` (see `telemetry.memory_usage`), unless `values` is empty."""
-        if values:
-            self._emit("memory", step, values)
+    def report_memory(self, measured: MemoryMeasured | None) -> None:
+        """Report every rank's memory, unless it is unknown (see `telemetry.memory_usage`)."""
+        if measured is not None:
+            self._emit(measured)
 
     def report_evaluation(
         self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
@@ -276,16 +313,18 @@ class Reporter:
         """Report a validation loss in nats per token, over `targets` tokens.
 
         `averaged` is the loss of the moving average of the weights, if there is one; `unigram_entropy` is the loss of
-        a model that knows only the frequency of each token.
+        a model that knows only the frequency of each token. A resume does not repeat an evaluation reported here.
         """
-        values: dict[str, JSON] = {"loss": loss, "targets": targets, "unigram_entropy": unigram_entropy}
-        if averaged is not None:
-            values["loss/averaged"] = averaged
-        self._emit("evaluation", step, values)
+        self._emit(
+            LossEvaluated(
+                step=step, loss=loss, targets=targets, unigram_entropy=unigram_entropy, averaged_loss=averaged
+            )
+        )
+        record_evaluated_step(self._run_dir, step)
 
     def report_sample(self, step: int, prompt: str, continuation: str) -> None:
         """Report text that the model has generated."""
-        self._emit("sample", step, {"text": restore_interpolations(prompt) + continuation})
+        self._emit(TextSampled(step=step, text=restore_interpolations(prompt) + continuation))
 
     def _check_disk(self, step: int) -> None:
         """Warn when records start or stop waiting for disk space; raise `RankFailed` if a file is gone."""
@@ -308,19 +347,19 @@ class Reporter:
         if saved.warning is not None:
             self.warn(saved.step, saved.warning)
         if saved.failure is None:
-            self._emit("checkpoint", saved.step, {"path": str(saved.path)})
+            self._emit(CheckpointSaved(step=saved.step, path=str(saved.path)))
         else:
             self.warn(saved.step, f"the checkpoint of step {saved.step} could not be written: {saved.failure}")
 
     def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
         """Report a problem that does not end the run, as an event and on standard error."""
         with self.logging_overhead():
-            self._emit("warning", step, {"about": about, "message": text})
+            self._stream.emit(WarningRaised(step=step, about=about, message=text))
             _print_error(text)
 
-    def report_trace(self, step: int, path: Path, values: Mapping[str, JSON]) -> None:
-        """Report that a timeline was written; `values` are the seconds of each term, by rank."""
-        self._emit("trace", step, {"path": str(path), **values})
+    def report_trace(self, step: int, path: Path, metrics: Mapping[str, JSON]) -> None:
+        """Report that a timeline was written; `metrics` are the seconds of each term, by rank."""
+        self._emit(TraceWritten(step=step, path=str(path), metrics=metrics))
 
     def budget_halt_reason(self, done: int) -> str | None:
         """Return why the budget requires a halt after `done` steps; None if it does not."""
@@ -341,8 +380,18 @@ class Reporter:
             self._charge_stall(self._unaccounted.pop_unaccounted_seconds())
             self._charge_logging()
         self._work.close(clean=clean)
-        self._emit("budget", step, dict(_flatten(self._work.ledger.summarize().to_json())))
-        self._emit("stop", step, {"reason": reason})
+        summary = self._work.ledger.summarize()
+        self._stream.emit(
+            BudgetReported(
+                step=step,
+                metrics=dict(_flatten(summary.to_json())),
+                gpu_hours=summary.gpu_hours,
+                gpu_hours_per_trillion_tokens=summary.gpu_hours_per_trillion_tokens,
+                published_gpu_hours_per_trillion_tokens=PUBLISHED_GPU_HOURS_PER_TRILLION_TOKENS,
+                budget_share=summary.budget_share,
+            )
+        )
+        self._stream.emit(RunStopped(step=step, reason=reason))
         self._stream.close()
         if lost := self._stream.pending_events + self._work.pending_records:
             why = self._stream.write_error or self._work.write_error
@@ -354,9 +403,10 @@ class Reporter:
     def _tokens_of(self, step: int) -> int:
         return self._config.tokens_after(step) - self._config.tokens_after(step - 1)
 
-    def _emit(self, kind: str, step: int, values: Mapping[str, JSON]) -> None:
+    def _emit(self, event: Event) -> None:
+        """Emit `event`, and charge the time to `telemetry`."""
         with self.logging_overhead():
-            self._stream.emit(Event(kind, step, values))
+            self._stream.emit(event)
 
 
 def _print_error(text: str) -> None:
@@ -372,6 +422,96 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def charge_time(reporter: Reporter | None, bucket: str) -> AbstractContextManager[None]:
-    """Return `Reporter.charge_time(bucket)`, or a null context on ranks without a reporter."""
-    return nullcontext() if reporter is None else reporter.charge_time(bucket)
+class NullReporter(Reporter):
+    """Reporter of a rank other than 0: it reports nothing."""
+
+    def __init__(self) -> None:
+        """Open no file."""
+
+    @override
+    def report_run(self, peak_tflops: float, device: str, dtype: str, attention: str) -> None:
+        pass
+
+    @override
+    def report_first_start(self) -> None:
+        pass
+
+    @override
+    def report_resume(self, step: int, totals: Mapping[str, int | str]) -> None:
+        pass
+
+    @override
+    def report_initial_weights(self, path: Path) -> None:
+        pass
+
+    @override
+    def begin_training(self) -> None:
+        pass
+
+    @override
+    @contextmanager
+    def charge_time(self, bucket: str) -> Iterator[None]:
+        yield
+
+    @override
+    @contextmanager
+    def logging_overhead(self) -> Iterator[None]:
+        yield
+
+    @override
+    def report_step(
+        self,
+        step: int,
+        result: StepResult,
+        settings: StepSettings,
+        seconds: float,
+        traffic: "TrafficCounter",
+        between_replicas: "TrafficCounter",
+    ) -> None:
+        pass
+
+    @override
+    def report_skipped_step(self, step: int, seconds: float) -> None:
+        pass
+
+    @override
+    def report_step_time_terms(self, step: int, step_us: int, by_term: Mapping[str, int]) -> None:
+        pass
+
+    @override
+    def report_memory(self, measured: MemoryMeasured | None) -> None:
+        pass
+
+    @override
+    def report_evaluation(
+        self, step: int, loss: float, averaged: float | None, targets: int, unigram_entropy: float
+    ) -> None:
+        pass
+
+    @override
+    def report_sample(self, step: int, prompt: str, continuation: str) -> None:
+        pass
+
+    @override
+    def report_checkpoint(self, saved: SaveResult) -> None:
+        pass
+
+    @override
+    def warn(self, step: int, text: str, about: str = "checkpoint") -> None:
+        pass
+
+    @override
+    def report_trace(self, step: int, path: Path, metrics: Mapping[str, JSON]) -> None:
+        pass
+
+    @override
+    def budget_halt_reason(self, done: int) -> str | None:
+        return None
+
+    @override
+    def ledger_totals(self) -> dict[str, int | str]:
+        return {}
+
+    @override
+    def close(self, step: int, reason: str, *, clean: bool = True) -> None:
+        pass

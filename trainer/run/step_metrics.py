@@ -1,4 +1,4 @@
-"""Metrics of one step: losses, load balance of the experts, bytes sent, and where the tokens went."""
+"""Metrics of one step: load balance of the experts, bytes sent, and where the tokens went."""
 
 from typing import TYPE_CHECKING
 
@@ -10,26 +10,17 @@ if TYPE_CHECKING:
     from ...comm.topology import Topology
     from ...comm.traffic import TrafficCounter
     from ..config import RunConfig
-    from .step import StepResult, StepSettings
+    from .step import StepResult
 
 
 def step_metrics(
     config: "RunConfig",
     result: "StepResult",
-    settings: "StepSettings",
     traffic: "TrafficCounter",
     between_replicas: "TrafficCounter",
 ) -> dict[str, JSON]:
-    """Return all metrics of a step; `traffic` and `between_replicas` as in `Reporter.report_step`."""
+    """Return the metrics of a `StepLogged`; `traffic` and `between_replicas` as in `Reporter.report_step`."""
     return {
-        "loss": result.loss,
-        "loss/mtp": result.mtp_loss if config.model.num_nextn_predict_layers else None,
-        "loss/seq_aux": result.balance_loss,
-        "loss/total": result.total_loss,
-        "learning_rate": settings.learning_rate,
-        "mtp_loss_scaling_factor": settings.mtp_loss_scaling_factor,
-        "router_bias_update_rate": settings.router_bias_update_rate,
-        "grad_norm": result.grad_norm,
         # DeepEP does not report what it sends.
         **_traffic(traffic if config.exchange.name != "deepep" else None, between_replicas),
         **_load_balance(result, config.topology),

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from .events import Event, Sink
+from .events import Event
+from .stream import Sink
 
 MAX_QUEUED_EVENTS = 1000
 """Most events that wait for a slow sink; further ones are only in metrics.jsonl."""

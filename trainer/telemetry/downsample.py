@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ...comm.files.file_io import config_error_context, open_regular_file, read_bounded_lines
 from ...comm.files.line_reader import LineReader
-from .events import Event
-from .history import MetricsHistory, parse_event
+from .events import Event, RunResumed, parse_event
+from .history import MetricsHistory
 
 MAX_STEPS_KEPT, MAX_BYTES_KEPT = 4096, 64 * 2**20
 """Most step lines, and their bytes, that are kept: more than any plot has columns."""
@@ -88,16 +88,16 @@ def read_downsampled_metrics(path: Path) -> list[Event]:
     More than `MAX_STEPS_KEPT` steps are downsampled, with the extremes of the loss kept; of each other kind the last
     `MAX_OTHER_EVENTS` events are kept. Raises `ConfigError` for a broken line among those that are parsed.
     """
-    steps, others = StepDownsampler(), dict[str, list[tuple[int, Event]]]()
+    steps, others = StepDownsampler(), dict[type[Event], list[tuple[int, Event]]]()
     for number, raw in _raw_lines(path):
         found = _STEP.match(raw, 0, _HEAD_BYTES)
         if found is not None and _is_number(found[2]):
             steps.add_line(_Line(number, int(found[1]), float(found[2]), raw))
             continue
         event = parse_event(path, number, raw.decode(errors="surrogateescape"))
-        if event.kind == "resume":
+        if isinstance(event, RunResumed):
             steps.roll_back_to(event.step)
-        kept = others.setdefault(event.kind, [])
+        kept = others.setdefault(type(event), [])
         kept.append((number, event))
         if len(kept) > 2 * MAX_OTHER_EVENTS:
             del kept[:-MAX_OTHER_EVENTS]

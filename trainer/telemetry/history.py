@@ -9,10 +9,22 @@ from typing import Any
 from ...comm.errors import ConfigError, Problem
 from ...comm.files.file_io import config_error_context
 from ...comm.files.line_reader import LineReader, read_complete_lines
-from ...comm.files.strict_json import MalformedFileError, UnsupportedFormatError, parse_json
-from .events import METRICS_FILE, METRICS_FORMAT, Event, parse_number
+from ...comm.files.strict_json import MalformedFileError
+from .events import (
+    METRICS_FILE,
+    CheckpointSaved,
+    Event,
+    LossEvaluated,
+    MemoryMeasured,
+    RunResumed,
+    RunStarted,
+    StepLogged,
+    TextSampled,
+    parse_event,
+    parse_number,
+)
 
-_MEASURED = frozenset({"step", "evaluation", "sample", "checkpoint", "memory"})
+_MEASUREMENTS = (StepLogged, LossEvaluated, TextSampled, CheckpointSaved, MemoryMeasured)
 
 
 class MetricsHistory:
@@ -31,8 +43,8 @@ class MetricsHistory:
     def add_events(self, events: Iterable[Event]) -> None:
         """Add the next events."""
         for event in events:
-            if event.kind == "resume":
-                self._kept = [old for old in self._kept if old.kind not in _MEASURED or old.step <= event.step]
+            if isinstance(event, RunResumed):
+                self._kept = [old for old in self._kept if not isinstance(old, _MEASUREMENTS) or old.step <= event.step]
             self._kept.append(event)
             if self._most is not None and len(self._kept) > 2 * self._most:
                 del self._kept[: -self._most]
@@ -40,11 +52,11 @@ class MetricsHistory:
     @property
     def events(self) -> list[Event]:
         """Retained events in order."""
-        last = {(event.kind, event.step): index for index, event in enumerate(self._kept)}
+        last = {(type(event), event.step): index for index, event in enumerate(self._kept)}
         return [
             event
             for index, event in enumerate(self._kept)
-            if event.kind not in _MEASURED or last[(event.kind, event.step)] == index
+            if not isinstance(event, _MEASUREMENTS) or last[(type(event), event.step)] == index
         ]
 
 
@@ -65,9 +77,10 @@ def metrics_table(run: Path, kind: str) -> dict[str, list[Any]]:
     path = run / METRICS_FILE if run.is_dir() else run
     events = [event for event in read_metrics(path) if event.kind == kind]
     table: dict[str, list[Any]] = {"step": [event.step for event in events], "time": [event.time for event in events]}
-    for key in dict.fromkeys(key for event in events for key in event.values):
-        values = [event.values.get(key) for event in events]
-        # The file holds NaN and infinities as strings.
+    rows = [event.values for event in events]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(key) for row in rows]
+        # Metrics hold NaN and infinities as strings, as the file does.
         table[key] = [parse_number(value) or value if isinstance(value, str) else value for value in values]
     return table
 
@@ -91,7 +104,7 @@ def check_metrics_format(path: Path) -> None:
     """
     with config_error_context(path, "restore it"), suppress(FileNotFoundError):
         for number, line in islice(read_complete_lines(path), _HEAD_LINES):
-            if parse_event(path, number, line).kind == "run":
+            if isinstance(parse_event(path, number, line), RunStarted):
                 return
 
 
@@ -112,31 +125,3 @@ class MetricsReader:
             return [parse_event(self._path, number, line) for number, line in self._lines.read_new_lines()]
         except MalformedFileError as error:
             raise ConfigError([error.to_problem(self._path, "restore it")]) from error
-
-
-_LAST_SECOND = 10**11
-"""Largest time in seconds since the epoch: the year 5138, which every calendar library supports."""
-_LAST_STEP = 2**53
-
-
-def parse_event(path: Path, number: int, line: str) -> Event:
-    """Parse line `number` of the file at `path`.
-
-    Raises `ConfigError` for a broken line, and `UnsupportedFormatConfigError` for a `run` event of another format.
-    """
-    try:
-        item = parse_json(line if line.isascii() else line.encode(errors="surrogateescape"))
-        kind, step, time = (
-            item["kind"].as_string(),
-            item["step"].as_integer(0, _LAST_STEP),
-            item["time"].as_number(0, _LAST_SECOND),
-        )
-        if kind == "run":
-            item.require_format("metrics", METRICS_FORMAT, default=1)
-        values = {key: value for key, value in item.as_mapping().items() if key not in ("kind", "step", "time")}
-        return Event(kind=kind, step=step, time=time, values=values)
-    except UnsupportedFormatError as error:
-        raise error.to_config_error(f"{path}:{number}") from error
-    except MalformedFileError as error:
-        hint = f"not an event ({error}); restore or delete this line"
-        raise ConfigError([Problem(f"{path}:{number}", line[:80], hint)]) from error

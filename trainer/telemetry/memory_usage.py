@@ -1,11 +1,11 @@
 """Memory use of a rank: of the GPU's allocator, or on a CPU of the process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .events import JSON
+from .events import MemoryMeasured
 
 ALLOCATED_LABEL = "allocated on the GPU"
 RESIDENT_LABEL = "resident set size of the process"
@@ -30,15 +30,16 @@ def parse_resident_memory(status: str) -> tuple[int, int] | None:
     return (1024 * kilobytes["VmRSS"], 1024 * kilobytes["VmHWM"]) if len(kilobytes) == 2 else None
 
 
-def memory_metrics(device: torch.device, ranks: Sequence[tuple[int, int] | None]) -> Mapping[str, JSON]:
-    """Return the values of a `memory` event: current and peak bytes of every rank; empty if unknown for any."""
+def memory_event(step: int, device: torch.device, ranks: Sequence[tuple[int, int] | None]) -> MemoryMeasured | None:
+    """Return the event of every rank's current and peak bytes after step `step`; None if they are unknown for any."""
     known = [use for use in ranks if use is not None]
     if len(known) < len(ranks):
-        return {}
+        return None
     on_gpu = device.type == "cuda"
-    return {
-        "quantity": ALLOCATED_LABEL if on_gpu else RESIDENT_LABEL,
-        "limit": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
-        "now": [now for now, _ in known],
-        "peak": [peak for _, peak in known],
-    }
+    return MemoryMeasured(
+        step=step,
+        quantity=ALLOCATED_LABEL if on_gpu else RESIDENT_LABEL,
+        limit=torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
+        now=[now for now, _ in known],
+        peak=[peak for _, peak in known],
+    )

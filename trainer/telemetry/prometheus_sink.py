@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from ...comm.errors import ConfigError, Problem
 from .config import PrometheusConfig
-from .events import Event, parse_number
+from .events import Event, RunResumed, RunStarted, StepLogged, WarningRaised, parse_number
 
 _GAUGES: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -87,19 +87,20 @@ class PrometheusSink(Collector):
     def emit(self, event: Event) -> None:
         """Update the gauges from `event`."""
         gauges = dict(self._gauges)
-        if event.kind in ("run", "resume", "step"):  # a checkpoint event may come some steps late
+        if isinstance(event, RunStarted | RunResumed | StepLogged):  # a checkpoint event may come some steps late
             gauges["step"] = "Optimizer steps done.", event.step
         gauges["last_event_timestamp_seconds"] = "Time of the last event, in seconds since the epoch.", event.time
+        values = event.values
         for key, (name, text) in _GAUGES.get(event.kind, {}).items():
-            value = parse_number(event.values.get(key))
+            value = parse_number(values.get(key))
             if value is not None:
                 gauges[name] = text, value
         # A scrape may come at any time: it sees all of this event or nothing.
         self._gauges = gauges
-        if event.kind == "run":
-            self._info = {"run": self._run, **{key: str(event.values.get(key)) for key in _INFO}}
-        elif event.kind == "warning":
-            self._warnings[str(event.values.get("about", "telemetry"))] += 1
+        if isinstance(event, RunStarted):
+            self._info = {"run": self._run, **{key: str(values[key]) for key in _INFO}}
+        elif isinstance(event, WarningRaised):
+            self._warnings[event.about] += 1
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of a scrape."""

@@ -7,7 +7,8 @@ from typing import TextIO
 from ...comm.files.line_reader import count_lines
 from .background_sink import BackgroundSink
 from .config import PrometheusConfig, TelemetryConfig, WandbConfig
-from .events import METRICS_FILE, EventStream, Sink
+from .events import METRICS_FILE
+from .stream import EventStream, Sink
 from .terminal import make_terminal_sink
 
 

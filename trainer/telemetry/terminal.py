@@ -7,8 +7,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from .events import Event, Sink
+from .events import Event, StepLogged
 from .format import describe_event
+from .stream import Sink
 
 
 def make_terminal_sink(stream: TextIO) -> Sink:
@@ -45,8 +46,8 @@ class LiveTerminalSink:
 
     def emit(self, event: Event) -> None:
         """Update the bar for a step; print any other event above it."""
-        if event.kind == "step":
-            bar = ProgressBar(total=float(str(event.values["total_steps"])), completed=event.step, width=40)
+        if isinstance(event, StepLogged):
+            bar = ProgressBar(total=event.total_steps, completed=event.step, width=40)
             self._live.update(Group(Text(describe_event(event)), bar), refresh=True)
         else:
             self._live.console.print(Text(describe_event(event)))

@@ -165,7 +165,7 @@ class _Waits:
         return self.sums[after] - self.sums[first]
 
 
-def trace_metrics(summaries: Sequence[Mapping[str, float]]) -> dict[str, float | int | str | list[float]]:
-    """Return the values of a `trace` event: each term's seconds by rank."""
+def trace_metrics(summaries: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return the metrics of a `TraceWritten`: each term's seconds by rank."""
     names = list(summaries[0])
     return {f"trace/{name}": [summary[name] for summary in summaries] for name in names}

@@ -23,13 +23,11 @@ from ...comm.files.file_io import read_text, replace_file_atomically
 from ...comm.files.strict_json import MalformedFileError
 from ...comm.units import ceil_div
 from .config import WandbConfig
-from .events import JSON, Event
+from .events import JSON, BudgetReported, Event, RunStarted, RunStopped, StepLogged, TextSampled, WarningRaised
 
 WANDB_RUN_ID_FILE = "wandb_run_id"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_BINS = 512  # wandb.Histogram refuses more
-_SUMMARIES = ("budget", "stop")
-_NORMAL_END = "done"
 _KEPT_EVENTS = 300
 """Events that are kept to be sent again: wandb's service buffers up to 32 KiB, and a row has at least 150 bytes."""
 _SERVICE_STARTS = 3
@@ -122,7 +120,7 @@ class WandbSink:
     def emit(self, event: Event) -> None:
         """Send `event` to wandb as configuration, summary, or a row of history."""
         self._line += 1
-        if event.kind == "run":
+        if isinstance(event, RunStarted):
             self._heads.append(event)
         else:
             self._recent.append((self._line, event))
@@ -135,13 +133,13 @@ class WandbSink:
             self._start_again(error)
 
     def _send(self, event: Event, line: int) -> None:
-        if event.kind == "run":
+        if isinstance(event, RunStarted):
             self._run.config.update(dict(event.values), allow_val_change=True)  # type: ignore[no-untyped-call]
-        elif event.kind in _SUMMARIES:
+        elif isinstance(event, BudgetReported | RunStopped):
             self._run.summary.update({f"{event.kind}/{key}": value for key, value in event.values.items()})
-        elif event.kind != "warning":
-            prefix = "" if event.kind == "step" else f"{event.kind}/"
-            row = {f"{prefix}{key}": _shown(event.kind, value) for key, value in event.values.items()}
+        elif not isinstance(event, WarningRaised):
+            prefix = "" if isinstance(event, StepLogged) else f"{event.kind}/"
+            row = {f"{prefix}{key}": _shown(event, value) for key, value in event.values.items()}
             self._run.log({"step": event.step, **row}, step=line)
 
     def _start_again(self, error: Exception) -> None:
@@ -181,11 +179,12 @@ def _forget_process() -> None:
 
 def _alert(event: Event) -> tuple[str, str, str] | None:
     """Return title, text and level of the alert that wandb sends about `event`, or None."""
-    if event.kind == "warning":
-        about = event.values.get("about", "warning")
-        return f"{about} at step {event.step}", str(event.values["message"]), "WARN"
-    reason = event.values.get("reason", _NORMAL_END) if event.kind in _SUMMARIES else _NORMAL_END
-    return None if reason == _NORMAL_END else (f"stopped at step {event.step}", str(reason), "ERROR")
+    match event:
+        case WarningRaised():
+            return f"{event.about} at step {event.step}", event.message, "WARN"
+        case RunStopped(reason=reason) if reason != "done":
+            return f"stopped at step {event.step}", reason, "ERROR"
+    return None
 
 
 def _run_id(run_dir: Path) -> str:
@@ -207,8 +206,8 @@ def _run_id(run_dir: Path) -> str:
     return new
 
 
-def _shown(kind: str, value: JSON) -> object:
-    if kind == "sample" and isinstance(value, str):
+def _shown(event: Event, value: JSON) -> object:
+    if isinstance(event, TextSampled) and isinstance(value, str):
         return wandb.Html(f"<pre>{html.escape(value)}</pre>", inject=False)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return wandb.Histogram(np_histogram=_bars(value))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from shoestring.comm.files.line_writer import LineWriter
 from shoestring.tests.full_disk import largest_file
-from shoestring.trainer.telemetry.events import Event, EventStream
+from shoestring.tests.trainer.telemetry.written_events import step
+from shoestring.trainer.telemetry.events import StepLogged, WarningRaised
 from shoestring.trainer.telemetry.history import read_all_metrics
+from shoestring.trainer.telemetry.stream import EventStream
 
 
 def test_lines_wait_for_room_and_come_in_order(tmp_path: Path) -> None:
@@ -55,24 +57,24 @@ def test_a_file_that_was_emptied_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_events_that_were_left_out_are_counted(tmp_path: Path) -> None:
     stream = EventStream(tmp_path, [], backlog_bytes=100)
-    stream.emit(Event("step", 1, {"loss": 1.0}))
+    stream.emit(step(1))
     with largest_file(10):
-        for step in range(2, 6):
-            stream.emit(Event("step", step, {"loss": 1.0}))
+        for number in range(2, 6):
+            stream.emit(step(number))
         assert stream.pending_events == 1
-    stream.emit(Event("step", 6, {"loss": 1.0}))
+    stream.emit(step(6))
     stream.close()
     events = read_all_metrics(tmp_path / "metrics.jsonl")
-    assert [event.step for event in events if event.kind == "step"] == [1, 2, 6]
-    (warning,) = (str(event.values["message"]) for event in events if event.kind == "warning")
+    assert [event.step for event in events if isinstance(event, StepLogged)] == [1, 2, 6]
+    (warning,) = (event.message for event in events if isinstance(event, WarningRaised))
     assert warning == "3 events were dropped here: the disk was full"
 
 
 def test_metrics_that_were_removed_begin_anew(tmp_path: Path) -> None:
     stream = EventStream(tmp_path, [])
-    stream.emit(Event("step", 1, {}))
+    stream.emit(step(1))
     (tmp_path / "metrics.jsonl").unlink()
-    stream.emit(Event("step", 2, {}))
+    stream.emit(step(2))
     stream.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["warning", "step"]

@@ -17,6 +17,7 @@ from shoestring.launch.run.run_dir import read_run_status
 from shoestring.tests.launch.machines import alive, descendants, needs_machines, wait_until
 from shoestring.tests.launch.refusals import refused
 from shoestring.tests.launch.small_run import small_run
+from shoestring.tests.trainer.telemetry.written_events import step
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
@@ -24,12 +25,12 @@ STEPS, EVERY, BREAK = 18, 8, 12  # some steps after a save has begun, which take
 TWO_NODES = SimulatedClusterRun(["topology.ep=4"], None, fresh=False, nodes=2, gpus_per_node=2, uplink_rate="100mbit")
 
 # A stand-in for a node's launcher: it writes step 5 of a run and then behaves as its argument says.
-STAND_IN = """
+STAND_IN = f"""
 import json, os, signal, sys, time
 behavior = sys.argv[2 + int(os.environ["NODE_RANK"])]
 print("I am", behavior, flush=True)
 if behavior == "telling":
-    open(sys.argv[1], "a").write(json.dumps({"kind": "step", "step": 5, "time": time.time()}) + "\\n")
+    open(sys.argv[1], "a").write(json.dumps(json.loads({step(5).to_json_line()!r}) | dict(time=time.time())) + "\\n")
 if behavior.isdecimal():
     sys.exit(int(behavior))
 signal.pause()

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from shoestring.launch.report.run_follower import RunFollower
 from shoestring.launch.report.watch_frame import render_frame
-from shoestring.trainer.telemetry.events import Event, EventStream
+from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.stream import EventStream
 
 
 def shown(follower: RunFollower, width: int = 80) -> str:

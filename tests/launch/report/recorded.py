@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from shoestring import __version__
 from shoestring.comm.trace import OPTIMIZER, PIPELINE_WAIT, TimelineTrack
 from shoestring.launch.answers.page import html_page
 from shoestring.launch.compose import compose_run_config
@@ -18,13 +18,23 @@ from shoestring.parallelism.pipeline.program import PipelineProgram
 from shoestring.parallelism.pipeline.schedules.registry import build_program
 from shoestring.parallelism.pipeline.simulate import OpDurations, simulate_program
 from shoestring.tests.launch.report.reader import Reader
+from shoestring.tests.trainer.telemetry.written_events import RUN, STEP, write
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.ledger.allocation_journal import AllocationJournal
 from shoestring.trainer.ledger.clock import Instant
 from shoestring.trainer.ledger.config import BudgetConfig
 from shoestring.trainer.ledger.terms import STEP_TIME_TERMS
 from shoestring.trainer.ledger.work_journal import WorkJournal
-from shoestring.trainer.telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
+from shoestring.trainer.telemetry.events import (
+    Event,
+    LossEvaluated,
+    MemoryMeasured,
+    RunResumed,
+    RunStopped,
+    StepLogged,
+    TextSampled,
+    WarningRaised,
+)
 from shoestring.trainer.telemetry.memory_usage import RESIDENT_LABEL
 from shoestring.trainer.telemetry.trace import Span, merge_rank_traces, write_rank_trace
 
@@ -70,7 +80,7 @@ def record_run(run_dir: Path) -> None:
         second = AllocationJournal(run_dir, ranks=2, attempt="second", budget=BUDGET, heartbeat_seconds=1000)
         record_attempt(run_dir, clock, "second", range(5, STEPS + 1), resumed=4)
         second.close(f"{STEPS} steps done")
-    write_events(run_dir)
+    write(run_dir, *events(run_dir))
 
 
 def record_attempt(run_dir: Path, clock: Clock, attempt: str, steps: range, resumed: int | None) -> None:
@@ -89,51 +99,44 @@ def record_attempt(run_dir: Path, clock: Clock, attempt: str, steps: range, resu
     work.close(clean=resumed is not None)
 
 
-def write_events(run_dir: Path) -> None:
-    stream = EventStream(run_dir, [])
-    for event in events(run_dir):
-        stream.emit(event)
-    stream.close()
-
-
 def events(run_dir: Path) -> Iterator[Event]:
-    run: dict[str, JSON] = {"format": METRICS_FORMAT, "version": __version__, "config": asdict(config(run_dir))}
-    run |= {"ranks": 2, "device": "cpu", "linear": "native"}
-    run |= {"parameters": 3_500_000, "active_parameters": 1_700_000, "compute_dtype": "float32", "total_steps": STEPS}
-    yield Event("run", 0, run, BEGAN)
+    sizes: Any = {"parameters": 3_500_000, "active_parameters": 1_700_000}
+    run = replace(RUN, config=asdict(config(run_dir)), ranks=2, total_steps=STEPS, time=BEGAN, **sizes)
+    yield run
     for number in range(1, 7):
         yield step(number, loss=9.0 - number)
-    yield Event("warning", 6, {"about": "spike", "message": "the loss <script>alert(1)</script> jumped"}, BEGAN + 2)
-    yield Event("run", 0, run, BEGAN + 5000)
-    yield Event("resume", 4, {}, BEGAN + 5001)
+    yield WarningRaised(step=6, about="spike", message="the loss <script>alert(1)</script> jumped", time=BEGAN + 2)
+    yield replace(run, time=BEGAN + 5000)
+    yield RunResumed(step=4, time=BEGAN + 5001)
     for number in range(5, STEPS + 1):
         yield step(number, loss=LAST + STEPS - number)
-    memory: dict[str, JSON] = {"quantity": RESIDENT_LABEL, "limit": None, "now": [300e6, 200e6], "peak": [420e6, 310e6]}
-    yield Event("memory", STEPS, memory, BEGAN + 6000)
-    yield Event("evaluation", STEPS, {"loss": 4.5, "targets": 640, "unigram_entropy": 5.83}, BEGAN + 6001)
-    yield Event("sample", STEPS, {"text": "BRUTUS\nSpeak, hands & <b>feet</b>"}, BEGAN + 6002)
-    yield Event("stop", STEPS, {"reason": "done"}, BEGAN + 6003)
+    now, peak = (300_000_000, 200_000_000), (420_000_000, 310_000_000)
+    yield MemoryMeasured(step=STEPS, quantity=RESIDENT_LABEL, limit=None, now=now, peak=peak, time=BEGAN + 6000)
+    yield LossEvaluated(step=STEPS, loss=4.5, targets=640, unigram_entropy=5.83, time=BEGAN + 6001)
+    yield TextSampled(step=STEPS, text="BRUTUS\nSpeak, hands & <b>feet</b>", time=BEGAN + 6002)
+    yield RunStopped(step=STEPS, reason="done", time=BEGAN + 6003)
 
 
-def step(number: int, loss: float = math.nan) -> Event:
-    values: dict[str, JSON] = {
-        "loss": loss,
-        "loss/mtp": loss + 0.5,
-        "learning_rate": 1e-3,
-        "grad_norm": 1.5,
-        "tokens": number * TOKENS,
-        "tokens_per_second": 2000.0,
-        "mfu": 0.25,
-        "gpu_hours": 0.18 * number,
-        "budget_share": 0.045 * number,
-        "budget_left": 4 - 0.18 * number,
-        "projected_gpu_hours": 1.5,
-        "eta_seconds": 60.0,
-        "total_steps": STEPS,
-        "tokens_per_expert/layer_01": [0, 100, 200, 100],
-        "load/max_violation": 1.0,
-    }
-    return Event("step", number, values, BEGAN + number)
+def step(number: int, loss: float = math.nan) -> StepLogged:
+    return replace(
+        STEP,
+        step=number,
+        loss=loss,
+        mtp_loss=loss + 0.5,
+        learning_rate=1e-3,
+        grad_norm=1.5,
+        metrics={"tokens_per_expert/layer_01": [0, 100, 200, 100], "load/max_violation": 1.0},
+        tokens=number * TOKENS,
+        tokens_per_second=2000.0,
+        mfu=0.25,
+        gpu_hours=0.18 * number,
+        budget_share=0.045 * number,
+        budget_left=4 - 0.18 * number,
+        projected_gpu_hours=1.5,
+        eta_seconds=60.0,
+        total_steps=STEPS,
+        time=BEGAN + number,
+    )
 
 
 def record_trace(run_dir: Path, steps: int = 2) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.reader import Reader
 from shoestring.tests.launch.report.recorded import LAST, report_of, step
-from shoestring.trainer.telemetry.events import Event, EventStream
+from shoestring.trainer.telemetry.events import RunStopped
+from shoestring.trainer.telemetry.stream import EventStream
 
 
 def test_curves_are_those_of_the_weights(page: Reader) -> None:
@@ -23,7 +24,7 @@ def test_losses_that_are_not_numbers_break_nothing(tmp_path: Path) -> None:
     assert "no logged loss is finite" in report_of(tmp_path).words("loss")
     stream.emit(step(2, loss=3.5))
     stream.emit(step(3, loss=float("inf")))
-    stream.emit(Event("stop", 3, {"reason": "step 4: loss nan: not finite"}))
+    stream.emit(RunStopped(step=3, reason="step 4: loss nan: not finite"))
     stream.close()
     page = report_of(tmp_path)
     assert "step 2 training 3.500" in page.words("loss")

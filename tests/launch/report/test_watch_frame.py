@@ -7,7 +7,7 @@ from shoestring.launch.report.watch_frame import sparkline
 from shoestring.launch.run.run_dir import create_run_dir
 from shoestring.tests.launch.report.followed import append, shown
 from shoestring.tests.launch.report.recorded import record_run, step
-from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.events import WarningRaised
 
 
 def test_a_frame_fits_into_eighty_columns(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_frame_fits_into_eighty_columns(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number_is_shown(tmp_path: Path) -> None:
     create_run_dir(tmp_path)
     append(tmp_path, step(1, loss=3.0), step(2))
-    append(tmp_path, Event("warning", 2, {"about": "spike", "message": "the loss is \x1b[2Jnan"}))
+    append(tmp_path, WarningRaised(step=2, about="spike", message="the loss is \x1b[2Jnan"))
     text = shown(RunFollower(tmp_path))
     assert "nan" in text
     assert "step 2, spike: the loss is" in text

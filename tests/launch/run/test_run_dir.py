@@ -68,7 +68,7 @@ def test_a_status_that_is_no_file_counts_as_absent(harm: Callable[[Path], None],
 def test_state_of_a_run_is_written_through_no_link(tmp_path: Path) -> None:
     from shoestring.trainer.ledger.allocation_journal import AllocationJournal
     from shoestring.trainer.ledger.config import BudgetConfig
-    from shoestring.trainer.telemetry.events import EventStream
+    from shoestring.trainer.telemetry.stream import EventStream
 
     precious = tmp_path / "precious"
     precious.write_text("mine")

@@ -27,6 +27,7 @@ from shoestring.trainer.data.preparation.prepare import prepare_corpus
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.model.model import router_names
 from shoestring.trainer.telemetry.dashboard import make_dashboard
+from shoestring.trainer.telemetry.events import LossEvaluated
 from shoestring.trainer.telemetry.history import read_all_metrics, read_metrics
 
 STEPS = 8
@@ -135,11 +136,10 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
 
 
 def test_the_report_and_the_watcher_have_its_figures(finished: Path) -> None:
-    evaluation, summary = read_run_record(finished).last_event("evaluation"), summarize_ledger(finished)
+    evaluation, summary = read_run_record(finished).last_event(LossEvaluated), summarize_ledger(finished)
     assert evaluation is not None
-    loss: Any = evaluation.values["loss"]
     page = report_of(finished)
-    assert f"validation loss {loss:.3f} nats/token" in page.words()
+    assert f"validation loss {evaluation.loss:.3f} nats/token" in page.words()
     assert f"GPU-hours {summary.gpu_hours:.4f}" in page.words()
     assert f"time in the {STEPS} steps kept" in page.words("budget")
     assert "rank 1" in page.words("memory")

@@ -28,6 +28,7 @@ from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.checkpoint.training_state import model_pieces
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_latest_checkpoint
+from shoestring.trainer.run.reporter import NullReporter
 from shoestring.trainer.structured_config import build_dataclass
 
 BEFORE, AFTER = 3, 10
@@ -43,7 +44,7 @@ def loaded_on(world: World, tree: dict[str, Any]) -> tuple[Share, Share]:
     """Return the state that this rank finds in the run's last checkpoint, and its weights."""
     config = build_dataclass(RunConfig, tree)
     rank = build_rank_resources(config, groups_of(world, config), torch.device("cpu"))
-    assert load_latest_checkpoint(rank, None) is not None
+    assert load_latest_checkpoint(rank, NullReporter()) is not None
     rank.close()
     return share_of(rank.local_checkpoint_pieces()), share_of(model_pieces(rank.engine.stepper.model))
 

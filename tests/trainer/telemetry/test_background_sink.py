@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from shoestring.tests.trainer.telemetry.written_events import step
 from shoestring.trainer.telemetry.background_sink import BackgroundSink
-from shoestring.trainer.telemetry.events import Event, EventStream, Sink
+from shoestring.trainer.telemetry.events import Event, WarningRaised
 from shoestring.trainer.telemetry.history import read_all_metrics
+from shoestring.trainer.telemetry.stream import EventStream, Sink
 
 
 class Slow:
@@ -29,13 +31,9 @@ class Slow:
         self.closed = True
 
 
-def step(number: int) -> Event:
-    return Event("step", number, {"loss": 3.0})
-
-
 def warnings(run_dir: Path) -> list[str]:
     events = read_all_metrics(run_dir / "metrics.jsonl")
-    return [str(event.values["message"]) for event in events if event.kind == "warning"]
+    return [event.message for event in events if isinstance(event, WarningRaised)]
 
 
 def test_everything_arrives_in_order_before_the_end(tmp_path: Path) -> None:

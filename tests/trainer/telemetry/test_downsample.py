@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,40 +10,27 @@ import pytest
 
 from shoestring.comm.errors import ConfigError
 from shoestring.comm.files.line_reader import count_lines, truncate_partial_line
+from shoestring.tests.trainer.telemetry.written_events import EVALUATION, run, step, write
 from shoestring.trainer.telemetry import downsample as sampled
 from shoestring.trainer.telemetry.downsample import open_tail_reader, read_downsampled_metrics
-from shoestring.trainer.telemetry.events import METRICS_FORMAT, Event, EventStream
+from shoestring.trainer.telemetry.events import Event, RunResumed, StepLogged, WarningRaised
 from shoestring.trainer.telemetry.history import MetricsHistory, MetricsReader, read_metrics
 
 
-def write(run_dir: Path, *events: Event) -> Path:
-    stream = EventStream(run_dir, [])
-    for event in events:
-        stream.emit(event)
-    stream.close()
-    return run_dir / "metrics.jsonl"
-
-
-def step(number: int, loss: float = 5.0) -> Event:
-    return Event("step", number, {"loss": loss, "grad_norm": 1.0}, 1000.0 + number)
-
-
 def test_of_a_short_run_everything_is_read(tmp_path: Path) -> None:
-    others = [Event("warning", 7, {"about": "spike", "message": "up"}), Event("resume", 5, {})]
-    path = write(
-        tmp_path, Event("run", 0, {"format": METRICS_FORMAT}), *map(step, range(1, 9)), *others, *map(step, range(6, 9))
-    )
+    others = [WarningRaised(step=7, about="spike", message="up"), RunResumed(step=5)]
+    path = write(tmp_path, run(), *map(step, range(1, 9)), *others, *map(step, range(6, 9)))
     assert read_downsampled_metrics(path) == read_metrics(path)
 
 
 def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled, "MAX_STEPS_KEPT", 64)
     monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (64, 10**9))
-    events = [Event("run", 0, {"format": METRICS_FORMAT})]
+    events: list[Event] = [run()]
     for number in range(1, 5001):
         events.append(step(number, {777: 99.0, 4242: float("nan"), 3333: -1.0}.get(number, 5 - number / 5000)))
         if number % 500 == 0:
-            events.append(Event("evaluation", number, {"loss": 4.0, "targets": 1}))
+            events.append(replace(EVALUATION, step=number))
     found = read_downsampled_metrics(write(tmp_path, *events))
     steps = [event.step for event in found if event.kind == "step"]
     assert steps == sorted(steps)
@@ -54,16 +42,14 @@ def test_of_a_long_run_spikes_and_all_that_is_rare_stay(tmp_path: Path, monkeypa
 
 def test_steps_that_were_undone_are_in_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (16, 10**9))
-    path = write(
-        tmp_path, *map(step, range(1, 201)), Event("resume", 100, {}), *(step(n, 1.0) for n in range(101, 150))
-    )
-    found = [event for event in read_downsampled_metrics(path) if event.kind == "step"]
+    path = write(tmp_path, *map(step, range(1, 201)), RunResumed(step=100), *(step(n, 1.0) for n in range(101, 150)))
+    found = [event for event in read_downsampled_metrics(path) if isinstance(event, StepLogged)]
     assert max(event.step for event in found) < 150
-    assert all(event.values["loss"] == (5.0 if event.step <= 100 else 1.0) for event in found)
+    assert all(event.loss == (3.0 if event.step <= 100 else 1.0) for event in found)
 
 
 def test_the_bytes_of_a_sample_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (4096, 20_000))
+    monkeypatch.setattr(sampled.StepDownsampler.__init__, "__defaults__", (4096, 140_000))
     path = write(tmp_path, *map(step, range(1, 2001)))
     found = read_downsampled_metrics(path)
     assert 50 < len(found) < 300

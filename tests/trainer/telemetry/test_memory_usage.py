@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.trainer.telemetry.events import Event
 from shoestring.trainer.telemetry.format import describe_event
 from shoestring.trainer.telemetry.memory_usage import (
     RESIDENT_LABEL,
     measure_memory,
-    memory_metrics,
+    memory_event,
     parse_resident_memory,
 )
 
@@ -37,12 +36,14 @@ def test_what_is_allocated_is_seen() -> None:
 
 
 def test_memory_of_all_ranks_is_shown_or_of_none() -> None:
-    values = memory_metrics(CPU, [(10, 20), (30, 40)])
-    assert values == {"quantity": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
-    assert memory_metrics(CPU, [(10, 20), None]) == {}
+    event = memory_event(5, CPU, [(10, 20), (30, 40)])
+    assert event is not None
+    expected = {"quantity": RESIDENT_LABEL, "limit": None, "now": [10, 30], "peak": [20, 40]}
+    assert (event.step, event.values) == (5, expected)
+    assert memory_event(5, CPU, [(10, 20), None]) is None
 
 
 def test_the_terminal_names_the_fullest_rank() -> None:
-    values = memory_metrics(CPU, [(10_000_000, 420_000_000), (31_400_000, 40_000_000)])
-    line = describe_event(Event("memory", 50, values))
-    assert line == "step 50: memory: 31.4 MB on the largest rank (peak 420 MB)"
+    event = memory_event(50, CPU, [(10_000_000, 420_000_000), (31_400_000, 40_000_000)])
+    assert event is not None
+    assert describe_event(event) == "step 50: memory: 31.4 MB on the largest rank (peak 420 MB)"

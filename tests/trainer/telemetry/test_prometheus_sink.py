@@ -3,6 +3,7 @@
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,12 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.small_run import free_port
 from shoestring.tests.trainer.telemetry.scraped import scrape
+from shoestring.tests.trainer.telemetry.written_events import EVALUATION, RUN, step
 from shoestring.trainer.telemetry.config import PrometheusConfig
-from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.events import CheckpointSaved, RunResumed, WarningRaised
 from shoestring.trainer.telemetry.prometheus_sink import PrometheusSink, port_problems
 
-RUN = Event("run", 0, {"device": "cpu", "compute_dtype": "float32", "linear": "native", "ranks": 4})
-STEP = Event(
-    "step",
-    40,
-    {"loss": 5.25, "loss/mtp": None, "tokens": 81920, "mfu": 0.25, "budget_left": 0.375, "goodput": 0.5},
-    time=12.5,
-)
+STEP = step(40, 5.25, mtp_loss=None, metrics={"load/max_violation": 0.75}, time=12.5)
 
 
 @pytest.fixture
@@ -43,26 +39,34 @@ def port_of(config: PrometheusConfig) -> int:
 def test_a_scrape_gets_the_figures_of_the_last_events(config: PrometheusConfig, sink: PrometheusSink) -> None:
     assert scrape(port_of(config)) == {}  # unknown values are absent, not 0
     sink.emit(RUN)
-    sink.emit(Event("evaluation", 20, {"loss": 5.5}))
+    sink.emit(replace(EVALUATION, loss=5.5))
     sink.emit(STEP)
     assert scrape(port_of(config)) == {
         "shoestring_run_info compute_dtype=float32 device=cpu linear=native ranks=4": 1,
         "shoestring_step": 40,
         "shoestring_last_event_timestamp_seconds": 12.5,
         "shoestring_loss_nats": 5.25,
+        "shoestring_balance_loss": 1e-4,
+        "shoestring_gradient_norm": 0.812,
+        "shoestring_learning_rate": 2e-3,
         "shoestring_validation_loss_nats": 5.5,
         "shoestring_tokens": 81920,
-        "shoestring_mfu_ratio": 0.25,
-        "shoestring_budget_left_gpu_hours": 0.375,
+        "shoestring_tokens_per_second": 6104,
+        "shoestring_mfu_ratio": 0.3894,
+        "shoestring_gpu_hours": 0.0123,
+        "shoestring_budget_left_gpu_hours": 0.9877,
         "shoestring_goodput_ratio": 0.5,
+        "shoestring_eta_seconds": 83.2,
+        "shoestring_steps_planned": 400,
+        "shoestring_load_max_violation": 0.75,
     }
 
 
 def test_a_loss_that_is_not_a_number_and_warnings_are_seen(config: PrometheusConfig, sink: PrometheusSink) -> None:
-    sink.emit(Event("step", 41, {"loss": math.nan}))
+    sink.emit(step(41, math.nan))
     for about in ("spike", "stall", "spike"):
-        sink.emit(Event("warning", 41, {"about": about, "message": "…"}))
-    sink.emit(Event("warning", 41, {"message": "a view is lost"}))
+        sink.emit(WarningRaised(step=41, about=about, message="…"))
+    sink.emit(WarningRaised(step=41, message="a view is lost"))
     found = scrape(port_of(config))
     assert math.isnan(found["shoestring_loss_nats"])
     warnings = {name.split("=")[1]: count for name, count in found.items() if name.startswith("shoestring_warnings")}
@@ -71,21 +75,21 @@ def test_a_loss_that_is_not_a_number_and_warnings_are_seen(config: PrometheusCon
 
 def test_a_resume_takes_steps_back(config: PrometheusConfig, sink: PrometheusSink) -> None:
     sink.emit(STEP)
-    sink.emit(Event("resume", 30, {}))
+    sink.emit(RunResumed(step=30))
     assert scrape(port_of(config))["shoestring_step"] == 30
 
 
 def test_a_checkpoint_that_is_done_later_takes_no_step_back(config: PrometheusConfig, sink: PrometheusSink) -> None:
-    for event in (RUN, STEP, Event("checkpoint", 30, {"path": "step_00000030"})):
+    for event in (RUN, STEP, CheckpointSaved(step=30, path="step_00000030")):
         sink.emit(event)
     assert scrape(port_of(config))["shoestring_step"] == 40
 
 
 def test_the_next_attempt_listens_on_the_same_port_immediately(config: PrometheusConfig, tmp_path: Path) -> None:
-    for step in range(3):
+    for number in range(3):
         sink = PrometheusSink(config, tmp_path)
-        sink.emit(Event("step", step, {"loss": 3.0}))
-        assert scrape(port_of(config))["shoestring_step"] == step
+        sink.emit(step(number))
+        assert scrape(port_of(config))["shoestring_step"] == number
         sink.close()
     assert not list(port_problems(config))
 

@@ -5,15 +5,15 @@ import os
 import pty
 
 from shoestring.tests.trainer.telemetry.written_events import EVALUATION, STEP
-from shoestring.trainer.telemetry.events import Event
+from shoestring.trainer.telemetry.events import RunStopped
 from shoestring.trainer.telemetry.terminal import LiveTerminalSink, make_terminal_sink
 
 
 def test_a_pipe_gets_plain_lines() -> None:
     stream = io.StringIO()
     sink = make_terminal_sink(stream)
-    sink.emit(Event("step", 40, STEP))
-    sink.emit(Event("stop", 40, {"reason": "done"}))
+    sink.emit(STEP)
+    sink.emit(RunStopped(step=40, reason="done"))
     sink.close()
     lines = stream.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["step", "finished"]
@@ -26,7 +26,7 @@ def test_a_terminal_gets_a_live_bar() -> None:
         sink = make_terminal_sink(terminal)
         assert isinstance(sink, LiveTerminalSink)
         sink.emit(EVALUATION)
-        sink.emit(Event("step", 40, STEP))
+        sink.emit(STEP)
         sink.close()
         terminal.flush()
         shown = ""

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ import pytest
 from shoestring.comm.errors import ConfigError
 from shoestring.tests.launch.machines import alive, wait_until
 from shoestring.tests.trainer.telemetry.offline_run import OfflineRun, read_offline_run
+from shoestring.tests.trainer.telemetry.written_events import EVALUATION, RUN
+from shoestring.tests.trainer.telemetry.written_events import step as logged
 from shoestring.trainer.telemetry.config import TelemetryConfig, WandbConfig
-from shoestring.trainer.telemetry.events import JSON, METRICS_FORMAT, Event, EventStream
+from shoestring.trainer.telemetry.events import (
+    BudgetReported,
+    Event,
+    RunStopped,
+    StepLogged,
+    TextSampled,
+    WarningRaised,
+)
 from shoestring.trainer.telemetry.history import read_all_metrics
 from shoestring.trainer.telemetry.sinks import open_event_stream
+from shoestring.trainer.telemetry.stream import EventStream
 from shoestring.trainer.telemetry.wandb_sink import WandbSink, _run_id
 
 
@@ -38,30 +49,41 @@ def own(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def step(number: int) -> Event:
-    speed: dict[str, JSON] = {"tokens_per_second": 10.5, "total_steps": 300, "eta_seconds": 9.0, "mfu": None}
-    cost: dict[str, JSON] = {"gpu_hours": 0.5, "budget_share": 0.25}
-    values: dict[str, JSON] = {"loss": 3.0 / number, "loss/mtp": None, "learning_rate": 1e-3, "grad_norm": 1.5}
-    return Event("step", number, {**values, **speed, **cost, "load/layer_01/max_violation": 0.5})
+    return logged(number, 3.0 / number, mtp_loss=None, metrics={"load/layer_01/max_violation": 0.5})
 
 
 def test_the_history_that_wandb_keeps_is_that_of_the_event_file(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     stream = EventStream(run_dir, [WandbSink(WandbConfig(project="tests"), run_dir, 0)])
-    stream.emit(Event("run", 0, {"format": METRICS_FORMAT, "config": {"model": {"layers": 4}}, "parameters": 12}))
+    stream.emit(replace(RUN, config={"model": {"layers": 4}}, parameters=12))
     for number in range(1, 301):  # more than one block of 32 KiB
         stream.emit(step(number))
-    stream.emit(Event("evaluation", 300, {"loss": 2.0}))
-    stream.emit(Event("budget", 300, {"gpu_hours": 0.5}))
+    stream.emit(replace(EVALUATION, step=300, loss=2.0))
+    stream.emit(
+        BudgetReported(
+            step=300,
+            metrics={"attempts": 2},
+            gpu_hours=0.5,
+            gpu_hours_per_trillion_tokens=None,
+            published_gpu_hours_per_trillion_tokens=180_000,
+            budget_share=0.5,
+        )
+    )
     stream.close()
     (run,) = offline_runs(run_dir)
     assert run.project == "tests"
     assert run.config["config"] == {"model": {"layers": 4}}
     assert run.config["parameters"] == 12
-    assert run.summary["budget/gpu_hours"] == 0.5
-    recorded = [event for event in read_all_metrics(run_dir / "metrics.jsonl") if event.kind == "step"]
+    assert (run.summary["budget/gpu_hours"], run.summary["budget/attempts"]) == (0.5, 2)
+    recorded = [event for event in read_all_metrics(run_dir / "metrics.jsonl") if isinstance(event, StepLogged)]
     assert [own(row) for row in run.history[:-1]] == [{"step": event.step, **event.values} for event in recorded]
-    assert own(run.history[-1]) == {"step": 300, "evaluation/loss": 2.0}
+    assert own(run.history[-1]) == {
+        "step": 300,
+        "evaluation/loss": 2.0,
+        "evaluation/targets": 4096,
+        "evaluation/unigram_entropy": 5.8312,
+    }
     (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 2 * 32 * 1024
 
@@ -80,16 +102,16 @@ def service_of_wandb() -> int:
 def test_nothing_is_lost_when_the_process_of_wandb_is_ended(last: str, tmp_path: Path) -> None:
     """Slurm's SIGTERM ends every process of a job, wandb's too; unwritten records are written again."""
     sink = WandbSink(WandbConfig(project="tests"), tmp_path, 0)
-    sink.emit(Event("run", 0, {"parameters": 12}))
+    sink.emit(replace(RUN, parameters=12))
     for number in range(1, 6):
         sink.emit(step(number))
     service = service_of_wandb()
     if last == "the end":
-        sink.emit(Event("stop", 6, {"reason": "it was asked to"}))
+        sink.emit(RunStopped(step=6, reason="it was asked to"))
     os.kill(service, signal.SIGTERM)
     wait_until(lambda: not alive({service}), 20)
     if last == "an event":
-        sink.emit(Event("stop", 6, {"reason": "it was asked to"}))
+        sink.emit(RunStopped(step=6, reason="it was asked to"))
     sink.close()
     runs = offline_runs(tmp_path)
     assert {run.run_id for run in runs if run.run_id} == {(tmp_path / "wandb_run_id").read_text().strip()}
@@ -155,8 +177,9 @@ def test_a_second_attempt_has_the_same_id_and_continues_counting(tmp_path: Path)
 
 def test_expert_loads_become_one_bar_an_expert(tmp_path: Path) -> None:
     sink = WandbSink(WandbConfig(), tmp_path, 0)
-    sink.emit(Event("step", 1, {"tokens_per_expert/layer_01": [4, 0, 8], "tokens_per_expert/layer_02": [1] * 1000}))
-    sink.emit(Event("sample", 1, {"text": "<to be>"}))
+    loads = {"tokens_per_expert/layer_01": [4, 0, 8], "tokens_per_expert/layer_02": [1] * 1000}
+    sink.emit(logged(1, metrics=loads))
+    sink.emit(TextSampled(step=1, text="<to be>"))
     sink.close()
     (run,) = offline_runs(tmp_path)
     assert run.history[0]["tokens_per_expert/layer_01"] == {
@@ -199,13 +222,13 @@ def test_online_with_a_server_that_is_gone_the_run_continues(tmp_path: Path, mon
 def test_troubles_become_alerts(tmp_path: Path) -> None:
     stream = open_event_stream(TelemetryConfig(), tmp_path, io.StringIO())
     stream.emit(step(1))
-    stream.emit(Event("warning", 1, {"about": "spike", "message": "the loss has jumped"}))
-    stream.emit(Event("stop", 2, {"reason": "rank 3 is gone"}))
+    stream.emit(WarningRaised(step=1, about="spike", message="the loss has jumped"))
+    stream.emit(RunStopped(step=2, reason="rank 3 is gone"))
     stream.close()
     (run,) = offline_runs(tmp_path)
     assert run.alerts == (("spike at step 1", "the loss has jumped"), ("stopped at step 2", "rank 3 is gone"))
     stream = open_event_stream(TelemetryConfig(), tmp_path, io.StringIO())
-    stream.emit(Event("stop", 2, {"reason": "done"}))
+    stream.emit(RunStopped(step=2, reason="done"))
     stream.close()
     assert not offline_runs(tmp_path)[1].alerts
 
@@ -213,7 +236,7 @@ def test_troubles_become_alerts(tmp_path: Path) -> None:
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
     terminal = io.StringIO()
     stream = open_event_stream(TelemetryConfig(wandb=WandbConfig(mode="disabled")), tmp_path, terminal)
-    stream.emit(Event("stop", 1, {"reason": "done"}))
+    stream.emit(RunStopped(step=1, reason="done"))
     stream.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert terminal.getvalue() == "finished at step 1\n"
