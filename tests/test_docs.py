@@ -57,9 +57,11 @@ QUICK = frozenset(
         "shoestring train experiment=quickstart --cfg job",
         "shoestring train model.hiden_size=3",
         "./launch/torchrun.sh --help",
-        "mkdir -p my_texts && cp trainer/data/corpus/shakespeare/*.txt my_texts/",
+        "mkdir -p my_texts && sed -e 's/[\"\\\\]/\\\\&/g' -e 's/.*/{\"content\": \"&\"}/' "
+        "trainer/data/corpus/shakespeare/*.txt >my_texts/a.jsonl",
         "mkdir -p my_conf/data && cat >my_conf/data/mine.yaml <<'EOF'",
-        "shoestring data prepare --config-dir my_conf data=mine model.vocab_size=4096",
+        "shoestring data prepare --config-dir my_conf data=mine model.vocab_size=null",
+        "shoestring data preview --config-dir my_conf data=mine model.vocab_size=null",
         "mkdir -p my_conf/model && cat >my_conf/model/small.yaml <<'EOF'",
         "shoestring params --config-dir my_conf model=small",
         "shoestring partition --config-dir my_conf model=small --stages 4",
