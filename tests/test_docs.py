@@ -57,7 +57,7 @@ QUICK = frozenset(
         "shoestring train experiment=quickstart --cfg job",
         "shoestring train model.hiden_size=3",
         "./launch/torchrun.sh --help",
-        "mkdir -p my_texts && sed -e 's/[\"\\\\]/\\\\&/g' -e 's/.*/{\"content\": \"&\"}/' "
+        'mkdir -p my_texts && sed -e \'s/["\\\\]/\\\\&/g\' -e \'s/.*/{"content": "&"}/\' '
         "trainer/data/corpus/shakespeare/*.txt >my_texts/a.jsonl",
         "mkdir -p my_conf/data && cat >my_conf/data/mine.yaml <<'EOF'",
         "shoestring data prepare --config-dir my_conf data=mine model.vocab_size=null",

@@ -167,6 +167,8 @@ def _count_lines(file: StoredFile, stop: int) -> int:
 
 
 def _text_of_line(line: bytes, text_key: str) -> str:
+    if line.isspace():
+        return ""
     try:
         record = json.loads(line, object_pairs_hook=_pairs)
     except UnicodeDecodeError as error:
@@ -205,6 +207,8 @@ def _read_parquet(file: StoredFile, text_key: str, part: ByteRange | None, bad: 
         if text_key not in names:
             hint = f"is not a column of the file, which has {', '.join(names[:_MAX_SHOWN])}; set data.text_key"
             raise ConfigError([Problem(f"{file.url}: {text_key}", None, hint)])
+        if names.count(text_key) > 1:
+            raise ConfigError([Problem(f"{file.url}: {text_key}", None, "is the name of several columns; rename one")])
         kind = table.schema_arrow.field(text_key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
@@ -229,6 +233,8 @@ def _open(file: StoredFile) -> Iterator[IO[bytes]]:
         if not compression:
             yield raw
             return
+        if file.bytes == 0:
+            raise ConfigError([Problem(file.url, 0, f"is damaged or truncated: it has no byte; {_FIX}")])
         import pyarrow  # unlike zstandard's reader, its streams notice a file that was cut short
 
         name = {".gz": "gzip", ".zst": "zstd"}[compression]

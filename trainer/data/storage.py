@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _STORE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "asyncio")
 """Libraries that raise their own kinds of errors for missing keys and networks."""
 _CHUNK_BYTES = 2**22
+_PATTERN = "*?["
+"""Characters of a glob."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ def read_errors(url: str) -> Iterator[None]:
 
 def _list_local(place: str) -> Iterator[StoredFile]:
     root = local_path(place)
-    if any(character in place for character in "*?[") and not root.exists():
-        paths = [Path(path) for path in glob.glob(str(root), recursive=True)]  # noqa: PTH207 -- Path.glob takes no absolute one
+    if any(character in place for character in _PATTERN) and not root.exists():
+        matches = [Path(path) for path in glob.glob(str(root), recursive=True)]  # noqa: PTH207 -- takes absolute ones
+        paths = sorted({file for match in matches for file in (_walk(match) if match.is_dir() else (match,))})
         if not paths:
             raise ConfigError([Problem("data.corpus", place, "matches no file")])
-        root = Path(os.path.commonpath([_without_pattern(root), *(path.parent for path in paths)]))
+        root = Path(os.path.commonpath([pattern_free_part(place), *(path.parent for path in paths)]))
     elif root.is_dir():
         paths = list(_walk(root))
     elif root.exists():
@@ -119,13 +123,22 @@ def _list_local(place: str) -> Iterator[StoredFile]:
             yield StoredFile(str(path), name, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
-def _without_pattern(path: Path) -> Path:
-    parts = []
-    for part in path.parts[:-1]:
-        if any(character in part for character in "*?["):
-            break
-        parts.append(part)
-    return Path(*parts) if parts else Path()
+def pattern_free_part(place: str) -> Path:
+    """Return the folders of a place on disk before the first with a pattern: those of its files, or itself."""
+    path = local_path(place)
+    for number, part in enumerate(path.parts):
+        if any(character in part for character in _PATTERN) and not path.exists():
+            return Path(*path.parts[:number])
+    return path
+
+
+def current_signature(file: StoredFile) -> str:
+    """Return the signature that the file has now. Raises `ConfigError` if it is gone."""
+    if not is_url(file.url):
+        with config_error_context(file.url, _FIX):
+            status = local_path(file.url).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    return next(_list_remote(file.url)).signature  # stores tell other facts about a file that is not listed
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -150,13 +163,14 @@ def _entry_problems(path: Path) -> Iterator[Problem]:
 def _list_remote(place: str) -> Iterator[StoredFile]:
     with _store_errors(place, "data.corpus"):
         system = _file_system(place)
-        is_pattern = any(character in place for character in "*?[")
+        is_pattern = any(character in place for character in _PATTERN)
         found: dict[str, dict[str, Any]]
         found = system.glob(place, detail=True) if is_pattern else system.find(place, detail=True)
         root = system._strip_protocol(place)
     if not found:
         raise ConfigError([Problem("data.corpus", place, "holds no file: name a file, a folder or a glob")])
-    prefix = posixpath.dirname(root.split("*")[0]) if is_pattern else root
+    first = min((root.index(character) for character in _PATTERN if character in root), default=len(root))
+    prefix = posixpath.dirname(root[:first]) if is_pattern else root
     for path, info in found.items():
         if info.get("type") == "file":
             name = posixpath.relpath(path, prefix) if path != prefix else posixpath.basename(path)
@@ -164,8 +178,10 @@ def _list_remote(place: str) -> Iterator[StoredFile]:
 
 
 def _signature(info: dict[str, Any]) -> str:
-    mark = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime") if key in info), "")
-    return f"{info['size']} {mark}"
+    # Stores quote the tag in one answer and not in another, and give fractions of a second in one only.
+    mark = next((info[key] for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime") if key in info), "")
+    text = str(int(mark.timestamp())) if isinstance(mark, datetime) else str(mark).strip('"')
+    return f"{info['size']} {text}"
 
 
 def _file_system(url: str) -> "fsspec.AbstractFileSystem":

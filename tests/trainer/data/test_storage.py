@@ -56,6 +56,8 @@ def test_a_file_a_folder_and_a_glob(tmp_path: Path, buckets: Path, kind: str) ->
     assert names(f"{root}/sub/c.txt") == ["c.txt"]
     assert names(f"{root}/**/*.jsonl") == ["b.jsonl", "sub/deep/d.jsonl"]
     assert names(f"{root}/*.txt") == ["a.txt"]
+    assert names(f"{root}/[ab].*") == ["a.txt", "b.jsonl"]
+    assert names(f"{root}/?.txt") == ["a.txt"]
     files = list_files(root)
     assert [file.bytes for file in files] == [len(f"content of {name}\n") for name in sorted(NAMES)]
     with open_binary(files[0].url) as stream:

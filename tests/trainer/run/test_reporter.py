@@ -113,7 +113,9 @@ def test_damage_to_a_runs_files_in_mid_run_is_reported(root: Path, tmp_path: Pat
     tree = run_config(root)
     shutil.copytree(root / "prepared", tmp_path / "prepared")
     tree["data"] = tree["data"] | {"prepared": str(tmp_path / "prepared")}
-    tree["training"] = tree["training"] | {"run_dir": str(tmp_path / "run"), "sample_tokens": 0}
+    # The samples of the next step are read already when the harm is done.
+    more = {"run_dir": str(tmp_path / "run"), "sample_tokens": 0, "tokens": 2 * tree["training"]["tokens"]}
+    tree["training"] = tree["training"] | more
     (ended,) = run_processes(1, run_and_harm, tree, harm)
     expected = {"other tokens": ".train.00000.bin has changed since it was prepared", "metrics removed": "done"}
     assert expected.get(harm, "was removed while the run was writing into it, by step 2") in ended

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from ....comm.errors import ConfigError, Problem, raise_if_any
 from ..config import DataConfig
+from ..document_random import document_key, uniform_fraction
 from ..formats import BadRecords, describe_ignored, is_readable, read_documents, stem
 from ..storage import StoredFile, list_files
 from .tasks import CorpusFile
@@ -82,6 +83,9 @@ def sample_texts(config: DataConfig, files: Sequence[CorpusFile], skipped: BadRe
             if room <= 0:
                 break
             room -= len(document.text)
+            key = document_key(config.seed, "validation", file.name, document.place)
+            if uniform_fraction(key) < config.validation_fraction:
+                continue
             if not _has_very_long_word(document.text):
                 yield document.text
 

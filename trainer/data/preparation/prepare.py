@@ -39,6 +39,7 @@ from ..manifest import (
     read_manifest,
 )
 from ..shards import TOKENS_PER_SHARD
+from ..storage import is_url, local_path, pattern_free_part
 from ..tokenizer import (
     END_TOKEN,
     TOKENIZER_CONFIG_FILE,
@@ -63,7 +64,11 @@ _SECONDS_BETWEEN_LINES = 5.0
 _BAD_RECORDS_SHOWN = 8
 _MOST_UNDER_WAY = 0.95
 """Most of the unfinished tasks that their text, of unknown size, can stand for in the progress."""
-_PART_FILE = re.compile(r"[0-9a-f]{16}\.(train|validation)\.(documents|[0-9]{5,}\.bin)|parts-[0-9a-f]{16}\.jsonl")
+_BEFORE_SETTINGS = {TASKS_FOLDER, _LOCK_FILE, TOKENIZER_FILE, f"{TOKENIZER_FILE}.new", f"{SETTINGS_FILE}.new"}
+"""Files that are written before the settings."""
+_PART_FILE = re.compile(
+    r"[0-9a-f]{16}-[0-9a-f]{8}\.(train|validation)\.(documents|[0-9]{5,}\.bin)|parts-[0-9a-f]{16}\.jsonl"
+)
 
 
 def prepare_corpus(
@@ -89,6 +94,7 @@ def begun_preparation(
     _check(config, shard_tokens, tokenizer)
     files = list_corpus(config, report)
     directory = Path(os.path.realpath(config.prepared))
+    _refuse_directory_in_corpus(config, directory)
     _refuse_other_content(directory)
     tokenizer = tokenizer or _load_or_train_tokenizer(config, files, directory, report)
     settings = preparation_settings(config, tokenizer, shard_tokens)
@@ -129,11 +135,23 @@ def preparation_settings(config: DataConfig, tokenizer: Tokenizer, shard_tokens:
     )
 
 
+def _refuse_directory_in_corpus(config: DataConfig, directory: Path) -> None:
+    """Raise `ConfigError` if `directory` is inside the corpus: the next call would read its files as text."""
+    place = config.corpus_location
+    if is_url(place):
+        return
+    if directory.is_relative_to(os.path.realpath(pattern_free_part(place))) and not local_path(place).is_file():
+        hint = f"is inside data.corpus, {config.corpus}; name a directory outside of it"
+        raise ConfigError([Problem("data.prepared", config.prepared, hint, ("data.corpus",))])
+
+
 def _refuse_other_content(directory: Path) -> None:
     """Raise `ConfigError` unless `directory` is absent, empty, or holds data of this format or the beginning of it."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError([Problem("data.prepared", str(directory), "is not a directory; name another")])
-    if not directory.exists() or not any(directory.iterdir()) or (directory / SETTINGS_FILE).exists():
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    # A kill may have left the lock, and not yet the settings.
+    if not names or SETTINGS_FILE in names or (_LOCK_FILE in names and names <= _BEFORE_SETTINGS):
         return
     if (directory / MANIFEST_FILE).exists():
         read_manifest(directory)  # of another format
@@ -182,9 +200,12 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _adopt_settings(directory: Path, settings: PreparationSettings, tokenizer: Tokenizer) -> None:
-    """Write settings and tokenizer of a new directory. Raises `ConfigError` if it was begun with others."""
+    """Write settings and tokenizer. Raises `ConfigError` if something was finished with others."""
     path = directory / SETTINGS_FILE
-    if not path.exists():
+    nothing_is_finished = not (directory / MANIFEST_FILE).exists() and not any(
+        (directory / TASKS_FOLDER).glob("*.json")
+    )
+    if nothing_is_finished:
         with _write_errors(directory):
             _replace_file(directory / TOKENIZER_FILE, tokenizer.raw)
             replace_file_atomically(path, (json.dumps(asdict(settings), indent=2) + "\n").encode())
@@ -218,6 +239,7 @@ def _run_missing_tasks(
             records[task] = record
             display.finish(task, record)
             _refuse_too_many_bad_records(config, records.values())
+    _refuse_too_many_bad_records(config, records.values())  # also those that an earlier call has found
     return [records[task] for task in tasks]
 
 
@@ -308,7 +330,8 @@ def _publish(
             validation=totals["validation"],
         )
         path, raw = directory / MANIFEST_FILE, manifest.to_json().encode()
-        if path.exists() and path.read_bytes() == raw:
+        is_listed = (directory / entry.file).exists()
+        if is_listed and path.exists() and path.read_bytes() == raw:
             report(f"{directory} is already prepared from this text with these settings.")
             return manifest
         replace_file_atomically(directory / entry.file, lines)

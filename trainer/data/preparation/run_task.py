@@ -3,9 +3,11 @@
 Shapes: T tokens of a document.
 """
 
+import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....comm.errors import ConfigError, Problem
+from ....comm.errors import ConfigError, Problem, raise_if_any
 from ....comm.files.file_io import read_json, replace_file_atomically
 from ....comm.files.strict_json import MalformedFileError
 from ..document_random import document_key, uniform_fraction
@@ -25,11 +27,11 @@ from ..files import HashedFileWriter, fsync_directory, split_by_size
 from ..formats import BadRecords, read_documents
 from ..manifest import CorpusPiece, DataPart, FileEntry, PreparationSettings, SplitPart
 from ..shards import SplitPartWriter
-from ..storage import StoredFile, hash_stored_file, local_path
+from ..storage import StoredFile, current_signature, hash_stored_file, local_path
 from ..tokenizer import Tokenizer
 from .augmentation import TokenArray, TokenSplitter, cut_for_fill_in_the_middle, join_fill_in_the_middle
 from .tasks import Task
-from .token_files import read_token_file
+from .token_files import index_signature, read_token_file
 
 TASKS_FOLDER = "tasks"
 """Folder of the completion records, in the prepared directory."""
@@ -97,7 +99,9 @@ def run_task(job: PreparationJob, task: Task) -> TaskRecord:
     that cannot be written.
     """
     # The files get their names when all of them are on disk: a killed task leaves a folder that the next call removes.
-    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{platform.node()}-{os.getpid()}"
+    # Random, as a container may have the same name and process numbers as the one before it.
+    mark = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = job.directory / TASKS_FOLDER / f"{task.name}.unfinished-{mark}"
     folder.mkdir()
     try:
         record = _read_in_place(job, task, folder) if task.is_token_file else _tokenize_files(job, task, folder)
@@ -111,17 +115,19 @@ def run_task(job: PreparationJob, task: Task) -> TaskRecord:
 def _tokenize_files(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     bad = BadRecords(job.max_bad_records)
     splits = _write_splits(job, task, folder, bad)
+    pieces = tuple(_piece(task, file) for file in task.files)
+    _refuse_changed_files(task)  # after both reads: the tokens and the hash are of the same bytes
     part = DataPart(
         task=task.name,
-        pieces=tuple(_piece(task, file) for file in task.files),
+        pieces=pieces,
         empty_records=bad.empty,
         bad_records=bad.count,
-        train=_publish(job.directory, task, folder, splits["train"]),
-        validation=_publish(job.directory, task, folder, splits["validation"]),
+        train=_publish(job.directory, task, pieces, folder, splits["train"]),
+        validation=_publish(job.directory, task, pieces, folder, splits["validation"]),
     )
     return TaskRecord(
         settings=job.settings.digest,
-        signatures=tuple(file.signature for file in task.files),
+        signatures=_signatures(task),
         bad=tuple(str(problem) for problem in bad.problems),
         part=part,
     )
@@ -137,7 +143,9 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     documents = len(found.starts_M)
     with closing(HashedFileWriter(folder / "documents")) as starts:
         starts.write(found.starts_M.astype("<i8").tobytes())
-    name = f"{task.name}.{'validation' if task.is_validation else 'train'}.documents"
+    pieces = (CorpusPiece(file=file.name, start=0, bytes=file.bytes, sha256=found.entry.sha256),)
+    _refuse_changed_files(task)
+    name = f"{_prefix(task, pieces)}.{'validation' if task.is_validation else 'train'}.documents"
     (folder / "documents").rename(job.directory / name)
     split = SplitPart(
         tokens=found.tokens,
@@ -149,7 +157,7 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     place = Path(os.path.realpath(local_path(file.url)))
     part = DataPart(
         task=task.name,
-        pieces=(CorpusPiece(file=file.name, start=0, bytes=file.bytes, sha256=found.entry.sha256),),
+        pieces=pieces,
         folder=str(place.parent),
         dtype=found.dtype,
         empty_records=0,
@@ -160,13 +168,35 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     without_end = documents - found.documents_with_end
     note = f"{file.name}: {without_end} of {documents} documents do not end with the end token"
     notes = (note,) if without_end else ()
-    return TaskRecord(settings=job.settings.digest, signatures=(file.signature,), bad=(), notes=notes, part=part)
+    return TaskRecord(settings=job.settings.digest, signatures=_signatures(task), bad=(), notes=notes, part=part)
+
+
+def _signatures(task: Task) -> tuple[str, ...]:
+    """Return the state of each file as it was listed; of a token file also that of its index."""
+    return tuple(
+        f"{file.signature} {index_signature(file)}" if task.is_token_file else file.signature for file in task.files
+    )
+
+
+def _refuse_changed_files(task: Task) -> None:
+    """Raise `ConfigError` for a file that has changed since it was listed."""
+    raise_if_any(
+        Problem(file.url, None, "has changed while it was read; run the same command again")
+        for file in task.files
+        if current_signature(file) != file.signature
+    )
+
+
+def _prefix(task: Task, pieces: tuple[CorpusPiece, ...]) -> str:
+    """Return the begin of the names of the task's files: a changed corpus file does not overwrite its old tokens."""
+    content = json.dumps([asdict(piece) for piece in pieces])
+    return f"{task.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def remove_abandoned_folders(directory: Path) -> None:
     """Remove what killed tasks have left: those of dead processes here, and of other machines after an hour."""
     for left in (directory / TASKS_FOLDER).glob("*.unfinished-*"):
-        machine, _, process = left.name.partition(".unfinished-")[2].rpartition("-")
+        machine, process, _ = left.name.partition(".unfinished-")[2].rsplit("-", 2)
         if machine == platform.node():
             is_abandoned = not Path(f"/proc/{process}").exists()
         else:
@@ -195,9 +225,11 @@ def find_record(directory: Path, task: Task, settings: PreparationSettings) -> T
         return None
     if any(not _has_size(directory / entry.file, entry.bytes) for entry in record.part.files):
         return None
-    signatures = tuple(file.signature for file in task.files)
+    signatures = _signatures(task)
     if signatures != record.signatures:
-        if any(piece != _piece(task, file) for piece, file in zip(record.part.pieces, task.files, strict=True)):
+        if task.is_token_file or any(
+            piece != _piece(task, file) for piece, file in zip(record.part.pieces, task.files, strict=True)
+        ):
             return None
         record = replace(record, signatures=signatures)
         replace_file_atomically(path, _to_json(record))
@@ -286,13 +318,15 @@ def _buckets(documents: Iterator[_Tokenized]) -> Iterator[list[_Tokenized]]:
         yield bucket
 
 
-def _publish(directory: Path, task: Task, folder: Path, part: SplitPart | None) -> SplitPart | None:
+def _publish(
+    directory: Path, task: Task, pieces: tuple[CorpusPiece, ...], folder: Path, part: SplitPart | None
+) -> SplitPart | None:
     """Move the files of a part into the prepared directory, under names that begin with the task's."""
     if part is None:
         return None
 
     def move(entry: FileEntry) -> FileEntry:
-        name = f"{task.name}.{entry.file}"
+        name = f"{_prefix(task, pieces)}.{entry.file}"
         (folder / entry.file).rename(directory / name)
         return replace(entry, file=name)
 

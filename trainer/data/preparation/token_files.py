@@ -62,19 +62,32 @@ def read_token_file(file: StoredFile, eos_token_id: int) -> TokenFile:
     if is_url(file.url):
         hint = "is a token file in a bucket, and these are read in place: copy it to a disk"
         raise ConfigError([Problem("data.corpus", file.url, hint)])
-    path = local_path(file.url)
-    index = path.with_name(path.name.removesuffix(path.suffix) + _INDEX_SUFFIX[path.suffix])
+    path, index = local_path(file.url), _index_path(file)
     with config_error_context(index, _FIX):
         raw = read_regular_file(index, index.stat().st_size)
         parse = _parse_megatron if path.suffix == ".bin" else _parse_datatrove
         dtype, lengths_M = parse(raw, file.bytes)
         tokens = int(lengths_M.sum())
-        if (lengths_M < 1).any() or tokens * np.dtype(dtype).itemsize != file.bytes:
+        if (lengths_M < 1).any():
+            raise MalformedFileError("", int((lengths_M < 1).sum()), "documents have no token")
+        if tokens * np.dtype(dtype).itemsize != file.bytes:
             hint = f"names {tokens} tokens of {dtype}, and {path.name} has {file.bytes} bytes"
             raise MalformedFileError("", len(lengths_M), hint)
     ends_M = np.cumsum(lengths_M)
     with config_error_context(path, _FIX):
         return _scan(path, dtype, ends_M - lengths_M, ends_M, eos_token_id)
+
+
+def _index_path(file: StoredFile) -> Path:
+    path = local_path(file.url)
+    return path.with_name(path.name.removesuffix(path.suffix) + _INDEX_SUFFIX[path.suffix])
+
+
+def index_signature(file: StoredFile) -> str:
+    """Return text that changes when the index of a token file does. Raises `ConfigError` if it cannot be read."""
+    with config_error_context(_index_path(file), _FIX):
+        status = _index_path(file).stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _scan(path: Path, dtype: str, starts_M: Int64Array, ends_M: Int64Array, eos_token_id: int) -> TokenFile:

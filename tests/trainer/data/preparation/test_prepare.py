@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +250,8 @@ def test_the_limit_of_broken_records_is_for_all_files_together(config: DataConfi
         (Path(config.corpus_location) / f"{name}.jsonl").write_text('{"text": "good"}\n{\n')
     with pytest.raises(ConfigError, match=r"data\.max_bad_records = 1: 2 records are broken.*x\.jsonl.*y\.jsonl"):
         prepare_corpus(replace(config, max_bad_records=1, vocab_size=None), silent, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"2 records are broken"):  # also when all tasks have their records
+        prepare_corpus(replace(config, max_bad_records=1, vocab_size=None), silent, tokenizer=tokenizer)
 
 
 def test_holding_out_everything_is_refused(config: DataConfig) -> None:
@@ -261,9 +264,82 @@ def test_a_vocabulary_out_of_reach_is_refused(config: DataConfig) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused(config: DataConfig) -> None:
-    inside_a_file = str(Path(config.corpus_location) / "alpha.txt" / "prepared")
+    (Path(config.corpus).parent / "file").touch()
     with pytest.raises(ConfigError, match="cannot be created"):
-        prepare_corpus(replace(config, prepared=inside_a_file), silent)
+        prepare_corpus(replace(config, prepared=str(Path(config.corpus).parent / "file" / "prepared")), silent)
+
+
+@pytest.mark.parametrize("corpus", ["", "*.txt", "**/*.jsonl"])
+def test_a_place_inside_the_corpus_is_refused(config: DataConfig, corpus: str) -> None:
+    inside = replace(config, corpus=str(Path(config.corpus) / corpus), prepared=f"{config.corpus}/sub/prepared")
+    with pytest.raises(ConfigError, match=r"is inside data\.corpus"):
+        prepare_corpus(replace(inside, validation=(), validation_fraction=0.5), silent)
+
+
+def test_a_failed_addition_leaves_the_data_as_they_were(config: DataConfig) -> None:
+    prepare_corpus(config, silent)
+    alpha = Path(config.corpus_location) / "alpha.txt"
+    alpha.write_text(alpha.read_text() + "More.")
+    broken = Path(config.corpus_location) / "zz.jsonl"
+    broken.write_text("{")
+    with pytest.raises(ConfigError, match="zz"):
+        prepare_corpus(config, silent)
+    verify_prepared_data(Path(config.prepared))
+    broken.write_text('{"text": "mended"}')
+    prepare_corpus(config, silent)
+    found = verify_prepared_data(Path(config.prepared))
+    assert found.manifest.train.documents == 7
+    assert len(list(Path(config.prepared).glob("*.bin"))) == 4
+
+
+def test_settings_may_change_until_a_task_is_finished(config: DataConfig) -> None:
+    (Path(config.corpus_location) / "alpha.txt").unlink()
+    (Path(config.corpus_location) / "lines.jsonl").write_text('{"content": "a text under another key"}\n')
+    tokenizer = train_tokenizer(["some text"], 260)
+    with pytest.raises(ConfigError, match="its keys are content"):
+        prepare_corpus(replace(config, vocab_size=None, workers=1), silent, tokenizer=tokenizer)
+    for record in (Path(config.prepared) / "tasks").glob("*.json"):
+        record.unlink()
+    right = replace(config, text_key="content", vocab_size=None)
+    assert prepare_corpus(right, silent, tokenizer=tokenizer).train.documents == 1
+
+
+def test_a_kill_before_the_settings_are_written_is_no_obstacle(config: DataConfig) -> None:
+    (Path(config.prepared) / "tasks").mkdir(parents=True)
+    (Path(config.prepared) / ".lock").touch()
+    prepare_corpus(config, silent)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoestring.trainer.data.preparation import run_task
+
+    alpha = Path(config.corpus_location) / "alpha.txt"
+    write = run_task._write_splits
+
+    def change(*arguments: Any) -> Any:
+        done = write(*arguments)
+        alpha.write_text(alpha.read_text().swapcase())
+        return done
+
+    monkeypatch.setattr(run_task, "_write_splits", change)
+    with pytest.raises(ConfigError, match=r"alpha\.txt.*has changed while it was read"):
+        prepare_corpus(config, silent)
+
+
+def test_the_tokenizer_never_sees_the_held_out_documents(config: DataConfig) -> None:
+    from shoestring.trainer.data.formats import BadRecords
+    from shoestring.trainer.data.preparation.corpus import list_corpus, sample_texts
+
+    texts = [f"Document {number}." for number in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (Path(config.corpus_location) / "lines.jsonl").write_text(lines)
+    share = replace(config, validation=(), validation_fraction=0.25, shuffle=False)
+    manifest = prepare_corpus(share, silent)
+    seen = list(sample_texts(share, list_corpus(share, silent), BadRecords(0)))
+    assert len(seen) == manifest.train.documents
+    prepared = open_prepared_data(share)
+    tokens = prepared.train.read_tokens(0, prepared.train.num_tokens).tolist()
+    assert prepared.tokenizer.decode(tokens).split("<|end|>")[:-1] == seen
 
 
 def test_data_of_another_format_is_named(config: DataConfig) -> None:

@@ -133,9 +133,9 @@ def test_folders_of_killed_tasks_are_removed_and_those_of_others_left(tmp_path: 
 
     (tmp_path / "tasks").mkdir()
     here = platform.node()
-    for name in (f"a.unfinished-{here}-{os.getpid()}", f"b.unfinished-{here}-4194999", "c.unfinished-other-1"):
+    for name in (f"a.unfinished-{here}-{os.getpid()}-0", f"b.unfinished-{here}-4194999-0", "c.unfinished-other-1-0"):
         (tmp_path / "tasks" / name).mkdir()
-    old = tmp_path / "tasks" / "d.unfinished-other-1"
+    old = tmp_path / "tasks" / "d.unfinished-other-1-0"
     old.mkdir()
     os.utime(old, (0, 0))
     remove_abandoned_folders(tmp_path)

@@ -102,6 +102,14 @@ def test_documents_without_an_end_token_are_told(config: DataConfig) -> None:
     assert "a.bin: 2 of 3 documents do not end with the end token" in lines
 
 
+def test_a_changed_index_is_read_again(config: DataConfig) -> None:
+    write_megatron(Path(config.corpus) / "a", [[5, 6, 0, 7, 0]])
+    write_megatron(Path(config.corpus) / "held", [[1, 2, 0]])
+    assert prepare_corpus(config, silent).train.documents == 1
+    write_megatron(Path(config.corpus) / "a", [[5, 6, 0], [7, 0]])
+    assert prepare_corpus(config, silent).train.documents == 2
+
+
 def refusal(config: DataConfig) -> str:
     with pytest.raises(ConfigError) as caught:
         prepare_corpus(config, silent)
