@@ -8,6 +8,7 @@ Packages of the extra `hopper` are replaced by mocks where they are not installe
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -22,20 +23,31 @@ MOCKED = (
 )
 
 
+LAYERS = ("comm", "parallelism", "trainer", "launch")
+
+
 def mock_missing_packages() -> None:
     """Let modules be imported whose packages are not installed."""
     if importlib.util.find_spec("transformer_engine") is None:
         sys.modules.update((name, MagicMock()) for name in MOCKED)
 
 
-def build_api(package: str, directory: Path) -> None:
-    """Write the pages of `package`; raise the first warning."""
+def module_names() -> list[str]:
+    """Return every module: pdoc finds of a package with `__all__` only the modules that it names."""
+    paths = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py") if path.stem != "__init__")
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    packages = {name.rpartition(".")[0] for name in names}
+    return ["shoestring", *(f"shoestring.{name}" for name in sorted({*names, *packages}))]
+
+
+def build_api(modules: Sequence[str], directory: Path) -> None:
+    """Write the pages of `modules`; raise the first warning."""
     pdoc.render.configure(docformat="markdown", show_source=False, math=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="pdoc")
-        pdoc.pdoc(package, output_directory=directory)
+        pdoc.pdoc(*modules, output_directory=directory)
 
 
 if __name__ == "__main__":
     mock_missing_packages()
-    build_api("shoestring", Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "api")
+    build_api(module_names(), Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "api")

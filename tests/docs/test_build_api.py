@@ -14,7 +14,7 @@ def test_a_warning_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "misspelled.py").write_text('def f(x: "Tensro") -> None:\n    """Return nothing."""\n')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserWarning, match="Error parsing type annotation Tensro"):
-        build_api("misspelled", tmp_path / "api")
+        build_api(["misspelled"], tmp_path / "api")
 
 
 @pytest.mark.slow

@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....comm.errors import ConfigError, Problem
 from ....comm.files.file_io import os_error_to_problem, unwritable_directory_hint
 from .run_task import PreparationJob, TaskRecord, run_task
 from .tasks import Task
+
+if TYPE_CHECKING:
+    _End = connection.Connection[Any, Any]
+else:
+    _End = connection.Connection  # takes no parameters at run time
 
 _FINISHED = "what is finished is kept, and the same command continues"
 
@@ -76,7 +81,7 @@ class _Pool:
         context: ForkServerContext = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._counters = (context.Value("q", 0), context.Value("q", 0))
-        self._processes: dict[connection.Connection[Any, Any], ForkServerProcess] = {}
+        self._processes: dict[_End, ForkServerProcess] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(job, theirs, self._counters), daemon=True)
@@ -87,7 +92,7 @@ class _Pool:
     def run(self, tasks: Sequence[Task], on_progress: Callable[[Progress], None]) -> Iterator[tuple[Task, TaskRecord]]:
         """Yield each task with its record, in the order of completion."""
         waiting, idle = list(reversed(tasks)), list(self._processes)
-        running: dict[connection.Connection[Any, Any], Task] = {}
+        running: dict[_End, Task] = {}
         try:
             while waiting or running:
                 while waiting and idle:
@@ -106,12 +111,12 @@ class _Pool:
             for process in self._processes.values():
                 process.join()
 
-    def _receive(self, end: "connection.Connection[Any, Any]") -> TaskRecord:
+    def _receive(self, end: _End) -> TaskRecord:
         with self._death_named(end):
             return _record_or_raise(end.recv())
 
     @contextmanager
-    def _death_named(self, end: "connection.Connection[Any, Any]") -> Iterator[None]:
+    def _death_named(self, end: _End) -> Iterator[None]:
         """Turn the error of a pipe whose process has died into a `ConfigError` that says how it died."""
         try:
             yield
@@ -126,7 +131,7 @@ class _Pool:
 
 def _work(
     job: PreparationJob,
-    end: "connection.Connection[Any, Any]",
+    end: _End,
     counters: "tuple[Synchronized[int], Synchronized[int]]",
 ) -> None:
     """Run the tasks that come through `end`, one at a time, until it is closed."""
