@@ -33,11 +33,13 @@ def mock_missing_packages() -> None:
 
 
 def module_names() -> list[str]:
-    """Return every module: pdoc finds of a package with `__all__` only the modules that it names."""
-    paths = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py") if path.stem != "__init__")
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
-    packages = {name.rpartition(".")[0] for name in names}
-    return ["shoestring", *(f"shoestring.{name}" for name in sorted({*names, *packages}))]
+    """Return what pdoc must be told: of a package with `__all__` it finds only the modules that are named there."""
+    names = ["shoestring", *(f"shoestring.{layer}" for layer in LAYERS)]
+    for init in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("__init__.py")):
+        if "__all__" in init.read_text():
+            package = ".".join(("shoestring", *init.parent.relative_to(ROOT).parts))
+            names += [f"{package}.{path.stem}" for path in sorted(init.parent.glob("*.py")) if path != init]
+    return names
 
 
 def build_api(modules: Sequence[str], directory: Path) -> None:
