@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import fsspec
 
 _FIX = "make it readable, or remove it from the corpus"
-_EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Extra of the package that brings the file system of a protocol."""
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+"""Package that brings the file system of a protocol."""
 _STORE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "asyncio")
 """Libraries that raise their own kinds of errors for missing keys and networks."""
 _CHUNK_BYTES = 2**22
@@ -192,9 +192,9 @@ def _file_system(url: str) -> "fsspec.AbstractFileSystem":
         # Listings are not kept: a file that was added since must be seen.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
-        extra = _EXTRA.get(protocol)
-        hint = f"needs a package that is not installed ({error}); pip install 'shoestring[{extra}]'"
-        raise ConfigError([Problem("data.corpus", url, hint if extra else str(error))]) from error
+        package = _PACKAGES.get(protocol)
+        hint = f"needs a package that is not installed ({error}); pip install {package}"
+        raise ConfigError([Problem("data.corpus", url, hint if package else str(error))]) from error
     except ValueError as error:
         raise ConfigError([Problem("data.corpus", url, f"{error}; use a path, s3:// or gs://")]) from error
 
