@@ -20,6 +20,8 @@ from ...comm.files.strict_json import JsonValue, MalformedFileError, Unsupported
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+SETTINGS_FILE = "settings.json"
+"""Settings of a directory whose preparation has begun."""
 SPLITS = ("train", "validation")
 TOKEN_DTYPES = ("<u2", "<u4", "<i4", "<i8")
 """Dtypes of shards, as NumPy writes them."""
@@ -191,9 +193,8 @@ def read_manifest(directory: Path) -> DataManifest:
     """Read and check `manifest.json`. Raises `ConfigError` when it is missing, damaged, or of another format."""
     path = directory / MANIFEST_FILE
     if not path.exists():
-        hint = (
-            f"no prepared data in {directory}. Run: shoestring data prepare experiment=quickstart (or your experiment)"
-        )
+        found = "preparation is not finished" if (directory / SETTINGS_FILE).exists() else "no prepared data"
+        hint = f"{found} in {directory}. Run: shoestring data prepare experiment=quickstart (or your experiment)"
         raise ConfigError([Problem("data.prepared", str(directory), hint)])
     try:
         tree = read_json(path)

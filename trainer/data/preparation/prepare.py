@@ -30,6 +30,7 @@ from ..formats import BadRecords
 from ..manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    SETTINGS_FILE,
     SPLITS,
     DataManifest,
     DataPart,
@@ -55,8 +56,6 @@ from .worker_pool import Progress, run_tasks
 
 Report = Callable[[str], None]
 
-SETTINGS_FILE = "settings.json"
-"""Settings of a directory whose preparation has begun."""
 _LOCK_FILE = ".lock"
 _SMALL_CORPUS = 2**23
 """Up to this many bytes of text one process is faster than starting others."""

@@ -199,7 +199,7 @@ def test_a_killed_preparation_goes_on_where_it_was(config: DataConfig, task: int
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", KILLED, config.corpus, config.prepared, str(task), moment]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
-    with pytest.raises(ConfigError, match="no prepared data"):
+    with pytest.raises(ConfigError, match="preparation is not finished"):
         open_prepared_data(config)
     lines: list[str] = []
     prepare_corpus(config, lines.append)
