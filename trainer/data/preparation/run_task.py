@@ -59,7 +59,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class PreparationJob:
-    """What all tasks of a preparation share."""
+    """Facts that all tasks of a preparation share."""
 
     directory: Path
     settings: PreparationSettings
