@@ -35,8 +35,9 @@ from .run.exit import (
     decide_halt_reason,
     never_stop,
 )
+from .run.null_reporter import NullReporter
 from .run.profiling import StepProfiler
-from .run.reporter import NullReporter, Reporter
+from .run.reporter import Reporter
 from .run.step import NonFiniteStep, StepSettings
 
 

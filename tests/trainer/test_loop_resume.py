@@ -35,7 +35,7 @@ from shoestring.trainer.checkpoint.tensor_file import read_tensor_at
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_latest_checkpoint
 from shoestring.trainer.run.exit import RunFailed
-from shoestring.trainer.run.reporter import NullReporter
+from shoestring.trainer.run.null_reporter import NullReporter
 from shoestring.trainer.structured_config import build_dataclass
 from shoestring.trainer.telemetry.history import read_metrics
 

@@ -28,7 +28,7 @@ from shoestring.trainer.checkpoint.store import CheckpointStore
 from shoestring.trainer.checkpoint.training_state import model_pieces
 from shoestring.trainer.config import RunConfig
 from shoestring.trainer.run.checkpointing import load_latest_checkpoint
-from shoestring.trainer.run.reporter import NullReporter
+from shoestring.trainer.run.null_reporter import NullReporter
 from shoestring.trainer.structured_config import build_dataclass
 
 BEFORE, AFTER = 3, 10

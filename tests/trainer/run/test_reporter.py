@@ -23,7 +23,7 @@ from shoestring.trainer.data.shard_files import DataChanged
 from shoestring.trainer.ledger.summary import summarize_ledger
 from shoestring.trainer.loop import train
 from shoestring.trainer.run.exit import RankFailed
-from shoestring.trainer.run.reporter import STALL_THRESHOLD_SECONDS, NullReporter, Reporter, UnaccountedTime
+from shoestring.trainer.run.reporter import STALL_THRESHOLD_SECONDS, UnaccountedTime
 from shoestring.trainer.structured_config import build_dataclass
 
 
@@ -119,13 +119,6 @@ def test_damage_to_a_runs_files_in_mid_run_is_reported(root: Path, tmp_path: Pat
     (ended,) = run_processes(1, run_and_harm, tree, harm)
     expected = {"other tokens": ".train.00000.bin has changed since it was prepared", "metrics removed": "done"}
     assert expected.get(harm, "was removed while the run was writing into it, by step 2") in ended
-
-
-def test_a_reporter_of_another_rank_does_nothing_in_any_report() -> None:
-    """It opens no file, so a report that it inherited would fail."""
-    reports = {name for name in vars(Reporter) if not name.startswith("_")}
-    assert reports == {name for name in vars(NullReporter) if not name.startswith("_")}
-    assert not vars(NullReporter())
 
 
 def test_time_that_nothing_accounts_for_is_a_stall(tmp_path: Path) -> None:
