@@ -135,7 +135,7 @@ def _tokenize_files(job: PreparationJob, task: Task, folder: Path) -> TaskRecord
 
 def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     """Read a token file of another program to its end, and write where its documents begin."""
-    (file,) = task.files
+    (file,), signatures = task.files, _signatures(task)
     found = read_token_file(file, job.settings.eos_token_id)
     if found.largest_token >= job.settings.vocab_size:
         hint = f"is a token of it, and the tokenizer has {job.settings.vocab_size} ids; name its own as data.tokenizer"
@@ -145,6 +145,8 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
         starts.write(found.starts_M.astype("<i8").tobytes())
     pieces = (CorpusPiece(file=file.name, start=0, bytes=file.bytes, sha256=found.entry.sha256),)
     _refuse_changed_files(task)
+    if _signatures(task) != signatures:
+        raise ConfigError([Problem(file.url, None, "has an index that changed while it was read; run it again")])
     name = f"{_prefix(task, pieces)}.{'validation' if task.is_validation else 'train'}.documents"
     (folder / "documents").rename(job.directory / name)
     split = SplitPart(
@@ -168,7 +170,7 @@ def _read_in_place(job: PreparationJob, task: Task, folder: Path) -> TaskRecord:
     without_end = documents - found.documents_with_end
     note = f"{file.name}: {without_end} of {documents} documents do not end with the end token"
     notes = (note,) if without_end else ()
-    return TaskRecord(settings=job.settings.digest, signatures=_signatures(task), bad=(), notes=notes, part=part)
+    return TaskRecord(settings=job.settings.digest, signatures=signatures, bad=(), notes=notes, part=part)
 
 
 def _signatures(task: Task) -> tuple[str, ...]:
