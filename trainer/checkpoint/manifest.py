@@ -65,7 +65,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ManifestHead:
-    """What a manifest says before its list of tensors."""
+    """Head of a manifest, before its list of tensors."""
 
     metadata: Mapping[str, Any]
     """Step, configuration, data position, totals of the ledger: see `trainer/run/checkpointing.py`."""

@@ -58,7 +58,7 @@ class DataConfig(CheckedConfig):
     token_split_rate: float = between(0, 1, 0.0)
     """Share of the tokens that join punctuation and line breaks which are split (report §4.1, which gives no share)."""
     workers: int | None = at_least(1, None, null="for all cores")
-    """Processes that prepare; any number gives the same files."""
+    """Most processes that prepare (one up to 8 MB of text); any number gives the same files. Executors: `--jobs`."""
     license: str | None = None
     """License of the text, written into the manifest."""
 

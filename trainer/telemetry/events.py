@@ -186,7 +186,7 @@ class MemoryMeasured(Event):
     """Memory of every rank after a sampled step, in bytes."""
 
     quantity: str
-    """What was measured, in words."""
+    """Quantity that was measured, in words."""
     limit: _Count | None
     """Memory of a device; None on a CPU."""
     now: Sequence[int] = not_empty()

@@ -307,7 +307,8 @@ def test_settings_may_change_until_a_task_is_finished(config: DataConfig) -> Non
 def test_a_kill_before_the_settings_are_written_is_no_obstacle(config: DataConfig) -> None:
     (Path(config.prepared) / "tasks").mkdir(parents=True)
     (Path(config.prepared) / ".lock").touch()
-    prepare_corpus(config, silent)
+    manifest = prepare_corpus(config, silent)
+    assert verify_prepared_data(Path(config.prepared)).manifest == manifest
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
